@@ -1,0 +1,100 @@
+"""Pairs of a labelled batch, by the definitions of OML's `PairsMiner` (layer 1).
+
+Pairs are unordered, written with the smaller batch position first; positives come before negatives, each
+group sorted. Two things differ from OML on purpose: an item is never paired with itself, and a batch of one
+label is an error (OML calls its nearest positives negatives there). Mining over a whole catalogue is in
+`candidate_mining`.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int64, Shaped
+from torch import Tensor
+
+from distributed_rerank.errors import BadInput
+
+Pairs = tuple[Int64[Tensor, " pair"], Int64[Tensor, " pair"], Bool[Tensor, " pair"]]
+
+
+def hard_pairs(embeddings: Float[Tensor, "item dim"], labels: Int64[Tensor, " item"]) -> Pairs:
+    """Each item with its furthest positive and its nearest negative: `(ids1, ids2, is_negative)`.
+
+    At most one positive and one negative pair per item; mutual choices appear once. Equal distances: the
+    first item in the batch, the item itself included, whose pair is then dropped. So an item whose positives
+    all equal it, or that is alone with its label, chooses no positive. Distances are exact (float64,
+    difference form); no gradient flows.
+
+    Raises BadInput for a batch with fewer than two labels.
+    """
+    _check_two_labels(labels)
+    points = embeddings.detach().double()
+    distances = torch.cdist(points, points, compute_mode="donot_use_mm_for_euclid_dist")
+    is_same = labels[:, None] == labels
+    positive = _first_largest(torch.where(is_same, distances, -torch.inf))
+    negative = _first_largest(torch.where(is_same, -torch.inf, -distances))
+    items = torch.arange(len(labels), device=labels.device)
+    return _positives_first(_unique(items, positive), _unique(items, negative))
+
+
+def all_pairs(labels: Int64[Tensor, " item"]) -> Pairs:
+    """Every unordered pair of the batch: `(ids1, ids2, is_negative)`.
+
+    Raises BadInput for a batch with fewer than two labels.
+    """
+    _check_two_labels(labels)
+    first, second = torch.triu_indices(len(labels), len(labels), offset=1, device=labels.device)
+    is_same = labels[first] == labels[second]
+    return _positives_first((first[is_same], second[is_same]), (first[~is_same], second[~is_same]))
+
+
+@dataclass(frozen=True)
+class PairsMiner:
+    """OML's miner as a value: hard pairs or all pairs of a batch."""
+
+    hard_mining: bool = True
+
+    def sample(
+        self,
+        embeddings: Float[Tensor, "item dim"],
+        labels: Sequence[int] | Shaped[Tensor, " item"] | Shaped[np.ndarray, " item"],
+    ) -> Pairs:
+        """`(ids1, ids2, is_negative)`: batch positions (int64), positives first. See `hard_pairs` and
+        `all_pairs`.
+        """
+        labels = torch.as_tensor(labels, dtype=torch.int64, device=embeddings.device)
+        assert len(labels) == len(embeddings), f"{len(labels)} labels for {len(embeddings)} embeddings"
+        return hard_pairs(embeddings, labels) if self.hard_mining else all_pairs(labels)
+
+
+def _check_two_labels(labels: Tensor) -> None:
+    if len(labels) == 0 or bool((labels == labels[0]).all()):
+        raise BadInput(
+            f"a batch of {len(labels)} items has fewer than two labels, so it has no negatives; "
+            "raise n_labels of the sampler"
+        )
+
+
+def _first_largest(values: Float[Tensor, "item other"]) -> Int64[Tensor, " item"]:
+    """The first column with the largest value of each row (torch's argmax promises no order among equals)."""
+    columns = torch.arange(values.shape[1], device=values.device)
+    is_largest = values == values.amax(dim=1, keepdim=True)
+    return torch.where(is_largest, columns, values.shape[1]).amin(dim=1)
+
+
+def _unique(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+    """Distinct unordered pairs without self pairs, sorted."""
+    n_items = len(left)
+    low, high = torch.minimum(left, right), torch.maximum(left, right)
+    codes = torch.unique((low * n_items + high)[low < high])
+    return codes // n_items, codes % n_items
+
+
+def _positives_first(positives: tuple[Tensor, Tensor], negatives: tuple[Tensor, Tensor]) -> Pairs:
+    is_negative = torch.zeros(
+        len(positives[0]) + len(negatives[0]), dtype=torch.bool, device=positives[0].device
+    )
+    is_negative[len(positives[0]) :] = True
+    return torch.cat([positives[0], negatives[0]]), torch.cat([positives[1], negatives[1]]), is_negative

@@ -1,0 +1,255 @@
+"""Is the difference real, and how much more was possible: paired resampling by cluster, ceiling, knee.
+Layer 1: pure functions on tensors; the seed is an argument.
+
+Queries of one label share gallery items and looks, so they are not independent: labels, not queries, are the
+clusters that are resampled. Per-cluster sums make a resample one row of a matrix product. Those sums are
+rounded to a power of two so small that no answer shows it and so large that every partial sum is exact:
+intervals and p-values are the same bits for any number of threads, and ties in the randomisation test are
+true ties.
+"""
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float64, Int64
+from torch import Tensor
+
+from distributed_rerank.errors import BadInput
+
+_BLOCK_ELEMENTS = 1 << 22
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean over queries and the ends of its bootstrap interval."""
+
+    mean: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Mean of after - before with its interval, p-value and the queries that moved."""
+
+    mean: float
+    low: float
+    high: float
+    p_value: float
+    n_better: int
+    n_worse: int
+    n_equal: int
+    n_clusters: int
+
+
+def bootstrap(
+    values: Float64[Tensor, "query metric"],
+    clusters: Int64[Tensor, " query"] | None,
+    *,
+    seed: int,
+    n_resamples: int = 2000,
+    level: float = 0.95,
+) -> list[Interval]:
+    """Percentile bootstrap interval of the mean over queries of every column.
+
+    `clusters` holds a number per query, in practice its label: whole clusters are drawn with replacement, as
+    many as there are, and the mean is that of all drawn queries (Davison and Hinkley 1997, 3.8). None draws
+    single queries (the naive interval, too narrow where queries of a label agree). All columns see the same
+    draws. Hand after - before for a paired difference. Raises `BadInput` for no queries, no resamples or a
+    level outside (0, 1).
+    """
+    _check_resampling(len(values), n_resamples)
+    if not 0 < level < 1:
+        raise BadInput(f"level={level} must lie between 0 and 1")
+    sums, sizes = _cluster_sums(values, clusters)
+    exact = _round_for_exact_sums(sums, len(sums))
+    totals = torch.cat([exact, sizes.double()[:, None]], dim=1)
+    drawn = torch.cat([draws @ totals for draws in _multinomial_draws(len(sums), n_resamples, seed)])
+    tails = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64)
+    ends = torch.quantile(drawn[:, :-1] / drawn[:, -1:], tails, dim=0)
+    means = [math.fsum(column.tolist()) / len(values) for column in values.unbind(dim=1)]
+    return [Interval(*numbers) for numbers in zip(means, ends[0].tolist(), ends[1].tolist(), strict=True)]
+
+
+def sign_flip_p_values(
+    differences: Float64[Tensor, "query metric"],
+    clusters: Int64[Tensor, " query"] | None,
+    *,
+    seed: int,
+    n_resamples: int = 2000,
+) -> list[float]:
+    """Two-sided randomisation test of "before and after are exchangeable" for every column of after - before.
+
+    The sign of a whole cluster's sum is flipped at random; p = (1 + resamples with at least the observed
+    |sum|) / (1 + n_resamples), so it is never 0. None as `clusters` flips single queries (Fisher's
+    randomisation test as in Smucker et al. 2007). With C clusters that changed no p-value is below about 2^(1
+    - C).
+    """
+    _check_resampling(len(differences), n_resamples)
+    sums, _ = _cluster_sums(differences, clusters)
+    exact = _round_for_exact_sums(sums, len(sums))
+    observed = exact.sum(dim=0).abs()
+    n_as_large = torch.zeros(exact.shape[1], dtype=torch.int64)
+    for signs in _sign_draws(len(sums), n_resamples, seed):
+        n_as_large += ((signs @ exact).abs() >= observed).sum(dim=0)
+    return ((1 + n_as_large).double() / (1 + n_resamples)).tolist()
+
+
+def compare(
+    before: Mapping[str, Float64[Tensor, " query"]],
+    after: Mapping[str, Float64[Tensor, " query"]],
+    clusters: Int64[Tensor, " query"] | None,
+    *,
+    seed: int,
+    n_resamples: int = 2000,
+    level: float = 0.95,
+) -> dict[str, Difference]:
+    """Paired comparison of every metric present in both: interval, p-value and queries better, worse, equal.
+
+    Rows are the same queries in the same order; larger is better. Raises `BadInput` where no metric is
+    shared.
+    """
+    keys = [key for key in before if key in after]
+    if not keys:
+        raise BadInput(f"no metric in common: {sorted(before)} against {sorted(after)}; use the same ks")
+    change = torch.stack([after[key] - before[key] for key in keys], dim=1)
+    intervals = bootstrap(change, clusters, seed=seed, n_resamples=n_resamples, level=level)
+    p_values = sign_flip_p_values(change, clusters, seed=seed, n_resamples=n_resamples)
+    n_clusters = len(change) if clusters is None else len(torch.unique(clusters))
+    better, worse = (change > 0).sum(dim=0).tolist(), (change < 0).sum(dim=0).tolist()
+    return {
+        key: Difference(
+            mean=intervals[m].mean,
+            low=intervals[m].low,
+            high=intervals[m].high,
+            p_value=p_values[m],
+            n_better=better[m],
+            n_worse=worse[m],
+            n_equal=len(change) - better[m] - worse[m],
+            n_clusters=n_clusters,
+        )
+        for m, key in enumerate(keys)
+    }
+
+
+def compare_by_category(
+    before: Mapping[str, Float64[Tensor, " query"]],
+    after: Mapping[str, Float64[Tensor, " query"]],
+    clusters: Int64[Tensor, " query"] | None,
+    categories: Int64[Tensor, " query"],
+    *,
+    seed: int,
+    n_resamples: int = 2000,
+) -> dict[int, dict[str, Difference]]:
+    """`compare` within each category, by category number in ascending order."""
+    order = categories.argsort(stable=True)
+    numbers, sizes = torch.unique_consecutive(categories[order], return_counts=True)
+    found: dict[int, dict[str, Difference]] = {}
+    for number, rows in zip(numbers.tolist(), torch.split(order, sizes.tolist()), strict=True):
+        found[number] = compare(
+            {key: column[rows] for key, column in before.items()},
+            {key: column[rows] for key, column in after.items()},
+            None if clusters is None else clusters[rows],
+            seed=seed,
+            n_resamples=n_resamples,
+        )
+    return found
+
+
+def oracle(is_relevant: Bool[Tensor, "query k"], top_n: int) -> Bool[Tensor, "query k"]:
+    """The best any re-ranker of the first `top_n` can do: their relevant ones first, the tail untouched."""
+    head = is_relevant[:, :top_n]
+    places = torch.arange(head.shape[1], device=head.device)
+    return torch.cat([places < head.sum(dim=1, keepdim=True), is_relevant[:, top_n:]], dim=1)
+
+
+def headroom_captured(before: float, after: float, ceiling: float) -> float | None:
+    """Share of the possible gain that was had, (after - before) / (ceiling - before); None without room.
+
+    Negative where re-ranking made the metric worse; `ceiling` is the metric of `oracle`'s order.
+    """
+    return (after - before) / (ceiling - before) if ceiling > before else None
+
+
+def knee(
+    curve: Float64[Tensor, "setting query"],
+    clusters: Int64[Tensor, " query"] | None,
+    *,
+    seed: int,
+    n_resamples: int = 2000,
+    level: float = 0.95,
+) -> int:
+    """Position of the first setting whose metric cannot be told from the best one's.
+
+    The settings come cheapest first (ascending top_n), with the metric of every query. The best is the one of
+    largest mean (the cheapest of equals); a setting is as good where the bootstrap interval of its paired
+    difference to the best reaches 0. The paired interval is used because that of the mean itself mostly
+    measures how labels differ.
+    """
+    average = [math.fsum(row.tolist()) for row in curve]
+    best = average.index(max(average))
+    behind = (curve[best] - curve[: best + 1]).T.contiguous()
+    intervals = bootstrap(behind, clusters, seed=seed, n_resamples=n_resamples, level=level)
+    return next(position for position, interval in enumerate(intervals) if interval.low <= 0)
+
+
+def _cluster_sums(
+    values: Float64[Tensor, "query metric"], clusters: Int64[Tensor, " query"] | None
+) -> tuple[Float64[Tensor, "cluster metric"], Int64[Tensor, " cluster"]]:
+    """Sum and number of the queries of every cluster, clusters in ascending order."""
+    if clusters is None:
+        return values, torch.ones(len(values), dtype=torch.int64)
+    _, rows, sizes = torch.unique(clusters, return_inverse=True, return_counts=True)
+    exact = _round_for_exact_sums(values, len(values))
+    sums = torch.zeros(len(sizes), values.shape[1], dtype=torch.float64).index_add_(0, rows, exact)
+    return sums, sizes
+
+
+def _round_for_exact_sums(
+    values: Float64[Tensor, "row metric"], n_terms: int
+) -> Float64[Tensor, "row metric"]:
+    """Multiples of a power of two such that any sum of `n_terms` of them, in any order, is exact in float64.
+
+    The error is below n_terms * max|value| * 2^-52 per value: for a million queries 2^-32 of the largest
+    value.
+    """
+    largest = float(values.abs().max()) if values.numel() else 0.0
+    if largest == 0:
+        return values
+    unit = 2.0 ** (math.ceil(math.log2(largest * (n_terms + 1))) - 52)
+    return (values / unit).round() * unit
+
+
+def _multinomial_draws(
+    n_clusters: int, n_resamples: int, seed: int
+) -> Iterator[Float64[Tensor, "resample cluster"]]:
+    """How often each cluster is drawn, in blocks of resamples that keep memory bounded."""
+    generator = torch.Generator().manual_seed(seed)
+    for rows in _resample_blocks(n_clusters, n_resamples):
+        drawn = torch.randint(n_clusters, (rows, n_clusters), generator=generator)
+        cells = drawn + torch.arange(rows)[:, None] * n_clusters
+        yield torch.bincount(cells.flatten(), minlength=rows * n_clusters).view(rows, n_clusters).double()
+
+
+def _sign_draws(
+    n_clusters: int, n_resamples: int, seed: int
+) -> Iterator[Float64[Tensor, "resample cluster"]]:
+    """A sign for each cluster, in blocks of resamples that keep memory bounded."""
+    generator = torch.Generator().manual_seed(seed)
+    for rows in _resample_blocks(n_clusters, n_resamples):
+        yield torch.randint(2, (rows, n_clusters), generator=generator).double().mul_(2).sub_(1)
+
+
+def _resample_blocks(n_clusters: int, n_resamples: int) -> Iterator[int]:
+    block = max(1, _BLOCK_ELEMENTS // n_clusters)
+    for start in range(0, n_resamples, block):
+        yield min(block, n_resamples - start)
+
+
+def _check_resampling(n_queries: int, n_resamples: int) -> None:
+    if n_queries == 0:
+        raise BadInput("no query to resample; check labels and is_gallery")
+    if n_resamples < 1:
+        raise BadInput(f"n_resamples={n_resamples} must be at least 1")

@@ -1,0 +1,17 @@
+"""What every test may use: where the shared real data lies."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder with the real photos and weights, or a skip that says how to give one."""
+    folder = Path(os.environ.get("DISTRIBUTED_RERANK_DATA", ROOT.parent / "shared" / "data"))
+    if not folder.is_dir():
+        pytest.skip(f"real data not found at {folder}; set DISTRIBUTED_RERANK_DATA to its folder")
+    return folder

@@ -1,0 +1,248 @@
+"""Resampling statistics against scipy, ranx, exact enumeration and planted truth."""
+
+import itertools
+import time
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from ranx.statistical_tests import fisher_randomization_test
+from scipy import stats
+
+from distributed_rerank.errors import BadInput
+from distributed_rerank.tensors import metrics, statistics
+
+
+def column(values: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(np.asarray(values, dtype=np.float64))[:, None]
+
+
+def clustered_differences(
+    seed: int, n_labels: int = 40, per_label: int = 20
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """No true difference, and queries of a label that move together."""
+    state = np.random.RandomState(seed)
+    labels = np.repeat(np.arange(n_labels), per_label)
+    values = 0.1 * state.randn(n_labels)[labels] + 0.05 * state.randn(len(labels))
+    return column(values), torch.from_numpy(labels)
+
+
+def test_bootstrap_single_queries_agrees_with_scipy_percentile_interval() -> None:
+    values = np.random.RandomState(0).exponential(size=400)
+    found = statistics.bootstrap(column(values), None, seed=1, n_resamples=20_000)[0]
+    theirs = stats.bootstrap(
+        (values,), np.mean, n_resamples=20_000, method="percentile", rng=np.random.default_rng(2)
+    ).confidence_interval
+    assert found.mean == pytest.approx(values.mean(), abs=1e-15)
+    assert (found.low, found.high) == pytest.approx((theirs.low, theirs.high), abs=0.003)
+
+
+def test_bootstrap_clusters_agrees_with_scipy_on_the_ratio_of_sums() -> None:
+    state = np.random.RandomState(3)
+    sizes = state.randint(1, 30, 50)
+    labels = np.repeat(np.arange(50) * 7 - 3, sizes)
+    values = state.randn(50).repeat(sizes) + 0.3 * state.randn(len(labels))
+    shuffled = state.permutation(len(labels))
+    found = statistics.bootstrap(
+        column(values[shuffled]), torch.from_numpy(labels[shuffled]), seed=4, n_resamples=20_000
+    )[0]
+    sums = np.array([values[labels == label].sum() for label in np.unique(labels)])
+    theirs = stats.bootstrap(
+        (sums, sizes),
+        lambda s, n, axis: s.sum(axis=axis) / n.sum(axis=axis),
+        paired=True,
+        vectorized=True,
+        n_resamples=20_000,
+        method="percentile",
+        rng=np.random.default_rng(5),
+    ).confidence_interval
+    assert (found.low, found.high) == pytest.approx((theirs.low, theirs.high), abs=0.015)
+
+
+def test_bootstrap_queries_of_a_label_agree_interval_is_wider_than_naive() -> None:
+    values, labels = clustered_differences(seed=6)
+    clustered = statistics.bootstrap(values, labels, seed=0)[0]
+    naive = statistics.bootstrap(values, None, seed=0)[0]
+    assert clustered.mean == naive.mean
+    assert clustered.high - clustered.low > 2 * (naive.high - naive.low)
+
+
+def test_bootstrap_same_seed_same_bits_for_any_order_of_queries_and_threads() -> None:
+    values, labels = clustered_differences(seed=7)
+    wanted = statistics.bootstrap(values, labels, seed=9)
+    order = torch.randperm(len(values), generator=torch.Generator().manual_seed(0))
+    assert statistics.bootstrap(values[order], labels[order], seed=9) == wanted
+    assert statistics.bootstrap(values, labels, seed=10) != wanted
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2 if threads == 1 else 1)
+        assert statistics.bootstrap(values, labels, seed=9) == wanted
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_bootstrap_bad_input_is_refused() -> None:
+    one = torch.zeros(1, 1, dtype=torch.float64)
+    with pytest.raises(BadInput, match="no query"):
+        statistics.bootstrap(one[:0], None, seed=0)
+    with pytest.raises(BadInput, match="n_resamples=0"):
+        statistics.bootstrap(one, None, seed=0, n_resamples=0)
+    with pytest.raises(BadInput, match="level=1"):
+        statistics.bootstrap(one, None, seed=0, level=1.0)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_sign_flip_few_clusters_agrees_with_exact_enumeration_and_its_ties(seed: int) -> None:
+    state = np.random.RandomState(seed)
+    labels = np.repeat(np.arange(9), 4)
+    values = state.randint(-1, 2, 36) * 0.1 + 0.05
+    sums = np.array([values[labels == label].sum() for label in range(9)]).round(9)
+    flipped = [abs(np.dot(signs, sums)) for signs in itertools.product((-1, 1), repeat=9)]
+    exact = np.mean(np.array(flipped) >= abs(sums.sum()) - 1e-9)
+    found = statistics.sign_flip_p_values(
+        column(values), torch.from_numpy(labels), seed=0, n_resamples=20_000
+    )
+    assert found[0] == pytest.approx(exact, abs=0.015)
+
+
+def test_sign_flip_single_queries_agrees_with_scipy_and_ranx() -> None:
+    state = np.random.RandomState(4)
+    before = state.rand(80)
+    after = before + 0.1 * state.randn(80) + 0.02
+    found = statistics.sign_flip_p_values(column(after - before), None, seed=0, n_resamples=20_000)[0]
+    theirs = stats.permutation_test(
+        (after - before,),
+        np.mean,
+        permutation_type="samples",
+        n_resamples=20_000,
+        rng=np.random.default_rng(0),
+    ).pvalue
+    ranx_p = fisher_randomization_test(before, after, n_permutations=20_000, random_seed=1)[0]
+    assert found == pytest.approx(theirs, abs=0.015)
+    assert found == pytest.approx(float(ranx_p), abs=0.015)
+
+
+def test_sign_flip_no_difference_has_p_value_one() -> None:
+    zeros = torch.zeros(10, 2, dtype=torch.float64)
+    assert statistics.sign_flip_p_values(zeros, torch.arange(10) // 2, seed=0) == [1.0, 1.0]
+
+
+def test_null_runs_raise_a_false_alarm_five_percent_of_the_time() -> None:
+    n_alarms = 0
+    for run in range(200):
+        values, labels = clustered_differences(seed=1000 + run, per_label=5)
+        n_alarms += statistics.sign_flip_p_values(values, labels, seed=run, n_resamples=500)[0] < 0.05
+    assert 0.02 <= n_alarms / 200 <= 0.08
+
+
+def planted_improvement() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """400 labels of 10 queries, of which exactly 12 (3 %) improve."""
+    state = np.random.RandomState(5)
+    labels = np.repeat(np.arange(400), 10)
+    before = 0.6 * state.rand(4000)
+    after = np.where(labels % 400 < 12, before + 0.3, before)
+    return torch.from_numpy(before), torch.from_numpy(after), torch.from_numpy(labels)
+
+
+def test_compare_three_percent_of_labels_improved_is_found_significant() -> None:
+    before, after, labels = planted_improvement()
+    found = statistics.compare({"map@10": before}, {"map@10": after}, labels, seed=0)["map@10"]
+    assert found.low > 0
+    assert found.p_value < 0.01
+    assert found.mean == pytest.approx((after - before).mean().item(), abs=1e-15)
+    assert (found.n_better, found.n_worse, found.n_equal) == (120, 0, 3880)
+    assert found.n_clusters == 400
+
+
+def test_compare_permuted_improvement_is_not_significant() -> None:
+    before, after, labels = planted_improvement()
+    swapped = torch.rand(400, generator=torch.Generator().manual_seed(1)) < 0.5
+    first = torch.where(swapped[labels], after, before)
+    second = torch.where(swapped[labels], before, after)
+    found = statistics.compare({"m": first}, {"m": second}, labels, seed=0)["m"]
+    assert found.low <= 0 <= found.high
+    assert found.p_value > 0.05
+    assert found.n_better + found.n_worse == 120
+
+
+def test_compare_shared_metrics_equal_those_compared_alone() -> None:
+    before, after, labels = planted_improvement()
+    both = statistics.compare(
+        {"a": before, "b": after, "only": before}, {"a": after, "b": before}, labels, seed=3
+    )
+    assert list(both) == ["a", "b"]
+    assert both["a"] == statistics.compare({"a": before}, {"a": after}, labels, seed=3)["a"]
+    assert (both["b"].mean, both["b"].low) == (-both["a"].mean, pytest.approx(-both["a"].high, abs=1e-12))
+    with pytest.raises(BadInput, match="no metric in common"):
+        statistics.compare({"a": before}, {"b": after}, labels, seed=0)
+
+
+def test_compare_by_category_equals_compare_of_each_mask() -> None:
+    before, after, labels = planted_improvement()
+    categories = labels % 3
+    found = statistics.compare_by_category({"m": before}, {"m": after}, labels, categories, seed=2)
+    assert list(found) == [0, 1, 2]
+    rows = categories == 1
+    wanted = statistics.compare({"m": before[rows]}, {"m": after[rows]}, labels[rows], seed=2)
+    assert found[1] == wanted
+
+
+def cpu_seconds(work: Callable[[], object]) -> float:
+    """Processor time on one thread, which other processes of the machine do not lengthen much."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        started = time.process_time()
+        work()
+        return time.process_time() - started
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_compare_ten_thousand_queries_two_thousand_resamples_take_seconds() -> None:
+    state = torch.Generator().manual_seed(0)
+    before, after = (
+        {f"m{i}": torch.rand(10_000, generator=state).double() for i in range(10)} for _ in range(2)
+    )
+    labels = torch.arange(10_000) // 5
+    assert cpu_seconds(lambda: statistics.compare(before, after, labels, seed=0, n_resamples=2000)) < 5
+
+
+def test_oracle_is_the_best_of_all_orders_of_the_head() -> None:
+    row = [False, True, False, True, False, True]
+    n_relevant = torch.tensor([4])
+
+    def value(rel: list[bool]) -> float:
+        return metrics.per_query(torch.tensor([rel]), n_relevant, (1,))["map@10"].item()
+
+    best = max(value([*head, *row[4:]]) for head in itertools.permutations(row[:4]))
+    found = statistics.oracle(torch.tensor([row]), 4)
+    assert found.tolist() == [[True, True, False, False, False, True]]
+    assert value(found[0].tolist()) == best
+
+
+@pytest.mark.parametrize("top_n", [1, 3, 10, 50])
+def test_oracle_keeps_hits_of_head_and_tail_in_place(top_n: int) -> None:
+    rows = torch.rand(30, 10, generator=torch.Generator().manual_seed(2)) < 0.3
+    found = statistics.oracle(rows, top_n)
+    assert torch.equal(found[:, top_n:], rows[:, top_n:])
+    assert torch.equal(found[:, :top_n].sum(dim=1), rows[:, :top_n].sum(dim=1))
+    assert torch.equal(found[:, 0], rows[:, :top_n].any(dim=1))
+
+
+def test_headroom_captured_is_the_share_and_none_without_room() -> None:
+    assert statistics.headroom_captured(0.5, 0.6, 0.9) == pytest.approx(0.25)
+    assert statistics.headroom_captured(0.5, 0.4, 0.9) == pytest.approx(-0.25)
+    assert statistics.headroom_captured(0.9, 0.9, 0.9) is None
+
+
+def test_knee_is_the_first_setting_not_told_from_the_best() -> None:
+    state = np.random.RandomState(8)
+    labels = torch.from_numpy(np.repeat(np.arange(50), 8))
+    base = state.rand(50)[labels.numpy()]
+    gains = (0.0, 0.05, 0.1, 0.1005, 0.1006)
+    curve = torch.from_numpy(np.stack([base + gain + 0.02 * state.randn(400) for gain in gains]))
+    assert statistics.knee(curve, labels, seed=0) == 2
+    falling = curve.flip(0)[2:].contiguous()
+    assert statistics.knee(falling, labels, seed=0) == 0
