@@ -1,0 +1,233 @@
+"""The catalogue: one row an image (or a box in an image), with its id, label and role in retrieval (layer 2).
+
+A catalogue is sorted by id in code-point order; a row's position is its *item* number. Inside the program
+images are item numbers of one catalogue, and "ties by item" is therefore "ties by id". Files carry ids only.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal, get_args
+
+import numpy as np
+import pandas as pd
+from jaxtyping import Int64
+
+from distributed_rerank.data import catalogue_checks, locations
+from distributed_rerank.data.artifacts import json_digest
+from distributed_rerank.errors import BadInput
+
+Purpose = Literal["images", "evaluation", "training"]
+Box = tuple[int, int, int, int]
+BOX_COLUMNS = ("x_1", "y_1", "x_2", "y_2")
+_DIGEST_COLUMNS = (
+    "id",
+    "written_path",
+    "label",
+    "split",
+    "is_query",
+    "is_gallery",
+    "category",
+    "sequence",
+    *BOX_COLUMNS,
+)
+
+
+@dataclass(frozen=True)
+class ImageRef:
+    """Where an image's pixels are: absolute path or URI, and the box (left, top, right, bottom)."""
+
+    id: str
+    path: str
+    box: Box | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Catalogue:
+    """A checked table, sorted by id, with a RangeIndex.
+
+    Columns: `id`, `path` (absolute or a URI), `written_path` (as in the user's table), `label` (text or
+    None), `split` ("train", "validation" or ""), `is_query`, `is_gallery` (bool; always False in train rows,
+    as in OML), the optional `category`, `sequence` (text or None) and `x_1, y_1, x_2, y_2` (float, NaN = no
+    box), and the user's other columns.
+    """
+
+    table: pd.DataFrame
+    source: str
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    @cached_property
+    def ids(self) -> np.ndarray:
+        """Ids as an object array of str, ascending."""
+        return self.table["id"].to_numpy(dtype=object)
+
+    @cached_property
+    def labels(self) -> Int64[np.ndarray, " item"]:
+        """Codes into `label_names`; -1 = no label."""
+        return pd.Index(self.label_names, dtype=object).get_indexer(self._texts("label")).astype(np.int64)
+
+    @cached_property
+    def label_names(self) -> list[str]:
+        """The labels present: by value where all are integers, else in code-point order."""
+        names = {name for name in self._texts("label") if name is not None}
+        return sorted(names, key=int if catalogue_checks.are_integers(names) else None)
+
+    @cached_property
+    def sequences(self) -> Int64[np.ndarray, " item"]:
+        """Codes of the sequences in this catalogue; -1 = none."""
+        codes, _ = pd.factorize(self._texts("sequence"), sort=True)
+        return codes.astype(np.int64)
+
+    @cached_property
+    def categories(self) -> np.ndarray | None:
+        """Category names as an object array of str ("" = none), or None where the column is absent."""
+        if "category" not in self.table:
+            return None
+        return np.array([name or "" for name in self._texts("category")], dtype=object)
+
+    @cached_property
+    def query_items(self) -> Int64[np.ndarray, " query"]:
+        """Items marked `is_query`, ascending."""
+        return np.flatnonzero(self.table["is_query"].to_numpy(dtype=bool)).astype(np.int64)
+
+    @cached_property
+    def gallery_items(self) -> Int64[np.ndarray, " gallery"]:
+        """Items marked `is_gallery`, ascending."""
+        return np.flatnonzero(self.table["is_gallery"].to_numpy(dtype=bool)).astype(np.int64)
+
+    def restrict(self, split: str) -> "Catalogue":
+        """The rows of one split, numbered anew. Raises BadInput where there are none."""
+        items = np.flatnonzero(self.table["split"].to_numpy(dtype=object) == split)
+        if len(items) == 0:
+            raise BadInput(
+                f"{self.source}: no row has split {split!r}; set it in the table or choose another split"
+            )
+        return self.take(items)
+
+    def take(self, items: np.ndarray) -> "Catalogue":
+        """The rows of these items, in id order whatever the order given, numbered anew; no item twice."""
+        items = np.sort(np.asarray(items))
+        assert np.all(items[1:] > items[:-1]), "an item is taken twice"
+        return Catalogue(self.table.iloc[items].reset_index(drop=True), self.source)
+
+    def as_query_and_gallery(self) -> "Catalogue":
+        """The same rows, each both query and gallery item: how training images search among themselves."""
+        return Catalogue(self.table.assign(is_query=True, is_gallery=True), self.source)
+
+    def images(self, items: np.ndarray | None = None) -> list[ImageRef]:
+        """Image references of all rows, or of `items` in the order given (repeats allowed)."""
+        table = self.table if items is None else self.table.iloc[items]
+        ids, paths = table["id"].tolist(), table["path"].tolist()
+        if BOX_COLUMNS[0] not in table:
+            return [ImageRef(id, path) for id, path in zip(ids, paths, strict=True)]
+        corners = table[list(BOX_COLUMNS)].to_numpy(dtype=np.float64)
+        boxes = [None if np.isnan(row[0]) else tuple(int(value) for value in row) for row in corners]
+        return [ImageRef(id, path, box) for id, path, box in zip(ids, paths, boxes, strict=True)]  # pyright: ignore
+
+    def items_of(self, ids: Sequence[str] | np.ndarray) -> Int64[np.ndarray, " id"]:
+        """Item numbers of these ids. Raises BadInput naming ids that are not in the catalogue."""
+        ids = np.asarray(ids, dtype=object)
+        items = self._index.get_indexer(pd.Index(ids, dtype=object))
+        if (items < 0).any():
+            unknown = np.unique(ids[items < 0].astype(str))
+            raise BadInput(
+                f"{len(unknown)} ids are not in {self.source}: {catalogue_checks.some(unknown.tolist())}; "
+                "add them to the catalogue or give the catalogue they come from"
+            )
+        return items.astype(np.int64)
+
+    def digest(self) -> str:
+        """sha256 of what results depend on: ids, paths as written, labels, split, flags, boxes, sequence,
+        category.
+
+        The order of rows and columns in the user's file, its format and its other columns do not matter.
+        """
+        columns = {name: self._texts(name).tolist() for name in _DIGEST_COLUMNS if name in self.table}
+        return json_digest(columns)
+
+    @cached_property
+    def _index(self) -> pd.Index:
+        return pd.Index(self.ids, dtype=object)
+
+    def _texts(self, column: str) -> np.ndarray:
+        if column not in self.table:
+            return np.full(len(self.table), None, dtype=object)
+        values = self.table[column].to_numpy(dtype=object, copy=True)
+        values[self.table[column].isna().to_numpy(dtype=bool)] = None
+        return values
+
+
+def read_catalogue(
+    uri: str, *, purpose: Purpose = "images", schemes: frozenset[str] = locations.SCHEMES
+) -> Catalogue:
+    """Read and check a catalogue, CSV or Parquet, from a local path or URI.
+
+    `purpose` decides what must be there: "images" only `path`; "evaluation" labels, a validation split,
+    queries and a gallery in it; "training" labels and a train split with two images of every label. OML's
+    tables are read unchanged. Boxes keep OML's meaning (fractions are cut off). An `id` defaults to the path
+    as written, plus the box. Missing image files are not looked for here: they become rejects. Raises
+    BadInput with everything that is wrong.
+    """
+    assert purpose in get_args(Purpose), f"unknown purpose {purpose!r}"
+    problems = catalogue_checks.Problems(uri)
+    raw = catalogue_checks.load_table(uri, schemes)
+    table = catalogue_checks.normalise(raw, locations.folder_of(uri), purpose, problems)
+    catalogue_checks.check_ids(table, problems)
+    if purpose == "evaluation":
+        catalogue_checks.check_evaluation(table, problems)
+    if purpose == "training":
+        catalogue_checks.check_training(table, problems)
+    problems.raise_if_any()
+    return Catalogue(_sorted_by_id(table), uri)
+
+
+def read_query_gallery(
+    query_uri: str,
+    gallery_uri: str,
+    *,
+    purpose: Literal["images", "evaluation"] = "images",
+    schemes: frozenset[str] = locations.SCHEMES,
+) -> Catalogue:
+    """One catalogue from two tables: rows of the first are queries only, rows of the second gallery items
+    only.
+
+    Their own `split`, `is_query` and `is_gallery` are ignored. An id in both tables must be the same image
+    with the same content, and becomes one row that is both. Raises BadInput with everything that is wrong.
+    """
+    tables: list[pd.DataFrame] = []
+    for uri, is_query in ((query_uri, True), (gallery_uri, False)):
+        problems = catalogue_checks.Problems(uri)
+        raw = catalogue_checks.load_table(uri, schemes)
+        raw = raw.drop(columns=["split", "is_query", "is_gallery"], errors="ignore")
+        raw = raw.assign(split="validation", is_query=is_query, is_gallery=not is_query)
+        table = catalogue_checks.normalise(raw, locations.folder_of(uri), purpose, problems)
+        catalogue_checks.check_ids(table, problems)
+        if purpose == "evaluation":
+            catalogue_checks.check_labels(table, "validation", problems)
+        problems.raise_if_any()
+        tables.append(table)
+    union = _union(tables[0], tables[1], f"{query_uri} and {gallery_uri}")
+    return Catalogue(_sorted_by_id(union), f"{query_uri} and {gallery_uri}")
+
+
+def _union(queries: pd.DataFrame, gallery: pd.DataFrame, source: str) -> pd.DataFrame:
+    both = pd.concat([queries, gallery], ignore_index=True)
+    content = [name for name in ("path", "label", "sequence", "category", *BOX_COLUMNS) if name in both]
+    distinct = pd.Series(both.drop_duplicates(["id", *content])["id"])
+    clashing = sorted(set(distinct[distinct.duplicated()]))
+    if clashing:
+        raise BadInput(
+            f"ids {catalogue_checks.some(clashing)} stand for different rows in {source}; "
+            "give both tables an id column without clashes"
+        )
+    merged = both.drop_duplicates("id", ignore_index=True)
+    return merged.assign(
+        is_query=merged["id"].isin(queries["id"]), is_gallery=merged["id"].isin(gallery["id"])
+    )
+
+
+def _sorted_by_id(table: pd.DataFrame) -> pd.DataFrame:
+    order = np.argsort(table["id"].to_numpy(dtype=object), kind="stable")
+    return table.iloc[order].reset_index(drop=True)

@@ -1,0 +1,82 @@
+"""Where bytes lie: local paths and URIs, joined and read in one way for tables and images (layer 2).
+
+Only listed URI schemes are opened, because paths come from tables that somebody else may have written.
+"""
+
+import functools
+import re
+from pathlib import Path
+from urllib.parse import unquote
+
+import fsspec
+from pyarrow import fs
+
+from distributed_rerank.errors import BadInput
+
+SCHEMES = frozenset({"file", "s3", "gs", "gcs", "hf", "abfs", "az"})
+_ARROW_SCHEMES = frozenset({"s3", "gs", "gcs", "abfs"})
+_SCHEME = re.compile(r"^([A-Za-z][A-Za-z0-9+.-]*)://")
+
+
+def scheme_of(location: str) -> str | None:
+    """The URI scheme in lower case, or None for a plain path."""
+    found = _SCHEME.match(location)
+    return found.group(1).lower() if found else None
+
+
+def absolute(location: str) -> str:
+    """A plain path or `file://` URI as an absolute path (workers run elsewhere); other URIs unchanged."""
+    scheme = scheme_of(location)
+    if scheme is None:
+        return str(Path(location).absolute())
+    if scheme == "file":
+        return unquote(re.sub(r"^file://(localhost(?=/))?", "", location, flags=re.IGNORECASE))
+    return location
+
+
+def folder_of(location: str) -> str:
+    """Where relative paths of the table at `location` start from, without a final slash."""
+    return absolute(location).rpartition("/")[0]
+
+
+def join(folder: str, path: str) -> str:
+    """`path` below `folder`; an absolute path or a URI is kept as it is."""
+    if path.startswith("/") or scheme_of(path):
+        return path
+    return f"{folder}/{path}"
+
+
+def read_bytes(location: str, schemes: frozenset[str] = SCHEMES) -> bytes:
+    """All bytes at a local path or URI.
+
+    A scheme outside `schemes` (http and https must be asked for) or one whose driver is not installed raises
+    BadInput; a missing or unreadable file raises OSError.
+    """
+    scheme = scheme_of(location)
+    if scheme is not None and scheme not in schemes:
+        allowed = ", ".join(sorted(schemes))
+        raise BadInput(f"{location}: scheme {scheme!r} is not allowed; use a local path or one of {allowed}")
+    if scheme in (None, "file"):
+        return Path(absolute(location)).read_bytes()
+    try:
+        return _read_remote(location, scheme)
+    except (ImportError, ValueError) as error:
+        raise BadInput(
+            f"{location}: cannot open scheme {scheme!r} ({error}); install its fsspec driver"
+        ) from error
+
+
+def _read_remote(location: str, scheme: str) -> bytes:
+    if scheme not in _ARROW_SCHEMES:
+        filesystem, path = fsspec.url_to_fs(location)
+        return filesystem.cat_file(path)
+    host, _, path = location.partition("://")[2].partition("/")
+    filesystem, root = _arrow_filesystem(f"{scheme}://{host}")
+    with filesystem.open_input_file(f"{root}/{path}") as file:
+        return file.read()
+
+
+@functools.lru_cache(maxsize=64)
+def _arrow_filesystem(root: str) -> tuple[fs.FileSystem, str]:
+    """One client a bucket and process; object names stay out of the URI, where they would need quoting."""
+    return fs.FileSystem.from_uri(root)

@@ -1,0 +1,169 @@
+"""The Parquet tables between stages: exact schemas, atomic writers, checking readers (layer 2).
+
+Every table is keyed by ids. Readers take a file, a URI, or a folder: `folder/<table>.parquet`, else the
+Parquet files in `folder/<table>/`, else those in `folder` itself. Columns that are missing or unknown raise
+BadInput.
+"""
+
+import io
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from jaxtyping import Float32
+
+from distributed_rerank.data import locations
+from distributed_rerank.data.artifacts import atomic_path
+from distributed_rerank.errors import BadInput
+
+SCHEMAS = {
+    "candidates": pa.schema(
+        {"query_id": pa.string(), "gallery_id": pa.string(), "rank": pa.int32(), "distance": pa.float32()}
+    ),
+    "pair_distances": pa.schema({"query_id": pa.string(), "gallery_id": pa.string(), "logit": pa.float32()}),
+    "per_query": pa.schema(
+        {
+            "query_id": pa.string(),
+            "label": pa.string(),
+            "category": pa.string(),
+            "n_relevant": pa.int64(),
+            "first_hit_before": pa.int64(),
+            "first_hit_after": pa.int64(),
+        }
+    ),
+    "rejects": pa.schema(
+        {"id": pa.string(), "path": pa.string(), "stage": pa.string(), "reason": pa.string()}
+    ),
+}
+_MAY_BE_NULL = {"label", "category", "first_hit_before", "first_hit_after"}
+
+
+def conform(table: pa.Table, name: str, source: str = "this table") -> pa.Table:
+    """`table` with exactly the columns, order and types of the schema `name`.
+
+    `per_query` may have further columns, its metrics, which become float64. Ranks count from 1. In
+    `per_query` a first hit is a rank, null where no relevant item was retrieved. Raises BadInput naming the
+    columns that do not fit.
+    """
+    schema = SCHEMAS[name]
+    missing = [column for column in schema.names if column not in table.column_names]
+    extra = [column for column in table.column_names if column not in schema.names]
+    if missing or (extra and name != "per_query"):
+        raise BadInput(f"{source}: columns missing {missing}, unknown {extra}; {name} needs {schema.names}")
+    if name == "per_query":
+        schema = pa.schema([*schema, *(pa.field(column, pa.float64()) for column in extra)])
+    try:
+        table = table.select(schema.names).cast(schema)
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError, pa.ArrowTypeError) as error:
+        raise BadInput(f"{source}: not a table of {name}: {error}; needed types: {_line(schema)}") from error
+    for column in SCHEMAS[name].names:
+        if column not in _MAY_BE_NULL and table[column].null_count:
+            raise BadInput(
+                f"{source}: {table[column].null_count} empty cells in column {column!r}; fill them"
+            )
+    return table
+
+
+def write_table(path: str | Path, table: pa.Table, name: str) -> None:
+    """Write a table of the schema `name` (see `conform`), atomically, without time stamps."""
+    _write(path, conform(table, name))
+
+
+def read_table(path: str | Path, name: str) -> pa.Table:
+    """Read a table of the schema `name` (see `conform`) from a file, URI or folder, in the order stored."""
+    return conform(load_parquet(path, name), name, str(path))
+
+
+def write_embeddings(path: str | Path, ids: np.ndarray, embeddings: Float32[np.ndarray, "item dim"]) -> None:
+    """Write `id, embedding` (fixed-size list of float32), atomically, in the order given."""
+    _write(path, embeddings_table(ids, embeddings))
+
+
+def embeddings_table(ids: np.ndarray, embeddings: Float32[np.ndarray, "item dim"]) -> pa.Table:
+    """The embeddings table of these rows."""
+    assert len(ids) == len(embeddings), f"{len(ids)} ids for {len(embeddings)} embeddings"
+    values = pa.array(np.ascontiguousarray(embeddings).reshape(-1), pa.float32())
+    column = pa.FixedSizeListArray.from_arrays(values, embeddings.shape[1])
+    return pa.table({"id": pa.array(ids, pa.string()), "embedding": column})
+
+
+def read_embeddings(path: str | Path) -> tuple[np.ndarray, Float32[np.ndarray, "item dim"]]:
+    """Ids (object array) and embeddings, in the order stored, from a file, URI or folder.
+
+    Lists of any float type are accepted where all have one length. Raises BadInput for repeated ids and for
+    values that are not finite.
+    """
+    table = load_parquet(path, "embeddings")
+    if sorted(table.column_names) != ["embedding", "id"]:
+        raise BadInput(
+            f"{path}: columns {table.column_names}; an embeddings table has exactly id and embedding"
+        )
+    ids = table["id"].cast(pa.string()).to_numpy()
+    embeddings = _matrix(table["embedding"].combine_chunks(), path)
+    repeated = _first_repeated(ids)
+    if repeated is not None:
+        raise BadInput(f"{path}: id {repeated!r} has two embeddings; keep one")
+    bad = ~np.isfinite(embeddings).all(axis=1)
+    if bad.any():
+        raise BadInput(
+            f"{path}: {bad.sum()} embeddings are not finite, first that of {ids[bad][0]!r}; recompute them"
+        )
+    return ids, embeddings
+
+
+def load_parquet(path: str | Path, name: str) -> pa.Table:
+    """All columns of a Parquet file, URI or folder, unchecked; `name` is the table wanted of a folder."""
+    text = str(path)
+    try:
+        if locations.scheme_of(text) is not None:
+            return pq.read_table(io.BytesIO(locations.read_bytes(text)))
+        return pa.concat_tables([pq.ParquetFile(file).read() for file in _files(Path(path), name)])
+    except (OSError, pa.ArrowException) as error:
+        raise BadInput(f"cannot read {text} as a Parquet table of {name}: {error}") from error
+
+
+def _files(path: Path, name: str) -> list[Path]:
+    if not path.is_dir():
+        return [path]
+    if (path / f"{name}.parquet").is_file():
+        return [path / f"{name}.parquet"]
+    files = sorted((path / name).glob("[!.]*.parquet")) or sorted(path.glob("[!.]*.parquet"))
+    if not files:
+        raise BadInput(f"{path} holds no Parquet files of {name}; give the folder that the earlier job wrote")
+    return files
+
+
+def _write(path: str | Path, table: pa.Table) -> None:
+    with atomic_path(path) as temporary:
+        pq.write_table(table, temporary)
+
+
+def _matrix(column: pa.Array, path: str | Path) -> Float32[np.ndarray, "item dim"]:
+    if isinstance(column, pa.ChunkedArray):
+        column = pa.concat_arrays(column.chunks)
+    if not (
+        pa.types.is_fixed_size_list(column.type)
+        or pa.types.is_list(column.type)
+        or pa.types.is_large_list(column.type)
+    ):
+        raise BadInput(f"{path}: column embedding is {column.type}; a list of floats is needed")
+    lengths = pc.call_function("list_value_length", [column]).unique().to_pylist()
+    if len(lengths) != 1 or lengths[0] in (None, 0):
+        raise BadInput(
+            f"{path}: embeddings of lengths {sorted(lengths, key=str)}; all must have the same length, not 0"
+        )
+    values = column.flatten().cast(pa.float32())
+    if values.null_count:
+        raise BadInput(f"{path}: {values.null_count} embedding values are null; recompute them")
+    return np.array(values.to_numpy(zero_copy_only=False), dtype=np.float32).reshape(-1, lengths[0])
+
+
+def _first_repeated(ids: np.ndarray) -> str | None:
+    seen, counts = np.unique(ids.astype(object), return_counts=True)
+    return seen[counts > 1][0] if (counts > 1).any() else None
+
+
+def _line(schema: pa.Schema) -> str:
+    return ", ".join(f"{field.name} {field.type}" for field in schema)

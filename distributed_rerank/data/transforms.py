@@ -1,0 +1,143 @@
+"""Pictures to uint8 tensors: the fixed transform of inference and the random one of training (layer 2).
+
+Normalising ((x / 255 - mean) / std) is left to the models, on their device: uint8 is a quarter of the bytes
+to move.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from jaxtyping import UInt8
+from PIL import Image, ImageEnhance
+from timm.data.transforms import ResizeKeepRatio
+from torch import Tensor
+from torchvision import transforms
+
+from distributed_rerank.errors import BadInput
+
+Interpolation = Literal["nearest", "bilinear", "bicubic", "lanczos"]
+_MODES = {name: transforms.InterpolationMode(name) for name in ("nearest", "bilinear", "bicubic", "lanczos")}
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+@dataclass(frozen=True)
+class InferenceTransform:
+    """What a model sees of a picture, without chance.
+
+    `size` is (height, width). `resize="square"` squashes the whole picture to it, as OML does (bit for bit
+    torchvision's `Resize(size)` on PIL). `resize="crop"` is timm's evaluation transform: the short side to
+    size / crop_pct, then the centre. `mean` and `std` are what the model normalises with; they are not
+    applied here.
+    """
+
+    size: tuple[int, int] = (224, 224)
+    resize: Literal["square", "crop"] = "square"
+    crop_pct: float = 0.875
+    interpolation: Interpolation = "bilinear"
+    mean: tuple[float, float, float] = IMAGENET_MEAN
+    std: tuple[float, float, float] = IMAGENET_STD
+
+    def __post_init__(self) -> None:
+        _check_size_and_interpolation(self.size, self.interpolation)
+        if self.resize not in ("square", "crop"):
+            raise BadInput(f"resize={self.resize!r} is unknown; use 'square' or 'crop'")
+        if not 0 < self.crop_pct <= 1:
+            raise BadInput(f"crop_pct={self.crop_pct} is not in (0, 1]; 0.875 is usual")
+
+    def __call__(self, image: Image.Image) -> UInt8[Tensor, "3 height width"]:
+        """The tensor of an RGB picture, channels first."""
+        mode = _MODES[self.interpolation]
+        if self.resize == "square":
+            return _to_tensor(transforms.Resize(self.size, mode)(image))
+        height, width = (math.floor(side / self.crop_pct) for side in self.size)
+        if height == width:
+            shrink = transforms.Resize(height, mode)
+        else:
+            shrink = ResizeKeepRatio((height, width), interpolation=self.interpolation)
+        return _to_tensor(transforms.CenterCrop(self.size)(shrink(image)))
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """The random transform of training: OML's `get_augs_torch` with a colour jitter that does something.
+
+    Crop (of at least `min_scale` of the area; 1 = none), squash resize to `size`, mirror with probability
+    `flip`, then brightness, contrast, saturation and hue in random order, each by a factor in 1 +- its
+    strength (hue: +- turns).
+    """
+
+    size: tuple[int, int] = (224, 224)
+    interpolation: Interpolation = "bilinear"
+    min_scale: float = 1.0
+    flip: float = 0.5
+    brightness: float = 0.3
+    contrast: float = 0.3
+    saturation: float = 0.3
+    hue: float = 0.05
+
+    def __post_init__(self) -> None:
+        _check_size_and_interpolation(self.size, self.interpolation)
+        if not 0 < self.min_scale <= 1:
+            raise BadInput(f"min_scale={self.min_scale} is not in (0, 1]; 1 switches the random crop off")
+        for name, top in (("flip", 1), ("brightness", 1), ("contrast", 1), ("saturation", 1), ("hue", 0.5)):
+            if not 0 <= getattr(self, name) <= top:
+                raise BadInput(f"{name}={getattr(self, name)} is not in [0, {top}]; 0 switches it off")
+
+    def __call__(self, image: Image.Image, generator: torch.Generator) -> UInt8[Tensor, "3 height width"]:
+        """The tensor of an RGB picture; the same state of `generator` gives the same bytes.
+
+        Always draws the same count of numbers, so that the next picture's draw does not depend on this one's
+        settings.
+        """
+        draws = torch.rand(13, generator=generator, dtype=torch.float64).tolist()
+        if self.min_scale < 1:
+            image = image.crop(_random_box(image.size, self.min_scale, draws[:4]))
+        image = transforms.Resize(self.size, _MODES[self.interpolation])(image)
+        if draws[4] < self.flip:
+            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        return _to_tensor(self._jitter(image, draws[5:9], draws[9:13]))
+
+    def _jitter(self, image: Image.Image, strengths: list[float], order: list[float]) -> Image.Image:
+        limits = (self.brightness, self.contrast, self.saturation, self.hue)
+        changes = [limit * (2 * strength - 1) for limit, strength in zip(limits, strengths, strict=True)]
+        steps = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)
+        for position in sorted(range(len(limits)), key=order.__getitem__):
+            if limits[position] == 0:
+                continue
+            if position < len(steps):
+                image = steps[position](image).enhance(1 + changes[position])
+            else:
+                image = _turn_hue(image, changes[position])
+        return image
+
+
+def _turn_hue(image: Image.Image, turns: float) -> Image.Image:
+    hue, saturation, value = image.convert("HSV").split()
+    turned = (np.asarray(hue).astype(np.int64) + round(turns * 256)) % 256
+    return Image.merge("HSV", (Image.fromarray(turned.astype(np.uint8)), saturation, value)).convert("RGB")
+
+
+def _to_tensor(image: Image.Image) -> UInt8[Tensor, "3 height width"]:
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+
+
+def _random_box(size: tuple[int, int], min_scale: float, draws: list[float]) -> tuple[int, int, int, int]:
+    """A box of a share in [min_scale, 1] of the area, its shape near the picture's, clipped to it."""
+    area = min_scale + (1 - min_scale) * draws[0]
+    stretch = (4 / 3) ** (draws[1] - 0.5)
+    width = max(1, min(size[0], round(size[0] * math.sqrt(area) * stretch)))
+    height = max(1, min(size[1], round(size[1] * math.sqrt(area) / stretch)))
+    left = int(draws[2] * (size[0] - width + 1))
+    top = int(draws[3] * (size[1] - height + 1))
+    return left, top, left + width, top + height
+
+
+def _check_size_and_interpolation(size: tuple[int, int], interpolation: str) -> None:
+    if min(size) < 1:
+        raise BadInput(f"size={size} is not a picture's size; give (height, width) of at least 1")
+    if interpolation not in _MODES:
+        raise BadInput(f"interpolation={interpolation!r} is unknown; use one of {', '.join(_MODES)}")
