@@ -1,9 +1,9 @@
 """The generated catalogue of `make demo`: look-alike products under hard photographic conditions. Layer 2.
 
-Thirty families of four designs share shape, colours, pattern, name and layout, and differ in ONE local detail: the
-emblem, the number of dots, the colour of a slim band, the corner of a seal, or the size code. A first stage finds
-the family; telling its variants apart needs a look at the detail. That is the case re-ranking exists for, on
-pictures that need no network and no licence.
+Thirty families of four designs share shape, colours, pattern, name and layout, and differ in ONE local
+detail: the emblem, the number of dots, the colour of a slim band, the corner of a seal, or the size code. A
+first stage finds the family; telling its variants apart needs a look at the detail. That is the case
+re-ranking exists for, on pictures that need no network and no licence.
 """
 
 from dataclasses import dataclass, replace
@@ -58,11 +58,11 @@ def write_demo_catalogue(
 ) -> Path:
     """Write `n_designs` x `n_images` JPEG photos of `size` x `size` pixels and their table; returns its path.
 
-    The table is `df.csv` with OML's columns: label, path (relative to the folder), split, is_query, is_gallery,
-    category (the kind of product). No family is in both splits; validation images are query and gallery items.
-    The bytes depend only on the arguments and the version of Pillow, and image i of a design does not depend on
-    how many others are asked for.
-    Raises BadInput where the numbers cannot give two splits with two images a label.
+    The table is `df.csv` with OML's columns: label, path (relative to the folder), split, is_query,
+    is_gallery, category (the kind of product). No family is in both splits; validation images are query and
+    gallery items. The bytes depend only on the arguments and the version of Pillow, and image i of a design
+    does not depend on how many others are asked for. Raises BadInput where the numbers cannot give two
+    splits with two images a label.
     """
     n_families = -(-n_designs // len(VARIANTS))
     if n_families < 2 or n_images < 2 or size < 48:

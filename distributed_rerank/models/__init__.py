@@ -1,0 +1,1 @@
+"""Layer 2: extractors (image -> embedding) and pairwise models (two images -> logit)."""

@@ -1,0 +1,113 @@
+"""ConcatSiamese of OML (STIR, arXiv 2304.13393): the backbone sees the two images one above the other. Layer
+2.
+
+Its state dict has OML's names and shapes for a DINO vision transformer, so checkpoints go both ways
+unchanged.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from jaxtyping import Float, Float32, UInt8
+from torch import Tensor, nn
+from torch.nn import functional
+
+from distributed_rerank.errors import BadInput
+from distributed_rerank.models import weights
+from distributed_rerank.models.extractor import ExtractorConfig, build_extractor
+from distributed_rerank.models.pairwise import PairwiseModel
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConcatSiameseConfig:
+    """How a ConcatSiamese is built."""
+
+    extractor: ExtractorConfig = field(default_factory=ExtractorConfig)
+    """The backbone; its `image_size` is that of one image, the network sees twice the height."""
+    hidden_dims: tuple[int, ...] = (100,)
+    dropout: float = 0.5
+    both_orders: bool = False
+    """Average the probabilities of both orders of stacking in evaluation, as OML's use_tta: twice the cost,
+    symmetric."""
+    weights: str | None = None
+    """State dict of a ConcatSiamese, OML's or ours, to start from; the extractor's own weights are then not
+    needed."""
+    seed: int = 0
+    """Of the head."""
+
+
+class ConcatSiamese(PairwiseModel):
+    """backbone(query above gallery image) -> MLP -> logit. The encoding of an image is its pixels."""
+
+    config: ConcatSiameseConfig
+    encoding_dtype = torch.uint8
+
+    def __init__(self, config: ConcatSiameseConfig) -> None:
+        backbone = replace(config.extractor, weights="none") if config.weights else config.extractor
+        extractor = build_extractor(backbone, stacked=2)
+        super().__init__(replace(config, extractor=extractor.config), extractor)
+        self.encoding_shape = (3, *self.transform.size)
+        self.head = mlp_head(extractor.dim, config.hidden_dims, config.dropout, config.seed)
+        if config.weights:
+            load_siamese_weights(self, config.weights)
+        self.eval()
+
+    def encode(self, pixels: UInt8[Tensor, "image 3 height width"]) -> UInt8[Tensor, "image 3 height width"]:
+        """The pixels themselves."""
+        return pixels
+
+    def forward(
+        self,
+        encoded_query: UInt8[Tensor, "pair 3 height width"],
+        encoded_gallery: UInt8[Tensor, "pair 3 height width"],
+        first_stage_distance: Float[Tensor, " pair"],
+    ) -> Float32[Tensor, " pair"]:
+        """OML's logit. In evaluation with `both_orders` the logit of the mean of both orders' probabilities,
+        symmetric."""
+        logit = self._one_order(encoded_query, encoded_gallery)
+        if self.training or not self.config.both_orders:
+            return logit
+        return logit_of_mean_probability(logit, self._one_order(encoded_gallery, encoded_query))
+
+    def _one_order(self, above: Tensor, below: Tensor) -> Tensor:
+        return self.head(self.extractor.features(torch.cat([above, below], dim=2))).squeeze(1)
+
+
+def logit_of_mean_probability(
+    a: Float32[Tensor, " pair"], b: Float32[Tensor, " pair"]
+) -> Float32[Tensor, " pair"]:
+    """logit((sigmoid(a) + sigmoid(b)) / 2), without the loss of order that probabilities near 0 or 1 would
+    suffer."""
+    return torch.logaddexp(functional.logsigmoid(a), functional.logsigmoid(b)) - torch.logaddexp(
+        functional.logsigmoid(-a), functional.logsigmoid(-b)
+    )
+
+
+def mlp_head(dim: int, hidden_dims: Sequence[int], dropout: float, seed: int) -> nn.Sequential:
+    """OML's head: Linear, Sigmoid, Dropout for each hidden dimension, then a Linear to one number without
+    bias."""
+    layers: list[nn.Module] = []
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        for hidden in hidden_dims:
+            layers += [nn.Linear(dim, hidden), nn.Sigmoid(), nn.Dropout(dropout)]
+            dim = hidden
+        return nn.Sequential(*layers, nn.Linear(dim, 1, bias=False))
+
+
+def load_siamese_weights(model: PairwiseModel, path: str) -> None:
+    """Load a ConcatSiamese state dict (OML's, Lightning's with a prefix, or ours) in `model`, every name and
+    shape equal.
+
+    Raises:
+        BadInput: the file cannot be read, holds no `extractor.` entries, or does not fit.
+    """
+    state = weights.read_state_dict(path)
+    first = next((name for name in state if "extractor." in name), None)
+    if first is None:
+        raise BadInput(
+            f"weights {path} hold no 'extractor.' entries; give a state dict of OML's or our ConcatSiamese"
+        )
+    prefix = first[: first.index("extractor.")]
+    weights.load_exactly(model, {name.removeprefix(prefix): value for name, value in state.items()}, path)

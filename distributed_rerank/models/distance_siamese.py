@@ -1,0 +1,66 @@
+"""OML's two trivial pairwise models: the L2 distance of two embeddings, as they are or after a learned linear
+map. Layer 2.
+
+TrivialDistanceSiamese is `linear=False`; LinearTrivialDistanceSiamese is `linear=True`. With the identity and
+no bias both reproduce the distances and the order of a first stage made with the same extractor.
+"""
+
+from dataclasses import dataclass, field, replace
+
+import torch
+from jaxtyping import Float, Float32, UInt8
+from torch import Tensor, nn
+
+from distributed_rerank.models.extractor import ExtractorConfig, build_extractor
+from distributed_rerank.models.pairwise import PairwiseModel
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistanceSiameseConfig:
+    """How a DistanceSiamese is built."""
+
+    extractor: ExtractorConfig = field(default_factory=ExtractorConfig)
+    linear: bool = True
+    """Whether a square matrix without bias is applied to embeddings before the distance."""
+    identity_init: bool = True
+    """Whether that matrix starts as the identity; else at random from `seed`."""
+    output_bias: float = 0.0
+    """Added to the distance."""
+    seed: int = 0
+
+
+class DistanceSiamese(PairwiseModel):
+    """||W (query - gallery)|| + bias. The encoding of an image is its embedding."""
+
+    config: DistanceSiameseConfig
+    encoding_dtype = torch.float32
+
+    def __init__(self, config: DistanceSiameseConfig) -> None:
+        extractor = build_extractor(config.extractor)
+        super().__init__(replace(config, extractor=extractor.config), extractor)
+        self.encoding_shape = (extractor.dim,)
+        self.proj = _square_map(extractor.dim, config) if config.linear else nn.Identity()
+        self.eval()
+
+    def encode(self, pixels: UInt8[Tensor, "image 3 height width"]) -> Float32[Tensor, "image dim"]:
+        """The extractor's embedding."""
+        return self.extractor(pixels)
+
+    def forward(
+        self,
+        encoded_query: Float32[Tensor, "pair dim"],
+        encoded_gallery: Float32[Tensor, "pair dim"],
+        first_stage_distance: Float[Tensor, " pair"],
+    ) -> Float32[Tensor, " pair"]:
+        """The distance itself takes the place of a logit: larger = more different, never negative before the
+        bias."""
+        return (self.proj(encoded_query) - self.proj(encoded_gallery)).norm(dim=1) + self.config.output_bias
+
+
+def _square_map(dim: int, config: DistanceSiameseConfig) -> nn.Linear:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        linear = nn.Linear(dim, dim, bias=False)
+    if config.identity_init:
+        nn.init.eye_(linear.weight)
+    return linear

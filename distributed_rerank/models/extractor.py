@@ -1,0 +1,276 @@
+"""Extractors: any timm model as a function from uint8 pixels to one float32 embedding per image. Layer 2.
+
+The transform of the images is part of the extractor (timm's data config of the model, each field
+overridable), and normalising by mean and deviation happens on the device, so that images travel as bytes.
+"""
+
+import ast
+import difflib
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import timm
+import timm.data
+import torch
+from jaxtyping import Float32, UInt8
+from timm.models import load_model_config_from_hf
+from torch import Tensor, nn
+from torch.nn import functional
+
+from distributed_rerank.data.transforms import InferenceTransform, Interpolation
+from distributed_rerank.errors import BadInput
+from distributed_rerank.models import vit, weights
+from distributed_rerank.models.precision import Precision, bf16_support, computing_in, resolve_precision
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExtractorConfig:
+    """Which network turns an image into an embedding, and what it is shown. None means: as timm's data config
+    says."""
+
+    name: str = "vit_small_patch16_224.dino"
+    """A timm model, `hf-hub:owner/model` or `local-dir:folder`."""
+    weights: str | None = None
+    """None = the weights timm names, fetched from the hub; "none" = untrained; else a .safetensors, .pth or
+    .pt file."""
+    args: Mapping[str, Any] = field(default_factory=dict)
+    """Extra arguments of timm.create_model; text values are read as Python literals where they are some."""
+    image_size: int | tuple[int, int] | None = None
+    """Side, or (height, width), in pixels of the image the network sees."""
+    resize: Literal["square", "crop"] | None = None
+    """square = squash the image to the size; crop = shorter side to size / crop_pct, then the centre."""
+    crop_pct: float | None = None
+    interpolation: Interpolation | None = None
+    mean: tuple[float, float, float] | None = None
+    std: tuple[float, float, float] | None = None
+    normalise: bool = True
+    """Whether embeddings have L2 norm 1."""
+    precision: Precision = "auto"
+    seed: int = 0
+    """Of the untrained weights."""
+
+
+class Extractor(nn.Module):
+    """A timm model behind the pixel interface. Made by `build_extractor`; `config` has every choice written
+    out."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, model: Any, config: ExtractorConfig, transform: InferenceTransform) -> None:
+        super().__init__()
+        self.model: Any = model
+        self.config = config
+        self.transform = transform
+        self.dim = int(getattr(model, "head_hidden_size", 0) or model.num_features)
+        self.is_plain_vit = vit.is_plain_vit(model)
+        self.register_buffer("mean", torch.tensor(transform.mean).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(transform.std).view(1, 3, 1, 1), persistent=False)
+
+    def normalise_pixels(
+        self, pixels: UInt8[Tensor, "image 3 height width"]
+    ) -> Float32[Tensor, "image 3 height width"]:
+        """(pixels / 255 - mean) / std, on the device of the pixels."""
+        return (pixels.to(torch.float32) / 255 - self.mean) / self.std
+
+    def dtype_on(self, device: torch.device) -> torch.dtype:
+        """The number format the network computes in on `device`."""
+        return resolve_precision(self.config.precision, device)
+
+    def pads_keys(self, device: torch.device) -> bool:
+        """Whether attention keys are padded to a multiple of 16: measured 1.2 times faster with AMX tiles,
+        slower elsewhere."""
+        return self.dtype_on(device) == torch.bfloat16 and bf16_support(device) == "AMX"
+
+    def features(self, pixels: UInt8[Tensor, "image 3 height width"]) -> Float32[Tensor, "image dim"]:
+        """The network's pooled output before any normalising."""
+        with computing_in(self.dtype_on(pixels.device), self.model, pixels.device) as dtype:
+            images = self.normalise_pixels(pixels).to(dtype)
+            if self.is_plain_vit:
+                out = vit.class_token_embedding(self.model, images, self.pads_keys(pixels.device))
+            else:
+                out = self.model(images.contiguous(memory_format=torch.channels_last))
+        return out.float()
+
+    def forward(self, pixels: UInt8[Tensor, "image 3 height width"]) -> Float32[Tensor, "image dim"]:
+        """Embeddings, of L2 norm 1 if `config.normalise`."""
+        features = self.features(pixels)
+        return functional.normalize(features, dim=1) if self.config.normalise else features
+
+    def prepare_for_inference(self, device: torch.device | str) -> "Extractor":
+        """Move to `device`, stop training for good and cast the network to the format it computes in there.
+        Returns itself."""
+        device = torch.device(device)
+        self.to(device).eval().requires_grad_(False)
+        self.model.to(self.dtype_on(device))
+        if not self.is_plain_vit:
+            self.model.to(memory_format=torch.channels_last)
+        return self
+
+
+def build_extractor(config: ExtractorConfig, stacked: int = 1) -> Extractor:
+    """The extractor of `config`; with `stacked` = 2 its network takes two images, one above the other.
+
+    Deterministic and without effect on the global random state.
+
+    Raises:
+        BadInput: unknown model, refused argument, weights that are absent, unreachable or do not fit, a
+            refused image size."""
+    model = _create(config)
+    if config.weights not in (None, "none"):
+        _load_file(model, config.weights)
+    transform = _transform(config, model)
+    extractor = Extractor(model, _resolve(config, model, transform), transform)
+    _accept_size(extractor, (stacked * transform.size[0], transform.size[1]))
+    return extractor.eval()
+
+
+def weights_digest(config: ExtractorConfig) -> str:
+    """sha256 that identifies the weights: of the local file, else of the state dict fetched or
+    initialised."""
+    if config.weights not in (None, "none"):
+        return weights.digest_of_file(config.weights)
+    return weights.digest_of_state(_create(config).state_dict())
+
+
+def parse_args(pairs: Iterable[str]) -> dict[str, Any]:
+    """`["pad_type=same", "depth=2"]` -> {"pad_type": "same", "depth": 2}; BadInput for anything that is not
+    NAME=VALUE."""
+    parsed = {}
+    for pair in pairs:
+        name, separator, value = pair.partition("=")
+        if not separator or not name.isidentifier():
+            raise BadInput(
+                f"extractor argument {pair!r} must have the form NAME=VALUE, such as pad_type=same"
+            )
+        parsed[name] = _literal(value)
+    return parsed
+
+
+def _literal(value: Any) -> Any:
+    if not isinstance(value, str):
+        return value
+    try:
+        return ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        return value
+
+
+def _create(config: ExtractorConfig) -> nn.Module:
+    """The timm model without classifier, with hub weights if config.weights is None, else initialised from
+    the seed."""
+    _check_name(config.name)
+    args = {name: _literal(value) for name, value in config.args.items()}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        try:
+            model = timm.create_model(config.name, pretrained=False, num_classes=0, **args)
+        except (TypeError, ValueError, AssertionError, RuntimeError, KeyError, OSError) as error:
+            raise BadInput(
+                f"extractor {config.name} with arguments {args} is refused by timm: {_line(error)}"
+            ) from error
+        if config.weights is not None:
+            return model
+        try:
+            return timm.create_model(config.name, pretrained=True, num_classes=0, **args)
+        except (OSError, RuntimeError) as error:
+            raise BadInput(
+                f"the weights of extractor {config.name} could not be fetched ({_line(error)}); "
+                "pass --extractor-weights FILE for a local file or --extractor-weights none for no training"
+            ) from error
+
+
+def _line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
+
+
+def _check_name(name: str) -> None:
+    if name.startswith(("hf-hub:", "hf_hub:", "local-dir:")) or timm.is_model(name.partition(".")[0]):
+        return
+    close = difflib.get_close_matches(name.partition(".")[0], timm.list_models(), n=3)
+    hint = f"did you mean {', '.join(close)}?" if close else "timm.list_models() lists the known ones"
+    raise BadInput(f"extractor {name} is not a timm model; {hint}")
+
+
+def _load_file(model: Any, path: str) -> None:
+    """Load a backbone's checkpoint; its classifier or training criterion, which the model has none of, is
+    left out."""
+    own = model.state_dict()
+    classifiers = model.pretrained_cfg.get("classifier") or ()
+    parts = (classifiers,) if isinstance(classifiers, str) else tuple(classifiers)
+    absent = [part for part in (*parts, "criterion") if not any(name.startswith(f"{part}.") for name in own)]
+    known = [*own, *(f"{part}.{kind}" for part in absent for kind in ("weight", "bias"))]
+    state = weights.strip_wrappers(weights.read_state_dict(path), known)
+    weights.load_exactly(model, weights.without_parts(state, absent), path)
+
+
+def _transform(config: ExtractorConfig, model: Any) -> InferenceTransform:
+    """timm's data config of the model where `config` does not say otherwise."""
+    data = timm.data.resolve_data_config({}, model=model)
+    size = config.image_size or _native_size(model)
+    height, width = (size, size) if isinstance(size, int) else size
+    return InferenceTransform(
+        size=(int(height), int(width)),
+        resize=config.resize or ("square" if data["crop_mode"] == "squash" else "crop"),
+        crop_pct=config.crop_pct or data["crop_pct"],
+        interpolation=config.interpolation or data["interpolation"],
+        mean=_three(config.mean or data["mean"]),
+        std=_three(config.std or data["std"]),
+    )
+
+
+def _three(values: Any) -> tuple[float, float, float]:
+    red, green, blue = values
+    return red, green, blue
+
+
+def _native_size(model: Any) -> tuple[int, int]:
+    built_for = getattr(getattr(model, "patch_embed", None), "img_size", None)
+    return built_for or timm.data.resolve_data_config({}, model=model)["input_size"][1:]
+
+
+def _resolve(config: ExtractorConfig, model: Any, transform: InferenceTransform) -> ExtractorConfig:
+    """The config with the transform written out and a name that timm knows without asking the hub."""
+    name, args = config.name, dict(config.args)
+    source, _, identifier = name.partition(":")
+    if identifier:
+        if source == "local-dir":
+            described = json.loads((Path(identifier) / "config.json").read_text())
+            name, hub_args = described["architecture"], described.get("model_args")
+        else:
+            _, name, hub_args = load_model_config_from_hf(identifier)
+        # The source may fix the size of the position table; the bare name would build the default one.
+        size = {"img_size": _native_size(model)} if hasattr(model, "pos_embed") else {}
+        args = {**(hub_args or {}), **size, **args}
+    return replace(
+        config,
+        name=name,
+        args=args,
+        image_size=transform.size,
+        resize=transform.resize,
+        crop_pct=transform.crop_pct,
+        interpolation=transform.interpolation,
+        mean=transform.mean,
+        std=transform.std,
+    )
+
+
+def _accept_size(extractor: Extractor, size: tuple[int, int]) -> None:
+    """Adapt the network to images of `size` where it must be told, and try one: some networks have one size
+    only."""
+    model = extractor.model
+    try:
+        if not extractor.is_plain_vit and hasattr(model, "set_input_size"):
+            model.set_input_size(img_size=size)
+        with torch.no_grad():
+            extractor.eval().features(torch.zeros(1, 3, *size, dtype=torch.uint8))
+    except (RuntimeError, AssertionError, ValueError, TypeError) as error:
+        if isinstance(error, BadInput):
+            raise
+        raise BadInput(
+            f"extractor {extractor.config.name} does not accept images of {size[0]} x {size[1]} pixels "
+            f"({_line(error)}); choose another --image-size or another extractor"
+        ) from error

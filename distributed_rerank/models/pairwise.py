@@ -1,0 +1,128 @@
+"""The interface of pairwise models: encode an image once, score a pair of encodings many times. Layer 2.
+
+encode(pixels)                                               one tensor per image, computed once and cached
+forward(encoded_query, encoded_gallery, first_stage_distance)   one logit per pair; larger = more different
+
+The evaluator and the trainer know nothing else about a model.
+"""
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from jaxtyping import Float, Float32, UInt8
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.utils.flop_counter import FlopCounterMode
+
+from distributed_rerank.data.transforms import InferenceTransform
+from distributed_rerank.models.extractor import Extractor
+
+
+class PairwiseModel(nn.Module):
+    """Base of the pairwise models. A subclass sets `encoding_shape` and `encoding_dtype`, and defines encode
+    and forward.
+
+    Batch normalisation always uses its stored statistics, in training too. Otherwise the result of a step
+    would depend on how a batch is divided among workers, and a pair's logit on the pairs beside it.
+    """
+
+    encoding_shape: tuple[int, ...]
+    """Of one image's encoding."""
+    encoding_dtype: torch.dtype
+
+    def __init__(self, config: Any, extractor: Extractor) -> None:
+        super().__init__()
+        self.config = config
+        self.extractor = extractor
+        self.is_backbone_frozen = False
+
+    @property
+    def transform(self) -> InferenceTransform:
+        """From a decoded image to the pixels that `encode` takes."""
+        return self.extractor.transform
+
+    def normalise(
+        self, pixels: UInt8[Tensor, "image 3 height width"]
+    ) -> Float32[Tensor, "image 3 height width"]:
+        """(pixels / 255 - mean) / std, on the device of the pixels."""
+        return self.extractor.normalise_pixels(pixels)
+
+    def encode(self, pixels: UInt8[Tensor, "image 3 height width"]) -> Tensor:
+        """One tensor of `encoding_shape` and `encoding_dtype` per image. Differentiable wherever the dtype
+        is."""
+        raise NotImplementedError
+
+    def forward(
+        self, encoded_query: Tensor, encoded_gallery: Tensor, first_stage_distance: Float[Tensor, " pair"]
+    ) -> Float32[Tensor, " pair"]:
+        """One logit per pair, larger = more different; row i of the three arguments is pair i."""
+        raise NotImplementedError
+
+    @property
+    def bytes_per_image(self) -> int:
+        """Size of one image's encoding."""
+        return math.prod(self.encoding_shape) * self.encoding_dtype.itemsize
+
+    def gflop_per_pair(self) -> float:
+        """Cost of `forward` for one pair in 1e9 floating-point operations (a multiplication and an addition
+        are two)."""
+        state = {name: value.to("meta") for name, value in (*self.named_parameters(), *self.named_buffers())}
+        encoding = torch.empty(1, *self.encoding_shape, dtype=self.encoding_dtype, device="meta")
+        was_training = self.training
+        self.eval()
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            functional_call(self, state, (encoding, encoding, torch.empty(1, device="meta")))
+        self.train(was_training)
+        return counter.get_total_flops() / 1e9
+
+    def train(self, mode: bool = True) -> "PairwiseModel":
+        """As nn.Module's, except for batch normalisation and a frozen backbone, which stay in evaluation
+        mode."""
+        super().train(mode)
+        if self.is_backbone_frozen:
+            self.extractor.eval()
+        for module in self.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.eval()
+        return self
+
+    def freeze_backbone(self) -> "PairwiseModel":
+        """No gradient, no dropout and no moving statistic in the backbone from now on, whatever train() is
+        told."""
+        self.is_backbone_frozen = True
+        self.extractor.requires_grad_(False)
+        return self.train(self.training)
+
+    def unfreeze_backbone(self) -> "PairwiseModel":
+        """Undo `freeze_backbone`."""
+        self.is_backbone_frozen = False
+        self.extractor.requires_grad_(True)
+        return self.train(self.training)
+
+    def parameter_groups(self, lr: float, backbone_lr: float) -> list[dict[str, Any]]:
+        """Groups for a torch optimiser: the backbone at `backbone_lr`, the rest at `lr`; frozen parameters
+        are left out."""
+        groups = [
+            {"name": "backbone", "params": _trainable(self.extractor.named_parameters()), "lr": backbone_lr},
+            {"name": "head", "params": _trainable(self._own_parameters()), "lr": lr},
+        ]
+        return [group for group in groups if group["params"]]
+
+    def _own_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        return ((name, p) for name, p in self.named_parameters() if not name.startswith("extractor."))
+
+    def prepare_for_inference(self, device: torch.device | str) -> "PairwiseModel":
+        """Move to `device`, stop training for good, cast the backbone to the format it computes in. Returns
+        itself.
+
+        The head keeps float32, and so do the logits.
+        """
+        self.to(device).eval().requires_grad_(False)
+        self.extractor.prepare_for_inference(device)
+        return self
+
+
+def _trainable(parameters: Iterator[tuple[str, nn.Parameter]]) -> list[nn.Parameter]:
+    return [p for _, p in parameters if p.requires_grad]

@@ -1,0 +1,69 @@
+"""The number format that models compute in, chosen from what the device can do. Layer 2.
+
+The choice reads capability flags and never a clock, so that two workers of one kind always choose the same
+and results do not depend on how busy a machine was.
+"""
+
+import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Literal
+
+import torch
+from torch import nn
+
+from distributed_rerank.errors import BadInput
+
+Precision = Literal["auto", "fp32", "bf16"]
+
+
+@functools.cache
+def bf16_support(device: torch.device) -> str | None:
+    """The unit of `device` that multiplies bf16 natively, or None where bf16 would be emulated.
+
+    CUDA from compute capability 8, CPUs with AMX or AVX-512 BF16.
+    """
+    if device.type == "cuda":
+        return "tensor cores" if torch.cuda.get_device_capability(device) >= (8, 0) else None
+    if device.type == "cpu":
+        flags = torch.cpu.get_capabilities()
+        if flags.get("amx_bf16"):
+            return "AMX"
+        if flags.get("avx512_bf16"):
+            return "AVX-512 BF16"
+    return None
+
+
+def resolve_precision(precision: Precision, device: torch.device) -> torch.dtype:
+    """float32 or bfloat16 for `precision` on `device`.
+
+    "auto" is bfloat16 exactly where the hardware multiplies it natively.
+
+    Raises:
+        BadInput: bf16 was asked for and `device` would only emulate it, which is up to 80 times slower
+            than fp32."""
+    if precision == "fp32" or device.type == "meta":
+        return torch.float32
+    if bf16_support(device) is not None:
+        return torch.bfloat16
+    if precision == "bf16":
+        raise BadInput(
+            f"precision=bf16 is only emulated here ({device.type}; native needs AMX, AVX-512 BF16 or CUDA "
+            "capability 8.0), which can be 80 times slower; use auto or fp32"
+        )
+    return torch.float32
+
+
+@contextmanager
+def computing_in(dtype: torch.dtype, module: nn.Module, device: torch.device) -> Iterator[torch.dtype]:
+    """Run the body in `dtype`; yields the dtype that inputs must have.
+
+    A module cast to `dtype` beforehand (inference) is run as it is; one with float32 parameters (training)
+    under autocast.
+    """
+    parameter_dtype = next((p.dtype for p in module.parameters()), torch.float32)
+    if parameter_dtype == torch.float32 and dtype != torch.float32:
+        with torch.autocast(device.type, dtype=dtype):
+            yield torch.float32
+    else:
+        yield parameter_dtype

@@ -1,0 +1,137 @@
+"""A pairwise model as a folder: config.json + model.safetensors. Nothing is ever unpickled. Layer 2.
+
+The folder is complete: it holds the backbone's weights and every choice of the image transform, so that
+loading needs neither the network nor the extractor's own weights.
+"""
+
+import dataclasses
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import safetensors
+import safetensors.torch
+from torch import nn
+
+from distributed_rerank.errors import BadInput
+from distributed_rerank.models import weights
+from distributed_rerank.models.concat_siamese import ConcatSiamese, ConcatSiameseConfig
+from distributed_rerank.models.distance_siamese import DistanceSiamese, DistanceSiameseConfig
+from distributed_rerank.models.extractor import ExtractorConfig
+from distributed_rerank.models.pairwise import PairwiseModel
+from distributed_rerank.models.split_siamese import SplitSiamese, SplitSiameseConfig
+from distributed_rerank.models.token_siamese import TokenSiamese, TokenSiameseConfig
+
+SCHEMA_VERSION = 1
+MODELS: Mapping[str, tuple[Any, type]] = {
+    "concat": (ConcatSiamese, ConcatSiameseConfig),
+    "split": (SplitSiamese, SplitSiameseConfig),
+    "token": (TokenSiamese, TokenSiameseConfig),
+    "distance": (DistanceSiamese, DistanceSiameseConfig),
+}
+
+
+def model_name(model: nn.Module) -> str:
+    """The name of the model's class in config.json and on the command line."""
+    return next(name for name, (kind, _) in MODELS.items() if type(model) is kind)
+
+
+def save_model(model: PairwiseModel, folder: str | Path) -> Path:
+    """Write `model` to `folder` (made if absent; its two files are replaced one after the other). Returns the
+    folder."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    state = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
+    _replace(folder / "model.safetensors", safetensors.torch.save(state, metadata={"format": "pt"}))
+    content = {
+        "schema_version": SCHEMA_VERSION,
+        "model": model_name(model),
+        "config": dataclasses.asdict(model.config),
+        "bytes_per_image": model.bytes_per_image,
+        "gflop_per_pair": round(model.gflop_per_pair(), 6),
+    }
+    _replace(folder / "config.json", (json.dumps(content, indent=2) + "\n").encode())
+    return folder
+
+
+def _replace(path: Path, content: bytes) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_bytes(content)
+    os.replace(temporary, path)
+
+
+def load_model(folder: str | Path) -> PairwiseModel:
+    """The model that `save_model` wrote to `folder`, or that `push_model` sent to `hf-hub:owner/name`; in
+    evaluation mode.
+
+    Raises:
+        BadInput: no such folder, a file missing, not one of ours, or weights that do not fit the config.
+    """
+    path = _fetch(str(folder)) if str(folder).startswith("hf-hub:") else Path(folder)
+    for name in ("config.json", "model.safetensors"):
+        if not (path / name).is_file():
+            raise BadInput(
+                f"{folder} is no saved pairwise model: it has no {name}; give a folder of jobs/train.py"
+            )
+    try:
+        content = json.loads((path / "config.json").read_text())
+    except ValueError as error:
+        raise BadInput(f"{path / 'config.json'} is not JSON: {error}") from error
+    if not isinstance(content, dict) or content.get("schema_version") != SCHEMA_VERSION:
+        raise BadInput(
+            f"{path / 'config.json'} has another schema_version than {SCHEMA_VERSION}; train again"
+        )
+    if content.get("model") not in MODELS:
+        raise BadInput(
+            f"{path / 'config.json'} names the model {content.get('model')!r}; known are {', '.join(MODELS)}"
+        )
+    kind, config_kind = MODELS[content["model"]]
+    model = kind(config_from_json(config_kind, content["config"]))
+    weights.load_exactly(
+        model, weights.read_state_dict(path / "model.safetensors"), str(path / "model.safetensors")
+    )
+    return model.eval()
+
+
+def config_from_json(kind: type, values: Mapping[str, Any]) -> Any:
+    """A model's config from what dataclasses.asdict made of it, told to initialise no weights from
+    elsewhere."""
+    known = {field.name for field in dataclasses.fields(kind)}
+    unknown = sorted(set(values) - known)
+    if unknown:
+        raise BadInput(
+            f"config.json has the unknown field {unknown[0]!r} of {kind.__name__}; another version wrote it"
+        )
+    plain: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value for name, value in values.items()
+    }
+    if "extractor" in plain:
+        plain["extractor"] = config_from_json(ExtractorConfig, plain["extractor"])
+    if "weights" in known:
+        plain["weights"] = "none" if kind is ExtractorConfig else None
+    return kind(**plain)
+
+
+def push_model(folder: str | Path, repo_id: str) -> str:
+    """Send a saved folder to the Hugging Face hub as `repo_id` (created if absent); returns the address of
+    the commit."""
+    api = huggingface_hub.HfApi()
+    api.create_repo(repo_id, exist_ok=True)
+    return str(
+        api.upload_folder(
+            repo_id=repo_id, folder_path=str(folder), allow_patterns=["*.json", "*.safetensors", "*.md"]
+        )
+    )
+
+
+def _fetch(name: str) -> Path:
+    try:
+        patterns = ["*.json", "*.safetensors"]
+        return Path(huggingface_hub.snapshot_download(name.removeprefix("hf-hub:"), allow_patterns=patterns))
+    except (OSError, ValueError) as error:
+        raise BadInput(
+            f"{name} could not be fetched from the hub: {str(error).splitlines()[0]}; give a local folder"
+        ) from error

@@ -1,0 +1,118 @@
+"""SplitSiamese(k): a ConcatSiamese whose first k blocks run once per image and are cached. Layer 2.
+
+The parameters and their names are ConcatSiamese's; k = 0 is ConcatSiamese up to rounding, k > 0 an
+approximation to start fine-tuning from. An image may be the query (above) or the gallery image (below), and a
+ConcatSiamese gives its patches other positions in either place. One encoding serves both: the first k blocks
+run with the positions of a single image, as the backbone was pre-trained, and at the join the position
+vectors, which are added to the tokens and carried along by the residual connections, are exchanged for those
+of the upper or lower half. That costs no second encoding and no parameter. The class tokens of both images
+are averaged at the join (they are equal at k = 0).
+"""
+
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+import torch
+from jaxtyping import Float, Float32, UInt8
+from torch import Tensor, nn
+
+from distributed_rerank.errors import BadInput
+from distributed_rerank.models import vit
+from distributed_rerank.models.concat_siamese import load_siamese_weights, logit_of_mean_probability, mlp_head
+from distributed_rerank.models.extractor import ExtractorConfig, build_extractor
+from distributed_rerank.models.pairwise import PairwiseModel
+from distributed_rerank.models.precision import computing_in
+
+STORAGE = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True, kw_only=True)
+class SplitSiameseConfig:
+    """How a SplitSiamese is built."""
+
+    extractor: ExtractorConfig = field(default_factory=ExtractorConfig)
+    """The backbone, a plain vision transformer; `image_size` is that of one image."""
+    split_at: int = 8
+    """Blocks run per image; the rest see both images."""
+    hidden_dims: tuple[int, ...] = (100,)
+    dropout: float = 0.5
+    both_orders: bool = False
+    storage: Literal["fp32", "fp16", "bf16"] = "bf16"
+    """Number format of the cached tokens."""
+    weights: str | None = None
+    """State dict of a ConcatSiamese or SplitSiamese to start from."""
+    seed: int = 0
+
+
+class SplitSiamese(PairwiseModel):
+    """blocks < split_at per image; the tokens of both through the others; class token -> MLP -> logit."""
+
+    config: SplitSiameseConfig
+
+    def __init__(self, config: SplitSiameseConfig) -> None:
+        backbone = replace(config.extractor, weights="none") if config.weights else config.extractor
+        extractor = build_extractor(backbone, stacked=2)
+        super().__init__(replace(config, extractor=extractor.config), extractor)
+        _check_splittable(extractor.model, extractor.is_plain_vit, extractor.config.name, config.split_at)
+        self.encoding_dtype = STORAGE[config.storage]
+        self.grid = vit.patch_grid(extractor.model, *self.transform.size)
+        n_tokens = self.grid[0] * self.grid[1] + extractor.model.num_prefix_tokens
+        self.encoding_shape = (n_tokens, extractor.dim)
+        self.head = mlp_head(extractor.dim, config.hidden_dims, config.dropout, config.seed)
+        if config.weights:
+            load_siamese_weights(self, config.weights)
+        self.eval()
+
+    def encode(self, pixels: UInt8[Tensor, "image 3 height width"]) -> Float[Tensor, "image token dim"]:
+        """The image's tokens after the first `split_at` blocks, prefix tokens first, with single-image
+        positions."""
+        network = self.extractor.model
+        with computing_in(self.extractor.dtype_on(pixels.device), network, pixels.device) as dtype:
+            tokens = vit.embed(network, self.normalise(pixels).to(dtype))
+            for block in network.blocks[: self.config.split_at]:
+                tokens = block(tokens)
+        return tokens.to(self.encoding_dtype)
+
+    def forward(
+        self,
+        encoded_query: Float[Tensor, "pair token dim"],
+        encoded_gallery: Float[Tensor, "pair token dim"],
+        first_stage_distance: Float[Tensor, " pair"],
+    ) -> Float32[Tensor, " pair"]:
+        """ConcatSiamese's logit on the cached tokens; both orders as there."""
+        logit = self._one_order(encoded_query, encoded_gallery)
+        if self.training or not self.config.both_orders:
+            return logit
+        return logit_of_mean_probability(logit, self._one_order(encoded_gallery, encoded_query))
+
+    def _one_order(self, above: Tensor, below: Tensor) -> Tensor:
+        network, device, n_prefix = self.extractor.model, above.device, self.extractor.model.num_prefix_tokens
+        to_above, to_below = self._position_exchange()
+        with computing_in(self.extractor.dtype_on(device), network, device) as dtype:
+            above, below = above.to(dtype), below.to(dtype)
+            prefix = (above[:, :n_prefix] + below[:, :n_prefix]) / 2
+            patches = [above[:, n_prefix:] + to_above.to(dtype), below[:, n_prefix:] + to_below.to(dtype)]
+            pad_keys = self.extractor.pads_keys(device)
+            features = vit.join(network, torch.cat([prefix, *patches], dim=1), self.config.split_at, pad_keys)
+        return self.head(features.float()).squeeze(1)
+
+    def _position_exchange(self) -> tuple[Tensor, Tensor]:
+        """What to add to patch tokens with single-image positions so that they have those of the upper and
+        the lower half."""
+        table = vit.position_table(self.extractor.model)[1]
+        single = vit.resample_positions(table, self.grid)
+        both = vit.resample_positions(table, (2 * self.grid[0], self.grid[1]))
+        above, below = both.split(single.shape[1], dim=1)
+        return above - single, below - single
+
+
+def _check_splittable(network: nn.Module, is_plain_vit: bool, name: str, split_at: int) -> None:
+    if not is_plain_vit or not isinstance(getattr(network, "norm_pre", None), nn.Identity):
+        raise BadInput(
+            f"SplitSiamese needs a plain timm vision transformer with a class token; {name} is none"
+        )
+    depth = len(list(network.get_submodule("blocks").children()))
+    if not 0 <= split_at < depth:
+        raise BadInput(
+            f"split_at={split_at} must be from 0 to {depth - 1} for {name}, which has {depth} blocks"
+        )

@@ -1,0 +1,169 @@
+"""Forward pass of plain vision transformers from timm, for images of any size. Layer 2.
+
+Why not timm's own: the position table keeps the size it was trained at and is resampled in each forward as
+DINO and OML do, so a state dict of theirs fits unchanged and theirs takes ours; the last block is computed
+for the class token only; the number of keys may be padded to a multiple of 16 where that is faster. Each is
+exact up to rounding.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from timm.layers.attention import Attention
+from timm.models.vision_transformer import Block, VisionTransformer
+from torch import Tensor, nn
+from torch.nn import functional
+
+
+def is_plain_vit(model: nn.Module) -> bool:
+    """True if this module can run `model`: a timm ViT with a class token, a square position table and
+    ordinary blocks."""
+    if type(model) is not VisionTransformer or model.pos_embed is None or not model.has_class_token:
+        return False
+    n_patch_positions = position_table(model)[1].shape[1]
+    return (
+        model.global_pool == "token"
+        and getattr(model, "attn_pool", None) is None
+        and math.isqrt(n_patch_positions) ** 2 == n_patch_positions
+        and all(_is_ordinary(block) for block in model.blocks)
+    )
+
+
+def _is_ordinary(block: nn.Module) -> bool:
+    return (
+        type(block) is Block and type(block.attn) is Attention and getattr(block.attn, "gate", None) is None
+    )
+
+
+def position_table(vit: Any) -> tuple[Tensor, Tensor]:
+    """The position table split in its part for prefix tokens [1, prefix or 0, dim] and its part for patches
+    [1, patches, dim]."""
+    n_prefix = 0 if vit.no_embed_class else vit.num_prefix_tokens
+    return vit.pos_embed[:, :n_prefix], vit.pos_embed[:, n_prefix:]
+
+
+def resample_positions(
+    patches: Float[Tensor, "1 old dim"], grid: tuple[int, int]
+) -> Float[Tensor, "1 new dim"]:
+    """A square table of patch positions resampled to `grid` (rows, columns), as DINO's reference code and OML
+    do it.
+
+    Bicubic without antialiasing; 0.1 is added to the wanted size and the interpolation is told that scale
+    factor, not the size. (https://github.com/facebookresearch/dino/issues/8). timm's own resampling differs
+    and would change the scores.
+    """
+    side = math.isqrt(patches.shape[1])
+    if grid == (side, side):
+        return patches
+    image = patches.float().reshape(1, side, side, -1).permute(0, 3, 1, 2)
+    scale = ((grid[0] + 0.1) / side, (grid[1] + 0.1) / side)
+    resampled = functional.interpolate(image, scale_factor=scale, mode="bicubic")
+    assert resampled.shape[-2:] == grid, (
+        f"positions resampled to {tuple(resampled.shape[-2:])} instead of {grid}"
+    )
+    return resampled.permute(0, 2, 3, 1).reshape(1, grid[0] * grid[1], -1).to(patches.dtype)
+
+
+def embed_patches(
+    vit: Any, pixels: Float[Tensor, "image 3 height width"]
+) -> Float[Tensor, "image patch dim"]:
+    """Patch embeddings without positions, row by row; a margin smaller than a patch is ignored."""
+    return vit.patch_embed.norm(vit.patch_embed.proj(pixels).flatten(2).transpose(1, 2))
+
+
+def add_prefix(vit: Any, patches: Tensor, positions: Tensor) -> Float[Tensor, "image token dim"]:
+    """Prefix tokens (class token first) with their positions, then `patches` + `positions`."""
+    n = patches.shape[0]
+    prefix = [vit.cls_token] + ([vit.reg_token] if vit.reg_token is not None else [])
+    prefix_tokens = torch.cat(prefix, dim=1)
+    if not vit.no_embed_class:
+        prefix_tokens = prefix_tokens + position_table(vit)[0]
+    tokens = torch.cat(
+        [prefix_tokens.expand(n, -1, -1).to(patches.dtype), patches + positions.to(patches.dtype)], dim=1
+    )
+    return vit.norm_pre(vit.patch_drop(vit.pos_drop(tokens)))
+
+
+def patch_grid(vit: Any, height: int, width: int) -> tuple[int, int]:
+    """Rows and columns of patches in an image."""
+    patch_height, patch_width = vit.patch_embed.patch_size
+    return height // patch_height, width // patch_width
+
+
+def embed(vit: Any, pixels: Float[Tensor, "image 3 height width"]) -> Float[Tensor, "image token dim"]:
+    """The tokens that enter the first block."""
+    positions = resample_positions(position_table(vit)[1], patch_grid(vit, *pixels.shape[-2:]))
+    return add_prefix(vit, embed_patches(vit, pixels), positions)
+
+
+def class_token_embedding(
+    vit: Any, pixels: Float[Tensor, "image 3 height width"], pad_keys: bool
+) -> Float[Tensor, "image dim"]:
+    """The normalised class token after all blocks: what timm's ViT returns with num_classes=0 and
+    global_pool="token"."""
+    return join(vit, embed(vit, pixels), first_block=0, pad_keys=pad_keys)
+
+
+def maps_and_embedding(
+    vit: Any, pixels: Float[Tensor, "image 3 height width"], blocks: Sequence[int]
+) -> tuple[list[Float[Tensor, "image dim rows columns"]], Float[Tensor, "image dim"]]:
+    """Patch tokens after each of `blocks` (negative = from the end) through the final norm, as maps, and the
+    embedding."""
+    wanted = [range(len(vit.blocks))[block] for block in blocks]
+    rows, columns = patch_grid(vit, *pixels.shape[-2:])
+    tokens, maps = embed(vit, pixels), {}
+    for number, block in enumerate(vit.blocks):
+        tokens = block(tokens)
+        if number in wanted:
+            patches = vit.norm(tokens)[:, vit.num_prefix_tokens :]
+            maps[number] = patches.transpose(1, 2).unflatten(2, (rows, columns))
+    return [maps[number] for number in wanted], vit.head_drop(vit.fc_norm(vit.norm(tokens)[:, 0]))
+
+
+def join(
+    vit: Any, tokens: Float[Tensor, "image token dim"], first_block: int, pad_keys: bool
+) -> Float[Tensor, "image dim"]:
+    """Run the blocks from `first_block` on and return the normalised class token; the last block computes
+    nothing else."""
+    blocks = list(vit.blocks)[first_block:]
+    if blocks:
+        tokens, mask = _pad_keys(tokens) if pad_keys else (tokens, None)
+        for block in blocks[:-1]:
+            tokens = block(tokens, attn_mask=mask)
+        tokens = _class_token_block(blocks[-1], tokens, mask)
+    return vit.head_drop(vit.fc_norm(vit.norm(tokens)[:, 0]))
+
+
+def _pad_keys(tokens: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Zero tokens up to a multiple of 16, and the mask that hides them: CPU attention kernels are slow on odd
+    lengths."""
+    n_missing = -tokens.shape[1] % 16
+    if n_missing == 0:
+        return tokens, None
+    mask = torch.zeros(1, 1, 1, tokens.shape[1] + n_missing, dtype=tokens.dtype, device=tokens.device)
+    mask[..., -n_missing:] = -math.inf
+    return functional.pad(tokens, (0, 0, 0, n_missing)), mask
+
+
+def _class_token_block(block: Any, tokens: Tensor, mask: Tensor | None) -> Float[Tensor, "image 1 dim"]:
+    attention, n = block.attn, tokens.shape[0]
+    heads, head_dim = attention.num_heads, attention.head_dim
+    width = heads * head_dim
+    normed = block.norm1(tokens)
+    weight, bias = attention.qkv.weight, attention.qkv.bias
+    q = functional.linear(normed[:, :1], weight[:width], None if bias is None else bias[:width])
+    kv = functional.linear(normed, weight[width:], None if bias is None else bias[width:])
+    q = attention.q_norm(q.reshape(n, 1, heads, head_dim).transpose(1, 2))
+    k, v = kv.reshape(n, -1, 2, heads, head_dim).permute(2, 0, 3, 1, 4)
+    dropout = attention.attn_drop.p if attention.training else 0.0
+    out = functional.scaled_dot_product_attention(
+        q, attention.k_norm(k), v, attn_mask=mask, dropout_p=dropout
+    )
+    out = out.transpose(1, 2).reshape(n, 1, width)
+    out = attention.norm(out) if hasattr(attention, "norm") else out
+    out = attention.proj_drop(attention.proj(out))
+    token = tokens[:, :1] + block.drop_path1(block.ls1(out))
+    return token + block.drop_path2(block.ls2(block.mlp(block.norm2(token))))

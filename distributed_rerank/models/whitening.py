@@ -1,0 +1,93 @@
+"""Closed-form projections of frozen features: principal components, then whitening within labels. Layer 2.
+
+Whitening by the covariance within labels (WCCN, Hatch et al. 2006; the metric of linear discriminant
+analysis) makes directions in which images of one label differ count little, so that cosines of projected
+features compare what tells labels apart.
+"""
+
+import torch
+from jaxtyping import Float, Float32, Int64
+from torch import Tensor, nn
+from torch.nn import functional
+
+from distributed_rerank.errors import BadInput
+
+EXACT_CHANNELS = 1024
+"""Up to this many channels the covariance is decomposed exactly, beyond it by a seeded randomised method."""
+
+OVERSAMPLING = 10
+"""Directions that the randomised method looks for beyond those wanted, which makes the wanted ones
+accurate."""
+
+
+class Projection(nn.Module):
+    """normalize((features - mean) @ matrix) with fitted, not learned, constants; random directions until
+    `fit` is called."""
+
+    mean: Tensor
+    matrix: Tensor
+
+    def __init__(self, n_channels: int, dim: int) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(n_channels))
+        self.register_buffer("matrix", torch.randn(n_channels, dim) / n_channels**0.5)
+
+    def forward(self, features: Float[Tensor, "*rows channel"]) -> Float32[Tensor, "*rows dim"]:
+        """Rows of norm 1 (or 0)."""
+        return functional.normalize((features.float() - self.mean) @ self.matrix, dim=-1)
+
+    def fit(
+        self, features: Float[Tensor, "row channel"], labels: Int64[Tensor, " row"], shrinkage: float
+    ) -> "Projection":
+        """Set the constants by `within_label_whitening`. Returns itself."""
+        mean, matrix = within_label_whitening(features, labels, self.matrix.shape[1], shrinkage)
+        self.mean.copy_(mean)
+        self.matrix.copy_(matrix)
+        return self
+
+
+def principal_directions(centred: Float32[Tensor, "row channel"], dim: int) -> Float32[Tensor, "channel dim"]:
+    """The directions of largest variance, largest first, at most as many as rows - 1 and channels allow.
+
+    Deterministic: the randomised method used for many channels draws from a generator of its own.
+    """
+    most = min(centred.shape[1], centred.shape[0] - 1)
+    dim = min(dim, most)
+    if centred.shape[1] <= EXACT_CHANNELS:
+        double = centred.double()
+        _, vectors = torch.linalg.eigh(double.T @ double)
+        return vectors[:, -dim:].flip(1).float()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return torch.pca_lowrank(centred, q=min(dim + OVERSAMPLING, most), center=False, niter=3)[2][:, :dim]
+
+
+def within_label_whitening(
+    features: Float[Tensor, "row channel"], labels: Int64[Tensor, " row"], dim: int, shrinkage: float
+) -> tuple[Float32[Tensor, " channel"], Float32[Tensor, "channel dim"]]:
+    """Mean and matrix of a projection to `dim` numbers in which rows of one label scatter alike in every
+    direction.
+
+    With S the covariance around the labels' means, in principal components, the matrix is V Q (diag)^-1/2
+    where Q, diag decompose S + shrinkage * mean variance * identity; labels of one row say nothing of S and
+    are left out of it. Where the data allow fewer directions than `dim`, the last columns are 0.
+
+    Raises:
+        BadInput: fewer than two rows, or no two rows share a label, so that nothing is known of what
+            varies within one."""
+    _, label, counts = labels.unique(return_inverse=True, return_counts=True)
+    if len(label) < 2 or int(counts.max()) < 2:
+        raise BadInput(
+            f"projections cannot be fitted to {len(label)} features of {len(counts)} labels; "
+            "give labels with two images or more"
+        )
+    mean = features.float().mean(dim=0)
+    directions = principal_directions(features.float() - mean, dim)
+    z = ((features.float() - mean) @ directions).double()
+    label_means = z.new_zeros(len(counts), z.shape[1]).index_add_(0, label, z) / counts[:, None]
+    within = (z - label_means[label])[counts[label] > 1]
+    scatter = within.T @ within / len(within)
+    level = shrinkage * scatter.diagonal().mean() + torch.finfo(torch.float32).tiny
+    values, vectors = torch.linalg.eigh(scatter + level * torch.eye(len(scatter), dtype=scatter.dtype))
+    matrix = directions.double() @ (vectors * values.clamp(min=float(level)).rsqrt())
+    return mean, functional.pad(matrix, (0, dim - matrix.shape[1])).float()

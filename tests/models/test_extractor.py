@@ -1,0 +1,223 @@
+import dataclasses
+import hashlib
+import json
+
+import huggingface_hub
+import pytest
+import safetensors.torch
+import timm
+import torch
+
+from distributed_rerank.data.transforms import InferenceTransform
+from distributed_rerank.errors import BadInput
+from distributed_rerank.models.extractor import (
+    ExtractorConfig,
+    build_extractor,
+    parse_args,
+    weights_digest,
+)
+
+
+def test_extractor_vit_at_its_own_size_equals_timm(pixels):
+    args = {"depth": 2, "embed_dim": 64, "num_heads": 2, "img_size": 64}
+    config = ExtractorConfig(
+        name="vit_small_patch16_224", weights="none", args=args, normalise=False, precision="fp32"
+    )
+    extractor = build_extractor(config)
+    assert extractor.transform.size == (64, 64)
+    with torch.inference_mode():
+        expected = extractor.model((pixels / 255 - extractor.mean) / extractor.std)
+        torch.testing.assert_close(extractor(pixels), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "args", [{"reg_tokens": 4, "no_embed_class": True}, {"init_values": 1e-1, "qk_norm": True}]
+)
+def test_extractor_vit_variants_equal_timm(pixels, args):
+    args = {"depth": 2, "embed_dim": 64, "num_heads": 2, "img_size": 64, **args}
+    extractor = build_extractor(
+        ExtractorConfig(
+            name="vit_small_patch16_224", weights="none", args=args, normalise=False, precision="fp32"
+        )
+    )
+    assert extractor.is_plain_vit
+    with torch.inference_mode():
+        expected = extractor.model(extractor.normalise_pixels(pixels))
+        torch.testing.assert_close(extractor(pixels), expected, rtol=0, atol=1e-5)
+
+
+def test_extractor_cnn_equals_timm_and_normalises(pixels, cnn_config):
+    extractor = build_extractor(cnn_config)
+    with torch.inference_mode():
+        expected = extractor.model(extractor.normalise_pixels(pixels))
+        torch.testing.assert_close(extractor.features(pixels), expected, rtol=1e-4, atol=1e-5)
+        embeddings = extractor(pixels)
+    assert embeddings.shape == (6, extractor.dim)
+    torch.testing.assert_close(embeddings.norm(dim=1), torch.ones(6))
+    torch.testing.assert_close(
+        embeddings, torch.nn.functional.normalize(expected, dim=1), rtol=1e-4, atol=1e-5
+    )
+
+
+def test_extractor_prepared_for_inference_agrees_with_autocast(pixels, vit_config):
+    config = dataclasses.replace(vit_config, precision="auto")
+    with torch.inference_mode():
+        plain = build_extractor(config)(pixels)
+        prepared = build_extractor(config).prepare_for_inference("cpu")(pixels)
+        exact = build_extractor(vit_config)(pixels)
+    assert prepared.dtype == torch.float32
+    torch.testing.assert_close(prepared, exact, rtol=0, atol=2e-2)
+    torch.testing.assert_close(plain, exact, rtol=0, atol=2e-2)
+
+
+def test_extractor_transform_every_field_can_be_overridden():
+    config = ExtractorConfig(
+        name="resnet10t",
+        weights="none",
+        image_size=(48, 32),
+        resize="square",
+        crop_pct=0.5,
+        interpolation="bilinear",
+        mean=(0.1, 0.2, 0.3),
+        std=(0.4, 0.5, 0.6),
+    )
+    expected = InferenceTransform(
+        size=(48, 32),
+        resize="square",
+        crop_pct=0.5,
+        interpolation="bilinear",
+        mean=(0.1, 0.2, 0.3),
+        std=(0.4, 0.5, 0.6),
+    )
+    extractor = build_extractor(config)
+    assert extractor.transform == expected
+    assert extractor.config == config
+
+
+def test_extractor_transform_without_overrides_is_timms_data_config():
+    extractor = build_extractor(ExtractorConfig(name="mobilenetv2_100", weights="none"))
+    data = timm.data.resolve_data_config({}, model=timm.create_model("mobilenetv2_100"))
+    assert extractor.transform.size == data["input_size"][1:]
+    assert extractor.transform.resize == "crop"
+    assert extractor.transform.crop_pct == data["crop_pct"]
+    assert extractor.transform.interpolation == data["interpolation"]
+    assert extractor.transform.mean == data["mean"]
+
+
+def test_build_extractor_untrained_is_decided_by_the_seed_and_leaves_global_state(vit_config):
+    torch.manual_seed(5)
+    state = torch.get_rng_state()
+    first, second = weights_digest(vit_config), weights_digest(vit_config)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert first == second
+    assert first != weights_digest(dataclasses.replace(vit_config, seed=1))
+
+
+def test_weights_digest_of_a_file_is_its_sha256(tmp_path, cnn_config):
+    path = tmp_path / "w.safetensors"
+    safetensors.torch.save_file(build_extractor(cnn_config).model.state_dict(), path)
+    config = dataclasses.replace(cnn_config, weights=str(path))
+    assert weights_digest(config) == hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+@pytest.mark.parametrize("prefix", ["", "module.", "extractor.model.", "backbone."])
+def test_build_extractor_checkpoint_with_wrapper_and_classifier_is_loaded(
+    tmp_path, pixels, cnn_config, prefix
+):
+    trained = timm.create_model("resnet10t", num_classes=7)
+    torch.save({"state_dict": {prefix + k: v for k, v in trained.state_dict().items()}}, tmp_path / "w.pth")
+    extractor = build_extractor(
+        dataclasses.replace(cnn_config, weights=str(tmp_path / "w.pth"), normalise=False)
+    )
+    with torch.inference_mode():
+        expected = trained.eval().forward_head(
+            trained.forward_features(extractor.normalise_pixels(pixels)), pre_logits=True
+        )
+        torch.testing.assert_close(extractor(pixels), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_build_extractor_weights_of_another_architecture_are_refused(tmp_path, cnn_config):
+    torch.save(timm.create_model("resnet18", num_classes=0).state_dict(), tmp_path / "other.pth")
+    with pytest.raises(BadInput, match=r"other\.pth do not fit the architecture: .* missing \("):
+        build_extractor(dataclasses.replace(cnn_config, weights=str(tmp_path / "other.pth")))
+
+
+def test_build_extractor_unknown_name_suggests_close_ones():
+    with pytest.raises(BadInput, match=r"mobilenetv2_10 is not a timm model; did you mean .*mobilenetv2_100"):
+        build_extractor(ExtractorConfig(name="mobilenetv2_10", weights="none"))
+
+
+def test_build_extractor_refused_argument_is_named():
+    with pytest.raises(BadInput, match=r"resnet10t with arguments \{'depht': 2\} is refused"):
+        build_extractor(ExtractorConfig(name="resnet10t", weights="none", args={"depht": "2"}))
+
+
+def test_build_extractor_unreachable_hub_says_what_to_do(monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(BadInput, match=r"could not be fetched .* --extractor-weights FILE .* none"):
+        build_extractor(ExtractorConfig(name="resnet10t.c3_in1k"))
+
+
+def test_build_extractor_network_of_one_size_refuses_another():
+    with pytest.raises(BadInput, match=r"mixer_s16_224 does not accept images of 96 x 96 .* --image-size"):
+        build_extractor(ExtractorConfig(name="mixer_s16_224", weights="none", image_size=96))
+
+
+def test_build_extractor_window_transformer_takes_a_stacked_pair():
+    config = ExtractorConfig(
+        name="swin_tiny_patch4_window7_224", weights="none", args={"depths": (1, 1, 1, 1), "embed_dim": 24}
+    )
+    extractor = build_extractor(config, stacked=2)
+    pair = torch.zeros(1, 3, 448, 224, dtype=torch.uint8)
+    assert extractor.features(pair).shape == (1, extractor.dim)
+
+
+def test_build_extractor_local_dir_is_resolved_to_a_name_that_needs_no_folder(tmp_path, pixels):
+    args = {"depth": 1, "embed_dim": 64, "num_heads": 2, "img_size": 64}
+    model = timm.create_model("vit_small_patch16_224", num_classes=0, **args)
+    safetensors.torch.save_file(model.state_dict(), tmp_path / "model.safetensors")
+    described = {"architecture": "vit_small_patch16_224", "num_classes": 0, "model_args": args}
+    described["pretrained_cfg"] = {"input_size": [3, 64, 64], "num_classes": 0, "mean": [0.5] * 3}
+    (tmp_path / "config.json").write_text(json.dumps(described))
+    extractor = build_extractor(ExtractorConfig(name=f"local-dir:{tmp_path}", precision="fp32"))
+    assert torch.equal(extractor.model.cls_token, model.cls_token)
+    assert extractor.transform.mean[0] == 0.5
+    again = build_extractor(dataclasses.replace(extractor.config, weights="none"))
+    assert again.model.state_dict().keys() == extractor.model.state_dict().keys()
+    again.model.load_state_dict(extractor.model.state_dict())
+    assert torch.equal(again(pixels), extractor(pixels))
+
+
+def test_parse_args_reads_literals_and_keeps_words():
+    assert parse_args(["pad_type=same", "depth=2", "size=(64, 32)", "flag=True"]) == {
+        "pad_type": "same",
+        "depth": 2,
+        "size": (64, 32),
+        "flag": True,
+    }
+    with pytest.raises(BadInput, match="'pad_type'"):
+        parse_args(["pad_type"])
+
+
+def test_build_extractor_real_weights_separate_real_photos(shared_data):
+    from PIL import Image
+
+    config = ExtractorConfig(
+        name="mobilenetv2_100",
+        weights=str(shared_data / "weights" / "mobilenetv2_100.safetensors"),
+        args={"pad_type": "same"},
+        image_size=160,
+        resize="square",
+        mean=(0.5, 0.5, 0.5),
+        std=(0.5, 0.5, 0.5),
+        precision="fp32",
+    )
+    extractor = build_extractor(config).prepare_for_inference("cpu")
+    folders = [shared_data / "grocery/images/test/Fruit" / name for name in ("Banana", "Kiwi", "Pineapple")]
+    paths = [path for folder in folders for path in sorted(folder.rglob("*.jpg"))[:6]]
+    batch = torch.stack([extractor.transform(Image.open(path).convert("RGB")) for path in paths])
+    with torch.inference_mode():
+        embeddings = extractor(batch)
+    distances = torch.cdist(embeddings, embeddings).fill_diagonal_(float("inf"))
+    labels = torch.arange(len(folders)).repeat_interleave(6)
+    assert (labels[distances.argmin(dim=1)] == labels).float().mean() > 0.9
