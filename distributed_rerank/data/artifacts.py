@@ -75,9 +75,7 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
     except (FileNotFoundError, NotADirectoryError):
         raise BadInput(f"{folder} holds no {MANIFEST}: it is not a complete output of this tool") from None
     except ValueError as error:
-        raise BadInput(
-            f"{path} is not valid JSON ({error}); delete the folder or choose another --out"
-        ) from None
+        raise BadInput(f"{path} is not valid JSON ({error}); delete the folder or choose another --out") from None
     if not isinstance(manifest, dict) or not isinstance(manifest.get("fingerprint"), dict):
         raise BadInput(f"{path} has no fingerprint: it is not an output of this tool; choose another --out")
     return manifest
@@ -219,9 +217,7 @@ def _is_absent(folder: Path) -> bool:
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return True
     if not (folder / MANIFEST).is_file():
-        raise BadInput(
-            f"{folder} exists and is not an output of this tool (no {MANIFEST}); choose another --out"
-        )
+        raise BadInput(f"{folder} exists and is not an output of this tool (no {MANIFEST}); choose another --out")
     return False
 
 

@@ -64,17 +64,13 @@ def pairs_table(query_ids: np.ndarray, gallery_ids: np.ndarray, logits: np.ndarr
     return tables.conform(pa.table(columns), "pair_distances")
 
 
-def aligned_logits(
-    pairs: pa.Table, catalogue: Catalogue, lists: CandidateLists
-) -> Float32[np.ndarray, "query k"]:
+def aligned_logits(pairs: pa.Table, catalogue: Catalogue, lists: CandidateLists) -> Float32[np.ndarray, "query k"]:
     """Logits of a pair distances table at the places of `lists`; NaN where a pair was not scored.
 
     Pairs that are in no list are left out. Raises BadInput for a pair with two logits and for unknown ids.
     """
     n = len(catalogue)
-    keys = catalogue.items_of(pairs["query_id"].to_numpy()) * n + catalogue.items_of(
-        pairs["gallery_id"].to_numpy()
-    )
+    keys = catalogue.items_of(pairs["query_id"].to_numpy()) * n + catalogue.items_of(pairs["gallery_id"].to_numpy())
     order = np.argsort(keys, kind="stable")
     keys, logits = keys[order], pairs["logit"].to_numpy()[order]
     if len(keys) and (keys[1:] == keys[:-1]).any():
@@ -110,9 +106,7 @@ def _load(path: str | Path, schemes: frozenset[str]) -> pd.DataFrame:
     try:
         content = locations.read_bytes(text, schemes)
     except OSError as error:
-        raise BadInput(
-            f"cannot read the candidates {text}: {error.strerror or error}; check the path"
-        ) from error
+        raise BadInput(f"cannot read the candidates {text}: {error.strerror or error}; check the path") from error
     if not content.strip():
         raise BadInput(f"{text} is empty: no readable Parquet, CSV or TREC run; check the path")
     if content[:4] == b"PAR1":
@@ -142,9 +136,7 @@ def _with_distance(frame: pd.DataFrame, source: str) -> pd.DataFrame:
     numbers = _numbers(frame, values[0])
     bad = ~np.isfinite(numbers)
     if bad.any():
-        raise BadInput(
-            f"{source}: {bad.sum()} values of {values[0]} are not finite, first in row {bad.argmax() + 1}"
-        )
+        raise BadInput(f"{source}: {bad.sum()} values of {values[0]} are not finite, first in row {bad.argmax() + 1}")
     distances = (numbers if values[0] == "distance" else -numbers).astype(np.float32)
     return frame.drop(columns=values).assign(distance=distances)
 
@@ -156,9 +148,7 @@ def _numbers(frame: pd.DataFrame, column: str) -> np.ndarray:
 def _check_pairs(frame: pd.DataFrame, source: str) -> None:
     empty = (frame["query_id"].isna() | frame["gallery_id"].isna()).to_numpy(dtype=bool)
     if empty.any():
-        raise BadInput(
-            f"{source}: {empty.sum()} rows without query_id or gallery_id, first row {empty.argmax() + 1}"
-        )
+        raise BadInput(f"{source}: {empty.sum()} rows without query_id or gallery_id, first row {empty.argmax() + 1}")
     repeated = frame.duplicated(["query_id", "gallery_id"], keep="first").to_numpy(dtype=bool)
     if repeated.any():
         row = int(repeated.argmax())

@@ -101,9 +101,7 @@ class Catalogue:
         """The rows of one split, numbered anew. Raises BadInput where there are none."""
         items = np.flatnonzero(self.table["split"].to_numpy(dtype=object) == split)
         if len(items) == 0:
-            raise BadInput(
-                f"{self.source}: no row has split {split!r}; set it in the table or choose another split"
-            )
+            raise BadInput(f"{self.source}: no row has split {split!r}; set it in the table or choose another split")
         return self.take(items)
 
     def take(self, items: np.ndarray) -> "Catalogue":
@@ -159,9 +157,7 @@ class Catalogue:
         return values
 
 
-def read_catalogue(
-    uri: str, *, purpose: Purpose = "images", schemes: frozenset[str] = locations.SCHEMES
-) -> Catalogue:
+def read_catalogue(uri: str, *, purpose: Purpose = "images", schemes: frozenset[str] = locations.SCHEMES) -> Catalogue:
     """Read and check a catalogue, CSV or Parquet, from a local path or URI.
 
     `purpose` decides what must be there: "images" only `path`; "evaluation" labels, a validation split,
@@ -223,9 +219,7 @@ def _union(queries: pd.DataFrame, gallery: pd.DataFrame, source: str) -> pd.Data
             "give both tables an id column without clashes"
         )
     merged = both.drop_duplicates("id", ignore_index=True)
-    return merged.assign(
-        is_query=merged["id"].isin(queries["id"]), is_gallery=merged["id"].isin(gallery["id"])
-    )
+    return merged.assign(is_query=merged["id"].isin(queries["id"]), is_gallery=merged["id"].isin(gallery["id"]))
 
 
 def _sorted_by_id(table: pd.DataFrame) -> pd.DataFrame:

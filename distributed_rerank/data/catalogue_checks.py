@@ -59,9 +59,7 @@ def load_table(uri: str, schemes: frozenset[str]) -> pd.DataFrame:
     try:
         content = locations.read_bytes(uri, schemes)
     except OSError as error:
-        raise BadInput(
-            f"cannot read the catalogue {uri}: {error.strerror or error}; check the path"
-        ) from error
+        raise BadInput(f"cannot read the catalogue {uri}: {error.strerror or error}; check the path") from error
     try:
         if content[:4] == b"PAR1":
             table = pq.read_table(io.BytesIO(content))
@@ -113,9 +111,7 @@ def normalise(raw: pd.DataFrame, folder: str, purpose: str, problems: Problems) 
 
 def check_ids(table: pd.DataFrame, problems: Problems) -> None:
     """Every id once: the first repeated ones are named with their rows."""
-    is_repeated = table["id"].duplicated(keep=False).to_numpy(dtype=bool) & (table["id"] != "").to_numpy(
-        dtype=bool
-    )
+    is_repeated = table["id"].duplicated(keep=False).to_numpy(dtype=bool) & (table["id"] != "").to_numpy(dtype=bool)
     groups: dict[str, list[int]] = {}
     for row in np.flatnonzero(is_repeated).tolist():
         groups.setdefault(table["id"].iat[row], []).append(row + 1)
@@ -128,9 +124,7 @@ def check_ids(table: pd.DataFrame, problems: Problems) -> None:
 def check_labels(table: pd.DataFrame, split: str, problems: Problems) -> None:
     """A label in every row of the split."""
     if "label" not in problems.absent:
-        unlabelled = (table["split"] == split).to_numpy(dtype=bool) & table["label"].isna().to_numpy(
-            dtype=bool
-        )
+        unlabelled = (table["split"] == split).to_numpy(dtype=bool) & table["label"].isna().to_numpy(dtype=bool)
         problems.add(f"no label in {split} rows; give one or remove the rows", unlabelled)
 
 
@@ -150,9 +144,7 @@ def check_evaluation(table: pd.DataFrame, problems: Problems) -> None:
         problems.add("no gallery: set is_gallery to True in at least one validation row")
     neither = rows & ~is_query & ~is_gallery
     if is_query.any() and is_gallery.any():
-        problems.add(
-            "validation rows that are neither query nor gallery; set is_query or is_gallery to True", neither
-        )
+        problems.add("validation rows that are neither query nor gallery; set is_query or is_gallery to True", neither)
 
 
 def check_training(table: pd.DataFrame, problems: Problems) -> None:
@@ -287,12 +279,8 @@ def _boxes(raw: pd.DataFrame, text: dict[str, np.ndarray], problems: Problems) -
         (~is_number & ~is_empty).any(axis=1),
     )
     partial = is_empty.any(axis=1) & ~is_empty.all(axis=1)
-    problems.add(
-        "box with NaN: some of x_1, y_1, x_2, y_2 are empty; fill them or leave all four empty", partial
-    )
+    problems.add("box with NaN: some of x_1, y_1, x_2, y_2 are empty; fill them or leave all four empty", partial)
     boxes = np.trunc(np.where(is_number.all(axis=1, keepdims=True), boxes, np.nan))
     inverted = (boxes[:, 0] >= boxes[:, 2]) | (boxes[:, 1] >= boxes[:, 3])
-    problems.add(
-        "inverted or empty box; x_1 < x_2 and y_1 < y_2 are needed (left, top, right, bottom)", inverted
-    )
+    problems.add("inverted or empty box; x_1 < x_2 and y_1 < y_2 are needed (left, top, right, bottom)", inverted)
     return boxes

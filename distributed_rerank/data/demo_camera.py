@@ -29,9 +29,7 @@ def take_photo(flat: Image.Image, size: int, rng: np.random.Generator) -> tuple[
 
 
 def _background(size: int, rng: np.random.Generator) -> Image.Image:
-    paint: Callable[[int, np.random.Generator], Image.Image] = (_cloth, _planks, _tiles, _clutter)[
-        int(rng.integers(4))
-    ]
+    paint: Callable[[int, np.random.Generator], Image.Image] = (_cloth, _planks, _tiles, _clutter)[int(rng.integers(4))]
     return paint(size, rng)
 
 
@@ -65,9 +63,7 @@ def _planks(size: int, rng: np.random.Generator) -> Image.Image:
         canvas.rectangle((0, top, size, top + height - 2), fill=plank)
     grain = _smooth_noise(size, 12, rng)[:, : size // 8].repeat(8, axis=1)[:, :size]
     pixels = np.asarray(image, dtype=np.float64)
-    return _to_image(
-        pixels + 35 * np.pad(grain, ((0, 0), (0, size - grain.shape[1])), mode="edge")[..., None]
-    )
+    return _to_image(pixels + 35 * np.pad(grain, ((0, 0), (0, size - grain.shape[1])), mode="edge")[..., None])
 
 
 def _tiles(size: int, rng: np.random.Generator) -> Image.Image:
@@ -100,9 +96,7 @@ def _colour(values: np.ndarray) -> tuple[int, int, int]:
     return red, green, blue
 
 
-def _seen_from_somewhere(
-    flat: Image.Image, size: int, rng: np.random.Generator
-) -> tuple[Image.Image, Image.Image]:
+def _seen_from_somewhere(flat: Image.Image, size: int, rng: np.random.Generator) -> tuple[Image.Image, Image.Image]:
     """The drawing under a random homography (turn, tilt, distance, place), and its outline as a mask."""
     angle, scale = rng.uniform(-0.15, 0.15), rng.uniform(0.84, 1.0)
     corners = np.array([[-0.5, -0.5], [0.5, -0.5], [0.5, 0.5], [-0.5, 0.5]]) * [rng.uniform(0.88, 1.0), 1.0]

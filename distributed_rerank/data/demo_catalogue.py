@@ -53,9 +53,7 @@ class DesignFamily:
     designs: tuple[Design, ...]
 
 
-def write_demo_catalogue(
-    folder: Path, n_designs: int = 120, n_images: int = 6, size: int = 128, seed: int = 0
-) -> Path:
+def write_demo_catalogue(folder: Path, n_designs: int = 120, n_images: int = 6, size: int = 128, seed: int = 0) -> Path:
     """Write `n_designs` x `n_images` JPEG photos of `size` x `size` pixels and their table; returns its path.
 
     The table is `df.csv` with OML's columns: label, path (relative to the folder), split, is_query,

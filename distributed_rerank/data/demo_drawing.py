@@ -148,9 +148,7 @@ def _draw_label(canvas: ImageDraw.ImageDraw, design: Design, box: Sequence[float
         return top + (1 - v if design.is_upside_down else v) * height
 
     canvas.rounded_rectangle((left, top, right, bottom), 0.05 * width, fill=paper)
-    canvas.text(
-        (x(0.5), y(0.105)), design.word, fill=ink, font=ImageFont.load_default(0.18 * height), anchor="mm"
-    )
+    canvas.text((x(0.5), y(0.105)), design.word, fill=ink, font=ImageFont.load_default(0.18 * height), anchor="mm")
     centre, radius = (x(0.5), y(0.48)), 0.28 * height
     canvas.ellipse(_disc(*centre, radius), fill=disc)
     _draw_emblem(canvas, design.emblem, centre, 0.82 * radius, (paper, disc))

@@ -45,7 +45,7 @@ _DAMAGE = (
 )
 
 
-class UnreadableImage(Exception):  # noqa: N818  it names a state of the file, and becomes a reject row
+class UnreadableImage(Exception):
     """An image that cannot be used; `reason` is one line for the rejects table."""
 
     def __init__(self, reason: str) -> None:
@@ -53,9 +53,7 @@ class UnreadableImage(Exception):  # noqa: N818  it names a state of the file, a
         self.reason = reason
 
 
-def read_image(
-    ref: ImageRef, max_pixels: int = MAX_PIXELS, schemes: frozenset[str] = locations.SCHEMES
-) -> Image.Image:
+def read_image(ref: ImageRef, max_pixels: int = MAX_PIXELS, schemes: frozenset[str] = locations.SCHEMES) -> Image.Image:
     """The picture of `ref` as mode RGB, cut to its box; whatever is wrong with the file: UnreadableImage."""
     try:
         content = read_bytes(ref.path, schemes)

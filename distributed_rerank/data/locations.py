@@ -61,9 +61,7 @@ def read_bytes(location: str, schemes: frozenset[str] = SCHEMES) -> bytes:
     try:
         return _read_remote(location, scheme)
     except (ImportError, ValueError) as error:
-        raise BadInput(
-            f"{location}: cannot open scheme {scheme!r} ({error}); install its fsspec driver"
-        ) from error
+        raise BadInput(f"{location}: cannot open scheme {scheme!r} ({error}); install its fsspec driver") from error
 
 
 def _read_remote(location: str, scheme: str) -> bytes:

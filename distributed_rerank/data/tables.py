@@ -33,9 +33,7 @@ SCHEMAS = {
             "first_hit_after": pa.int64(),
         }
     ),
-    "rejects": pa.schema(
-        {"id": pa.string(), "path": pa.string(), "stage": pa.string(), "reason": pa.string()}
-    ),
+    "rejects": pa.schema({"id": pa.string(), "path": pa.string(), "stage": pa.string(), "reason": pa.string()}),
 }
 _MAY_BE_NULL = {"label", "category", "first_hit_before", "first_hit_after"}
 
@@ -60,9 +58,7 @@ def conform(table: pa.Table, name: str, source: str = "this table") -> pa.Table:
         raise BadInput(f"{source}: not a table of {name}: {error}; needed types: {_line(schema)}") from error
     for column in SCHEMAS[name].names:
         if column not in _MAY_BE_NULL and table[column].null_count:
-            raise BadInput(
-                f"{source}: {table[column].null_count} empty cells in column {column!r}; fill them"
-            )
+            raise BadInput(f"{source}: {table[column].null_count} empty cells in column {column!r}; fill them")
     return table
 
 
@@ -97,9 +93,7 @@ def read_embeddings(path: str | Path) -> tuple[np.ndarray, Float32[np.ndarray, "
     """
     table = load_parquet(path, "embeddings")
     if sorted(table.column_names) != ["embedding", "id"]:
-        raise BadInput(
-            f"{path}: columns {table.column_names}; an embeddings table has exactly id and embedding"
-        )
+        raise BadInput(f"{path}: columns {table.column_names}; an embeddings table has exactly id and embedding")
     ids = table["id"].cast(pa.string()).to_numpy()
     embeddings = _matrix(table["embedding"].combine_chunks(), path)
     repeated = _first_repeated(ids)
@@ -107,9 +101,7 @@ def read_embeddings(path: str | Path) -> tuple[np.ndarray, Float32[np.ndarray, "
         raise BadInput(f"{path}: id {repeated!r} has two embeddings; keep one")
     bad = ~np.isfinite(embeddings).all(axis=1)
     if bad.any():
-        raise BadInput(
-            f"{path}: {bad.sum()} embeddings are not finite, first that of {ids[bad][0]!r}; recompute them"
-        )
+        raise BadInput(f"{path}: {bad.sum()} embeddings are not finite, first that of {ids[bad][0]!r}; recompute them")
     return ids, embeddings
 
 
@@ -144,9 +136,7 @@ def _matrix(column: pa.Array, path: str | Path) -> Float32[np.ndarray, "item dim
     if isinstance(column, pa.ChunkedArray):
         column = pa.concat_arrays(column.chunks)
     if not (
-        pa.types.is_fixed_size_list(column.type)
-        or pa.types.is_list(column.type)
-        or pa.types.is_large_list(column.type)
+        pa.types.is_fixed_size_list(column.type) or pa.types.is_list(column.type) or pa.types.is_large_list(column.type)
     ):
         raise BadInput(f"{path}: column embedding is {column.type}; a list of floats is needed")
     lengths = pc.call_function("list_value_length", [column]).unique().to_pylist()

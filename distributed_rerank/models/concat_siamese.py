@@ -74,9 +74,7 @@ class ConcatSiamese(PairwiseModel):
         return self.head(self.extractor.features(torch.cat([above, below], dim=2))).squeeze(1)
 
 
-def logit_of_mean_probability(
-    a: Float32[Tensor, " pair"], b: Float32[Tensor, " pair"]
-) -> Float32[Tensor, " pair"]:
+def logit_of_mean_probability(a: Float32[Tensor, " pair"], b: Float32[Tensor, " pair"]) -> Float32[Tensor, " pair"]:
     """logit((sigmoid(a) + sigmoid(b)) / 2), without the loss of order that probabilities near 0 or 1 would
     suffer."""
     return torch.logaddexp(functional.logsigmoid(a), functional.logsigmoid(b)) - torch.logaddexp(
@@ -106,8 +104,6 @@ def load_siamese_weights(model: PairwiseModel, path: str) -> None:
     state = weights.read_state_dict(path)
     first = next((name for name in state if "extractor." in name), None)
     if first is None:
-        raise BadInput(
-            f"weights {path} hold no 'extractor.' entries; give a state dict of OML's or our ConcatSiamese"
-        )
+        raise BadInput(f"weights {path} hold no 'extractor.' entries; give a state dict of OML's or our ConcatSiamese")
     prefix = first[: first.index("extractor.")]
     weights.load_exactly(model, {name.removeprefix(prefix): value for name, value in state.items()}, path)

@@ -143,9 +143,7 @@ def parse_args(pairs: Iterable[str]) -> dict[str, Any]:
     for pair in pairs:
         name, separator, value = pair.partition("=")
         if not separator or not name.isidentifier():
-            raise BadInput(
-                f"extractor argument {pair!r} must have the form NAME=VALUE, such as pad_type=same"
-            )
+            raise BadInput(f"extractor argument {pair!r} must have the form NAME=VALUE, such as pad_type=same")
         parsed[name] = _literal(value)
     return parsed
 

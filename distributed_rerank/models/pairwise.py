@@ -43,9 +43,7 @@ class PairwiseModel(nn.Module):
         """From a decoded image to the pixels that `encode` takes."""
         return self.extractor.transform
 
-    def normalise(
-        self, pixels: UInt8[Tensor, "image 3 height width"]
-    ) -> Float32[Tensor, "image 3 height width"]:
+    def normalise(self, pixels: UInt8[Tensor, "image 3 height width"]) -> Float32[Tensor, "image 3 height width"]:
         """(pixels / 255 - mean) / std, on the device of the pixels."""
         return self.extractor.normalise_pixels(pixels)
 

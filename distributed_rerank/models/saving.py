@@ -20,7 +20,7 @@ from distributed_rerank.errors import BadInput
 from distributed_rerank.models import weights
 from distributed_rerank.models.concat_siamese import ConcatSiamese, ConcatSiameseConfig
 from distributed_rerank.models.distance_siamese import DistanceSiamese, DistanceSiameseConfig
-from distributed_rerank.models.extractor import ExtractorConfig
+from distributed_rerank.models.extractor import Extractor, ExtractorConfig
 from distributed_rerank.models.pairwise import PairwiseModel
 from distributed_rerank.models.split_siamese import SplitSiamese, SplitSiameseConfig
 from distributed_rerank.models.token_siamese import TokenSiamese, TokenSiameseConfig
@@ -57,6 +57,13 @@ def save_model(model: PairwiseModel, folder: str | Path) -> Path:
     return folder
 
 
+def save_extractor(extractor: Extractor, path: str | Path) -> Path:
+    """Write the weights of the extractor's network, by timm's names, as a file for `ExtractorConfig.weights`."""
+    state = {name: value.detach().cpu().contiguous() for name, value in extractor.model.state_dict().items()}
+    _replace(Path(path), safetensors.torch.save(state, metadata={"format": "pt"}))
+    return Path(path)
+
+
 def _replace(path: Path, content: bytes) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     temporary.write_bytes(content)
@@ -73,26 +80,20 @@ def load_model(folder: str | Path) -> PairwiseModel:
     path = _fetch(str(folder)) if str(folder).startswith("hf-hub:") else Path(folder)
     for name in ("config.json", "model.safetensors"):
         if not (path / name).is_file():
-            raise BadInput(
-                f"{folder} is no saved pairwise model: it has no {name}; give a folder of jobs/train.py"
-            )
+            raise BadInput(f"{folder} is no saved pairwise model: it has no {name}; give a folder of jobs/train.py")
     try:
         content = json.loads((path / "config.json").read_text())
     except ValueError as error:
         raise BadInput(f"{path / 'config.json'} is not JSON: {error}") from error
     if not isinstance(content, dict) or content.get("schema_version") != SCHEMA_VERSION:
-        raise BadInput(
-            f"{path / 'config.json'} has another schema_version than {SCHEMA_VERSION}; train again"
-        )
+        raise BadInput(f"{path / 'config.json'} has another schema_version than {SCHEMA_VERSION}; train again")
     if content.get("model") not in MODELS:
         raise BadInput(
             f"{path / 'config.json'} names the model {content.get('model')!r}; known are {', '.join(MODELS)}"
         )
     kind, config_kind = MODELS[content["model"]]
     model = kind(config_from_json(config_kind, content["config"]))
-    weights.load_exactly(
-        model, weights.read_state_dict(path / "model.safetensors"), str(path / "model.safetensors")
-    )
+    weights.load_exactly(model, weights.read_state_dict(path / "model.safetensors"), str(path / "model.safetensors"))
     return model.eval()
 
 
@@ -102,12 +103,8 @@ def config_from_json(kind: type, values: Mapping[str, Any]) -> Any:
     known = {field.name for field in dataclasses.fields(kind)}
     unknown = sorted(set(values) - known)
     if unknown:
-        raise BadInput(
-            f"config.json has the unknown field {unknown[0]!r} of {kind.__name__}; another version wrote it"
-        )
-    plain: dict[str, Any] = {
-        name: tuple(value) if isinstance(value, list) else value for name, value in values.items()
-    }
+        raise BadInput(f"config.json has the unknown field {unknown[0]!r} of {kind.__name__}; another version wrote it")
+    plain: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
     if "extractor" in plain:
         plain["extractor"] = config_from_json(ExtractorConfig, plain["extractor"])
     if "weights" in known:
@@ -121,9 +118,7 @@ def push_model(folder: str | Path, repo_id: str) -> str:
     api = huggingface_hub.HfApi()
     api.create_repo(repo_id, exist_ok=True)
     return str(
-        api.upload_folder(
-            repo_id=repo_id, folder_path=str(folder), allow_patterns=["*.json", "*.safetensors", "*.md"]
-        )
+        api.upload_folder(repo_id=repo_id, folder_path=str(folder), allow_patterns=["*.json", "*.safetensors", "*.md"])
     )
 
 

@@ -108,11 +108,7 @@ class SplitSiamese(PairwiseModel):
 
 def _check_splittable(network: nn.Module, is_plain_vit: bool, name: str, split_at: int) -> None:
     if not is_plain_vit or not isinstance(getattr(network, "norm_pre", None), nn.Identity):
-        raise BadInput(
-            f"SplitSiamese needs a plain timm vision transformer with a class token; {name} is none"
-        )
+        raise BadInput(f"SplitSiamese needs a plain timm vision transformer with a class token; {name} is none")
     depth = len(list(network.get_submodule("blocks").children()))
     if not 0 <= split_at < depth:
-        raise BadInput(
-            f"split_at={split_at} must be from 0 to {depth - 1} for {name}, which has {depth} blocks"
-        )
+        raise BadInput(f"split_at={split_at} must be from 0 to {depth - 1} for {name}, which has {depth} blocks")

@@ -81,15 +81,11 @@ class TokenSiamese(PairwiseModel):
         self.register_buffer("feature_std", torch.ones(n_features))
         self.eval()
 
-    def local_features(
-        self, pixels: UInt8[Tensor, "image 3 height width"]
-    ) -> Float16[Tensor, "image feature"]:
+    def local_features(self, pixels: UInt8[Tensor, "image 3 height width"]) -> Float16[Tensor, "image feature"]:
         """All that is frozen: the pooled maps of the depths, then the embedding of norm 1, as one row per
         image."""
         maps, embedding = _maps(self.extractor, pixels, self.config.depths)
-        pooled = [
-            functional.adaptive_avg_pool2d(token_map, self.config.grid).flatten(1) for token_map in maps
-        ]
+        pooled = [functional.adaptive_avg_pool2d(token_map, self.config.grid).flatten(1) for token_map in maps]
         return torch.cat([*pooled, functional.normalize(embedding, dim=1)], dim=1).half()
 
     def fit_encoder(self, features: Float[Tensor, "image feature"], labels: Int64[Tensor, " image"]) -> None:
@@ -159,21 +155,15 @@ class TokenSiamese(PairwiseModel):
     def _split_features(self, features: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         """Tokens [image, token, channel] of each depth, and the vectors behind the global projections."""
         grid = self.config.grid
-        *maps, embedding = features.float().split(
-            [*(c * grid**2 for c in self.channels), self.extractor.dim], dim=1
-        )
+        *maps, embedding = features.float().split([*(c * grid**2 for c in self.channels), self.extractor.dim], dim=1)
         maps = [x.unflatten(1, (c, grid, grid)) for x, c in zip(maps, self.channels, strict=True)]
-        pooled = [
-            functional.adaptive_avg_pool2d(x, pool).flatten(1) for x in maps for pool in self.config.pools
-        ]
+        pooled = [functional.adaptive_avg_pool2d(x, pool).flatten(1) for x in maps for pool in self.config.pools]
         return [x.flatten(2).transpose(1, 2) for x in maps], [*pooled, embedding]
 
     def _split_encoding(self, encoded: Tensor) -> tuple[Tensor, Tensor]:
         """Tokens [pair, depth, token, dim] and global vectors [pair, vector, dim] as float32."""
         numbers = encoded.float() / INT8_STEPS if encoded.dtype == torch.int8 else encoded.float()
-        tokens = numbers[:, : self.n_token_numbers].unflatten(
-            1, (len(self.channels), self.config.grid**2, -1)
-        )
+        tokens = numbers[:, : self.n_token_numbers].unflatten(1, (len(self.channels), self.config.grid**2, -1))
         return tokens, numbers[:, self.n_token_numbers :].unflatten(1, (self.n_globals, -1))
 
 

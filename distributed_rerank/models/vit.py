@@ -33,9 +33,7 @@ def is_plain_vit(model: nn.Module) -> bool:
 
 
 def _is_ordinary(block: nn.Module) -> bool:
-    return (
-        type(block) is Block and type(block.attn) is Attention and getattr(block.attn, "gate", None) is None
-    )
+    return type(block) is Block and type(block.attn) is Attention and getattr(block.attn, "gate", None) is None
 
 
 def position_table(vit: Any) -> tuple[Tensor, Tensor]:
@@ -45,9 +43,7 @@ def position_table(vit: Any) -> tuple[Tensor, Tensor]:
     return vit.pos_embed[:, :n_prefix], vit.pos_embed[:, n_prefix:]
 
 
-def resample_positions(
-    patches: Float[Tensor, "1 old dim"], grid: tuple[int, int]
-) -> Float[Tensor, "1 new dim"]:
+def resample_positions(patches: Float[Tensor, "1 old dim"], grid: tuple[int, int]) -> Float[Tensor, "1 new dim"]:
     """A square table of patch positions resampled to `grid` (rows, columns), as DINO's reference code and OML
     do it.
 
@@ -61,15 +57,11 @@ def resample_positions(
     image = patches.float().reshape(1, side, side, -1).permute(0, 3, 1, 2)
     scale = ((grid[0] + 0.1) / side, (grid[1] + 0.1) / side)
     resampled = functional.interpolate(image, scale_factor=scale, mode="bicubic")
-    assert resampled.shape[-2:] == grid, (
-        f"positions resampled to {tuple(resampled.shape[-2:])} instead of {grid}"
-    )
+    assert resampled.shape[-2:] == grid, f"positions resampled to {tuple(resampled.shape[-2:])} instead of {grid}"
     return resampled.permute(0, 2, 3, 1).reshape(1, grid[0] * grid[1], -1).to(patches.dtype)
 
 
-def embed_patches(
-    vit: Any, pixels: Float[Tensor, "image 3 height width"]
-) -> Float[Tensor, "image patch dim"]:
+def embed_patches(vit: Any, pixels: Float[Tensor, "image 3 height width"]) -> Float[Tensor, "image patch dim"]:
     """Patch embeddings without positions, row by row; a margin smaller than a patch is ignored."""
     return vit.patch_embed.norm(vit.patch_embed.proj(pixels).flatten(2).transpose(1, 2))
 
@@ -159,9 +151,7 @@ def _class_token_block(block: Any, tokens: Tensor, mask: Tensor | None) -> Float
     q = attention.q_norm(q.reshape(n, 1, heads, head_dim).transpose(1, 2))
     k, v = kv.reshape(n, -1, 2, heads, head_dim).permute(2, 0, 3, 1, 4)
     dropout = attention.attn_drop.p if attention.training else 0.0
-    out = functional.scaled_dot_product_attention(
-        q, attention.k_norm(k), v, attn_mask=mask, dropout_p=dropout
-    )
+    out = functional.scaled_dot_product_attention(q, attention.k_norm(k), v, attn_mask=mask, dropout_p=dropout)
     out = out.transpose(1, 2).reshape(n, 1, width)
     out = attention.norm(out) if hasattr(attention, "norm") else out
     out = attention.proj_drop(attention.proj(out))

@@ -42,16 +42,12 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
         OSError,
         KeyError,
     ) as error:
-        raise BadInput(
-            f"weights file {path} cannot be read as plain tensors: {str(error).splitlines()[0]}"
-        ) from error
+        raise BadInput(f"weights file {path} cannot be read as plain tensors: {str(error).splitlines()[0]}") from error
     for wrapper in ("state_dict", "model"):
         if isinstance(state, Mapping) and isinstance(state.get(wrapper), Mapping):
             state = state[wrapper]
     if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise BadInput(
-            f"weights file {path} holds no state dict (names and tensors); save model.state_dict() instead"
-        )
+        raise BadInput(f"weights file {path} holds no state dict (names and tensors); save model.state_dict() instead")
     return dict(state)
 
 
@@ -99,9 +95,7 @@ def load_exactly(module: nn.Module, state: Mapping[str, Tensor], source: str) ->
         if names
     ]
     if problems:
-        raise BadInput(
-            f"weights {source} do not fit the architecture: {'; '.join(problems)}; name their own model"
-        )
+        raise BadInput(f"weights {source} do not fit the architecture: {'; '.join(problems)}; name their own model")
     module.load_state_dict(dict(state), strict=False)
 
 

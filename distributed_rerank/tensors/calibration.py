@@ -104,9 +104,7 @@ def expected_calibration_error(
     return math.fsum(gaps.tolist()) / max(1, len(probabilities))
 
 
-def _newton(
-    x: Float64[Tensor, " pair"], target: Float64[Tensor, " pair"], max_iterations: int
-) -> tuple[float, float]:
+def _newton(x: Float64[Tensor, " pair"], target: Float64[Tensor, " pair"], max_iterations: int) -> tuple[float, float]:
     """Minimiser (gain, offset) of the mean cross-entropy of sigmoid(gain * x + offset)."""
     gain, offset = 0.0, 0.0
     loss = _cross_entropy(x, target, gain, offset)
@@ -133,9 +131,7 @@ def _newton(
     return gain, offset
 
 
-def _cross_entropy(
-    x: Float64[Tensor, " pair"], target: Float64[Tensor, " pair"], gain: float, offset: float
-) -> float:
+def _cross_entropy(x: Float64[Tensor, " pair"], target: Float64[Tensor, " pair"], gain: float, offset: float) -> float:
     logit = gain * x + offset
     return _total(torch.nn.functional.softplus(logit) - target * logit)
 

@@ -87,9 +87,7 @@ def filter_negatives(
     dropped: dict[str, int] = {}
     lowest = {
         "absolute_margin": None if filters.absolute_margin is None else furthest + filters.absolute_margin,
-        "relative_margin": None
-        if filters.relative_margin is None
-        else furthest * (1 + filters.relative_margin),
+        "relative_margin": None if filters.relative_margin is None else furthest * (1 + filters.relative_margin),
         "min_distance": filters.min_distance,
     }
     for name, bound in lowest.items():

@@ -15,9 +15,7 @@ UNIT_ROUNDOFF = 2.0**-24
 SMALLEST_NORMAL = 2.0**-126
 
 
-def exact_distances(
-    left: Float[Tensor, "pair dim"], right: Float[Tensor, "pair dim"]
-) -> Float[Tensor, " pair"]:
+def exact_distances(left: Float[Tensor, "pair dim"], right: Float[Tensor, "pair dim"]) -> Float[Tensor, " pair"]:
     """L2 distance (not squared) of row i to row i, in difference form, summed in float64, returned as
     float32.
 
@@ -66,9 +64,7 @@ def relative_squared_tile(
 
     It is the squared distance less |q|^2, which is the same for a whole row: rows are ordered as by distance.
     """
-    assert torch.get_float32_matmul_precision() == "highest", (
-        "the error bound holds for full float32 products only"
-    )
+    assert torch.get_float32_matmul_precision() == "highest", "the error bound holds for full float32 products only"
     out.copy_(gallery_squared_norms)
     out.addmm_(query_embeddings, gallery_embeddings.t(), alpha=-2)
 

@@ -112,9 +112,7 @@ def search_tiles(
     found = [_nobody(stop - start, n_items, query_embeddings) for start, stop in query_blocks]
     workspace = torch.empty(0, device=query_embeddings.device)
     for embeddings, items, sequences in tiles:
-        assert (sequences is None) == (query_sequences is None), (
-            "sequences are given for both sides or for none"
-        )
+        assert (sequences is None) == (query_sequences is None), "sequences are given for both sides or for none"
         gallery = _sorted_by_item(_side(embeddings, items, sequences))
         # One buffer for every product: fresh pages for each would cost as much as half of the product itself.
         size = min(query_block, len(query_items)) * (min(gallery_slice, len(items)) + LARGEST_GROUP)
@@ -177,29 +175,19 @@ def _nobody(n_queries: int, n_items: int, like: Tensor) -> Neighbours:
     return Neighbours(items, torch.full(items.shape, torch.inf, device=like.device))
 
 
-def _nearest_in_slice(
-    queries: _Side, gallery: _Side, found: Neighbours, n_items: int, workspace: Tensor
-) -> Neighbours:
+def _nearest_in_slice(queries: _Side, gallery: _Side, found: Neighbours, n_items: int, workspace: Tensor) -> Neighbours:
     """The nearest of one slice, except items that are surely further than the n-th one found so far."""
     n_queries, n_gallery = len(queries.items), len(gallery.items)
     group = _group_size(n_gallery, n_items)
     n_groups = -(-n_gallery // group)
     padded = workspace[: n_queries * n_groups * group].view(n_queries, n_groups * group)
     padded[:, n_gallery:] = torch.inf
-    relative_squared_tile(
-        queries.embeddings, gallery.embeddings, gallery.norms.square().float(), padded[:, :n_gallery]
-    )
+    relative_squared_tile(queries.embeddings, gallery.embeddings, gallery.norms.square().float(), padded[:, :n_gallery])
     padded[_excluded_pairs(queries, gallery)] = torch.inf
-    error = relative_squared_error(
-        queries.norms.square(), float(gallery.norms.max()), queries.embeddings.shape[1]
-    )
+    error = relative_squared_error(queries.norms.square(), float(gallery.norms.max()), queries.embeddings.shape[1])
     minima = padded.view(n_queries, n_groups, group).amin(dim=2)
     # An item at float32 distance <= limit has a true squared distance of at most limit^2 (1 + 2^-24)^2.
-    beyond = (
-        found.distances[:, -1].double().square() * (1 + 2.0**-22)
-        - queries.norms.square() * (1 - 2.0**-40)
-        + error
-    )
+    beyond = found.distances[:, -1].double().square() * (1 + 2.0**-22) - queries.norms.square() * (1 - 2.0**-40) + error
     bound = torch.minimum(_nth_smallest(padded, minima, n_items).double() + 2 * error, beyond)
     rows, columns = _entries_up_to(padded, minima, bound)
     distances = exact_pair_distances(queries.embeddings, gallery.embeddings, rows, columns)
@@ -246,9 +234,7 @@ def _entries_up_to(
     return rows[entry], groups[entry] * group + offset
 
 
-def _first_of_each_row(
-    rows: Tensor, items: Tensor, distances: Tensor, n_queries: int, n_items: int
-) -> Neighbours:
+def _first_of_each_row(rows: Tensor, items: Tensor, distances: Tensor, n_queries: int, n_items: int) -> Neighbours:
     """The `n_items` first by (distance, item) of each row; `rows` ascend, and within a row `items` ascend."""
     counts = torch.bincount(rows, minlength=n_queries)
     width = max(int(counts.max()), 1)

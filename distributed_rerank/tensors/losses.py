@@ -20,9 +20,7 @@ def binary_cross_entropy(
     normaliser: Normaliser = None,
 ) -> Float[Tensor, ""]:
     """OML's loss for pairwise models: BCE with logits, the target being 1 for a negative pair."""
-    values = functional.binary_cross_entropy_with_logits(
-        logits, is_negative.to(logits.dtype), reduction="none"
-    )
+    values = functional.binary_cross_entropy_with_logits(logits, is_negative.to(logits.dtype), reduction="none")
     return _weighted(values, weights, normaliser)
 
 
@@ -141,6 +139,4 @@ def _weighted(values: Tensor, weights: Tensor | None, normaliser: Normaliser) ->
     """Sum of weighted values over the normaliser; 0 for nothing at all."""
     weights = torch.ones_like(values) if weights is None else weights
     total = (weights * values).sum()
-    return total / (
-        weights.sum().clamp(min=torch.finfo(total.dtype).tiny) if normaliser is None else normaliser
-    )
+    return total / (weights.sum().clamp(min=torch.finfo(total.dtype).tiny) if normaliser is None else normaliser)

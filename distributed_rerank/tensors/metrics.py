@@ -97,9 +97,7 @@ def per_query(
     found |= {f"precision@{k}": n_hits[k] / k for k in ks}
     found |= {f"recall@{k}": n_hits[k] / n_relevant.double() for k in ks}
     for k in sorted({*ks, 10}):
-        found[f"map@{k}"] = (
-            _at(precision_sums, torch.full_like(n_relevant, k)) / n_relevant.clamp(max=k).double()
-        )
+        found[f"map@{k}"] = _at(precision_sums, torch.full_like(n_relevant, k)) / n_relevant.clamp(max=k).double()
     found["map@r"] = _at(precision_sums, n_relevant) / n_relevant.double()
     place = first_hit(is_relevant).double()
     found["mrr"] = torch.where(place > 0, 1 / place.clamp(min=1), 0.0)
@@ -115,9 +113,7 @@ def means(values: Mapping[str, Float64[Tensor, " query"]]) -> dict[str, float]:
     n_queries = {len(column) for column in values.values()}
     assert len(n_queries) <= 1, f"metrics of different numbers of queries: {sorted(n_queries)}"
     if 0 in n_queries:
-        raise BadInput(
-            "no query has a relevant gallery item, so there is no metric; check labels and is_gallery"
-        )
+        raise BadInput("no query has a relevant gallery item, so there is no metric; check labels and is_gallery")
     return {key: math.fsum(column.tolist()) / len(column) for key, column in values.items()}
 
 
@@ -163,9 +159,7 @@ def _join(
     return joined[:n_queries], joined[n_queries:]
 
 
-def _count_equal(
-    queries: Int64[Tensor, " query"], gallery: Int64[Tensor, " gallery"]
-) -> Int64[Tensor, " query"]:
+def _count_equal(queries: Int64[Tensor, " query"], gallery: Int64[Tensor, " gallery"]) -> Int64[Tensor, " query"]:
     """How many gallery keys equal each query key."""
     ordered = gallery.sort().values
     return torch.searchsorted(ordered, queries, right=True) - torch.searchsorted(ordered, queries)

@@ -93,8 +93,6 @@ def _unique(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _positives_first(positives: tuple[Tensor, Tensor], negatives: tuple[Tensor, Tensor]) -> Pairs:
-    is_negative = torch.zeros(
-        len(positives[0]) + len(negatives[0]), dtype=torch.bool, device=positives[0].device
-    )
+    is_negative = torch.zeros(len(positives[0]) + len(negatives[0]), dtype=torch.bool, device=positives[0].device)
     is_negative[len(positives[0]) :] = True
     return torch.cat([positives[0], negatives[0]]), torch.cat([positives[1], negatives[1]]), is_negative

@@ -73,9 +73,7 @@ def encode_k_reciprocal(
     than k1, negative distances or a scale that is not positive.
     """
     if k1 < 1 or k1 > items.shape[1]:
-        raise BadInput(
-            f"k1={k1} must lie in 1..{items.shape[1]}, the length of the lists; retrieve more or lower k1"
-        )
+        raise BadInput(f"k1={k1} must lie in 1..{items.shape[1]}, the length of the lists; retrieve more or lower k1")
     if not 0 < scale < math.inf:
         raise BadInput(f"scale={scale} must be positive and finite; use distance_scale of the lists")
     if bool((distances[block] < 0).any()):
@@ -109,9 +107,7 @@ def jaccard_distances(
     local = torch.full((len(encoding.offsets) - 1,), -1, dtype=torch.int64)
     parts = [
         _jaccard_rows(encoding, queries, candidates, local)
-        for queries, candidates in zip(
-            query_items.split(_BLOCK_ROWS), candidate_items.split(_BLOCK_ROWS), strict=True
-        )
+        for queries, candidates in zip(query_items.split(_BLOCK_ROWS), candidate_items.split(_BLOCK_ROWS), strict=True)
     ]
     return torch.cat(parts) if parts else torch.empty(candidate_items.shape)
 

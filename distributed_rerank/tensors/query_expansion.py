@@ -32,9 +32,7 @@ def expand_embeddings(
     n_neighbours outside the lists or alpha < 0.
     """
     if not 0 <= n_neighbours <= neighbours.shape[1]:
-        raise BadInput(
-            f"n_neighbours={n_neighbours} must lie in 0..{neighbours.shape[1]}, the length of the lists"
-        )
+        raise BadInput(f"n_neighbours={n_neighbours} must lie in 0..{neighbours.shape[1]}, the length of the lists")
     if alpha < 0:
         raise BadInput(f"alpha={alpha} must not be negative")
     parts = [

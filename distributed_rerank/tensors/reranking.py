@@ -64,9 +64,7 @@ def fuse(
         raise BadInput(f"temperature={temperature} would reverse or void the logits; use a positive one")
     k, n = distances.shape[1], logits.shape[1]
     if top_n < 1 or min(top_n, k) > n:
-        raise BadInput(
-            f"top_n={top_n} is not in 1..{n}, the scored candidates per query; score more or lower top_n"
-        )
+        raise BadInput(f"top_n={top_n} is not in 1..{n}, the scored candidates per query; score more or lower top_n")
     n = min(top_n, k)
     if n == 0:
         return _with_tail(torch.empty(len(distances), 0, dtype=torch.int64), 0), distances.clone()

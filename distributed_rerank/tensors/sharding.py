@@ -35,9 +35,7 @@ def rank_share(n_items: int, rank: int, world_size: int) -> tuple[int, int]:
     Raises BadInput for a rank outside 0..world_size-1 or a negative number of items.
     """
     if not 0 <= rank < world_size:
-        raise BadInput(
-            f"rank {rank} does not exist among {world_size} ranks; ranks are 0 to {world_size - 1}"
-        )
+        raise BadInput(f"rank {rank} does not exist among {world_size} ranks; ranks are 0 to {world_size - 1}")
     if n_items < 0:
         raise BadInput(f"{n_items} items cannot be shared; give a number of at least 0")
     size, n_longer = divmod(n_items, world_size)

@@ -207,9 +207,7 @@ def _cluster_sums(
     return sums, sizes
 
 
-def _round_for_exact_sums(
-    values: Float64[Tensor, "row metric"], n_terms: int
-) -> Float64[Tensor, "row metric"]:
+def _round_for_exact_sums(values: Float64[Tensor, "row metric"], n_terms: int) -> Float64[Tensor, "row metric"]:
     """Multiples of a power of two such that any sum of `n_terms` of them, in any order, is exact in float64.
 
     The error is below n_terms * max|value| * 2^-52 per value: for a million queries 2^-32 of the largest
@@ -222,9 +220,7 @@ def _round_for_exact_sums(
     return (values / unit).round() * unit
 
 
-def _multinomial_draws(
-    n_clusters: int, n_resamples: int, seed: int
-) -> Iterator[Float64[Tensor, "resample cluster"]]:
+def _multinomial_draws(n_clusters: int, n_resamples: int, seed: int) -> Iterator[Float64[Tensor, "resample cluster"]]:
     """How often each cluster is drawn, in blocks of resamples that keep memory bounded."""
     generator = torch.Generator().manual_seed(seed)
     for rows in _resample_blocks(n_clusters, n_resamples):
@@ -233,9 +229,7 @@ def _multinomial_draws(
         yield torch.bincount(cells.flatten(), minlength=rows * n_clusters).view(rows, n_clusters).double()
 
 
-def _sign_draws(
-    n_clusters: int, n_resamples: int, seed: int
-) -> Iterator[Float64[Tensor, "resample cluster"]]:
+def _sign_draws(n_clusters: int, n_resamples: int, seed: int) -> Iterator[Float64[Tensor, "resample cluster"]]:
     """A sign for each cluster, in blocks of resamples that keep memory bounded."""
     generator = torch.Generator().manual_seed(seed)
     for rows in _resample_blocks(n_clusters, n_resamples):

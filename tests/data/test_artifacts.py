@@ -38,11 +38,7 @@ def _write_unwritable(path: Path) -> None:
 
 
 def _bytes(folder: Path) -> dict[str, bytes]:
-    return {
-        str(path.relative_to(folder)): path.read_bytes()
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-    }
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
 def test_stage_finished_is_complete_and_leaves_nothing_else(tmp_path: Path) -> None:

@@ -69,9 +69,7 @@ def test_given_ranks_break_ties_and_count_from_one(tmp_path: Path) -> None:
         ("q1", "g10", 3),
     ]
     frame.assign(distance=-frame["distance"]).to_parquet(tmp_path / "s.parquet", index=False)
-    with pytest.raises(
-        BadInput, match=r"distances of query 'q1' fall where the rank grows; .* call the column score"
-    ):
+    with pytest.raises(BadInput, match=r"distances of query 'q1' fall where the rank grows; .* call the column score"):
         candidates.read_candidates(tmp_path / "s.parquet")
 
 

@@ -44,12 +44,7 @@ def test_read_catalogue_oml_tables_are_read_unchanged(
         assert len(catalogue) == rows == len(frame)
         assert catalogue.ids.tolist() == sorted(frame["path"])
     split = catalogue.restrict("validation")
-    assert (
-        len(split.query_items)
-        == len(split.gallery_items)
-        == validation
-        == (frame["split"] == "validation").sum()
-    )
+    assert len(split.query_items) == len(split.gallery_items) == validation == (frame["split"] == "validation").sum()
     assert len(split.label_names) == labels
     expected = frame[frame["split"] == "validation"].set_index("path").loc[split.ids]
     assert [int(split.label_names[code]) for code in split.labels] == expected["label"].tolist()
@@ -141,9 +136,7 @@ def test_boxes_enter_the_default_id_and_may_be_empty(tmp_path: Path) -> None:
     assert catalogue.images(np.array([2, 0, 2]))[0].box == (5, 6, 7, 8)
 
 
-def test_paths_relative_to_the_table_and_absolute_ones_kept(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_paths_relative_to_the_table_and_absolute_ones_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "sub").mkdir()
     _csv(tmp_path / "sub", "path\nx/a.jpg\n/abs/b.jpg\ns3://bucket/c.jpg\n")
     monkeypatch.chdir(tmp_path)

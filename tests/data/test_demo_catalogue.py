@@ -95,9 +95,7 @@ def test_take_photo_stores_any_quality_and_the_same_state_gives_the_same_photo()
 
 
 @pytest.mark.parametrize("wrong", [{"n_designs": 4}, {"n_images": 1}, {"size": 20}])
-def test_demo_catalogue_too_small_is_bad_input_that_names_the_value(
-    tmp_path: Path, wrong: dict[str, int]
-) -> None:
+def test_demo_catalogue_too_small_is_bad_input_that_names_the_value(tmp_path: Path, wrong: dict[str, int]) -> None:
     name, value = next(iter(wrong.items()))
     with pytest.raises(BadInput, match=f"{name}={value}"):
         write_demo_catalogue(tmp_path, **wrong)

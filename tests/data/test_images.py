@@ -19,9 +19,7 @@ FORMATS = ["JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF"]
 
 def _photo(width: int = 40, height: int = 24) -> Image.Image:
     rng = np.random.default_rng(0)
-    return Image.fromarray(rng.integers(0, 256, (height // 4, width // 4, 3), np.uint8)).resize(
-        (width, height)
-    )
+    return Image.fromarray(rng.integers(0, 256, (height // 4, width // 4, 3), np.uint8)).resize((width, height))
 
 
 def _bytes(image: Image.Image, format: str = "PNG", **options: object) -> bytes:
@@ -142,9 +140,7 @@ def test_files_that_are_no_images_say_what_they_are_not(tmp_path: Path) -> None:
     assert _reason(b"") == "empty file (0 bytes)"
     assert "not an image in one of the formats JPEG, PNG" in _reason(b"%PDF-1.7 " * 50)
     assert "not an image" in _reason(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n")
-    assert "damaged or truncated" in _reason(_bytes(_photo())[:30]) or "not an image" in _reason(
-        _bytes(_photo())[:30]
-    )
+    assert "damaged or truncated" in _reason(_bytes(_photo())[:30]) or "not an image" in _reason(_bytes(_photo())[:30])
     with pytest.raises(UnreadableImage, match="file not found"):
         images.read_image(ImageRef("a", str(tmp_path / "a.jpg")))
     with pytest.raises(UnreadableImage, match=r"cannot be read: .*directory"):
@@ -157,10 +153,7 @@ def _png_header_claiming(width: int, height: int) -> bytes:
 
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     return (
-        b"\x89PNG\r\n\x1a\n"
-        + chunk(b"IHDR", header)
-        + chunk(b"IDAT", zlib.compress(b"\0" * 100))
-        + chunk(b"IEND", b"")
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 100)) + chunk(b"IEND", b"")
     )
 
 
@@ -196,9 +189,7 @@ def test_damaged_bytes_give_a_picture_or_a_reason_never_another_error(format: st
         try:
             outcomes.add(images.decode(damaged.tobytes()).mode)
         except UnreadableImage as error:
-            outcomes.add(
-                "reason" if 0 < len(error.reason) < 300 and "\n" not in error.reason else error.reason
-            )
+            outcomes.add("reason" if 0 < len(error.reason) < 300 and "\n" not in error.reason else error.reason)
     assert outcomes <= {"RGB", "reason"}
     assert "reason" in outcomes
 

@@ -67,8 +67,6 @@ def test_labels_with_gaps_in_their_codes_are_fine() -> None:
         ([], 2, 2, "exceeds the 0 labels"),
     ],
 )
-def test_impossible_plans_name_value_and_fix(
-    counts: list[int], n_labels: int, n_instances: int, expected: str
-) -> None:
+def test_impossible_plans_name_value_and_fix(counts: list[int], n_labels: int, n_instances: int, expected: str) -> None:
     with pytest.raises(BadInput, match=expected):
         BalanceSampler(_labels(counts), n_labels, n_instances)

@@ -56,9 +56,7 @@ def test_embeddings_round_trip_is_exact(tmp_path: Path) -> None:
     tables.write_table(
         tmp_path / "rejects.parquet", pa.table({n: ["x"] for n in tables.SCHEMAS["rejects"].names}), "rejects"
     )
-    assert pq.read_schema(tmp_path / "embeddings.parquet").field("embedding").type == pa.list_(
-        pa.float32(), 3
-    )
+    assert pq.read_schema(tmp_path / "embeddings.parquet").field("embedding").type == pa.list_(pa.float32(), 3)
     for path in (tmp_path, tmp_path / "embeddings.parquet", f"file://{tmp_path}/embeddings.parquet"):
         back_ids, back = tables.read_embeddings(path)
         assert back_ids.tolist() == ids.tolist()

@@ -37,9 +37,7 @@ def test_square_equals_torchvision_resize_bit_for_bit(size: tuple[int, int], int
 @pytest.mark.parametrize("size", [(64, 64), (56, 72)])
 @pytest.mark.parametrize("photo", [(150, 90), (90, 150), (30, 20)])
 @pytest.mark.parametrize("crop_pct", [0.875, 1.0, 0.95])
-def test_crop_equals_timms_evaluation_transform(
-    size: tuple[int, int], photo: tuple[int, int], crop_pct: float
-) -> None:
+def test_crop_equals_timms_evaluation_transform(size: tuple[int, int], photo: tuple[int, int], crop_pct: float) -> None:
     ours = InferenceTransform(size=size, resize="crop", crop_pct=crop_pct, interpolation="bicubic")
     timms = create_transform((3, *size), is_training=False, crop_pct=crop_pct, interpolation="bicubic")
     pixels = ours(_photo(*photo)).float() / 255

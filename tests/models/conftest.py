@@ -30,6 +30,4 @@ def cnn_config() -> ExtractorConfig:
 @pytest.fixture(scope="session")
 def pixels() -> Tensor:
     """Six pictures of 64 x 64 noise."""
-    return torch.randint(
-        0, 256, (6, 3, 64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
-    )
+    return torch.randint(0, 256, (6, 3, 64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))

@@ -23,9 +23,7 @@ from distributed_rerank.models.extractor import ExtractorConfig
 IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 
 
-def oml_forward(
-    state: dict[str, Tensor], query: Tensor, gallery: Tensor, heads: int, patch: int = 16
-) -> Tensor:
+def oml_forward(state: dict[str, Tensor], query: Tensor, gallery: Tensor, heads: int, patch: int = 16) -> Tensor:
     """OML 4.0.0's ConcatSiamese over its DINO ViT, written out in float64 from its source: images already
     normalised."""
     state = {name: value.double() for name, value in state.items()}
@@ -44,11 +42,7 @@ def oml_forward(
     image = torch.cat([query, gallery], dim=2).double()
     n, _, height, width = image.shape
     kernel = vit["patch_embed.proj.weight"]
-    x = (
-        nn.functional.conv2d(image, kernel, vit["patch_embed.proj.bias"], stride=patch)
-        .flatten(2)
-        .transpose(1, 2)
-    )
+    x = nn.functional.conv2d(image, kernel, vit["patch_embed.proj.bias"], stride=patch).flatten(2).transpose(1, 2)
     table = vit["pos_embed"]
     side, dim = math.isqrt(table.shape[1] - 1), table.shape[2]
     h0, w0 = height // patch + 0.1, width // patch + 0.1
@@ -91,17 +85,12 @@ def test_concat_siamese_vit_small_has_oml_names_parameters_and_tokens():
     model = ConcatSiamese(ConcatSiameseConfig(extractor=extractor, hidden_dims=(192,)))
     assert sum(p.numel() for p in model.parameters()) == 21_739_776
     seen = []
-    model.extractor.model.blocks[0].register_forward_hook(
-        lambda module, args, out: seen.append(args[0].shape[1])
-    )
+    model.extractor.model.blocks[0].register_forward_hook(lambda module, args, out: seen.append(args[0].shape[1]))
     black = torch.zeros(1, 3, 224, 224, dtype=torch.uint8)
     with torch.inference_mode():
         model(black, black, torch.zeros(1))
     assert seen == [393]
-    oml = {
-        f"extractor.model.{name}"
-        for name in timm.create_model("vit_small_patch16_224", num_classes=0).state_dict()
-    }
+    oml = {f"extractor.model.{name}" for name in timm.create_model("vit_small_patch16_224", num_classes=0).state_dict()}
     assert set(model.state_dict()) == oml | {"head.0.weight", "head.0.bias", "head.3.weight"}
     # 19.77 GFLOP in OML, less what the last block does for tokens other than the class token
     assert model.gflop_per_pair() == pytest.approx(18.4, abs=0.1)
@@ -156,9 +145,7 @@ def test_concat_siamese_training_step_lowers_the_loss(vit_config, pixels):
     optimiser = torch.optim.AdamW(model.parameter_groups(lr=1e-2, backbone_lr=1e-4))
     target, losses = torch.tensor([0.0, 1.0, 1.0]), []
     for _ in range(15):
-        loss = nn.functional.binary_cross_entropy_with_logits(
-            model(pixels[:3], pixels[3:], torch.zeros(3)), target
-        )
+        loss = nn.functional.binary_cross_entropy_with_logits(model(pixels[:3], pixels[3:], torch.zeros(3)), target)
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()

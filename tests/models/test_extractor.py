@@ -20,9 +20,7 @@ from distributed_rerank.models.extractor import (
 
 def test_extractor_vit_at_its_own_size_equals_timm(pixels):
     args = {"depth": 2, "embed_dim": 64, "num_heads": 2, "img_size": 64}
-    config = ExtractorConfig(
-        name="vit_small_patch16_224", weights="none", args=args, normalise=False, precision="fp32"
-    )
+    config = ExtractorConfig(name="vit_small_patch16_224", weights="none", args=args, normalise=False, precision="fp32")
     extractor = build_extractor(config)
     assert extractor.transform.size == (64, 64)
     with torch.inference_mode():
@@ -30,15 +28,11 @@ def test_extractor_vit_at_its_own_size_equals_timm(pixels):
         torch.testing.assert_close(extractor(pixels), expected, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    "args", [{"reg_tokens": 4, "no_embed_class": True}, {"init_values": 1e-1, "qk_norm": True}]
-)
+@pytest.mark.parametrize("args", [{"reg_tokens": 4, "no_embed_class": True}, {"init_values": 1e-1, "qk_norm": True}])
 def test_extractor_vit_variants_equal_timm(pixels, args):
     args = {"depth": 2, "embed_dim": 64, "num_heads": 2, "img_size": 64, **args}
     extractor = build_extractor(
-        ExtractorConfig(
-            name="vit_small_patch16_224", weights="none", args=args, normalise=False, precision="fp32"
-        )
+        ExtractorConfig(name="vit_small_patch16_224", weights="none", args=args, normalise=False, precision="fp32")
     )
     assert extractor.is_plain_vit
     with torch.inference_mode():
@@ -54,9 +48,7 @@ def test_extractor_cnn_equals_timm_and_normalises(pixels, cnn_config):
         embeddings = extractor(pixels)
     assert embeddings.shape == (6, extractor.dim)
     torch.testing.assert_close(embeddings.norm(dim=1), torch.ones(6))
-    torch.testing.assert_close(
-        embeddings, torch.nn.functional.normalize(expected, dim=1), rtol=1e-4, atol=1e-5
-    )
+    torch.testing.assert_close(embeddings, torch.nn.functional.normalize(expected, dim=1), rtol=1e-4, atol=1e-5)
 
 
 def test_extractor_prepared_for_inference_agrees_with_autocast(pixels, vit_config):
@@ -121,14 +113,10 @@ def test_weights_digest_of_a_file_is_its_sha256(tmp_path, cnn_config):
 
 
 @pytest.mark.parametrize("prefix", ["", "module.", "extractor.model.", "backbone."])
-def test_build_extractor_checkpoint_with_wrapper_and_classifier_is_loaded(
-    tmp_path, pixels, cnn_config, prefix
-):
+def test_build_extractor_checkpoint_with_wrapper_and_classifier_is_loaded(tmp_path, pixels, cnn_config, prefix):
     trained = timm.create_model("resnet10t", num_classes=7)
     torch.save({"state_dict": {prefix + k: v for k, v in trained.state_dict().items()}}, tmp_path / "w.pth")
-    extractor = build_extractor(
-        dataclasses.replace(cnn_config, weights=str(tmp_path / "w.pth"), normalise=False)
-    )
+    extractor = build_extractor(dataclasses.replace(cnn_config, weights=str(tmp_path / "w.pth"), normalise=False))
     with torch.inference_mode():
         expected = trained.eval().forward_head(
             trained.forward_features(extractor.normalise_pixels(pixels)), pre_logits=True

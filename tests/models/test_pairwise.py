@@ -41,9 +41,7 @@ def test_pairwise_model_logits_are_float32_and_pairs_do_not_see_each_other(model
     with torch.inference_mode():
         encoded = model.encode(pixels)
         together = model(encoded[:3], encoded[3:], distance)
-        alone = torch.cat(
-            [model(encoded[i : i + 1], encoded[i + 3 : i + 4], distance[i : i + 1]) for i in range(3)]
-        )
+        alone = torch.cat([model(encoded[i : i + 1], encoded[i + 3 : i + 4], distance[i : i + 1]) for i in range(3)])
     assert together.shape == (3,)
     assert together.dtype == torch.float32
     torch.testing.assert_close(together, alone, rtol=0, atol=1e-5)
@@ -89,9 +87,7 @@ def test_freeze_backbone_stops_gradients_and_statistics_but_not_the_head(cnn_con
 
 
 def test_unfreeze_backbone_lets_it_learn_again(cnn_config, pixels):
-    model = (
-        ConcatSiamese(ConcatSiameseConfig(extractor=cnn_config)).freeze_backbone().unfreeze_backbone().train()
-    )
+    model = ConcatSiamese(ConcatSiameseConfig(extractor=cnn_config)).freeze_backbone().unfreeze_backbone().train()
     logits(model, pixels, torch.zeros(3)).sum().backward()
     assert model.extractor.model.conv1[0].weight.grad.abs().sum() > 0
 

@@ -25,9 +25,7 @@ def test_load_model_gives_the_same_logits_and_config(tmp_path, vit_config, pixel
         ),
         "distance": lambda: DistanceSiamese(DistanceSiameseConfig(extractor=vit_config, output_bias=0.5)),
         "split": lambda: SplitSiamese(SplitSiameseConfig(extractor=vit_config, split_at=2, storage="fp16")),
-        "token": lambda: TokenSiamese(
-            TokenSiameseConfig(extractor=vit_config, depths=(0, -1), grid=3, storage="int8")
-        ),
+        "token": lambda: TokenSiamese(TokenSiameseConfig(extractor=vit_config, depths=(0, -1), grid=3, storage="int8")),
     }[name]
     model = build()
     with torch.no_grad():

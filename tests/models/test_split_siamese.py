@@ -45,12 +45,8 @@ def test_split_siamese_later_split_costs_less_and_starts_near(vit_config, pixels
     assert costs[2] < costs[0] / 3
 
 
-@pytest.mark.parametrize(
-    ("storage", "size", "tolerance"), [("fp32", 4, 1e-6), ("fp16", 2, 1e-2), ("bf16", 2, 1e-1)]
-)
-def test_split_siamese_storage_changes_bytes_and_hardly_the_logit(
-    vit_config, pixels, storage, size, tolerance
-):
+@pytest.mark.parametrize(("storage", "size", "tolerance"), [("fp32", 4, 1e-6), ("fp16", 2, 1e-2), ("bf16", 2, 1e-1)])
+def test_split_siamese_storage_changes_bytes_and_hardly_the_logit(vit_config, pixels, storage, size, tolerance):
     exact = SplitSiamese(SplitSiameseConfig(extractor=vit_config, split_at=1, storage="fp32"))
     stored = SplitSiamese(SplitSiameseConfig(extractor=vit_config, split_at=1, storage=storage))
     assert stored.bytes_per_image == (16 + 1) * 64 * size

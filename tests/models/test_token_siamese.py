@@ -16,9 +16,7 @@ def encode_and_score(model, pixels, distance):
 @pytest.mark.parametrize("depths", [(-1,), (-2, -1)])
 @pytest.mark.parametrize("backbone", ["vit_config", "cnn_config"])
 def test_token_siamese_untrained_logit_is_the_first_stage_distance(request, pixels, backbone, depths):
-    model = TokenSiamese(
-        TokenSiameseConfig(extractor=request.getfixturevalue(backbone), depths=depths, **SMALL)
-    )
+    model = TokenSiamese(TokenSiameseConfig(extractor=request.getfixturevalue(backbone), depths=depths, **SMALL))
     distance = torch.tensor([0.3, 0.1, 0.1000001])
     assert torch.equal(encode_and_score(model, pixels, distance), distance)
 
@@ -56,9 +54,7 @@ def test_token_siamese_pair_features_are_the_stated_ones(cnn_config, pixels):
 @pytest.mark.parametrize(
     ("storage", "size", "tolerance"), [("float32", 4, 1e-6), ("float16", 2, 1e-3), ("int8", 1, 5e-3)]
 )
-def test_token_siamese_storage_changes_bytes_and_hardly_the_encoding(
-    cnn_config, pixels, storage, size, tolerance
-):
+def test_token_siamese_storage_changes_bytes_and_hardly_the_encoding(cnn_config, pixels, storage, size, tolerance):
     exact = TokenSiamese(TokenSiameseConfig(extractor=cnn_config, storage="float32", **SMALL))
     stored = TokenSiamese(TokenSiameseConfig(extractor=cnn_config, storage=storage, **SMALL))
     assert stored.bytes_per_image == (2 * 9 * 16 + 5 * 24) * size
@@ -101,9 +97,7 @@ def test_token_siamese_fit_encoder_is_deterministic_and_brings_labels_together(c
 
 
 def test_token_siamese_head_learns_and_the_encoder_has_nothing_to_learn(cnn_config, pixels):
-    model = (
-        TokenSiamese(TokenSiameseConfig(extractor=cnn_config, dropout=0.0, **SMALL)).freeze_backbone().train()
-    )
+    model = TokenSiamese(TokenSiameseConfig(extractor=cnn_config, dropout=0.0, **SMALL)).freeze_backbone().train()
     with torch.no_grad():
         encoded = model.encode(pixels)
     query, gallery = encoded[[0, 1, 2, 0, 1, 2]], encoded[[0, 1, 2, 3, 4, 5]]

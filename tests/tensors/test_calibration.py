@@ -87,9 +87,7 @@ def test_probability_missing_candidate_is_zero_and_shape_is_kept() -> None:
 
 def test_negative_log_likelihood_equals_sklearn_log_loss() -> None:
     _, is_match, p = planted_pairs(1000, seed=4)
-    assert calibration.negative_log_likelihood(p, is_match) == pytest.approx(
-        log_loss(is_match.numpy(), p.numpy())
-    )
+    assert calibration.negative_log_likelihood(p, is_match) == pytest.approx(log_loss(is_match.numpy(), p.numpy()))
 
 
 def test_reliability_equals_sklearn_calibration_curve() -> None:

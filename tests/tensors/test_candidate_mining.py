@@ -20,9 +20,7 @@ def training_set(seed: int, n: int = 60) -> tuple[Neighbours, Tensor, Tensor, Te
     generator = torch.Generator().manual_seed(seed)
     labels = torch.randint(-1, 9, (n,), generator=generator)
     sequences = torch.randint(-1, 20, (n,), generator=generator)
-    embeddings = torch.randn(10, 4, generator=generator)[labels] + 0.8 * torch.randn(
-        n, 4, generator=generator
-    )
+    embeddings = torch.randn(10, 4, generator=generator)[labels] + 0.8 * torch.randn(n, 4, generator=generator)
     anchors = torch.randperm(n, generator=generator)[:40]
     found = nearest(
         embeddings[anchors],
@@ -44,22 +42,14 @@ def literal_filter(
     )
     rows = []
     for row, anchor in enumerate(anchors.tolist()):
-        pairs = [
-            (i, float(d))
-            for i, d in zip(found.items[row].tolist(), found.distances[row], strict=True)
-            if i >= 0
-        ]
+        pairs = [(i, float(d)) for i, d in zip(found.items[row].tolist(), found.distances[row], strict=True) if i >= 0]
         label = int(labels[anchor])
         positives = [d for i, d in pairs if label >= 0 and labels[i] == label]
         left = [(i, d) for i, d in pairs if label >= 0 and labels[i] >= 0 and labels[i] != label]
         furthest = max(positives, default=float("inf"))
         bounds = {
-            "absolute_margin": None
-            if filters.absolute_margin is None
-            else furthest + filters.absolute_margin,
-            "relative_margin": None
-            if filters.relative_margin is None
-            else furthest * (1 + filters.relative_margin),
+            "absolute_margin": None if filters.absolute_margin is None else furthest + filters.absolute_margin,
+            "relative_margin": None if filters.relative_margin is None else furthest * (1 + filters.relative_margin),
             "min_distance": filters.min_distance,
         }
         for name, bound in bounds.items():
@@ -81,15 +71,11 @@ def literal_filter(
         NegativeFilters(absolute_margin=-1.5),
         NegativeFilters(relative_margin=-0.5, range_max=3),
         NegativeFilters(min_distance=1.0, range_min=1),
-        NegativeFilters(
-            absolute_margin=-1.5, relative_margin=-0.4, min_distance=1.1, range_min=1, range_max=4
-        ),
+        NegativeFilters(absolute_margin=-1.5, relative_margin=-0.4, min_distance=1.1, range_min=1, range_max=4),
     ],
 )
 @pytest.mark.parametrize("seed", [0, 1, 2])
-def test_filter_negatives_matches_a_loop_and_counts_each_candidate_once(
-    filters: NegativeFilters, seed: int
-) -> None:
+def test_filter_negatives_matches_a_loop_and_counts_each_candidate_once(filters: NegativeFilters, seed: int) -> None:
     found, anchors, labels, _ = training_set(seed)
     allowed, dropped = filter_negatives(found, anchors, labels, filters)
     rows, expected = literal_filter(found, anchors, labels, filters)
@@ -97,18 +83,12 @@ def test_filter_negatives_matches_a_loop_and_counts_each_candidate_once(
     assert dropped == {name: count for name, count in expected.items() if name in dropped}
     assert all(count == 0 for name, count in expected.items() if name not in dropped)
     statistics = mining_statistics(found, anchors, labels, allowed, dropped)
-    assert (
-        statistics.n_negatives - sum(dropped.values())
-        == statistics.negative_distances.n
-        == sum(map(len, rows))
-    )
+    assert statistics.n_negatives - sum(dropped.values()) == statistics.negative_distances.n == sum(map(len, rows))
 
 
 def test_mining_statistics_match_a_loop() -> None:
     found, anchors, labels, _ = training_set(3)
-    allowed, dropped = filter_negatives(
-        found, anchors, labels, NegativeFilters(min_distance=1.0, range_max=4)
-    )
+    allowed, dropped = filter_negatives(found, anchors, labels, NegativeFilters(min_distance=1.0, range_max=4))
     statistics = mining_statistics(found, anchors, labels, allowed, dropped)
     positives, hardest_used, with_negative, without_positive, without_negative = [], 0, 0, 0, 0
     for row, anchor in enumerate(anchors.tolist()):
@@ -136,9 +116,7 @@ def test_mining_statistics_match_a_loop() -> None:
 
 @pytest.mark.parametrize("temperature", [None, 0.3])
 @pytest.mark.parametrize("beyond_share", [0.0, 0.5, 1.0])
-def test_draw_lists_draws_every_possible_member_and_no_other(
-    beyond_share: float, temperature: float | None
-) -> None:
+def test_draw_lists_draws_every_possible_member_and_no_other(beyond_share: float, temperature: float | None) -> None:
     found, anchors, labels, sequences = training_set(4)
     allowed, _ = filter_negatives(found, anchors, labels, NegativeFilters(range_max=4))
     generator = torch.Generator().manual_seed(0)
@@ -164,11 +142,7 @@ def test_draw_lists_draws_every_possible_member_and_no_other(
             assert len(set(items[1:])) == min(2, len(choice))
     for row, anchor in enumerate(anchors.tolist()):
         listed = set(found.items[row].tolist())
-        same = {
-            i
-            for i in range(len(labels))
-            if labels[i] == labels[anchor] and i != anchor and labels[anchor] >= 0
-        }
+        same = {i for i in range(len(labels)) if labels[i] == labels[anchor] and i != anchor and labels[anchor] >= 0}
         inside = same & listed
         beyond = {i for i in same - listed if sequences[i] < 0 or sequences[i] != sequences[anchor]}
         expected = {0.0: inside or beyond, 0.5: inside | beyond, 1.0: beyond or inside}[beyond_share]
@@ -184,9 +158,7 @@ def test_draw_lists_same_seed_gives_the_same_lists_and_another_seed_others() -> 
 
     def items(seed: int) -> Tensor:
         generator = torch.Generator().manual_seed(seed)
-        return draw_lists(
-            found, anchors, labels, allowed, n_negatives=3, generator=generator, beyond_share=0.3
-        ).items
+        return draw_lists(found, anchors, labels, allowed, n_negatives=3, generator=generator, beyond_share=0.3).items
 
     assert torch.equal(items(0), items(0))
     assert not torch.equal(items(0), items(1))

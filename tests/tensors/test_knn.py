@@ -142,9 +142,7 @@ def test_merge_any_order_and_grouping_gives_the_same_bits() -> None:
 
 def test_nearest_duplicates_of_the_query_are_found_but_never_the_query_itself() -> None:
     embeddings = torch.ones(6, 3)
-    found = nearest(
-        embeddings, embeddings, query_items=torch.arange(6), gallery_items=torch.arange(6), n_items=10
-    )
+    found = nearest(embeddings, embeddings, query_items=torch.arange(6), gallery_items=torch.arange(6), n_items=10)
     assert (found.distances[:, :5] == 0).all()
     assert (found.items[:, 5:] == -1).all()
     assert (found.distances[:, 5:] == torch.inf).all()
@@ -152,9 +150,7 @@ def test_nearest_duplicates_of_the_query_are_found_but_never_the_query_itself() 
         assert found.items[item, :5].tolist() == [other for other in range(6) if other != item]
 
 
-def conformance_3(
-    queries: list[int], gallery: list[int], sequence: list[int] | None, n_items: int
-) -> list[list[int]]:
+def conformance_3(queries: list[int], gallery: list[int], sequence: list[int] | None, n_items: int) -> list[list[int]]:
     x = torch.tensor([[0.0], [1.0], [2.0], [3.0], [10.0]])
     q, g = torch.tensor(queries), torch.tensor(gallery)
     s = None if sequence is None else torch.tensor(sequence)

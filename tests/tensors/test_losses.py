@@ -36,9 +36,7 @@ def test_losses_hand_values() -> None:
     close(margin_ranking(two, zero, margin=0.5), 2.5)
     close(margin_mse(zero, two, zero, torch.tensor([5.0])), 9.0)
     close(list_distillation(lists, lists + 7), 0.0)
-    close(
-        list_distillation(lists, torch.zeros(1, 2)), 0.5 * math.log(0.5 / 0.75) + 0.5 * math.log(0.5 / 0.25)
-    )
+    close(list_distillation(lists, torch.zeros(1, 2)), 0.5 * math.log(0.5 / 0.75) + 0.5 * math.log(0.5 / 0.25))
     near, far = torch.tensor([[0.0, 0.0]]), torch.tensor([[3.0, 4.0]])
     close(triplet(near, near, far, margin=6.0), 1.0)
     close(triplet(near, far, near), math.log1p(math.exp(5)))
@@ -170,8 +168,7 @@ def test_shares_of_a_batch_with_the_global_normaliser_add_up_to_the_whole(cut: i
     for loss in losses:
         whole = gradient(lambda x, loss=loss: loss(x, slice(None), None), logits)
         halves = [
-            gradient(lambda x, loss=loss, s=s: loss(x, s, total), logits)
-            for s in (slice(0, cut), slice(cut, 10))
+            gradient(lambda x, loss=loss, s=s: loss(x, s, total), logits) for s in (slice(0, cut), slice(cut, 10))
         ]
         torch.testing.assert_close(halves[0][0] + halves[1][0], whole[0])
         torch.testing.assert_close(halves[0][1] + halves[1][1], whole[1])

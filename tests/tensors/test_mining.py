@@ -14,9 +14,7 @@ PairSet = set[tuple[int, int]]
 def as_sets(pairs: tuple[Tensor, Tensor, Tensor]) -> tuple[PairSet, PairSet]:
     rows = list(zip(*(column.tolist() for column in pairs), strict=True))
     assert len(rows) == len(set(rows))
-    return {(a, b) for a, b, negative in rows if not negative}, {
-        (a, b) for a, b, negative in rows if negative
-    }
+    return {(a, b) for a, b, negative in rows if not negative}, {(a, b) for a, b, negative in rows if negative}
 
 
 def brute_force(embeddings: list[list[float]], labels: list[int]) -> tuple[PairSet, PairSet]:
@@ -88,8 +86,7 @@ def test_miner_output_is_sorted_positives_first_and_the_same_for_every_kind_of_l
     assert rows == sorted(rows)
     for other in (torch.tensor(labels), np.array(labels), np.array(labels, dtype=np.int32)):
         assert all(
-            torch.equal(a, b)
-            for a, b in zip((ids1, ids2, is_negative), miner.sample(embeddings, other), strict=True)
+            torch.equal(a, b) for a, b in zip((ids1, ids2, is_negative), miner.sample(embeddings, other), strict=True)
         )
 
 

@@ -61,13 +61,9 @@ def new_distances(items: torch.Tensor, distances: torch.Tensor, **constants: flo
     return found
 
 
-@pytest.mark.parametrize(
-    ("k1", "k2", "weight"), [(20, 6, 0.3), (10, 3, 0.5), (7, 1, 0.0), (1, 2, 0.3), (5, 6, 1.0)]
-)
+@pytest.mark.parametrize(("k1", "k2", "weight"), [(20, 6, 0.3), (10, 3, 0.5), (7, 1, 0.0), (1, 2, 0.3), (5, 6, 1.0)])
 @pytest.mark.parametrize("seed", [0, 1])
-def test_k_reciprocal_full_lists_equal_the_dense_definition(
-    k1: int, k2: int, weight: float, seed: int
-) -> None:
+def test_k_reciprocal_full_lists_equal_the_dense_definition(k1: int, k2: int, weight: float, seed: int) -> None:
     dist, items, distances = make_lists(70, 69, seed)
     scaled = dist / 2.5
     wanted = dense_k_reciprocal(scaled, with_self(items), k1, k2, weight, scaled)
@@ -108,9 +104,7 @@ def test_steps_any_blocks_give_the_same_bits(size: int) -> None:
         encoding = neighbourhood.concatenate(
             [neighbourhood.encode_k_reciprocal(items, distances, b, k1=20, scale=scale) for b in blocks]
         )
-        wide = neighbourhood.concatenate(
-            [neighbourhood.expand_encoding(encoding, items, b, k2=6) for b in blocks]
-        )
+        wide = neighbourhood.concatenate([neighbourhood.expand_encoding(encoding, items, b, k2=6) for b in blocks])
         jaccard = torch.cat([neighbourhood.jaccard_distances(wide, b, items[b]) for b in blocks])
         return [encoding.columns, encoding.weights, wide.columns, wide.weights, jaccard]
 
@@ -153,9 +147,7 @@ def test_k_reciprocal_ragged_lists_keep_their_items_and_missing_places_last() ->
 
 def test_k_reciprocal_weight_one_is_the_original_order() -> None:
     _, items, distances = make_lists(50, 20, seed=7)
-    ordered, values = neighbourhood.k_reciprocal(
-        items, distances, k1=10, k2=3, original_weight=1.0, scale=2.0
-    )
+    ordered, values = neighbourhood.k_reciprocal(items, distances, k1=10, k2=3, original_weight=1.0, scale=2.0)
     assert torch.equal(ordered, items)
     torch.testing.assert_close(values, distances / 2)
 
@@ -170,9 +162,7 @@ def test_k_reciprocal_clustered_points_improves_map() -> None:
     n_relevant = metrics.count_relevant(everything, labels, None, everything, labels, None)
 
     def score(lists: torch.Tensor) -> float:
-        return metrics.means(metrics.per_query(metrics.relevance(lists, labels, labels), n_relevant))[
-            "map@10"
-        ]
+        return metrics.means(metrics.per_query(metrics.relevance(lists, labels, labels), n_relevant))["map@10"]
 
     assert score(neighbourhood.k_reciprocal(items, distances)[0]) > score(items) + 0.01
 

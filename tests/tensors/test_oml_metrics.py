@@ -30,9 +30,7 @@ def test_per_query_formulae_give_omls_values() -> None:
     assert one_query([True, False, False, False, False], 5, (5,))["map@5"] == 1.0
 
 
-@pytest.mark.parametrize(
-    ("rel", "n_relevant", "wanted"), [([], 0, 1.0), ([], 1, 0.0), ([False, False], 0, 0.0)]
-)
+@pytest.mark.parametrize(("rel", "n_relevant", "wanted"), [([], 0, 1.0), ([], 1, 0.0), ([False, False], 0, 0.0)])
 def test_per_query_nothing_relevant_or_nothing_retrieved_follows_the_table(
     rel: list[bool], n_relevant: int, wanted: float
 ) -> None:
@@ -86,9 +84,7 @@ RANDOM_CASES = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("queries", "gallery", "has_sequence", "wanted"), [case[1:] for case in RANDOM_CASES]
-)
+@pytest.mark.parametrize(("queries", "gallery", "has_sequence", "wanted"), [case[1:] for case in RANDOM_CASES])
 def test_random_embeddings_end_to_end_give_omls_values(
     queries: range, gallery: range, has_sequence: bool, wanted: list[float]
 ) -> None:
@@ -115,14 +111,10 @@ def test_random_embeddings_end_to_end_give_omls_values(
         metrics.relevance(retrieved, labels[q], labels), (retrieved >= 0).sum(dim=1), n_relevant, (1, 5)
     )
     found = metrics.means(per_query)
-    fnmr = oml_metrics.fnmr_at_fmr(
-        distances[is_match & ~is_ignored], distances[~is_match & ~is_ignored], (0.1,)
-    )
+    fnmr = oml_metrics.fnmr_at_fmr(distances[is_match & ~is_ignored], distances[~is_match & ~is_ignored], (0.1,))
     keys = ("cmc@1", "cmc@5", "precision@5", "map@5")
     assert [*(found[key] for key in keys), fnmr["fnmr@fmr=0.1"]] == pytest.approx(wanted, abs=1e-5)
-    assert oml_metrics.pcf(torch.from_numpy(x), (0.5, 0.9)) == pytest.approx(
-        {"pcf@0.5": 0.4375, "pcf@0.9": 0.875}
-    )
+    assert oml_metrics.pcf(torch.from_numpy(x), (0.5, 0.9)) == pytest.approx({"pcf@0.5": 0.4375, "pcf@0.9": 0.875})
 
 
 def test_categories_give_omls_values() -> None:
@@ -156,9 +148,7 @@ def test_per_query_ragged_random_rows_equal_literal_definition() -> None:
     for q in range(200):
         for k in (1, 4, 30):
             wanted = literal(rows[q, : lengths[q]].tolist(), int(n_relevant[q]), k)
-            assert [found[f"{name}@{k}"][q].item() for name in ("cmc", "precision", "map")] == pytest.approx(
-                wanted
-            )
+            assert [found[f"{name}@{k}"][q].item() for name in ("cmc", "precision", "map")] == pytest.approx(wanted)
 
 
 def cpu_seconds(work: Callable[[], object]) -> float:
@@ -176,7 +166,5 @@ def cpu_seconds(work: Callable[[], object]) -> float:
 def test_nine_metrics_of_ten_thousand_queries_take_a_fraction_of_omls_second() -> None:
     rows = torch.rand(10_000, 100, generator=torch.Generator().manual_seed(4)) < 0.1
     lengths, n_relevant = torch.full((10_000,), 100), rows.sum(dim=1) + 1
-    seconds = [
-        cpu_seconds(lambda: oml_metrics.per_query(rows, lengths, n_relevant, (1, 5, 10))) for _ in range(3)
-    ]
+    seconds = [cpu_seconds(lambda: oml_metrics.per_query(rows, lengths, n_relevant, (1, 5, 10))) for _ in range(3)]
     assert min(seconds) < 0.1

@@ -86,9 +86,7 @@ def test_merge_replace_random_rows_match_a_loop_and_keep_the_invariants() -> Non
 
 @pytest.mark.parametrize("tail", [-3.0, -0.5, 0.0])
 @pytest.mark.parametrize("logits", [(4.0, -1.0, 2.0), (-0.1, -0.4, -0.2), (0.0, -2.0, -1.0)])
-def test_merge_replace_tail_not_positive_still_follows_the_head(
-    tail: float, logits: tuple[float, ...]
-) -> None:
+def test_merge_replace_tail_not_positive_still_follows_the_head(tail: float, logits: tuple[float, ...]) -> None:
     order, new = merge_replace(row(-9.0, -8.0, -7.0, tail, tail + 1), row(*logits))
     assert order.tolist() == [[1, 2, 0, 3, 4]]
     assert (new.diff(dim=1) >= 0).all()
@@ -167,8 +165,6 @@ def test_fuse_equal_logits_leave_the_first_stage_order() -> None:
         (1.0, 1.0, 0, "top_n=0"),
     ],
 )
-def test_fuse_impossible_settings_are_bad_input(
-    weight: float, temperature: float, top_n: int, named: str
-) -> None:
+def test_fuse_impossible_settings_are_bad_input(weight: float, temperature: float, top_n: int, named: str) -> None:
     with pytest.raises(BadInput, match=named):
         fuse(row(0.1, 0.2, 0.3), row(1.0, 2.0), weight, temperature, top_n)

@@ -18,9 +18,7 @@ def column(values: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(np.asarray(values, dtype=np.float64))[:, None]
 
 
-def clustered_differences(
-    seed: int, n_labels: int = 40, per_label: int = 20
-) -> tuple[torch.Tensor, torch.Tensor]:
+def clustered_differences(seed: int, n_labels: int = 40, per_label: int = 20) -> tuple[torch.Tensor, torch.Tensor]:
     """No true difference, and queries of a label that move together."""
     state = np.random.RandomState(seed)
     labels = np.repeat(np.arange(n_labels), per_label)
@@ -100,9 +98,7 @@ def test_sign_flip_few_clusters_agrees_with_exact_enumeration_and_its_ties(seed:
     sums = np.array([values[labels == label].sum() for label in range(9)]).round(9)
     flipped = [abs(np.dot(signs, sums)) for signs in itertools.product((-1, 1), repeat=9)]
     exact = np.mean(np.array(flipped) >= abs(sums.sum()) - 1e-9)
-    found = statistics.sign_flip_p_values(
-        column(values), torch.from_numpy(labels), seed=0, n_resamples=20_000
-    )
+    found = statistics.sign_flip_p_values(column(values), torch.from_numpy(labels), seed=0, n_resamples=20_000)
     assert found[0] == pytest.approx(exact, abs=0.015)
 
 
@@ -168,9 +164,7 @@ def test_compare_permuted_improvement_is_not_significant() -> None:
 
 def test_compare_shared_metrics_equal_those_compared_alone() -> None:
     before, after, labels = planted_improvement()
-    both = statistics.compare(
-        {"a": before, "b": after, "only": before}, {"a": after, "b": before}, labels, seed=3
-    )
+    both = statistics.compare({"a": before, "b": after, "only": before}, {"a": after, "b": before}, labels, seed=3)
     assert list(both) == ["a", "b"]
     assert both["a"] == statistics.compare({"a": before}, {"a": after}, labels, seed=3)["a"]
     assert (both["b"].mean, both["b"].low) == (-both["a"].mean, pytest.approx(-both["a"].high, abs=1e-12))
@@ -202,9 +196,7 @@ def cpu_seconds(work: Callable[[], object]) -> float:
 
 def test_compare_ten_thousand_queries_two_thousand_resamples_take_seconds() -> None:
     state = torch.Generator().manual_seed(0)
-    before, after = (
-        {f"m{i}": torch.rand(10_000, generator=state).double() for i in range(10)} for _ in range(2)
-    )
+    before, after = ({f"m{i}": torch.rand(10_000, generator=state).double() for i in range(10)} for _ in range(2))
     labels = torch.arange(10_000) // 5
     assert cpu_seconds(lambda: statistics.compare(before, after, labels, seed=0, n_resamples=2000)) < 5
 

@@ -1,0 +1,49 @@
+# make setup | demo | test | lint | typecheck | bench-quick.  Every target installs what it needs into $(VENV) first.
+VENV ?= .venv
+OUT ?= out/demo
+PYTEST_ARGS ?=
+# compare_oml.py and quality.py need an environment or a catalogue of their own.
+SMOKE := benchmarks/pairs.py benchmarks/scale.py
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/installed.stamp
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: setup demo test lint format typecheck bench-quick clean
+
+setup: $(INSTALLED)
+
+# The fallback is for Debian, whose python3 without the package python3-venv makes environments only without pip.
+$(INSTALLED): pyproject.toml constraints.txt
+	@set -e; python=""; \
+	for candidate in $(PYTHON) python3 python3.12 python3.11; do \
+	  if $$candidate -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' 2>/dev/null; then python=$$candidate; break; fi; \
+	done; \
+	if [ -z "$$python" ]; then echo "make setup: needs Python 3.11 or 3.12; install one, or name it: make setup PYTHON=/path/to/python3.12" >&2; exit 2; fi; \
+	echo "Installing into $(VENV) with $$($$python --version) ..."; \
+	$$python -m venv $(VENV) >/dev/null 2>&1 || \
+	  { $$python -m venv --clear --without-pip $(VENV) && $$python -m pip --python $(BIN)/python install --quiet pip; }
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	@touch $@
+
+demo: setup
+	$(BIN)/python jobs/demo.py --out $(OUT)
+
+test: setup
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: setup
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+typecheck: setup
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+bench-quick: setup
+	@set -e; for script in $(SMOKE); do echo "== $$script --quick"; $(BIN)/python $$script --quick; done
+
+clean:
+	rm -rf $(VENV) out

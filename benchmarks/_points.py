@@ -1,0 +1,157 @@
+"""The points of scale.py: each is one piece of work of a given size, in a process of its own, for its time and memory.
+
+python _points.py score '{"n_queries": 32, "n_images": 160, "top_n": 10}'
+"""
+
+import json
+import sys
+import tempfile
+import time
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from _measuring import PeakMemory
+from PIL import Image
+
+from distributed_rerank.cluster.session import ClusterConfig, connect
+from distributed_rerank.cluster.steps import steps_on
+from distributed_rerank.data.artifacts import read_manifest
+from distributed_rerank.data.candidates import CandidateLists
+from distributed_rerank.data.catalogue import Catalogue, read_catalogue
+from distributed_rerank.models.concat_siamese import ConcatSiamese, ConcatSiameseConfig
+from distributed_rerank.models.extractor import ExtractorConfig
+from distributed_rerank.procedures import retrieval
+from distributed_rerank.procedures.chain.chain import Chain, PairwiseStep
+from distributed_rerank.procedures.decoding import decode
+from distributed_rerank.procedures.evaluation import measure as evaluation
+from distributed_rerank.procedures.ranking import run as ranking_run
+from distributed_rerank.procedures.ranking.run import Scored, Steps
+from distributed_rerank.procedures.retrieval import RetrievalConfig, SearchSide
+from distributed_rerank.procedures.scoring import plan as scoring_plan
+from distributed_rerank.procedures.scoring.score import ScoringConfig
+from distributed_rerank.procedures.scoring.stage import score_candidates
+from distributed_rerank.tensors import sharding
+
+Answer = dict[str, float]
+
+
+def write_photos(folder: Path, n_images: int, n_queries: int) -> Catalogue:
+    """A catalogue of JPEG photos of 400 x 300, eight of a label; the first `n_queries` are queries."""
+    (folder / "images").mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    rows: list[dict[str, Any]] = []
+    for number in range(n_images):
+        path = f"images/{number:06d}.jpg"
+        grid = Image.fromarray(rng.integers(256, size=(8, 10, 3), dtype=np.uint8))
+        grid.resize((400, 300), Image.Resampling.BICUBIC).save(folder / path, quality=90)
+        label, is_query = number % max(2, n_images // 8), number < n_queries
+        rows.append({"label": label, "path": path, "split": "validation", "is_query": is_query, "is_gallery": True})
+    pd.DataFrame(rows).to_csv(folder / "df.csv", index=False)
+    return read_catalogue(str(folder / "df.csv"), purpose="evaluation")
+
+
+def random_lists(catalogue: Catalogue, n_queries: int, top_n: int) -> CandidateLists:
+    """`top_n` random candidates for each of `n_queries` queries, never the query itself; an image may be several
+    queries' candidate."""
+    rng = np.random.default_rng(1)
+    items = np.stack([rng.permutation(len(catalogue) - 1)[:top_n] for _ in range(n_queries)])
+    queries = np.arange(n_queries)
+    items += items >= queries[:, None]
+    distances = np.sort(rng.random(items.shape, dtype=np.float32), axis=1)
+    return CandidateLists(queries, items.astype(np.int64), distances)
+
+
+def make_model(name: str, size: int) -> ConcatSiamese:
+    """An untrained ConcatSiamese: its pairs dominate all else, and its encodings are the images themselves."""
+    return ConcatSiamese(ConcatSiameseConfig(extractor=ExtractorConfig(name=name, weights="none", image_size=size)))
+
+
+def score(
+    folder: Path, n_queries: int, n_images: int, top_n: int, name: str, size: int,
+    workers: int = 0, encoding_gb: float = 2.0, is_measured: bool = False,
+) -> Answer:  # fmt: skip
+    """The scoring stage, from image files to its folder; with `is_measured` also the metrics for every n."""
+    catalogue = write_photos(folder, n_images, n_queries)
+    lists, model = random_lists(catalogue, n_queries, top_n), make_model(name, size)
+    config = ScoringConfig(top_n=top_n, encoding_gb=encoding_gb)
+    session = connect(ClusterConfig(num_workers=workers, use_gpu=False)) if workers else nullcontext()
+    with PeakMemory() as memory, session as connected:
+        steps = steps_on(connected) if connected is not None else Steps()
+        started = time.perf_counter()
+        scored = score_candidates(catalogue, lists, model, config, folder / "out", score=steps.score)
+        seconds = time.perf_counter() - started
+    counts = read_manifest(folder / "out")["counts"]
+    answer = {"seconds": seconds, "pairs": scored.n_pairs, "unique": scored.n_images, "tree_mb": memory.peak_mb}
+    if is_measured:
+        answer |= time_metrics(catalogue, Scored(lists, scored.logits, []), top_n)
+    return answer | counts
+
+
+def time_metrics(catalogue: Catalogue, scored: Scored, top_n: int) -> Answer:
+    """Seconds of ranking and measuring for the largest n alone, and for every n."""
+    queries = torch.from_numpy(scored.lists.query_items)
+    chain = Chain((PairwiseStep(top_n=top_n, rule="replace"),))
+    found = {}
+    for name, curve in (("largest_s", ()), ("every_s", ranking_run.CURVE)):
+        started = time.perf_counter()
+        rankings = ranking_run.rankings(chain, scored, catalogue, None, queries, curve)
+        evaluation.measure(catalogue, queries, ranking_run.rows_of(scored.lists, queries), rankings)
+        found[name] = time.perf_counter() - started
+    return found
+
+
+def bare_loop(folder: Path, n_queries: int, n_images: int, top_n: int, name: str, size: int, threads: int) -> Answer:
+    """What Ray is held against: the same blocks and micro-batches in a plain loop, nothing written, nothing sent."""
+    catalogue = write_photos(folder, n_images, n_queries)
+    lists, model = random_lists(catalogue, n_queries, top_n), make_model(name, size)
+    gflop = model.gflop_per_pair()
+    plan = scoring_plan.make_plan(
+        lists, top_n=top_n, queries_per_block=scoring_plan.queries_per_block(top_n, gflop), images_per_batch=16
+    )
+    batch = scoring_plan.pairs_per_batch(gflop, is_gpu=False)
+    torch.set_num_threads(threads)
+    model.prepare_for_inference("cpu")
+    started, done = time.perf_counter(), 0
+    with torch.inference_mode():
+        images = decode(catalogue.images(plan.items), model.transform, threads=threads).pixels
+        for block in plan.blocks:
+            queries = torch.from_numpy(np.repeat(block.queries, top_n))
+            candidates, distances = (
+                torch.from_numpy(block.candidates.ravel()),
+                torch.from_numpy(block.distances.ravel()),
+            )
+            for start, stop in sharding.blocks(len(queries), batch):
+                part = slice(start, stop)
+                done += len(model(images[queries[part]], images[candidates[part]], distances[part]))
+    return {"seconds": time.perf_counter() - started, "pairs": done}
+
+
+def search(folder: Path, n_queries: int, n_gallery: int, dim: int, n_items: int, is_one_set: bool = False) -> Answer:
+    """Exact search in one process with one thread; with `is_one_set` the queries are gallery items."""
+    generator = torch.Generator().manual_seed(0)
+
+    def side(n: int, first: int) -> SearchSide:
+        embeddings = torch.empty(n, dim)
+        for start, stop in sharding.blocks(n, 65_536):  # normalised in parts: the whole would need twice the memory
+            part = torch.randn(stop - start, dim, generator=generator)
+            embeddings[start:stop] = torch.nn.functional.normalize(part, dim=1)
+        return SearchSide(embeddings.numpy(), np.arange(first, first + n), np.full(n, -1))
+
+    gallery = side(n_gallery, 0)
+    queries = gallery.part(0, n_queries) if is_one_set else side(n_queries, n_gallery)
+    config = RetrievalConfig(n_items=n_items)
+    blocks = list(enumerate(sharding.blocks(n_queries, config.queries_per_block)))
+    started = time.perf_counter()
+    found = sum(len(lists.query_items) for _, lists in retrieval.search(blocks, queries, gallery, config))
+    return {"seconds": time.perf_counter() - started, "queries": found}
+
+
+POINTS = {"score": score, "bare_loop": bare_loop, "search": search}
+
+if __name__ == "__main__":
+    with tempfile.TemporaryDirectory() as work:
+        print(json.dumps(POINTS[sys.argv[1]](Path(work), **json.loads(sys.argv[2]))))

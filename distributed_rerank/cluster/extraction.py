@@ -1,0 +1,168 @@
+"""Extraction on Ray Data: a decode operator on the CPUs feeds a pool of embedding actors. Layer 4.
+
+A row is a whole block, so that what shares a micro-batch never depends on how Ray Data cuts its own blocks.
+Pixels travel as uint8. Images are read in the decode operator and not by Ray Data's `download`, which
+swallows the reason of every failure. The plan enters from the driver's memory instead of a manifest file: the
+nodes need no folder in common with the driver, and which blocks are finished is known from the stage's own
+store.
+"""
+
+import functools
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import ray
+import ray.data
+
+from distributed_rerank.cluster.fan_out import bad_input_raised
+from distributed_rerank.cluster.quiet import quieten
+from distributed_rerank.cluster.session import Session
+from distributed_rerank.data.catalogue import ImageRef
+from distributed_rerank.data.transforms import InferenceTransform
+from distributed_rerank.errors import BadInput
+from distributed_rerank.models.extractor import build_extractor
+from distributed_rerank.procedures.decoding import Reject, decode, reject_table
+from distributed_rerank.procedures.devices import tensor_of
+from distributed_rerank.procedures.extraction import Block, EmbeddedBlock, Embedder, ExtractionConfig
+
+_NO_PROGRESS_SECONDS = 600
+"""Ray Data waits 30 minutes before it says that nothing moves."""
+_BLOCKS_PER_PART = 64
+_BOX = pa.list_(pa.int64())
+
+
+def extract(
+    blocks: Sequence[Block], config: ExtractionConfig, *, session: Session
+) -> Iterator[tuple[int, EmbeddedBlock]]:
+    """`procedures.extraction.extract` on Ray Data, blocks as they complete.
+
+    The weights are read once, on the driver. Raises BadInput for a cluster without a CPU to spare for
+    decoding.
+    """
+    embedders, decoders = pool_sizes(session)
+    extractor = build_extractor(config.extractor)
+    shipped = ray.put(extractor)
+    decode_row = functools.partial(_decode_row, transform=extractor.transform, threads=config.decode_threads)
+    with ray.data.DataContext.current(_data_context()):
+        dataset = (
+            ray.data.from_arrow(_manifest(blocks))
+            .repartition(target_num_rows_per_block=1)
+            .map_batches(
+                decode_row,
+                batch_size=1,
+                batch_format="pyarrow",
+                num_cpus=1,
+                compute=ray.data.TaskPoolStrategy(size=decoders),
+            )
+            # Without this operator Ray Data may fuse both sides, and the embedding actors would decode.
+            .repartition(target_num_rows_per_block=1)
+            .map_batches(
+                _EmbedRow,
+                fn_constructor_kwargs={"extractor": [shipped], "config": config},
+                batch_size=1,
+                batch_format="pyarrow",
+                num_cpus=session.cpus_per_worker,
+                num_gpus=1 if session.use_gpu else None,
+                compute=ray.data.ActorPoolStrategy(size=embedders),
+            )
+        )
+        yield from _rows(dataset)
+
+
+def pool_sizes(session: Session) -> tuple[int, int]:
+    """How many actors embed and how many tasks decode at a time, so that decoding always finds a CPU.
+
+    Ray Data hangs without a word where actors hold every CPU. On a cluster without GPUs a third of the CPUs
+    is left to decoding. Raises BadInput where even one embedding actor leaves none.
+    """
+    embedders = session.num_workers
+    if not session.use_gpu:
+        spared = max(1, session.num_cpus // 3)
+        embedders = min(embedders, max(1, (session.num_cpus - spared) // session.cpus_per_worker))
+    free = session.num_cpus - embedders * session.cpus_per_worker
+    if free < 1:
+        raise BadInput(
+            f"{embedders} embedding workers with cpus_per_worker={session.cpus_per_worker} leave none of the "
+            f"{session.num_cpus} CPUs for decoding; lower num_workers or cpus_per_worker"
+        )
+    return embedders, min(session.decode_workers, free)
+
+
+class _EmbedRow:
+    """An Embedder as Ray Data wants it: one row, a decoded block, in and its embeddings out."""
+
+    def __init__(self, extractor: list[ray.ObjectRef], config: ExtractionConfig) -> None:
+        self._embedder = Embedder(ray.get(extractor[0]), config)
+
+    def __call__(self, row: pa.Table) -> pa.Table:
+        shape = row["shape"][0].as_py()
+        pixels = np.frombuffer(row["pixels"][0].as_buffer(), np.uint8).reshape(shape)
+        embeddings = self._embedder.embed(tensor_of(pixels))
+        columns = {name: row[name] for name in ("block", "ids", "rejects")}
+        return pa.table({**columns, "shape": [list(embeddings.shape)], "embeddings": _binary(embeddings)})
+
+
+def _decode_row(row: pa.Table, *, transform: InferenceTransform, threads: int) -> pa.Table:
+    refs = _refs(row)
+    decoded = decode(refs, transform, threads=threads)
+    pixels = decoded.pixels.numpy()
+    rejects = reject_table(decoded.rejects, "embed")
+    return pa.table(
+        {
+            "block": row["block"],
+            "ids": pa.array([[refs[position].id for position in decoded.kept]], pa.list_(pa.string())),
+            "rejects": pa.array([rejects.to_pylist()], pa.list_(pa.struct(rejects.schema))),
+            "shape": [list(pixels.shape)],
+            "pixels": _binary(pixels),
+        }
+    )
+
+
+def _manifest(blocks: Sequence[Block]) -> list[pa.Table]:
+    """One row per block, in parts small enough to be objects of their own."""
+    rows = [
+        {
+            "block": number,
+            "ids": [ref.id for ref in refs],
+            "paths": [ref.path for ref in refs],
+            "boxes": [None if ref.box is None else list(ref.box) for ref in refs],
+        }
+        for number, refs in blocks
+    ]
+    texts = pa.list_(pa.string())
+    schema = pa.schema({"block": pa.int64(), "ids": texts, "paths": texts, "boxes": pa.list_(_BOX)})
+    parts = [rows[start : start + _BLOCKS_PER_PART] for start in range(0, len(rows), _BLOCKS_PER_PART)]
+    return [pa.Table.from_pylist(part, schema=schema) for part in parts]
+
+
+def _refs(row: pa.Table) -> list[ImageRef]:
+    columns = (row[name][0].as_py() for name in ("ids", "paths", "boxes"))
+    return [ImageRef(id, path, None if box is None else tuple(box)) for id, path, box in zip(*columns, strict=True)]
+
+
+def _rows(dataset: Any) -> Iterator[tuple[int, EmbeddedBlock]]:
+    with bad_input_raised():
+        for table in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
+            for at in range(len(table)):
+                row = table.slice(at, 1)
+                shape = row["shape"][0].as_py()
+                embeddings = np.frombuffer(row["embeddings"][0].as_buffer(), np.float32).reshape(shape)
+                rejects = [Reject(r["id"], r["path"], r["reason"]) for r in row["rejects"][0].as_py()]
+                yield row["block"][0].as_py(), EmbeddedBlock(row["ids"][0].as_py(), embeddings, rejects)
+
+
+def _binary(array: np.ndarray) -> pa.Array:
+    """The bytes of an array as one binary value, without a copy."""
+    data = np.ascontiguousarray(array)
+    offsets = np.array([0, data.nbytes], np.int64)
+    return pa.Array.from_buffers(pa.large_binary(), 1, [None, pa.py_buffer(offsets), pa.py_buffer(data)])
+
+
+def _data_context() -> ray.data.DataContext:
+    context = ray.data.DataContext.get_current().copy()
+    context.enable_progress_bars = False  # the stage shows its own
+    quieten()
+    context.execution_no_progress_timeout_s = _NO_PROGRESS_SECONDS
+    return context

@@ -1,0 +1,34 @@
+"""What a running evaluation has done so far, as Prometheus metrics of Ray's own endpoint. Layer 4.
+
+Ray exports them on every node, named `ray_rerank_..._total`, within about ten seconds; the file
+prom_metrics_service_discovery.json in Ray's folder lists the endpoints for Prometheus.
+"""
+
+from collections.abc import Iterable, Iterator
+from typing import TypeVar
+
+from ray.util.metrics import Counter
+
+from distributed_rerank.procedures.scoring.score import Tally
+
+T = TypeVar("T")
+
+DESCRIPTIONS = {
+    "rerank_blocks_done": "blocks of queries whose pairs are scored",
+    "rerank_pairs_scored": "pairs that a pairwise model has scored",
+    "rerank_images_decoded": "images that were read for a pairwise model, again where they were encoded again",
+}
+
+
+def counted(blocks: Iterable[T], tally: Tally) -> Iterator[T]:
+    """`blocks` as they come, while the metrics follow `tally`, which their producer fills."""
+    counters = {name: Counter(name, description) for name, description in DESCRIPTIONS.items()}
+    reported = {"rerank_pairs_scored": 0, "rerank_images_decoded": 0}
+    for block in blocks:
+        counters["rerank_blocks_done"].inc()
+        now = {"rerank_pairs_scored": tally.pairs_scored, "rerank_images_decoded": tally.images_decoded}
+        for name, value in now.items():
+            if value > reported[name]:
+                counters[name].inc(value - reported[name])
+        reported = now
+        yield block

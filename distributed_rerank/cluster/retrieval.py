@@ -1,0 +1,37 @@
+"""Retrieval on Ray: the gallery's tiles lie once in each node's object store, blocks of queries go to actors.
+Layer 4."""
+
+from collections.abc import Iterator, Sequence
+
+import ray
+
+from distributed_rerank.cluster.fan_out import fan_out, start_workers
+from distributed_rerank.cluster.session import Session
+from distributed_rerank.data.candidates import CandidateLists
+from distributed_rerank.procedures.retrieval import Block, RetrievalConfig, Searcher, SearchSide, tiles_of
+
+
+class TileSearcher:
+    """A Searcher whose tiles come from the object store, one mapped at a time."""
+
+    def __init__(self, tiles: list[ray.ObjectRef], config: RetrievalConfig) -> None:
+        self._searcher = Searcher(lambda: map(ray.get, tiles), config)
+
+    def search(self, queries: SearchSide) -> CandidateLists:
+        """The candidate lists of a block of queries."""
+        return self._searcher.search(queries)
+
+
+def search(
+    blocks: Sequence[Block],
+    queries: SearchSide,
+    gallery: SearchSide,
+    config: RetrievalConfig,
+    *,
+    session: Session,
+) -> Iterator[tuple[int, CandidateLists]]:
+    """`procedures.retrieval.search` on the session's workers, blocks as they complete."""
+    tiles = [ray.put(tile) for tile in tiles_of(gallery, config.tile_size)]
+    with start_workers(session, TileSearcher, tiles, config) as workers:
+        tasks = ((number, queries.part(start, stop)) for number, (start, stop) in blocks)
+        yield from fan_out(workers, lambda worker, part: worker.call.remote("search", part), tasks)

@@ -1,0 +1,77 @@
+"""Scoring on Ray: encodings stay in the object store, where every worker of a node reads them without a copy.
+Layer 4."""
+
+import copy
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import ray
+
+from distributed_rerank.cluster.fan_out import Worker, fan_out, start_workers
+from distributed_rerank.cluster.monitoring import counted
+from distributed_rerank.cluster.session import Session
+from distributed_rerank.models.pairwise import PairwiseModel
+from distributed_rerank.procedures.scoring.plan import ScorePlan
+from distributed_rerank.procedures.scoring.score import (
+    Backend,
+    Encoded,
+    EncodeTask,
+    Images,
+    PairTask,
+    ScoredBlock,
+    Scorer,
+    ScoringConfig,
+    Tally,
+    run_rounds,
+)
+
+_SHARE_OF_STORE = 0.5
+"""Encodings may take this part of the object store; beyond it Ray would write them to disk."""
+
+
+def score(
+    plan: ScorePlan,
+    numbers: Sequence[int],
+    images: Images,
+    model: PairwiseModel,
+    config: ScoringConfig,
+    tally: Tally,
+    *,
+    session: Session,
+) -> Iterator[tuple[int, ScoredBlock]]:
+    """`procedures.scoring.score` on the session's workers, blocks as they complete."""
+    shipped = ray.put(copy.deepcopy(model).cpu())
+    with start_workers(session, Scorer, shipped, config) as workers:
+        store = int(session.object_store_bytes * _SHARE_OF_STORE)
+        backend = Backend(
+            encode=lambda tasks: _encode(workers, tasks),
+            score=lambda tasks: _score(workers, tasks),
+            n_workers=len(workers),
+            max_bytes=min(int(config.encoding_gb * 10**9), store),
+        )
+        blocks = run_rounds(plan, numbers, images, model.bytes_per_image, backend, tally)
+        yield from counted(blocks, tally)
+
+
+def _encode(workers: list[Worker], tasks: Sequence[EncodeTask]) -> Iterator[tuple[ray.ObjectRef, Encoded]]:
+    """Only the description of each array comes to the driver; the array is left where it was made."""
+    arrays: dict[int, ray.ObjectRef] = {}
+
+    def submit(worker: Worker, task: tuple[int, EncodeTask]) -> ray.ObjectRef:
+        number, images = task
+        arrays[number], encoded = worker.call.options(num_returns=2).remote("encode", images)
+        return encoded
+
+    for number, encoded in fan_out(workers, submit, ((number, (number, task)) for number, task in enumerate(tasks))):
+        yield arrays.pop(number), encoded
+
+
+def _score(
+    workers: list[Worker], tasks: Iterable[tuple[int, tuple[PairTask, list[Any]]]]
+) -> Iterator[tuple[int, np.ndarray]]:
+    def submit(worker: Worker, task: tuple[PairTask, list[ray.ObjectRef]]) -> ray.ObjectRef:
+        pairs, arrays = task
+        return worker.call.remote("score", pairs, *arrays)
+
+    yield from fan_out(workers, submit, tasks)

@@ -1,0 +1,217 @@
+"""Connect to Ray, or start it on this machine, and find out what work can be placed there. Layer 4.
+
+With RAY_ADDRESS set (as in `ray job submit`) the running cluster is used; otherwise a private instance is
+started and stopped again. It never joins a Ray that happens to run on the machine.
+"""
+
+import logging
+import os
+import secrets
+import shutil
+import signal
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import ray
+from ray.autoscaler.sdk import request_resources
+from ray.exceptions import AuthenticationError
+
+from distributed_rerank.errors import BadInput
+
+logger = logging.getLogger(__name__)
+
+_MIN_LOGICAL_CPUS = 8
+"""A small machine declares more CPUs than it has: Ray Data hangs where actors hold every CPU (ray issue
+44687)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClusterConfig:
+    """Which part of the cluster a job may use."""
+
+    num_workers: int | None = None
+    """Ray workers; default: one per GPU, or one per CPU core where there is no GPU."""
+    cpus_per_worker: int = 1
+    """CPUs reserved for each worker."""
+    use_gpu: bool | None = None
+    """Give each worker a GPU; default: where the cluster has any."""
+    object_store_gb: float | None = None
+    """Shared memory of a Ray started here, in GB; default: Ray's (30 % of the memory)."""
+    wait_s: float = 0.0
+    """How long to wait for an autoscaling cluster to start the nodes that the workers need."""
+
+    def __post_init__(self) -> None:
+        if self.num_workers is not None and self.num_workers < 1:
+            raise BadInput(f"num_workers={self.num_workers}: at least one worker is needed; give 1 or more")
+        if self.cpus_per_worker < 1:
+            raise BadInput(f"cpus_per_worker={self.cpus_per_worker}: give 1 or more")
+        if self.object_store_gb is not None and self.object_store_gb < 0.1:
+            raise BadInput(f"object_store_gb={self.object_store_gb} is too small for image blocks; give 0.1 or more")
+        if self.wait_s < 0:
+            raise BadInput(f"wait_s={self.wait_s} is negative; give 0 or more seconds")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Session:
+    """What a connected driver may use. Bits never depend on it, only time does."""
+
+    num_workers: int
+    """Workers that compute."""
+    cpus_per_worker: int = 1
+    """CPUs reserved for each of them."""
+    use_gpu: bool = False
+    """Whether each of them holds a GPU."""
+    num_cpus: int = _MIN_LOGICAL_CPUS
+    """CPUs that the cluster declares."""
+    decode_workers: int = 2
+    """At most this many processes decode images beside the workers."""
+    object_store_bytes: int = 10**9
+    """Shared memory of the cluster."""
+
+
+@contextmanager
+def connect(config: ClusterConfig | None = None) -> Iterator[Session]:
+    """The session of this job; a Ray started here ends with the block, a SIGTERM ends it as Ctrl-C does.
+
+    Raises BadInput when RAY_ADDRESS does not answer, or when the workers asked for do not fit the cluster.
+    """
+    config = config or ClusterConfig()
+    configure_logging()
+    with ExitStack() as stack:
+        is_local = False
+        if not ray.is_initialized():
+            is_local = os.environ.get("RAY_ADDRESS", "local") == "local"
+            stack.enter_context(_start_local(config) if is_local else _attach())
+        stack.enter_context(_interrupt_on_sigterm())
+        if config.wait_s > 0 and not is_local:
+            _wait_for_nodes(config)
+        session = make_session(config, ray.cluster_resources(), cores=_cores() if is_local else None)
+        logger.info("Ray: %d workers, %s", session.num_workers, "one GPU each" if session.use_gpu else "CPU")
+        yield session
+
+
+def make_session(config: ClusterConfig, resources: Mapping[str, float], *, cores: int | None = None) -> Session:
+    """What `config` means on a cluster with these Ray `resources`; `cores` are the real ones where CPUs are
+    only declared.
+
+    Raises BadInput naming what was asked for and what there is.
+    """
+    cpus, gpus = int(resources.get("CPU", 0)), int(resources.get("GPU", 0))
+    use_gpu = gpus > 0 if config.use_gpu is None else config.use_gpu
+    most = min(gpus, cpus // config.cpus_per_worker) if use_gpu else cpus // config.cpus_per_worker
+    default = min(most, (cores or cpus) // config.cpus_per_worker) if not use_gpu else most
+    num_workers = config.num_workers or max(1, default)
+    if num_workers > most:
+        each = f"{config.cpus_per_worker} CPU{' and 1 GPU' if use_gpu else ''}"
+        raise BadInput(
+            f"{num_workers} workers with {each} each were asked for, the cluster has {cpus} CPUs and "
+            f"{gpus} GPUs; lower num_workers, or give wait_s where the cluster can grow"
+        )
+    return Session(
+        num_workers=num_workers,
+        cpus_per_worker=config.cpus_per_worker,
+        use_gpu=use_gpu,
+        num_cpus=cpus,
+        decode_workers=cores or cpus,
+        object_store_bytes=int(resources.get("object_store_memory", 0)),
+    )
+
+
+def configure_logging() -> None:
+    """Show this package's log lines on standard error, in the driver as in the workers; once per process."""
+    package = logging.getLogger("distributed_rerank")
+    if not package.handlers and not logging.getLogger().handlers:
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S"))
+        package.addHandler(handler)
+        package.setLevel(logging.INFO)
+
+
+@contextmanager
+def _start_local(config: ClusterConfig) -> Iterator[None]:
+    """A private Ray of this process: own folder, own token, no dashboard."""
+    # /tmp and not TMPDIR: Ray's socket paths must stay below 107 characters
+    folder = Path(tempfile.mkdtemp(prefix="rerank-", dir="/tmp"))
+    needed = (config.num_workers or 0) * config.cpus_per_worker + 2
+    _use_own_token()
+    try:
+        ray.init(
+            address="local",
+            num_cpus=max(_MIN_LOGICAL_CPUS, 2 * _cores(), needed),
+            object_store_memory=None if config.object_store_gb is None else int(config.object_store_gb * 10**9),
+            include_dashboard=False,
+            logging_level=logging.WARNING,
+            runtime_env={"worker_process_setup_hook": "distributed_rerank.cluster.quiet.quieten"},
+            _temp_dir=str(folder),
+        )
+        yield
+    finally:
+        ray.shutdown()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def _attach() -> Iterator[None]:
+    address = os.environ["RAY_ADDRESS"]
+    try:
+        ray.init(logging_level=logging.WARNING)
+    except (ConnectionError, AuthenticationError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise BadInput(
+            f"RAY_ADDRESS={address} cannot be used ({reason}); start that cluster, set its RAY_AUTH_TOKEN, or unset it"
+        ) from None
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _use_own_token() -> None:
+    """Otherwise Ray, which turns authentication on by itself, writes a world-readable token into the home.
+
+    The token stays for the life of the process, because Ray keeps the first one it has read.
+    """
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    if not {"RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & os.environ.keys():
+        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+
+
+@contextmanager
+def _interrupt_on_sigterm() -> Iterator[None]:
+    """SIGTERM raises KeyboardInterrupt, so that workers are stopped and finished blocks kept."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt(f"signal {number}")
+
+    before: Any = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
+
+
+def _wait_for_nodes(config: ClusterConfig) -> None:
+    """Ask the autoscaler for the workers' resources and wait until they are there, or `wait_s` is over."""
+    bundle = {"CPU": config.cpus_per_worker} | ({"GPU": 1} if config.use_gpu else {})
+    wanted = [bundle] * (config.num_workers or 1)
+    request_resources(bundles=wanted)
+    deadline = time.monotonic() + config.wait_s
+    while time.monotonic() < deadline:
+        resources = ray.cluster_resources()
+        if all(resources.get(name, 0) >= amount * len(wanted) for name, amount in bundle.items()):
+            return
+        time.sleep(1.0)
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0))

@@ -1,0 +1,70 @@
+"""A chain applied to candidate lists: each step re-orders what the one before it left. Layer 3.
+
+The lists are those of all items of a search, queries and gallery alike, numbered 0, 1, ...: neighbourhood
+steps ask whether two items are in each other's lists. Nothing enters a list, except by query expansion, which
+searches again.
+"""
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+
+from distributed_rerank.procedures.chain.chain import AlphaQEStep, Chain, KReciprocalStep, PairwiseStep
+from distributed_rerank.tensors import reranking
+from distributed_rerank.tensors.knn import Neighbours, nearest
+from distributed_rerank.tensors.neighbourhood import k_reciprocal
+from distributed_rerank.tensors.query_expansion import expand_embeddings
+
+
+def apply(
+    chain: Chain,
+    lists: Neighbours,
+    logits: Float[Tensor, "item top_n"] | None = None,
+    embeddings: Float[Tensor, "item dim"] | None = None,
+) -> Neighbours:
+    """The lists after all steps. `logits` are those of the first candidates of each list, NaN where there is
+    none.
+
+    Logits are needed by a pairwise step, embeddings by alpha_qe; an assertion says so. The input is left as
+    it is.
+    """
+    for step in chain.steps:
+        if isinstance(step, PairwiseStep):
+            assert logits is not None, "a pairwise step needs logits"
+            lists = apply_pairwise(step, lists, logits)
+        elif isinstance(step, KReciprocalStep):
+            lists = apply_k_reciprocal(step, lists)
+        else:
+            assert embeddings is not None, "query expansion needs embeddings"
+            lists = apply_alpha_qe(step, lists, embeddings)
+    return lists
+
+
+def apply_pairwise(step: PairwiseStep, lists: Neighbours, logits: Float[Tensor, "query top_n"]) -> Neighbours:
+    """The lists of any queries by the step's rule; the tail behind `top_n` keeps its places."""
+    head = logits[:, : step.top_n]
+    if step.rule == "replace":
+        order, distances = reranking.merge_replace(lists.distances, head)
+    else:
+        order, distances = reranking.fuse(
+            lists.distances, head, weight=step.weight, temperature=step.temperature, top_n=step.top_n
+        )
+    return Neighbours(lists.items.gather(1, order), distances)
+
+
+def apply_k_reciprocal(step: KReciprocalStep, lists: Neighbours) -> Neighbours:
+    """The lists of all items by k-reciprocal encoding; fused distances are shifted so that none is
+    negative."""
+    finite = lists.distances[lists.distances.isfinite()]
+    shift = min(0.0, float(finite.min())) if len(finite) else 0.0
+    items, distances = k_reciprocal(
+        lists.items, lists.distances - shift, k1=step.k1, k2=step.k2, original_weight=step.weight
+    )
+    return Neighbours(items, distances)
+
+
+def apply_alpha_qe(step: AlphaQEStep, lists: Neighbours, embeddings: Float[Tensor, "item dim"]) -> Neighbours:
+    """A new search with every embedding expanded by its neighbours in the lists."""
+    expanded = expand_embeddings(embeddings, embeddings, lists.items, n_neighbours=step.k, alpha=step.alpha)
+    items: Int64[Tensor, " item"] = torch.arange(len(embeddings))
+    return nearest(expanded, expanded, query_items=items, gallery_items=items, n_items=lists.items.shape[1])

@@ -1,0 +1,164 @@
+"""The re-ranking chain as data: which steps follow the first stage, with which constants, and who decided so.
+Layer 3.
+
+`chain.json` lies beside a model. Its `steps` are applied in order, each to the lists that the one before it
+left; no step at all means that the first stage's order stays. `chosen_on` tells which labels and figures led
+to the choice.
+"""
+
+import json
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from distributed_rerank.errors import BadInput
+
+Rule = Literal["fuse", "replace"]
+
+
+@dataclass(frozen=True)
+class PairwiseStep:
+    """Re-orders the first `top_n` by the pairwise model's logits.
+
+    fuse: weight * distance + logit / temperature; replace: by the logit alone, OML's rule (weight and
+    temperature are not used). What lies behind the first `top_n` keeps its places.
+    """
+
+    top_n: int
+    rule: Rule = "fuse"
+    weight: float = 1.0
+    temperature: float = 1.0
+
+    def __post_init__(self) -> None:
+        check(self.rule in get_args(Rule), f"rule={self.rule!r} is unknown; known are {get_args(Rule)}")
+        check(self.top_n >= 2, f"top_n={self.top_n} re-ranks nothing; give at least 2")
+        check(self.weight >= 0, f"weight={self.weight} is negative; distances count positively or not at all")
+        check(self.temperature > 0, f"temperature={self.temperature} must be positive")
+
+
+@dataclass(frozen=True)
+class KReciprocalStep:
+    """k-reciprocal neighbours (Zhong et al. 2017): (1 - weight) * Jaccard distance + weight * distance."""
+
+    k1: int = 20
+    k2: int = 6
+    weight: float = 0.3
+
+    def __post_init__(self) -> None:
+        check(self.k1 >= 1, f"k1={self.k1} must be at least 1")
+        check(1 <= self.k2 <= self.k1, f"k2={self.k2} must lie between 1 and k1={self.k1}")
+        check(0 <= self.weight <= 1, f"weight={self.weight} must lie between 0 and 1")
+
+
+@dataclass(frozen=True)
+class AlphaQEStep:
+    """Alpha query expansion (Radenovic et al. 2018) with the same expansion of the gallery (DBA)."""
+
+    k: int = 5
+    alpha: float = 3.0
+
+    def __post_init__(self) -> None:
+        check(self.k >= 1, f"k={self.k} must be at least 1")
+        check(self.alpha >= 0, f"alpha={self.alpha} must not be negative")
+
+
+Step = PairwiseStep | KReciprocalStep | AlphaQEStep
+KINDS: dict[str, type[Step]] = {
+    "pairwise": PairwiseStep,
+    "k_reciprocal": KReciprocalStep,
+    "alpha_qe": AlphaQEStep,
+}
+
+
+@dataclass(frozen=True)
+class Chain:
+    """Steps after the first stage; none = its order stays."""
+
+    steps: tuple[Step, ...] = ()
+    chosen_on: dict[str, Any] = field(default_factory=dict)
+    """Labels, queries and figures that the choice was made on; {} = given by hand."""
+    calibration: dict[str, Any] = field(default_factory=dict)
+    """What turns a logit into a probability of being different; {} = nothing fitted."""
+
+    def __post_init__(self) -> None:
+        kinds = [type(step) for step in self.steps]
+        check(kinds.count(PairwiseStep) <= 1, "a chain has at most one pairwise step")
+        check(
+            PairwiseStep not in kinds[1:],
+            "the pairwise step comes first: its logits belong to the first stage's lists",
+        )
+
+    @property
+    def pairwise(self) -> PairwiseStep | None:
+        """The pairwise step, or None: then no pair needs a logit."""
+        return next((step for step in self.steps if isinstance(step, PairwiseStep)), None)
+
+    @property
+    def neighbourhood(self) -> tuple[Step, ...]:
+        """The steps that look at the lists of the neighbours as well."""
+        return tuple(step for step in self.steps if not isinstance(step, PairwiseStep))
+
+    def describe(self) -> str:
+        """The steps in one line, for a log and a report."""
+        return " -> ".join(["first stage", *(describe_step(step) for step in self.steps)])
+
+
+def check(is_right: bool, message: str) -> None:
+    """Raises BadInput with the message where something is wrong."""
+    if not is_right:
+        raise BadInput(f"chain: {message}")
+
+
+def kind_of(step: Step) -> str:
+    """The name of the step in chain.json."""
+    return next(name for name, kind in KINDS.items() if isinstance(step, kind))
+
+
+def describe_step(step: Step) -> str:
+    """One step with its constants: `k_reciprocal(k1=20, k2=6, weight=0.3)`."""
+    return f"{kind_of(step)}({', '.join(f'{name}={value}' for name, value in asdict(step).items())})"
+
+
+def write_chain(chain: Chain, folder: Path) -> None:
+    """Writes chain.json into the folder."""
+    steps = [{"step": kind_of(step), **asdict(step)} for step in chain.steps]
+    content = {"steps": steps, "chosen_on": chain.chosen_on, "calibration": chain.calibration}
+    (folder / "chain.json").write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
+
+
+def read_chain(path: Path) -> Chain:
+    """The chain of a chain.json, or of the model folder that holds one. BadInput names what does not fit."""
+    path = path / "chain.json" if path.is_dir() else path
+    if not path.is_file():
+        raise BadInput(f"{path} does not exist; give a model folder or a chain.json")
+    try:
+        content = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise BadInput(f"{path} is no JSON ({error}); write it anew") from error
+    check(isinstance(content, dict), f"{path} holds no object")
+    unknown = set(content) - {"steps", "chosen_on", "calibration"}
+    check(not unknown, f"{path} has unknown keys {sorted(unknown)}; known are steps, chosen_on, calibration")
+    steps = tuple(step_from(entry) for entry in content.get("steps", []))
+    return Chain(steps, content.get("chosen_on", {}), content.get("calibration", {}))
+
+
+def step_from(entry: dict[str, Any]) -> Step:
+    """One step from its entry in chain.json."""
+    constants = dict(entry)
+    name = constants.pop("step", None)
+    check(name in KINDS, f"step {name!r} is unknown; known are {sorted(KINDS)}")
+    kind = KINDS[str(name)]
+    known = {f.name: f.type for f in fields(kind)}
+    unknown = set(constants) - set(known)
+    check(not unknown, f"step {name} has unknown constants {sorted(unknown)}; known are {sorted(known)}")
+    for constant, value in constants.items():
+        wanted = (str,) if constant == "rule" else (int,) if known[constant] is int else (int, float)
+        is_number = isinstance(value, wanted) and not isinstance(value, bool)
+        check(is_number, f"{constant}={value!r} of step {name} must be {known[constant]}")
+        check(
+            constant != "rule" or value in get_args(Rule),
+            f"rule={value!r} is unknown; known are {get_args(Rule)}",
+        )
+        constants[constant] = float(value) if known[constant] is float else value
+    check(name != "pairwise" or "top_n" in constants, "step pairwise lacks top_n")
+    return kind(**constants)

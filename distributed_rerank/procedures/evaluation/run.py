@@ -1,0 +1,292 @@
+"""An evaluation from catalogue to report: metrics.json, per_query.parquet, report.html and what they rest on.
+Layer 3.
+
+`metrics.json` and `per_query.parquet` hold nothing that depends on time, workers or interruptions. Seconds go
+into `timings.json`, counts of work actually done into the manifests of the stages.
+"""
+
+import json
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from distributed_rerank.data import artifacts
+from distributed_rerank.data.candidates import CandidateLists, candidate_lists, read_candidates
+from distributed_rerank.data.catalogue import Catalogue
+from distributed_rerank.errors import BadInput
+from distributed_rerank.models.extractor import weights_digest
+from distributed_rerank.models.pairwise import PairwiseModel
+from distributed_rerank.procedures import retrieval
+from distributed_rerank.procedures.chain.chain import Chain, kind_of
+from distributed_rerank.procedures.evaluation import measure as evaluation
+from distributed_rerank.procedures.evaluation import output as evaluation_output
+from distributed_rerank.procedures.evaluation.output import Result
+from distributed_rerank.procedures.extraction import ExtractionConfig
+from distributed_rerank.procedures.ranking import run as ranking_run
+from distributed_rerank.procedures.ranking.run import FirstStage, Scored, Steps
+from distributed_rerank.procedures.retrieval import RetrievalConfig
+from distributed_rerank.procedures.scoring.score import ScoringConfig
+from distributed_rerank.tensors.knn import Neighbours
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationConfig:
+    """What is evaluated and how it is measured."""
+
+    extraction: ExtractionConfig | None = None
+    """How to embed the catalogue; None where `embeddings` or `candidates` are given."""
+    embeddings: Path | None = None
+    """Embeddings made earlier; the image files are then opened only by a pairwise model."""
+    candidates: Path | None = None
+    """The first stage's lists, from any system; None = exact search over the embeddings."""
+    retrieval: RetrievalConfig = field(default_factory=RetrievalConfig)
+    scoring: ScoringConfig = field(default_factory=ScoringConfig)
+    ks: tuple[int, ...] = (1, 5, 10)
+    seed: int = 0
+    """Of the resampling behind intervals and p-values."""
+    max_rejects: float = 0.001
+
+    def __post_init__(self) -> None:
+        if self.extraction is None and self.embeddings is None and self.candidates is None:
+            raise BadInput("nothing to search with: give --extractor, --embeddings or --candidates")
+        if not self.ks or min(self.ks) < 1:
+            raise BadInput(f"ks={list(self.ks)} must be one or more cut-offs of at least 1; give e.g. --ks 1 5 10")
+        if not 0 <= self.max_rejects <= 1:
+            raise BadInput(f"max_rejects={self.max_rejects} is no share of the images; give 0 to 1")
+
+
+def evaluate(
+    catalogue: Catalogue,
+    config: EvaluationConfig,
+    out: Path,
+    *,
+    model: PairwiseModel | None = None,
+    chain: Chain | None = None,
+    steps: Steps | None = None,
+    overwrite: bool = False,
+) -> dict[str, Any]:
+    """Evaluate the queries of `catalogue`; returns what metrics.json holds.
+
+    Without `model` and chain the first stage alone is measured. A finished `out` of the same inputs is not
+    computed again; a killed run continues with its unfinished blocks. Raises BadInput where the inputs do not
+    fit together.
+    """
+    steps, chain = steps or Steps(), chain or Chain()
+    for role, items in (("is_query", catalogue.query_items), ("is_gallery", catalogue.gallery_items)):
+        if not len(items):
+            raise BadInput(f"{catalogue.source}: no row of this split has {role}; set it or choose another --split")
+    check_depth(config, chain)
+    fingerprint = _fingerprint(catalogue, config, model, chain)
+    if artifacts.is_complete(out, fingerprint, overwrite):
+        logger.info("%s is complete: nothing to do", out)
+        return json.loads((out / "metrics.json").read_text())
+    timings: dict[str, float] = {}
+    with artifacts.stage(out, fingerprint) as staging:
+        first = first_stage(catalogue, config, staging.path, steps, timings)
+        scored = _score(first, config, model, chain, staging.path, steps, timings)
+        with _timed(timings, "measure"):
+            result = _measure(first, scored, config, model, chain)
+        rejects = evaluation_output.all_rejects(first.rejects, scored.rejects)
+        result.metrics["n_rejected"] = len(rejects)
+        with _timed(timings, "report"):
+            evaluation_output.write(staging.path, result, rejects, fingerprint["config"])
+        artifacts.write_json(staging.path / "timings.json", {"seconds": timings})
+        staging.finish({"n_rejected": len(rejects)}, rows=len(result.per_query))
+    return result.metrics
+
+
+def check_depth(config: EvaluationConfig, chain: Chain) -> None:
+    """Raises BadInput where the chain re-ranks more candidates than are searched for; given lists may be shorter."""
+    if config.candidates is None and chain.pairwise is not None and chain.pairwise.top_n > config.retrieval.n_items:
+        raise BadInput(
+            f"top_n={chain.pairwise.top_n} exceeds the {config.retrieval.n_items} retrieved items per query; "
+            "raise --n-items or lower --top-n"
+        )
+
+
+def _fingerprint(
+    catalogue: Catalogue, config: EvaluationConfig, model: PairwiseModel | None, chain: Chain
+) -> dict[str, Any]:
+    return artifacts.make_fingerprint(
+        "evaluate",
+        config=settings_of(config),
+        catalogue=catalogue.digest(),
+        given=input_digests(config),
+        model=None if model is None else ranking_run.identify(model),
+        chain=[{"step": kind_of(step), **asdict(step)} for step in chain.steps],
+    )
+
+
+def settings_of(config: EvaluationConfig) -> dict[str, Any]:
+    """The part of the config that decides results: not where files lie, nor memory, reading threads, limits."""
+    settings = {
+        name: value for name, value in asdict(config).items() if name not in ("embeddings", "candidates", "max_rejects")
+    }
+    settings["scoring"] |= {"encoding_gb": None, "decode_threads": None}
+    if config.extraction is not None:
+        settings["extraction"]["decode_threads"] = None
+        settings["extraction"]["extractor"]["weights"] = weights_digest(config.extraction.extractor)
+    return settings
+
+
+def input_digests(config: EvaluationConfig) -> dict[str, str | None]:
+    """Digests of the embeddings and candidates that were given."""
+    paths = {"embeddings": config.embeddings, "candidates": config.candidates}
+    return {name: None if path is None else _digest_of_input(path) for name, path in paths.items()}
+
+
+def _digest_of_input(path: Path) -> str:
+    if not path.exists():
+        raise BadInput(f"{path} does not exist; check the path")
+    files = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
+    return artifacts.json_digest([artifacts.file_digest(file) for file in files])
+
+
+def first_stage(
+    catalogue: Catalogue, config: EvaluationConfig, folder: Path, steps: Steps, timings: dict[str, float]
+) -> FirstStage:
+    """The readable part of the catalogue and the candidate lists of its queries."""
+    readable, embeddings = catalogue, None
+    with _timed(timings, "embed"):
+        if config.embeddings is not None:
+            readable, embeddings = ranking_run.read_for(catalogue, config.embeddings, config.max_rejects)
+        elif config.extraction is not None:
+            readable, embeddings = ranking_run.embed_readable(
+                catalogue, config.extraction, folder / "embeddings", steps, config.max_rejects
+            )
+    own = set(catalogue.ids)
+    rejects = [] if embeddings is None else [reject for reject in embeddings.rejects if reject.id in own]
+    with _timed(timings, "retrieve"):
+        if config.candidates is not None:
+            lists = _given_lists(readable, config.candidates, {reject.id for reject in rejects})
+        else:
+            assert embeddings is not None, "a search needs embeddings"
+            lists = retrieval.retrieve(
+                readable, embeddings, config.retrieval, folder / "candidates", search=steps.search
+            )
+    return FirstStage(readable, lists, embeddings, rejects)
+
+
+def _given_lists(catalogue: Catalogue, path: Path, rejected: set[str]) -> CandidateLists:
+    """Candidate lists from another system, without what no search returns: rejects, the query itself, its sequence."""
+    table = read_candidates(path)
+    is_gone = [np.isin(table[side].to_numpy(), sorted(rejected)) for side in ("query_id", "gallery_id")]
+    table = table.filter(pa.array(~(is_gone[0] | is_gone[1])))
+    lists = candidate_lists(table, catalogue)
+    is_query = np.isin(lists.query_items, catalogue.query_items)
+    if not is_query.all():
+        name = catalogue.ids[lists.query_items[~is_query][0]]
+        raise BadInput(
+            f"{path}: {(~is_query).sum()} queries are not marked is_query in the catalogue, first {name!r}; "
+            "mark them or remove their rows"
+        )
+    if not len(lists.query_items):
+        raise BadInput(f"{path}: no list of a readable query is left; give lists with at least one row")
+    sequences = catalogue.sequences
+    own = sequences[lists.query_items][:, None]
+    same = (lists.items == lists.query_items[:, None]) | ((own >= 0) & (sequences[lists.items] == own))
+    gone = (lists.items >= 0) & (same | ~np.isin(lists.items, catalogue.gallery_items))
+    if gone.any():
+        logger.warning(
+            "%s: %d candidates are left out (the query itself, its sequence, or not is_gallery)",
+            path,
+            gone.sum(),
+        )
+    is_empty = gone | (lists.items < 0)
+    order = np.argsort(is_empty, axis=1, kind="stable")
+    items = np.take_along_axis(np.where(is_empty, -1, lists.items), order, axis=1)
+    distances = np.take_along_axis(np.where(is_empty, np.float32(np.inf), lists.distances), order, axis=1)
+    return CandidateLists(lists.query_items, items, distances)
+
+
+def _score(
+    first: FirstStage,
+    config: EvaluationConfig,
+    model: PairwiseModel | None,
+    chain: Chain,
+    folder: Path,
+    steps: Steps,
+    timings: dict[str, float],
+) -> Scored:
+    """The lists the chain works on, with their logits."""
+    with _timed(timings, "score"):
+        lists = ranking_run.lists_for(chain, first, config.retrieval, folder / "all_candidates", steps)
+        if model is None or chain.pairwise is None:
+            return Scored(lists, None, [])
+        _log_cost(model, lists, chain.pairwise.top_n)
+        return ranking_run.score_lists(
+            lists,
+            first.catalogue,
+            model,
+            chain,
+            config.scoring,
+            folder / "pair_distances",
+            steps,
+            config.max_rejects,
+        )
+
+
+def _log_cost(model: PairwiseModel, lists: CandidateLists, top_n: int) -> None:
+    n_pairs = int((lists.items[:, :top_n] >= 0).sum())
+    gflop = model.gflop_per_pair()
+    logger.info(
+        "%d pairs, %.4g GFLOP each, %.4g TFLOP in all; %d bytes an image", n_pairs, gflop, n_pairs * gflop / 1000,
+        model.bytes_per_image,
+    )  # fmt: skip
+
+
+def _measure(
+    first: FirstStage, scored: Scored, config: EvaluationConfig, model: PairwiseModel | None, chain: Chain
+) -> Result:
+    """Metrics of the queries before and after, both without the images that could not be read."""
+    catalogue = first.catalogue
+    cleared = ranking_run.without_rejected(Scored(first.lists, None, scored.rejects), catalogue)
+    rejected = catalogue.items_of([reject.id for reject in scored.rejects])
+    query_items = torch.from_numpy(np.setdiff1d(catalogue.query_items, rejected))
+    before = ranking_run.rows_of(cleared.lists, query_items)
+    after: dict[int, Neighbours] = {}
+    if chain.steps or model is not None:
+        after = ranking_run.rankings(chain, scored, catalogue, first.embeddings, query_items)
+    usable = catalogue if not len(rejected) else _without_roles(catalogue, rejected)
+    measured = evaluation.measure(usable, query_items, before, after, ks=config.ks, seed=config.seed)
+    metrics = measured.metrics | {"chain": chain.describe(), "cost": _cost(scored, model)}
+    last = after[max(after)] if after else None
+    return Result(metrics, measured.per_query, catalogue, query_items, before, last)
+
+
+def _without_roles(catalogue: Catalogue, items: np.ndarray) -> Catalogue:
+    """The same numbering, in which these items are neither query nor gallery."""
+    flags = catalogue.table[["is_query", "is_gallery"]].copy()
+    flags.iloc[items] = False
+    return Catalogue(catalogue.table.assign(**{name: flags[name] for name in flags}), catalogue.source)
+
+
+def _cost(scored: Scored, model: PairwiseModel | None) -> dict[str, Any]:
+    """Counts that follow from the lists and the model; what a run really did is in the manifests."""
+    if model is None or scored.logits is None:
+        return {"pairs": 0, "unique_images": 0}
+    gflop = round(model.gflop_per_pair(), 6)
+    return {
+        "pairs": scored.n_pairs,
+        "unique_images": scored.n_images,
+        "gflop_per_pair": gflop,
+        "gflop": round(gflop * scored.n_pairs, 3),
+        "bytes_per_image": model.bytes_per_image,
+    }
+
+
+@contextmanager
+def _timed(timings: dict[str, float], name: str) -> Iterator[None]:
+    start = time.perf_counter()
+    yield
+    timings[name] = round(time.perf_counter() - start, 3)

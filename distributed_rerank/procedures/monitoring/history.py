@@ -1,0 +1,79 @@
+"""The Parquet file with one row for every scheduled run, in the order in which they finished. Layer 3.
+
+It holds no time: a run id is usually a date. A row is appended under a lock to a new file that replaces the old one, so
+a reader sees the file before or after, never between.
+"""
+
+import fcntl
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from distributed_rerank.data.artifacts import atomic_path
+from distributed_rerank.errors import BadInput
+
+COLUMNS = pa.schema(
+    {
+        "run_id": pa.string(),
+        "verdict": pa.string(),
+        "exit_code": pa.int64(),
+        "reason": pa.string(),
+        "metric": pa.string(),
+        "tolerance": pa.float64(),
+        "change_from_baseline": pa.float64(),
+        "change_from_previous": pa.float64(),
+        "catalogue": pa.string(),
+        "model": pa.string(),
+        "n_queries": pa.int64(),
+    }
+)
+"""The fixed columns; one float64 column follows for every metric of the final ranking, empty where a run lacks it."""
+
+
+def read_history(path: Path) -> pd.DataFrame:
+    """All rows in the order appended; none where the file does not exist. Raises BadInput for another kind of file."""
+    if not path.exists():
+        return COLUMNS.empty_table().to_pandas()
+    return _read(path).to_pandas()
+
+
+def append(path: Path, row: Mapping[str, Any], metrics: Mapping[str, float]) -> None:
+    """Add a run, once: where its run_id is there already, nothing changes.
+
+    `row` has exactly the columns of `COLUMNS`. Blocks while another process appends.
+    """
+    assert set(row) == set(COLUMNS.names), f"a row of the history has {sorted(row)}"
+    schema = pa.schema([*COLUMNS, *(pa.field(key, pa.float64()) for key in metrics)])
+    new = pa.Table.from_pylist([{**row, **metrics}], schema)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with _locked(path.with_name(f".{path.name}.lock")):
+        old = _read(path) if path.exists() else None
+        if old is not None and row["run_id"] in old["run_id"].to_pylist():
+            return
+        whole = new if old is None else pa.concat_tables([old, new], promote_options="default").combine_chunks()
+        with atomic_path(path) as temporary:
+            pq.write_table(whole, temporary)
+
+
+def _read(path: Path) -> pa.Table:
+    try:
+        table = pq.ParquetFile(path).read()
+    except (OSError, pa.ArrowException) as error:
+        raise BadInput(f"--history {path} is no Parquet file ({error}); give another file") from error
+    missing = [name for name in COLUMNS.names if name not in table.column_names]
+    if missing:
+        raise BadInput(f"--history {path} is no history of runs: columns missing {missing}; give another file")
+    return table
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Hold a lock that the kernel frees when the process ends; the empty file stays."""
+    with open(path, "a", encoding="utf-8") as file:
+        fcntl.lockf(file, fcntl.LOCK_EX)
+        yield

@@ -1,0 +1,46 @@
+"""Progress of long work: a bar on a terminal, plain log lines elsewhere, nothing for work that is over in 2
+seconds. Layer 3."""
+
+import logging
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import TypeVar
+
+from tqdm import tqdm
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+_QUIET_SECONDS = 2.0
+_LOG_EVERY_SECONDS = 10.0
+
+
+def progress(
+    results: Iterable[T],
+    *,
+    total: int,
+    title: str,
+    unit: str = "blocks",
+    clock: Callable[[], float] = time.monotonic,
+) -> Iterator[T]:
+    """Pass `results` through unchanged and show how many of `total` have come.
+
+    On a terminal a bar appears after 2 s. Elsewhere one log line is written about every 10 s and one at the
+    end.
+    """
+    if sys.stderr.isatty():
+        yield from tqdm(results, total=total, desc=title, unit=f" {unit}", delay=_QUIET_SECONDS, dynamic_ncols=True)
+        return
+    started = reported = clock()
+    done = 0
+    for result in results:
+        yield result
+        done += 1
+        if clock() - reported >= _LOG_EVERY_SECONDS:
+            reported = clock()
+            left = (reported - started) / done * (total - done)
+            logger.info("%s: %d of %d %s, about %.0f s left", title, done, total, unit, left)
+    if clock() - started >= _QUIET_SECONDS:
+        logger.info("%s: %d %s in %.1f s", title, done, unit, clock() - started)

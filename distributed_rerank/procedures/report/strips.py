@@ -1,0 +1,93 @@
+"""Which queries a report shows as image strips, and their thumbnails. Layer 3."""
+
+import base64
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+from jaxtyping import Float64
+from PIL import Image
+
+from distributed_rerank.data.catalogue import ImageRef
+from distributed_rerank.data.images import UnreadableImage, read_image
+
+SHOWN_PER_GROUP = 6
+SHOWN_CANDIDATES = 8
+THUMBNAIL_SIDE = 120
+THUMBNAIL_QUALITY = 78
+
+
+class Candidate(NamedTuple):
+    """One retrieved image at its place in a list."""
+
+    image: ImageRef
+    is_relevant: bool
+    distance: float
+
+
+@dataclass(frozen=True)
+class Strip:
+    """A query and its first candidates, best first; `after` is empty where nothing was re-ranked."""
+
+    query: ImageRef
+    before: Sequence[Candidate]
+    after: Sequence[Candidate]
+
+
+class ChosenQueries(NamedTuple):
+    """Ids of the queries worth looking at. No query is in two groups."""
+
+    improved: list[str]
+    damaged: list[str]
+    missed: list[str]
+
+
+def choose_queries(per_query: pd.DataFrame, n_shown: int = SHOWN_PER_GROUP) -> ChosenQueries:
+    """The `n_shown` queries that gained most, that lost most, and that were right in first place at no time.
+
+    Gain is the change of the reciprocal rank of the first relevant candidate (0 where there is none); the
+    missed ones come worst first. Ties by query id. In a table of the first stage alone there are only
+    missed ones.
+    """
+    ids = per_query["query_id"].astype(str).to_numpy(dtype=object)
+    before = _reciprocal_ranks(per_query, "first_hit_before")
+    after = _reciprocal_ranks(per_query, "first_hit_after") if is_reranked(per_query) else before
+    gain = after - before
+    improved = _first(ids, -gain, gain > 0, n_shown)
+    damaged = _first(ids, gain, gain < 0, n_shown)
+    is_missed = (before < 1) & (after < 1) & ~np.isin(ids, [*improved, *damaged])
+    return ChosenQueries(improved, damaged, _first(ids, after, is_missed, n_shown))
+
+
+def is_reranked(per_query: pd.DataFrame) -> bool:
+    """Whether the table knows an order after re-ranking."""
+    return "first_hit_after" in per_query.columns and any(str(name).endswith("@10_after") for name in per_query.columns)
+
+
+def values_of(per_query: pd.DataFrame, column: str) -> Float64[np.ndarray, " query"]:
+    """One numeric column; NaN where it is null."""
+    return np.asarray(per_query[column].array.to_numpy(dtype=np.float64, na_value=np.nan))
+
+
+def _reciprocal_ranks(per_query: pd.DataFrame, column: str) -> Float64[np.ndarray, " query"]:
+    return np.nan_to_num(1.0 / values_of(per_query, column), nan=0.0)
+
+
+def _first(ids: np.ndarray, keys: np.ndarray, is_eligible: np.ndarray, count: int) -> list[str]:
+    order = np.lexsort((ids[is_eligible].astype(str), keys[is_eligible]))
+    return [str(name) for name in ids[is_eligible][order[:count]]]
+
+
+def thumbnail(image: ImageRef) -> str | None:
+    """A JPEG data URI of at most 120 x 120 pixels, or None where the image cannot be read any more."""
+    try:
+        picture = read_image(image)
+    except UnreadableImage:
+        return None
+    picture.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE), Image.Resampling.LANCZOS)
+    buffer = io.BytesIO()
+    picture.save(buffer, "JPEG", quality=THUMBNAIL_QUALITY, optimize=True)
+    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")

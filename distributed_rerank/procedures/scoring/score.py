@@ -1,0 +1,274 @@
+"""Pairs to logits: every image is decoded and encoded once, then pairs are scored from the encodings. Layer
+3.
+
+A run goes in rounds. A round encodes the images of as many score blocks as fit in a byte budget, then scores
+those blocks. Where the encodings live and who computes is the business of the two functions of a `Backend`.
+"""
+
+import copy
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float32, Int64
+from torch import Tensor
+
+from distributed_rerank.data.catalogue import ImageRef
+from distributed_rerank.errors import BadInput
+from distributed_rerank.models.pairwise import PairwiseModel
+from distributed_rerank.procedures.decoding import Reject, decode
+from distributed_rerank.procedures.devices import array_of, pick_device, tensor_of, torch_threads
+from distributed_rerank.procedures.scoring import plan as scoring_plan
+from distributed_rerank.procedures.scoring.plan import ScorePlan, ScoringConfig
+from distributed_rerank.tensors import sharding
+
+_BYTES_PER_TASK = 32 * 2**20
+"""About the encodings that one call makes: few references to hand around, short enough to share out."""
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """What an encode call says about its images, whose encodings lie in an array beside it."""
+
+    places: list[int]
+    """Places of the images in the array's rows."""
+    rejects: dict[int, Reject]
+    """The images that could not be read, by place."""
+
+
+@dataclass(frozen=True)
+class EncodeTask:
+    """Whole image batches that one call encodes."""
+
+    places: list[range]
+    refs: list[list[ImageRef]]
+
+
+@dataclass(frozen=True)
+class PairTask:
+    """The readable pairs of a score block, in order of (query, candidate), as rows of the block's own image
+    table."""
+
+    sources: Int64[np.ndarray, " image"]
+    """Which of the arrays that come with the task holds each image of the table."""
+    rows: Int64[np.ndarray, " image"]
+    """And in which of its rows."""
+    queries: Int64[np.ndarray, " pair"]
+    candidates: Int64[np.ndarray, " pair"]
+    distances: Float32[np.ndarray, " pair"]
+
+
+@dataclass(frozen=True)
+class ScoredBlock:
+    """Logits of a score block, NaN where there is no pair to score, and its images that could not be read."""
+
+    logits: Float32[np.ndarray, "query top_n"]
+    rejects: list[Reject]
+
+
+@dataclass
+class Tally:
+    """What a run has done; filled by the step while it works."""
+
+    images_decoded: int = 0
+    encodings_computed: int = 0
+    encodings_repeated: int = 0
+    """Computed again in a later round."""
+    pairs_scored: int = 0
+    _seen: set[int] = field(default_factory=set, repr=False)
+
+    def add(self, encoded: Encoded) -> None:
+        """Count the result of one encode call."""
+        self.images_decoded += len(encoded.places) + len(encoded.rejects)
+        self.encodings_computed += len(encoded.places)
+        self.encodings_repeated += sum(place in self._seen for place in encoded.places)
+        self._seen.update(encoded.places)
+
+    def counts(self) -> dict[str, int]:
+        """The counters by name."""
+        return {name: value for name, value in asdict(self).items() if not name.startswith("_")}
+
+
+class Scorer:
+    """A pairwise model on the device of this process. A plain class: Ray makes actors from it."""
+
+    def __init__(self, model: PairwiseModel, config: ScoringConfig) -> None:
+        """Takes the model over: it is moved, and its backbone cast to the format it computes in."""
+        self._device = pick_device()
+        self._config = config
+        self._batch = config.pairs_per_batch or scoring_plan.pairs_per_batch(
+            model.gflop_per_pair(), self._device.type == "cuda"
+        )
+        self._model = model.prepare_for_inference(self._device)
+
+    def encode(self, task: EncodeTask) -> tuple[np.ndarray, Encoded]:
+        """Encodings of the readable images of the task, one array row each, and which images they are."""
+        encodings, places, rejects = [], [], {}
+        for batch, refs in zip(task.places, task.refs, strict=True):
+            decoded = decode(refs, self._model.transform, threads=self._config.decode_threads)
+            unreadable = sorted(set(range(len(refs))) - set(decoded.kept))
+            rejects |= {batch[at]: reject for at, reject in zip(unreadable, decoded.rejects, strict=True)}
+            if decoded.kept:
+                places += [batch[at] for at in decoded.kept]
+                encodings.append(array_of(self._run(self._model.encode, decoded.pixels)))
+        empty = torch.empty((0, *self._model.encoding_shape), dtype=self._model.encoding_dtype)
+        return np.concatenate([array_of(empty), *encodings]), Encoded(places, rejects)
+
+    def score(self, task: PairTask, *encodings: np.ndarray) -> Float32[np.ndarray, " pair"]:
+        """Float32 logits of the pairs of the task, a micro-batch at a time."""
+        images = self._table(task, encodings)
+        distances = torch.from_numpy(task.distances.copy()).to(self._device)
+        parts = [np.empty(0, np.float32)]
+        for start, stop in sharding.blocks(len(task.queries), self._batch):
+            query, candidate = (
+                images[torch.from_numpy(places[start:stop].copy()).to(self._device)]
+                for places in (task.queries, task.candidates)
+            )
+            logits = self._run(self._model, query, candidate, distances[start:stop])
+            parts.append(logits.float().cpu().numpy())
+        return np.concatenate(parts)
+
+    def _table(self, task: PairTask, encodings: Sequence[np.ndarray]) -> Tensor:
+        """The images of one score block on the device, gathered from the arrays that hold them."""
+        dtype = self._model.encoding_dtype
+        table = torch.empty((len(task.rows), *self._model.encoding_shape), dtype=dtype, device=self._device)
+        for source, array in enumerate(encodings):
+            places = np.flatnonzero(task.sources == source)
+            chosen = tensor_of(array, dtype)[torch.from_numpy(task.rows[places])]
+            table[torch.from_numpy(places).to(self._device)] = chosen.to(self._device)
+        return table
+
+    def _run(self, function: Callable[..., Tensor], *arguments: Tensor) -> Tensor:
+        with torch_threads(self._config.threads_per_worker), torch.inference_mode():
+            return function(*(argument.to(self._device) for argument in arguments))
+
+
+@dataclass(frozen=True)
+class Backend:
+    """Who computes. Encodings are passed on as opaque handles: arrays in one process, references on Ray."""
+
+    encode: Callable[[Sequence[EncodeTask]], Iterator[tuple[Any, Encoded]]]
+    """Handles and descriptions, in any order."""
+    score: Callable[[Iterable[tuple[int, tuple[PairTask, list[Any]]]]], Iterator[tuple[int, np.ndarray]]]
+    """Logits of the numbered tasks, in any order."""
+    n_workers: int
+    max_bytes: int
+    """Encodings that may exist at a time."""
+
+
+Images = Callable[[np.ndarray], list[ImageRef]]
+Score = Callable[
+    [ScorePlan, Sequence[int], Images, PairwiseModel, ScoringConfig, Tally], Iterator[tuple[int, ScoredBlock]]
+]
+"""A step: the named blocks of the plan, scored, in any order; images are looked up by item number."""
+
+
+def score(
+    plan: ScorePlan,
+    numbers: Sequence[int],
+    images: Images,
+    model: PairwiseModel,
+    config: ScoringConfig,
+    tally: Tally,
+) -> Iterator[tuple[int, ScoredBlock]]:
+    """The step in one process."""
+    scorer = Scorer(copy.deepcopy(model), config)
+    backend = Backend(
+        encode=lambda tasks: (scorer.encode(task) for task in tasks),
+        score=lambda tasks: ((number, scorer.score(task, *arrays)) for number, (task, arrays) in tasks),
+        n_workers=1,
+        max_bytes=int(config.encoding_gb * 10**9),
+    )
+    yield from run_rounds(plan, numbers, images, model.bytes_per_image, backend, tally)
+
+
+def run_rounds(
+    plan: ScorePlan,
+    numbers: Sequence[int],
+    images: Images,
+    bytes_per_image: int,
+    backend: Backend,
+    tally: Tally,
+) -> Iterator[tuple[int, ScoredBlock]]:
+    """Encode and score round by round. The encodings of a round are dropped before the next one begins."""
+    for now in plan.rounds(numbers, max(1, backend.max_bytes // bytes_per_image)):
+        yield from _run_round(plan, now, images, bytes_per_image, backend, tally)
+
+
+def _run_round(
+    plan: ScorePlan, now: list[int], images: Images, bytes_per_image: int, backend: Backend, tally: Tally
+) -> Iterator[tuple[int, ScoredBlock]]:
+    sources, rows = (np.full(len(plan.items), -1, np.int64) for _ in range(2))
+    handles: list[Any] = []
+    rejects: dict[int, Reject] = {}
+    for handle, encoded in backend.encode(_encode_tasks(plan, now, images, bytes_per_image, backend.n_workers)):
+        sources[encoded.places], rows[encoded.places] = len(handles), np.arange(len(encoded.places))
+        handles.append(handle)
+        rejects |= encoded.rejects
+        tally.add(encoded)
+    tasks = ((number, _pair_task(plan, number, sources, rows, handles)) for number in now)
+    for number, logits in backend.score(tasks):
+        block = plan.blocks[number]
+        tally.pairs_scored += len(logits)
+        yield (
+            number,
+            ScoredBlock(
+                _in_place(block, sources, logits),
+                [rejects[place] for place in block.places().tolist() if place in rejects],
+            ),
+        )
+
+
+def _encode_tasks(
+    plan: ScorePlan, now: list[int], images: Images, bytes_per_image: int, n_workers: int
+) -> list[EncodeTask]:
+    """The round's image batches, several to a task: about 32 MiB of encodings, but enough tasks for all
+    workers."""
+    batches = plan.batches(now)
+    most = max(1, _BYTES_PER_TASK // (bytes_per_image * plan.images_per_batch))
+    size = min(most, max(1, len(batches) // (4 * n_workers)))
+    tasks = []
+    for start, stop in sharding.blocks(len(batches), size):
+        places = [plan.batch_places(batch) for batch in batches[start:stop].tolist()]
+        tasks.append(EncodeTask(places, [images(plan.items[place.start : place.stop]) for place in places]))
+    return tasks
+
+
+def _is_scored(block: scoring_plan.ScoreBlock, sources: np.ndarray) -> Bool[np.ndarray, "query top_n"]:
+    """Which pairs of the block exist and have both images."""
+    query = sources[block.queries] >= 0
+    return (block.candidates >= 0) & query[:, None] & (sources[block.candidates] >= 0)
+
+
+def _pair_task(
+    plan: ScorePlan, number: int, sources: np.ndarray, rows: np.ndarray, handles: list[Any]
+) -> tuple[PairTask, list[Any]]:
+    """The task of one score block and the handles of the arrays it reads."""
+    block = plan.blocks[number]
+    is_scored = _is_scored(block, sources)
+    query, column = np.nonzero(is_scored)
+    queries, candidates = block.queries[query], block.candidates[query, column]
+    places = np.unique(np.concatenate([queries, candidates]))
+    used, local = np.unique(sources[places], return_inverse=True)
+    task = PairTask(
+        sources=local.astype(np.int64),
+        rows=rows[places],
+        queries=np.searchsorted(places, queries),
+        candidates=np.searchsorted(places, candidates),
+        distances=block.distances[query, column],
+    )
+    return task, [handles[source] for source in used]
+
+
+def _in_place(
+    block: scoring_plan.ScoreBlock, sources: np.ndarray, logits: np.ndarray
+) -> Float32[np.ndarray, "query top_n"]:
+    """The logits at the places of their pairs; NaN elsewhere. A logit that is not finite is the model's
+    fault."""
+    if not np.isfinite(logits).all():
+        raise BadInput("the pairwise model gives logits that are not finite; train it again, or with precision fp32")
+    placed = np.full(block.candidates.shape, np.nan, np.float32)
+    placed[_is_scored(block, sources)] = logits
+    return placed

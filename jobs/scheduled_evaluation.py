@@ -1,0 +1,68 @@
+"""Evaluate on a date, append to a history, compare with the baseline and the run before; the exit code says regression.
+
+    python jobs/scheduled_evaluation.py --catalogue photos/df.csv --model runs/model \\
+        --extractor vit_small_patch16_224.dino --history nightly/history.parquet --runs nightly/runs \\
+        --baseline runs/evaluation
+
+Exit code 0: no regression. 3: the metric fell beyond --tolerance and beyond chance; the metric, its interval and the
+worst category are named. 2: wrong input, e.g. a baseline of another catalogue. The run's folder RUNS/RUN_ID is what
+jobs/evaluate.py writes, with verdict.json and the trend added; history.html beside the history shows all runs.
+The same run id again continues a killed run, or says that it is done and ends with the same exit code as before.
+jobs/examples/ has a crontab, a systemd timer and a Kubernetes CronJob.
+"""
+
+import dataclasses
+import logging
+from pathlib import Path
+from typing import Literal
+
+import tyro
+
+from distributed_rerank import command_line
+from distributed_rerank.cluster.session import ClusterConfig
+from distributed_rerank.cluster.steps import connect_when_needed, steps_on
+from distributed_rerank.command_line import FirstStageArguments
+from distributed_rerank.data.catalogue import read_catalogue
+from distributed_rerank.procedures.evaluation.run import EvaluationConfig, evaluate
+from distributed_rerank.procedures.monitoring.scheduled_run import ScheduleConfig, check, conclude
+from distributed_rerank.procedures.ranking.run import load_model_and_chain
+from distributed_rerank.procedures.report.text import table_in_text
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Arguments:
+    schedule: tyro.conf.OmitArgPrefixes[ScheduleConfig]
+    catalogue: str
+    """CSV or Parquet table with label, path, split, is_query, is_gallery; a path or a URI."""
+    first_stage: tyro.conf.OmitArgPrefixes[FirstStageArguments] = FirstStageArguments()
+    model: str | None = None
+    """Folder that jobs/train.py wrote, or hf-hub:owner/name. Default: the first stage alone."""
+    chain: Literal["model", "replace", "first_stage"] | Path = "model"
+    """As for jobs/evaluate.py."""
+    top_n: int | None = None
+    """Candidates of each query that are re-ranked. Default: as the chain says, else 10."""
+    ks: tuple[int, ...] = (1, 5, 10)
+    """Cut-offs of the metrics."""
+    split: str = "validation"
+    seed: int = 0
+    """Of the resampling behind intervals and p-values."""
+    max_rejects: float = 0.001
+    """Share of the images that may be unreadable before the job fails."""
+    cluster: tyro.conf.OmitArgPrefixes[ClusterConfig] = ClusterConfig()
+
+
+def main(arguments: Arguments) -> int:
+    schedule, given = arguments.schedule, arguments
+    catalogue = read_catalogue(given.catalogue, purpose="evaluation").restrict(given.split)
+    check(schedule, catalogue, given.ks)
+    model, chain = load_model_and_chain(given.model, given.chain, given.top_n)
+    measured = {"ks": given.ks, "seed": given.seed, "max_rejects": given.max_rejects}
+    config = EvaluationConfig(**given.first_stage.parts(), **measured)
+    with connect_when_needed(given.cluster) as session:
+        metrics = evaluate(catalogue, config, schedule.folder, model=model, chain=chain, steps=steps_on(session))
+    logging.info("\n%s\nreport: %s", table_in_text(metrics), schedule.folder / "report.html")
+    return conclude(schedule, seed=given.seed).exit_code
+
+
+if __name__ == "__main__":
+    command_line.run(main, Arguments, __doc__ or "")

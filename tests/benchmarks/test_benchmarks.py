@@ -1,0 +1,97 @@
+"""Every benchmark finishes with --quick and gives the rows that it promises. Their figures mean nothing here."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
+
+Rows = dict[str, dict]
+
+
+def run_quick(script: str, folder: Path, *flags: str) -> Rows:
+    """The rows of one run by name, checked for their form."""
+    file = folder / "rows.json"
+    command = [sys.executable, str(BENCHMARKS / script), "--quick", "--json", str(file), *flags]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    rows = json.loads(file.read_text())
+    for row in rows:
+        assert list(row) == ["name", "unit", "ours", "theirs", "ratio"]
+        assert math.isfinite(row["ours"])
+        if row["theirs"]:
+            assert row["ratio"] == pytest.approx(row["ours"] / row["theirs"], rel=1e-2)
+        assert row["name"] in done.stdout
+    assert len({row["name"] for row in rows}) == len(rows)
+    return {row["name"]: row for row in rows}
+
+
+def test_pairs_quick_gives_rates_shares_and_costs_of_every_model(tmp_path: Path) -> None:
+    rows = run_quick("pairs.py", tmp_path, "--precisions", "fp32")
+    peak = rows["matmul peak, fp32"]["ours"]
+    for model in ("concat", "split-8", "split-10", "token", "distance"):
+        pairs = rows[f"{model}, fp32: forward"]["ours"]
+        gflop = rows[f"{model}: cost"]["ours"]
+        share = rows[f"{model}, fp32: share of the matmul peak"]["ours"]
+        assert share == pytest.approx(pairs * gflop / peak / 1000, rel=1e-2)
+        assert rows[f"{model}, fp32: forward through the scorer"]["ours"] > 0
+        assert (f"{model}, fp32: encode" in rows) == (model != "concat")
+    assert rows["concat: encoding"]["ours"] == 3 * 32 * 32
+    costs = [rows[f"{model}: cost"]["ours"] for model in ("concat", "split-8", "split-10")]
+    assert costs == sorted(costs, reverse=True)
+
+
+def test_scale_quick_shows_growth_and_that_images_are_decoded_once(tmp_path: Path) -> None:
+    rows = run_quick("scale.py", tmp_path, "--parts", "score", "search")
+    assert rows["images decoded against distinct images"]["ratio"] == 1
+    memory = rows["queries x 4: peak memory"]
+    assert memory["ours"] > 100
+    assert memory["ratio"] < 1.3
+    assert rows["search 20,000 x 20,000, measured on 512 queries: time of all"]["ours"] > 0
+
+
+@pytest.mark.ray
+def test_scale_quick_holds_ray_against_a_bare_loop(tmp_path: Path) -> None:
+    rows = run_quick("scale.py", tmp_path, "--parts", "workers")
+    against_loop = rows["evaluator on Ray, 2 workers, against a bare loop with 2 threads"]
+    assert against_loop["ours"] > 0
+    assert against_loop["theirs"] > 0
+
+
+def test_quality_quick_tables_every_method_with_its_interval(tmp_path: Path) -> None:
+    rows = run_quick("quality.py", tmp_path)
+    assert rows["first stage: map@10"]["ours"] == rows["first stage: map@10"]["theirs"]
+    trained = ("OML recipe", "token, pairwise step", "token, chain", "concat, pairwise step", "concat, chain")
+    for method in ("k-reciprocal (20, 6, 0.3)", "alpha-QE + DBA (5, 3)", *(f"{name}, seed 0" for name in trained)):
+        gain, low, high = (
+            rows[f"{method}: map@10 {end}"]["ours"] for end in ("gain", "gain, low end", "gain, high end")
+        )
+        assert low <= gain <= high
+        row = rows[f"{method}: map@10"]
+        assert gain == pytest.approx(100 * (row["ours"] - row["theirs"]), abs=0.1)
+
+
+def test_compare_oml_quick_agrees_with_oml(tmp_path: Path) -> None:
+    environment = os.environ.get("DISTRIBUTED_RERANK_OML_ENV")
+    if not environment:
+        pytest.skip("set DISTRIBUTED_RERANK_OML_ENV to a folder for OML's environment")
+    rows = run_quick("compare_oml.py", tmp_path, "--oml-env", environment)
+    assert rows["re-rank, fp32, one process: largest difference of pair distances"]["ours"] < 1e-4
+    assert rows["re-rank, fp32, one process: queries with the same first candidate"]["ours"] == 1
+    assert rows["exact kNN: places with the same id"]["ours"] > 0.999
+    for name in ("re-rank, fp32, one process", "embed, fp32, one process", "train, fp32, one process"):
+        assert rows[name]["ratio"] > 0
+
+
+def test_compare_oml_without_the_peer_says_how_to_name_it(tmp_path: Path) -> None:
+    command = [sys.executable, str(BENCHMARKS / "compare_oml.py"), "--quick", "--bench", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "--bench" in done.stderr
+    assert "DISTRIBUTED_RERANK_BENCH" in done.stderr

@@ -1,0 +1,86 @@
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from distributed_rerank.cluster import extraction as on_ray
+from distributed_rerank.cluster.session import Session
+from distributed_rerank.data import tables
+from distributed_rerank.data.artifacts import read_manifest
+from distributed_rerank.data.catalogue import ImageRef
+from distributed_rerank.errors import BadInput
+from distributed_rerank.procedures.extraction import Block, EmbeddedBlock, ExtractionConfig, embed, plan
+from tests.small_catalogue import EXTRACTOR, make_catalogue
+
+SessionOf = Callable[[int], Session]
+
+CONFIG = ExtractionConfig(extractor=EXTRACTOR, block_size=3, images_per_batch=2)
+
+
+@pytest.mark.ray
+def test_embed_any_number_of_workers_gives_the_bytes_of_one_process(session_of: SessionOf, tmp_path: Path) -> None:
+    catalogue = make_catalogue(tmp_path / "images", 3 * 3 + 1, broken=(4,))
+    embed(catalogue, CONFIG, tmp_path / "local", max_rejects=0.1)
+    for n in (1, 2, 3):
+        extract = partial(on_ray.extract, session=session_of(n))
+        embed(catalogue, CONFIG, tmp_path / str(n), extract=extract, max_rejects=0.1)
+        for name in ("embeddings.parquet", "rejects.parquet"):
+            assert (tmp_path / str(n) / name).read_bytes() == (tmp_path / "local" / name).read_bytes()
+    (row,) = tables.read_table(tmp_path / "3" / "rejects.parquet", "rejects").to_pylist()
+    assert row["id"] == "picture_004.png"
+    assert "not an image" in row["reason"]
+
+
+@pytest.mark.ray
+def test_embed_interrupted_on_ray_continues_to_the_same_bytes(session_of: SessionOf, tmp_path: Path) -> None:
+    catalogue = make_catalogue(tmp_path / "images", 13)
+    embed(catalogue, CONFIG, tmp_path / "local")
+
+    def dies(blocks: list[Block], config: ExtractionConfig) -> Iterator[tuple[int, EmbeddedBlock]]:
+        for done, result in enumerate(on_ray.extract(blocks, config, session=session_of(1))):
+            if done == 2:
+                raise KeyboardInterrupt
+            yield result
+
+    with pytest.raises(KeyboardInterrupt):
+        embed(catalogue, CONFIG, tmp_path / "killed", extract=dies)
+    embed(catalogue, CONFIG, tmp_path / "killed", extract=partial(on_ray.extract, session=session_of(2)))
+    killed, local = (tmp_path / name / "embeddings.parquet" for name in ("killed", "local"))
+    assert killed.read_bytes() == local.read_bytes()
+    assert read_manifest(tmp_path / "killed")["blocks"]["reused"] == 2 * 2
+
+
+@pytest.mark.parametrize(
+    ("session", "sizes"),
+    [
+        (Session(num_workers=2, num_cpus=8, decode_workers=2), (2, 2)),
+        (Session(num_workers=12, num_cpus=12, decode_workers=12), (8, 4)),
+        (Session(num_workers=2, num_cpus=2, decode_workers=2), (1, 1)),
+        (Session(num_workers=4, num_cpus=64, decode_workers=64, use_gpu=True), (4, 60)),
+        (Session(num_workers=4, num_cpus=16, cpus_per_worker=3, decode_workers=16, use_gpu=True), (4, 4)),
+    ],
+)
+def test_pool_sizes_always_leave_a_cpu_for_decoding(session: Session, sizes: tuple[int, int]) -> None:
+    embedders, decoders = on_ray.pool_sizes(session)
+    assert (embedders, decoders) == sizes
+    assert embedders * session.cpus_per_worker + decoders <= session.num_cpus
+
+
+@pytest.mark.parametrize(
+    "session",
+    [
+        Session(num_workers=1, num_cpus=1),
+        Session(num_workers=4, num_cpus=16, cpus_per_worker=4, use_gpu=True),
+        Session(num_workers=1, num_cpus=4, cpus_per_worker=4),
+    ],
+)
+def test_pool_sizes_without_a_cpu_for_decoding_are_bad_input(session: Session) -> None:
+    with pytest.raises(BadInput, match="leave none"):
+        on_ray.pool_sizes(session)
+
+
+def test_manifest_row_keeps_every_field_of_the_images() -> None:
+    refs = [ImageRef("a", "/x/a.png", (1, 2, 3, 4)), ImageRef("b", "/x/b.png"), ImageRef("c", "s3://x/c.png")]
+    rows = [table.slice(at, 1) for table in on_ray._manifest(plan(refs, 2)) for at in range(len(table))]
+    assert [on_ray._refs(row) for row in rows] == [refs[:2], refs[2:]]

@@ -1,0 +1,40 @@
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from distributed_rerank.cluster.retrieval import search
+from distributed_rerank.cluster.session import Session
+from distributed_rerank.errors import BadInput
+from distributed_rerank.procedures.extraction import Embeddings
+from distributed_rerank.procedures.retrieval import RetrievalConfig, retrieve
+from tests.small_catalogue import make_catalogue
+
+pytestmark = pytest.mark.ray
+SessionOf = Callable[[int], Session]
+
+CONFIG = RetrievalConfig(n_items=4, queries_per_block=4, tile_size=5)
+
+
+def test_retrieve_any_number_of_workers_gives_the_bytes_of_one_process(session_of: SessionOf, tmp_path: Path) -> None:
+    catalogue = make_catalogue(tmp_path / "images", 3 * 4 + 1)
+    matrix = np.random.default_rng(0).standard_normal((13, 8)).astype(np.float32)
+    matrix[7] = matrix[2]
+    embeddings = Embeddings(catalogue.ids, matrix)
+    retrieve(catalogue, embeddings, CONFIG, tmp_path / "local")
+    for n in (1, 2, 3):
+        on_ray = partial(search, session=session_of(n))
+        retrieve(catalogue, embeddings, CONFIG, tmp_path / str(n), search=on_ray)
+        found, expected = (tmp_path / name / "candidates.parquet" for name in (str(n), "local"))
+        assert found.read_bytes() == expected.read_bytes()
+
+
+def test_retrieve_embedding_that_is_not_finite_is_bad_input_on_the_driver(
+    session_of: SessionOf, tmp_path: Path
+) -> None:
+    catalogue = make_catalogue(tmp_path / "images", 6)
+    embeddings = Embeddings(catalogue.ids, np.full((6, 4), np.nan, np.float32))
+    with pytest.raises(BadInput, match="not finite"):
+        retrieve(catalogue, embeddings, CONFIG, tmp_path / "out", search=partial(search, session=session_of(1)))

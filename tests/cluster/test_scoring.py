@@ -1,0 +1,112 @@
+import os
+import signal
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+from torch import Tensor
+
+from distributed_rerank.cluster import scoring as on_ray
+from distributed_rerank.cluster.session import Session
+from distributed_rerank.data.artifacts import read_manifest
+from distributed_rerank.models.concat_siamese import ConcatSiamese
+from distributed_rerank.procedures.scoring.score import ScoredBlock, ScoringConfig
+from distributed_rerank.procedures.scoring.stage import score_candidates
+from tests.small_catalogue import concat_model, distance_model, make_catalogue, make_lists
+
+pytestmark = pytest.mark.ray
+SessionOf = Callable[[int], Session]
+
+CONFIG = ScoringConfig(top_n=5, queries_per_block=4, pairs_per_batch=6, images_per_batch=3)
+FILES = ("pair_distances.parquet", "rejects.parquet")
+
+
+def _files(folder: Path) -> list[bytes]:
+    return [(folder / name).read_bytes() for name in FILES]
+
+
+@pytest.mark.parametrize("make_model", [concat_model, distance_model])
+def test_score_any_number_of_workers_gives_the_bytes_of_one_process(
+    session_of: SessionOf, tmp_path: Path, make_model: Any
+) -> None:
+    catalogue, model = make_catalogue(tmp_path / "images", 3 * 4 + 1, broken=(3,)), make_model()
+    lists = make_lists(catalogue, 5)
+    score_candidates(catalogue, lists, model, CONFIG, tmp_path / "local", max_rejects=0.1)
+    for n in (1, 2, 3):
+        score = partial(on_ray.score, session=session_of(n))
+        score_candidates(catalogue, lists, model, CONFIG, tmp_path / str(n), score=score, max_rejects=0.1)
+        assert _files(tmp_path / str(n)) == _files(tmp_path / "local")
+        counts = read_manifest(tmp_path / str(n))["counts"]
+        assert (counts["images_decoded"], counts["encodings_computed"]) == (13, 12)
+
+
+def test_score_in_rounds_gives_the_same_bytes(session_of: SessionOf, tmp_path: Path) -> None:
+    catalogue, model = make_catalogue(tmp_path / "images", 17), concat_model()
+    lists = make_lists(catalogue, 5)
+    score_candidates(catalogue, lists, model, CONFIG, tmp_path / "local")
+    small = replace(CONFIG, encoding_gb=12 * model.bytes_per_image / 10**9)
+    score = partial(on_ray.score, session=session_of(2))
+    score_candidates(catalogue, lists, model, small, tmp_path / "rounds", score=score)
+    assert _files(tmp_path / "rounds") == _files(tmp_path / "local")
+    counts = read_manifest(tmp_path / "rounds")["counts"]
+    assert counts["encodings_computed"] - counts["encodings_repeated"] == 17
+    assert counts["encodings_repeated"] > 0
+
+
+def test_score_killed_worker_changes_no_byte(session_of: SessionOf, tmp_path: Path) -> None:
+    # A local class travels to the workers by value; they cannot import the tests.
+    class Telltale(ConcatSiamese):
+        def forward(self, *arguments: Tensor) -> Tensor:
+            (tmp_path / f"started_{os.getpid()}").touch()
+            return super().forward(*arguments)
+
+    def pids() -> set[int]:
+        return {int(path.name.partition("_")[2]) for path in tmp_path.glob("started_*")} - {os.getpid()}
+
+    killed: list[int] = []
+
+    def score(*arguments: Any) -> Iterator[tuple[int, ScoredBlock]]:
+        for result in on_ray.score(*arguments, session=session_of(2)):
+            if not killed:
+                killed.append(min(pids()))
+                os.kill(killed[0], signal.SIGKILL)
+            yield result
+
+    catalogue, model = make_catalogue(tmp_path / "images", 60), Telltale(concat_model().config)
+    lists = make_lists(catalogue, 5)
+    score_candidates(catalogue, lists, model, CONFIG, tmp_path / "local")
+    score_candidates(catalogue, lists, model, CONFIG, tmp_path / "killed", score=score)
+    assert len(pids()) == 3
+    assert _files(tmp_path / "killed") == _files(tmp_path / "local")
+
+
+def test_score_interrupted_on_ray_continues_to_the_same_bytes(session_of: SessionOf, tmp_path: Path) -> None:
+    catalogue, model = make_catalogue(tmp_path / "images", 17), concat_model()
+    lists = make_lists(catalogue, 5)
+    score_candidates(catalogue, lists, model, CONFIG, tmp_path / "local")
+
+    def dies(*arguments: Any) -> Iterator[tuple[int, ScoredBlock]]:
+        for done, result in enumerate(on_ray.score(*arguments, session=session_of(2))):
+            if done == 2:
+                raise KeyboardInterrupt
+            yield result
+
+    with pytest.raises(KeyboardInterrupt):
+        score_candidates(catalogue, lists, model, CONFIG, tmp_path / "killed", score=dies)
+    score = partial(on_ray.score, session=session_of(1))
+    score_candidates(catalogue, lists, model, CONFIG, tmp_path / "killed", score=score)
+    assert _files(tmp_path / "killed") == _files(tmp_path / "local")
+    assert read_manifest(tmp_path / "killed")["blocks"] == {"computed": 2 * 3, "reused": 2 * 2}
+
+
+def test_score_lost_block_is_an_error_on_the_driver(session_of: SessionOf, tmp_path: Path) -> None:
+    catalogue = make_catalogue(tmp_path / "images", 9)
+
+    def loses(*arguments: Any) -> Iterator[tuple[int, ScoredBlock]]:
+        yield from list(on_ray.score(*arguments, session=session_of(1)))[1:]
+
+    with pytest.raises(AssertionError, match="never came back"):
+        score_candidates(catalogue, make_lists(catalogue, 3), concat_model(), CONFIG, tmp_path / "out", score=loses)

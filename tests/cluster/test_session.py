@@ -1,0 +1,118 @@
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import FrozenInstanceError
+from pathlib import Path
+
+import pytest
+import ray
+
+from distributed_rerank.cluster.session import ClusterConfig, connect, make_session
+from distributed_rerank.errors import BadInput
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def _run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    without = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env=without | environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def test_session_without_gpu_has_a_worker_per_real_core() -> None:
+    session = make_session(ClusterConfig(), {"CPU": 8.0, "object_store_memory": 1e9}, cores=2)
+    assert (session.num_workers, session.use_gpu, session.decode_workers) == (2, False, 2)
+
+
+def test_session_with_gpus_has_a_worker_per_gpu() -> None:
+    session = make_session(ClusterConfig(cpus_per_worker=4), {"CPU": 32.0, "GPU": 4.0})
+    assert (session.num_workers, session.use_gpu, session.decode_workers) == (4, True, 32)
+
+
+def test_session_with_gpus_can_be_told_not_to_use_them() -> None:
+    session = make_session(ClusterConfig(use_gpu=False, num_workers=5), {"CPU": 8.0, "GPU": 2.0})
+    assert (session.num_workers, session.use_gpu) == (5, False)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (ClusterConfig(num_workers=9), "9 workers with 1 CPU and 1 GPU each .* 8 CPUs and 1 GPUs"),
+        (ClusterConfig(num_workers=2), "2 workers with 1 CPU and 1 GPU each"),
+        (ClusterConfig(num_workers=3, cpus_per_worker=3, use_gpu=False), "3 workers with 3 CPU each"),
+    ],
+)
+def test_session_that_does_not_fit_is_bad_input(config: ClusterConfig, message: str) -> None:
+    with pytest.raises(BadInput, match=message):
+        make_session(config, {"CPU": 8.0, "GPU": 1.0 if config.use_gpu is None else 0.0})
+
+
+def test_session_on_a_cluster_without_cpus_is_bad_input() -> None:
+    with pytest.raises(BadInput, match="0 CPUs"):
+        make_session(ClusterConfig(), {})
+
+
+@pytest.mark.parametrize(
+    "values", [{"num_workers": 0}, {"cpus_per_worker": 0}, {"wait_s": -1.0}, {"object_store_gb": 0.0}]
+)
+def test_cluster_config_impossible_value_is_named(values: dict[str, float]) -> None:
+    with pytest.raises(BadInput, match=next(iter(values))):
+        ClusterConfig(**values)  # pyright: ignore
+
+
+@pytest.mark.ray
+def test_connect_running_ray_is_used_and_left_running(ray_cluster: str) -> None:
+    with connect(ClusterConfig(num_workers=3)) as session:
+        assert (session.num_workers, session.num_cpus) == (3, 8)
+        with pytest.raises(FrozenInstanceError):
+            session.num_workers = 4  # pyright: ignore
+    assert ray.is_initialized()
+
+
+@pytest.mark.ray
+def test_connect_sigterm_interrupts_and_the_old_handler_comes_back(ray_cluster: str) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(KeyboardInterrupt), connect():
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+@pytest.mark.ray
+def test_connect_ray_address_attaches_to_that_cluster(ray_cluster: str) -> None:
+    code = """
+import os, ray
+from distributed_rerank.cluster.session import connect
+with connect() as session:
+    print(session.num_workers, ray.get_runtime_context().gcs_address == os.environ["RAY_ADDRESS"])
+print(ray.is_initialized())
+"""
+    token = os.environ["RAY_AUTH_TOKEN"]
+    done = _run(code, RAY_ADDRESS=ray_cluster, RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=token)
+    assert done.stdout.split() == ["8", "True", "False"], done.stderr
+    refused = _run(code, RAY_ADDRESS=ray_cluster, RAY_AUTH_MODE="token", RAY_AUTH_TOKEN="another")
+    assert f"BadInput: RAY_ADDRESS={ray_cluster} cannot be used" in refused.stderr
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_connect_local_starts_a_private_ray_twice_and_leaves_nothing_behind(tmp_path: Path) -> None:
+    code = """
+import os, pathlib, ray
+from distributed_rerank.cluster.session import ClusterConfig, connect
+for num_workers in (12, 3):
+    with connect(ClusterConfig(num_workers=num_workers, object_store_gb=0.2)) as session:
+        folder = pathlib.Path(ray._private.worker._global_node.get_session_dir_path())
+        print(session.num_workers, session.num_cpus >= 14, os.environ["RAY_AUTH_MODE"], folder.exists())
+    print(ray.is_initialized(), folder.exists())
+"""
+    done = _run(code, HOME=str(tmp_path))
+    first, second = "12 True token True False False", "3 False token True False False"
+    assert done.stdout.split() == [*first.split(), *second.split()], done.stderr
+    assert not list(tmp_path.rglob("auth_token"))

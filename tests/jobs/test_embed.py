@@ -1,0 +1,50 @@
+"""jobs/embed.py: what it writes, adds to and leaves alone."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from job_files import EXTRACTOR
+from PIL import Image
+
+from distributed_rerank.models.extractor import ExtractorConfig, build_extractor
+
+
+def test_embeddings_equal_the_extractor_on_each_image(catalogue_path: Path, run_job: Callable, tmp_path: Path) -> None:
+    outcome = run_job(
+        "embed", "--catalogue", catalogue_path, "--out", tmp_path / "e", *EXTRACTOR, "--split", "validation",
+        "--extractor-precision", "fp32",
+    )  # fmt: skip
+    assert outcome.code == 0, outcome.errors
+    frame = pd.read_parquet(tmp_path / "e" / "embeddings.parquet")
+    assert len(frame) == 48
+    assert frame["id"].is_monotonic_increasing
+    extractor = build_extractor(
+        ExtractorConfig(name="test_resnet", weights="none", image_size=32, resize="square", precision="fp32")
+    )
+    for row in (0, 17, 47):
+        image = Image.open(catalogue_path.parent / frame["id"][row]).convert("RGB")
+        with torch.inference_mode():
+            expected = extractor(extractor.transform(image)[None])[0].numpy()
+        np.testing.assert_allclose(frame["embedding"][row], expected, atol=1e-5)
+        assert abs(np.linalg.norm(frame["embedding"][row]) - 1) < 1e-5
+
+
+def test_second_run_computes_only_what_is_missing(catalogue_path: Path, run_job: Callable, tmp_path: Path) -> None:
+    common = ["--out", tmp_path / "e", *EXTRACTOR, "--images-per-block", 5]
+    run_job("embed", "--catalogue", catalogue_path, *common, "--split", "validation")
+    before = pd.read_parquet(tmp_path / "e" / "embeddings.parquet").set_index("id")["embedding"]
+    photos = shutil.copytree(catalogue_path.parent, tmp_path / "photos")
+    for path in photos.glob("0*.png"):
+        path.unlink()  # they are embedded already: their files are not needed
+    outcome = run_job("embed", "--catalogue", photos / "df.csv", *common)
+    assert outcome.code == 0, outcome.errors
+    after = pd.read_parquet(tmp_path / "e" / "embeddings.parquet").set_index("id")["embedding"]
+    assert len(after) == 88
+    assert all(np.array_equal(after[id], before[id]) for id in before.index)
+    manifest = json.loads((tmp_path / "e" / "manifest.json").read_text())
+    assert (manifest["rows"], manifest["blocks"]["computed"]) == (88, 2 * 8)  # embeddings and rejects of 40 images

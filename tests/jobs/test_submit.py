@@ -1,0 +1,164 @@
+"""jobs/submit.py: a truthful exit code for every end of a job, on a real Ray with a token."""
+
+import contextlib
+import json
+import os
+import secrets
+import shlex
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+from loaded_job import load_job
+from ray.job_submission import JobDetails, JobStatus, JobType
+
+from distributed_rerank import command_line
+from distributed_rerank.errors import BadInput
+
+
+@pytest.mark.parametrize(
+    ("status", "driver", "expected"),
+    [
+        (JobStatus.SUCCEEDED, 0, 0),
+        (JobStatus.FAILED, 2, 2),
+        (JobStatus.FAILED, 3, 3),
+        (JobStatus.FAILED, None, 1),
+        (JobStatus.FAILED, 0, 1),
+        (JobStatus.FAILED, -9, 1),
+        (JobStatus.FAILED, 256, 1),
+        (JobStatus.STOPPED, 0, 130),
+        (JobStatus.STOPPED, None, 130),
+    ],
+)
+def test_exit_code_tells_how_the_job_ended(status: JobStatus, driver: int | None, expected: int) -> None:
+    job = JobDetails(type=JobType.SUBMISSION, entrypoint="true", status=status, driver_exit_code=driver)
+    assert load_job("submit").exit_code(job) == expected
+
+
+def test_arguments_after_the_dashes_stay_as_they_are() -> None:
+    job = load_job("submit")
+    command = ["python", "jobs/evaluate.py", "--address", "x", "--ks", "1", "5"]
+    given = command_line.parse(job.Arguments, "", ["--submission-id", "a", "--", *command])
+    assert list(given.command) == command
+    assert given.address == "http://127.0.0.1:8265"
+
+
+def test_submission_without_a_command_is_refused() -> None:
+    job = load_job("submit")
+    with pytest.raises(BadInput, match="no command to submit; give it after --"):
+        job.main(job.Arguments(command=(), submission_id="a"))
+
+
+class Head(NamedTuple):
+    address: str
+    environment: dict[str, str]
+
+
+@pytest.fixture(scope="module")
+def head() -> Iterator[Head]:
+    """A Ray head with a dashboard, own ports, own folder, own token; ended by its process group."""
+    # pytest's own temporary folder is too long for Ray's socket paths
+    folder = Path(tempfile.mkdtemp(prefix="rerank-test-", dir="/tmp"))
+    port, dashboard, agent, grpc, client = free_ports(5)
+    own = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32), "RAY_USAGE_STATS_ENABLED": "0"}
+    base = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--num-cpus=4"]
+    command += [f"--port={port}", f"--dashboard-port={dashboard}", f"--dashboard-agent-listen-port={agent}"]
+    command += [f"--dashboard-agent-grpc-port={grpc}", f"--ray-client-server-port={client}"]
+    command += ["--object-store-memory=100000000", f"--temp-dir={folder}", "--disable-usage-stats"]
+    log = open(folder / "start.log", "w", encoding="utf-8")
+    process = subprocess.Popen(command, env=base | own, stdout=log, stderr=log, start_new_session=True)
+    try:
+        wait_for_agent(f"http://127.0.0.1:{dashboard}", own, process)
+        yield Head(f"http://127.0.0.1:{dashboard}", own)
+    finally:
+        process.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(20)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        log.close()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def free_ports(n: int) -> list[int]:
+    sockets = [socket.socket() for _ in range(n)]
+    for one in sockets:
+        one.bind(("127.0.0.1", 0))
+    ports = [one.getsockname()[1] for one in sockets]
+    for one in sockets:
+        one.close()
+    return ports
+
+
+def ask(address: str, environment: dict[str, str], path: str, method: str = "GET") -> Any:
+    headers = {"Authorization": f"Bearer {environment['RAY_AUTH_TOKEN']}"}
+    with urllib.request.urlopen(
+        urllib.request.Request(address + path, headers=headers, method=method), timeout=20
+    ) as answer:
+        return json.loads(answer.read())
+
+
+def wait_for_agent(address: str, environment: dict[str, str], process: subprocess.Popen[bytes]) -> None:
+    deadline = time.monotonic() + 200
+    while time.monotonic() < deadline:
+        assert process.poll() is None, "ray start ended"
+        try:
+            ask(address, environment, "/api/jobs/")
+        except (urllib.error.URLError, TimeoutError, ConnectionError):
+            time.sleep(0.5)
+        else:
+            return
+    pytest.fail("the dashboard does not answer")
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.timeout(560)
+def test_submit_ends_as_the_job_does_and_attaches_to_a_known_id(
+    head: Head, start_job: Callable[..., subprocess.Popen[str]], tmp_path: Path
+) -> None:
+    (tmp_path / "code").mkdir()
+    (tmp_path / "code" / "say.py").write_text("import sys\nprint('said', sys.argv[1])\nsys.exit(int(sys.argv[2]))\n")
+
+    def submit(submission_id: str, command: str, address: str = head.address) -> subprocess.Popen[str]:
+        given = ["--address", address, "--submission-id", submission_id, "--working-dir", tmp_path / "code"]
+        return start_job("submit", *given, "--", *shlex.split(command), **head.environment)
+
+    good, bad = submit("good", "python say.py 'two words' 0"), submit("bad", "python say.py no 3")
+    stopped = submit("stopped", "python -c 'import time; print(1, flush=True); time.sleep(500)'")
+    wait_until_running(head, "stopped")
+    ask(head.address, head.environment, "/api/jobs/stopped/stop", "POST")
+    outputs = [process.communicate(timeout=300) for process in (good, bad, stopped)]
+    assert [process.returncode for process in (good, bad, stopped)] == [0, 3, 130], outputs
+    assert "said two words" in outputs[0][0]
+
+    again, other = submit("bad", "python say.py no 3"), submit("bad", "python say.py yes 0")
+    absent = submit("x", "true", "http://127.0.0.1:9")
+    outputs = [process.communicate(timeout=300) for process in (again, other, absent)]
+    assert [process.returncode for process in (again, other, absent)] == [3, 2, 2], outputs
+    assert "said no" in outputs[0][0]
+    assert "attached" in outputs[0][1]
+    assert "error: --submission-id bad runs 'python say.py no 3'; give another id" in outputs[1][1]
+    assert "error: --address http://127.0.0.1:9 does not answer" in outputs[2][1]
+
+
+def wait_until_running(head: Head, submission_id: str) -> None:
+    deadline = time.monotonic() + 250
+    while time.monotonic() < deadline:
+        jobs = {job["submission_id"]: job["status"] for job in ask(head.address, head.environment, "/api/jobs/")}
+        if jobs.get(submission_id) == "RUNNING":
+            return
+        time.sleep(0.5)
+    pytest.fail(f"{submission_id} does not run")
