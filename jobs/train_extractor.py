@@ -11,19 +11,18 @@ command continues after the last finished epoch.
 
 import dataclasses
 import logging
-from functools import partial
 from pathlib import Path
+from typing import Annotated
 
 import tyro
 
 from distributed_rerank import command_line
 from distributed_rerank.cluster import training as on_ray
-from distributed_rerank.cluster.session import ClusterConfig, connect
-from distributed_rerank.cluster.steps import steps_on
+from distributed_rerank.cluster.session import ClusterConfig
+from distributed_rerank.cluster.steps import connect_when_needed, steps_on
 from distributed_rerank.command_line import ExtractorArguments
 from distributed_rerank.data.catalogue import read_catalogue
 from distributed_rerank.models.distance_siamese import DistanceSiameseConfig
-from distributed_rerank.procedures.extraction import ExtractionConfig
 from distributed_rerank.procedures.training.config import EXTRACTOR_DEFAULTS, TrainingConfig
 from distributed_rerank.procedures.training.stage import EXTRACTOR_WEIGHTS, train
 
@@ -35,7 +34,7 @@ class Arguments:
     out: Path
     """Folder for extractor.safetensors and the record of the training."""
     extractor: tyro.conf.OmitArgPrefixes[ExtractorArguments] = ExtractorArguments()
-    training: tyro.conf.OmitArgPrefixes[TrainingConfig] = EXTRACTOR_DEFAULTS
+    training: Annotated[TrainingConfig, tyro.conf.arg(name="")] = EXTRACTOR_DEFAULTS
     max_rejects: float = 0.001
     """Share of the images that may be unreadable before the job fails."""
     overwrite: bool = False
@@ -45,18 +44,18 @@ class Arguments:
 
 def main(arguments: Arguments) -> None:
     catalogue = read_catalogue(arguments.catalogue, purpose="training")
-    extractor = arguments.extractor.config()
-    with connect(arguments.cluster) as session:
+    extraction = arguments.extractor.extraction()
+    with connect_when_needed(arguments.cluster) as session:
         steps = steps_on(session)
         train(
             catalogue,
-            ExtractionConfig(extractor=extractor),
-            DistanceSiameseConfig(extractor=extractor, linear=False),
+            extraction,
+            DistanceSiameseConfig(extractor=extraction.extractor, linear=False),
             arguments.training,
             arguments.out,
             extract=steps.extract,
             search=steps.search,
-            fit=partial(on_ray.fit, session=session),
+            fit=lambda task, folder: on_ray.fit(task, folder, session=session()),
             max_rejects=arguments.max_rejects,
             overwrite=arguments.overwrite,
         )

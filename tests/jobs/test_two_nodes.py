@@ -44,17 +44,22 @@ def cluster() -> Iterator[tuple[str, dict[str, str]]]:
         "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(folder / "token"), "RAY_USAGE_STATS_ENABLED": "0",
         "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT),
     }  # fmt: skip
-    port, dashboard = free_ports(2)
+    port, dashboard, *agents = free_ports(4)
+    # another Ray of the machine holds the agents' usual port; without one of its own, no job is taken
     common = ["--object-store-memory=150000000", "--block"]
     head = [
         "start", "--head", f"--port={port}", f"--dashboard-port={dashboard}", "--num-cpus=2",
-        f"--temp-dir={folder}", "--node-ip-address=127.0.0.1", *common,
+        f"--temp-dir={folder}", "--node-ip-address=127.0.0.1", f"--dashboard-agent-listen-port={agents[0]}", *common,
     ]  # fmt: skip
     nodes = [start_node(head, environment)]
     try:
         address = f"http://127.0.0.1:{dashboard}"
         assert wait_until(lambda: answers(address)), "the dashboard does not answer"
-        nodes.append(start_node(["start", f"--address=127.0.0.1:{port}", "--num-cpus=3", *common], environment))
+        node = [
+            "start", f"--address=127.0.0.1:{port}", "--num-cpus=3",
+            f"--dashboard-agent-listen-port={agents[1]}", *common,
+        ]  # fmt: skip
+        nodes.append(start_node(node, environment))
         yield address, environment
     finally:
         pids = [pid for node in nodes for pid in (node.pid, *descendants(node.pid))]
