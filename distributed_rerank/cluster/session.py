@@ -4,6 +4,7 @@ With RAY_ADDRESS set (as in `ray job submit`) the running cluster is used; other
 started and stopped again. It never joins a Ray that happens to run on the machine.
 """
 
+import fcntl
 import logging
 import os
 import secrets
@@ -27,6 +28,8 @@ from distributed_rerank.errors import BadInput
 
 logger = logging.getLogger(__name__)
 
+_FOLDER_PREFIX = "rerank-ray-"
+_LOCK = "lock"
 _MIN_LOGICAL_CPUS = 8
 """A small machine declares more CPUs than it has: Ray Data hangs where actors hold every CPU (ray issue
 44687)."""
@@ -137,8 +140,11 @@ def configure_logging() -> None:
 @contextmanager
 def _start_local(config: ClusterConfig) -> Iterator[None]:
     """A private Ray of this process: own folder, own token, no dashboard."""
+    _remove_left_behind()
     # /tmp and not TMPDIR: Ray's socket paths must stay below 107 characters
-    folder = Path(tempfile.mkdtemp(prefix="rerank-", dir="/tmp"))
+    folder = Path(tempfile.mkdtemp(prefix=_FOLDER_PREFIX, dir="/tmp"))
+    lock = open(folder / _LOCK, "w")
+    fcntl.flock(lock, fcntl.LOCK_EX)
     needed = (config.num_workers or 0) * config.cpus_per_worker + 2
     _use_own_token()
     try:
@@ -155,6 +161,18 @@ def _start_local(config: ClusterConfig) -> Iterator[None]:
     finally:
         ray.shutdown()
         shutil.rmtree(folder, ignore_errors=True)
+        lock.close()
+
+
+def _remove_left_behind() -> None:
+    """Remove the folders of drivers that were killed: the kernel has freed the locks that they held."""
+    for folder in Path("/tmp").glob(f"{_FOLDER_PREFIX}*"):
+        try:
+            with open(folder / _LOCK) as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(folder, ignore_errors=True)
+        except OSError:
+            logger.debug("%s is in use or not ours", folder)
 
 
 @contextmanager

@@ -1,13 +1,16 @@
+import fcntl
 import os
 import signal
 import subprocess
 import sys
+import tempfile
 from dataclasses import FrozenInstanceError
 from pathlib import Path
 
 import pytest
 import ray
 
+from distributed_rerank.cluster import session as sessions
 from distributed_rerank.cluster.session import ClusterConfig, connect, make_session
 from distributed_rerank.errors import BadInput
 
@@ -116,3 +119,16 @@ for num_workers in (12, 3):
     first, second = "12 True token True False False", "3 False token True False False"
     assert done.stdout.split() == [*first.split(), *second.split()], done.stderr
     assert not list(tmp_path.rglob("auth_token"))
+
+
+def test_folder_of_a_killed_driver_is_removed_and_that_of_a_living_one_kept() -> None:
+    left = Path(tempfile.mkdtemp(prefix="rerank-ray-", dir="/tmp"))
+    used = Path(tempfile.mkdtemp(prefix="rerank-ray-", dir="/tmp"))
+    (left / "lock").touch()
+    with open(used / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        sessions._remove_left_behind()
+        assert not left.exists()
+        assert used.exists()
+    sessions._remove_left_behind()
+    assert not used.exists()
