@@ -25,7 +25,7 @@ from distributed_rerank.models.distance_siamese import DistanceSiameseConfig
 from distributed_rerank.models.extractor import ExtractorConfig
 from distributed_rerank.models.token_siamese import TokenSiameseConfig
 from distributed_rerank.procedures.evaluation.run import EvaluationConfig, evaluate
-from distributed_rerank.procedures.extraction import ExtractionConfig
+from distributed_rerank.procedures.extraction import ExtractionConfig, embed
 from distributed_rerank.procedures.ranking.run import load_model_and_chain
 from distributed_rerank.procedures.report.text import table_in_text
 from distributed_rerank.procedures.training.config import EXTRACTOR_DEFAULTS, TrainingConfig
@@ -62,16 +62,18 @@ def main(arguments: Arguments) -> None:
     extraction = ExtractionConfig(extractor=extractor)
     with connect(arguments.cluster) as session:
         steps = steps_on(session)
-        logging.info("3/4 training the pairwise model on Ray Train")
+        logging.info("3/4 embedding all photos on Ray Data, training the pairwise model on Ray Train")
+        embeddings = out / "embeddings"
+        embed(catalogue, extraction, embeddings, extract=steps.extract)
         fit = partial(on_ray.fit, session=session)
         pairwise, model_folder = TokenSiameseConfig(extractor=extractor), out / "model"
         train(
-            catalogue, extraction, pairwise, TrainingConfig(), model_folder,
-            extract=steps.extract, search=steps.search, fit=fit,
+            catalogue, extraction, pairwise, TrainingConfig(epochs=5), model_folder,
+            extract=steps.extract, search=steps.search, fit=fit, embeddings_folder=embeddings,
         )  # fmt: skip
         logging.info("4/4 evaluating labels that nothing was trained on")
         model, chain = load_model_and_chain(str(model_folder), "model", None)
-        validation, config = catalogue.restrict("validation"), EvaluationConfig(extraction=extraction)
+        validation, config = catalogue.restrict("validation"), EvaluationConfig(embeddings=embeddings)
         metrics = evaluate(validation, config, out / "evaluation", model=model, chain=chain, steps=steps)
     logging.info("\n%s\nreport: %s", table_in_text(metrics), (out / "evaluation" / "report.html").absolute())
 
