@@ -7,12 +7,13 @@ interrupted, anything else a failure (the traceback is shown, because it is ours
 
 import contextlib
 import dataclasses
+import difflib
 import io
 import logging
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -235,7 +236,7 @@ def _one_line(box: str) -> str:
     message, *others = [section for section in sections if section]
     if len(message) > 1 and message[0].startswith("Missing from"):
         options = [line for line in message if line.startswith("--")]
-        return f"required and not given: {', '.join(options)}; --help explains them"
+        return _misspelt(options, others) or f"required and not given: {', '.join(options)}; --help explains them"
     text = re.sub(r"^Error parsing ([\w.]+: )?", "", message[0]).rstrip(".")
     suggested = [
         name.strip(",")
@@ -250,6 +251,16 @@ def _one_line(box: str) -> str:
         return f"{text}; perhaps you meant {' or '.join(suggested[:3])}"
     is_ours = message[0].startswith("Error parsing ") and not message[0].startswith("Error parsing --")
     return text if is_ours else f"{text}; --help lists the options"
+
+
+def _misspelt(required: Sequence[str], sections: Sequence[Sequence[str]]) -> str | None:
+    """An unknown flag that looks like a required one: a typo is mended before anything else is asked for."""
+    unknown = [line for section in sections if section[0].startswith("Unrecognized") for line in section[1:]]
+    names = [option.split()[0].removeprefix("--") for option in required]
+    for flag in (line.partition("=")[0] for line in unknown if line.startswith("--")):
+        if close := difflib.get_close_matches(flag.removeprefix("--"), names, n=1):
+            return f"Unrecognized options: {flag}; perhaps you meant --{close[0]}"
+    return None
 
 
 def run(

@@ -70,6 +70,17 @@ def test_parse_missing_argument_is_named() -> None:
         command_line.parse(Arguments, "manual", [])
 
 
+@pytest.mark.parametrize("wrong", ["--uot x", "--uot=x"])
+def test_parse_misspelt_required_argument_is_suggested(wrong: str) -> None:
+    with pytest.raises(BadInput, match=r"^Unrecognized options: --uot; perhaps you meant --out$"):
+        command_line.parse(Arguments, "manual", wrong.split())
+
+
+def test_parse_unknown_argument_unlike_the_missing_one_is_not_suggested() -> None:
+    with pytest.raises(BadInput, match=r"^required and not given: --out PATH; --help explains them$"):
+        command_line.parse(Arguments, "manual", ["--zzz", "x"])
+
+
 @pytest.mark.parametrize("encoding", ["ascii", "utf-8"])
 def test_parse_message_is_the_same_on_any_terminal(encoding: str) -> None:
     program = (
