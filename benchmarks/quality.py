@@ -32,7 +32,8 @@ from distributed_rerank.models.saving import load_model
 from distributed_rerank.models.split_siamese import SplitSiameseConfig
 from distributed_rerank.models.token_siamese import TokenSiameseConfig
 from distributed_rerank.procedures.chain.chain import AlphaQEStep, Chain, KReciprocalStep, PairwiseStep
-from distributed_rerank.procedures.evaluation.run import EvaluationConfig, evaluate
+from distributed_rerank.procedures.evaluation.config import EvaluationConfig
+from distributed_rerank.procedures.evaluation.run import evaluate
 from distributed_rerank.procedures.extraction import ExtractionConfig, embed
 from distributed_rerank.procedures.training.config import TrainingConfig, defaults_for
 from distributed_rerank.procedures.training.stage import train

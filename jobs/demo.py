@@ -24,7 +24,8 @@ from distributed_rerank.data.demo_catalogue import write_demo_catalogue
 from distributed_rerank.models.distance_siamese import DistanceSiameseConfig
 from distributed_rerank.models.extractor import ExtractorConfig
 from distributed_rerank.models.token_siamese import TokenSiameseConfig
-from distributed_rerank.procedures.evaluation.run import EvaluationConfig, evaluate
+from distributed_rerank.procedures.evaluation.config import EvaluationConfig
+from distributed_rerank.procedures.evaluation.run import evaluate
 from distributed_rerank.procedures.extraction import ExtractionConfig, embed
 from distributed_rerank.procedures.ranking.run import load_model_and_chain
 from distributed_rerank.procedures.report.text import table_in_text

@@ -24,8 +24,9 @@ from distributed_rerank.cluster.steps import connect_when_needed, steps_on
 from distributed_rerank.command_line import FirstStageArguments
 from distributed_rerank.data import artifacts
 from distributed_rerank.data.catalogue import read_catalogue
+from distributed_rerank.procedures.evaluation.config import EvaluationConfig
 from distributed_rerank.procedures.evaluation.exports import export_markdown, export_trec
-from distributed_rerank.procedures.evaluation.run import EvaluationConfig, evaluate
+from distributed_rerank.procedures.evaluation.run import evaluate
 from distributed_rerank.procedures.monitoring.comparison import (
     catalogue_of,
     compare_runs,

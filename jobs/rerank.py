@@ -20,7 +20,7 @@ from distributed_rerank.cluster.session import ClusterConfig
 from distributed_rerank.cluster.steps import connect_when_needed, steps_on
 from distributed_rerank.command_line import FirstStageArguments
 from distributed_rerank.data.catalogue import read_catalogue, read_query_gallery
-from distributed_rerank.procedures.evaluation.run import EvaluationConfig
+from distributed_rerank.procedures.evaluation.config import EvaluationConfig
 from distributed_rerank.procedures.ranking.rerank import rerank
 from distributed_rerank.procedures.ranking.run import load_model_and_chain
 

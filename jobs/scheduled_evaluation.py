@@ -23,7 +23,8 @@ from distributed_rerank.cluster.session import ClusterConfig
 from distributed_rerank.cluster.steps import connect_when_needed, steps_on
 from distributed_rerank.command_line import FirstStageArguments
 from distributed_rerank.data.catalogue import read_catalogue
-from distributed_rerank.procedures.evaluation.run import EvaluationConfig, evaluate
+from distributed_rerank.procedures.evaluation.config import EvaluationConfig
+from distributed_rerank.procedures.evaluation.run import evaluate
 from distributed_rerank.procedures.monitoring.scheduled_run import ScheduleConfig, check, conclude
 from distributed_rerank.procedures.ranking.run import load_model_and_chain
 from distributed_rerank.procedures.report.text import table_in_text

@@ -15,14 +15,9 @@ from distributed_rerank.data.candidates import CandidateLists
 from distributed_rerank.data.catalogue import Catalogue
 from distributed_rerank.models.pairwise import PairwiseModel
 from distributed_rerank.procedures.chain.chain import Chain, kind_of
+from distributed_rerank.procedures.evaluation.config import EvaluationConfig, check_depth, input_digests, settings_of
 from distributed_rerank.procedures.evaluation.output import all_rejects
-from distributed_rerank.procedures.evaluation.run import (
-    EvaluationConfig,
-    check_depth,
-    first_stage,
-    input_digests,
-    settings_of,
-)
+from distributed_rerank.procedures.evaluation.run import first_stage
 from distributed_rerank.procedures.ranking import run as ranking_run
 from distributed_rerank.procedures.ranking.run import Scored, Steps
 from distributed_rerank.tensors.knn import Neighbours

@@ -13,8 +13,9 @@ from small_catalogue import EXTRACTOR, concat_model, make_catalogue
 from distributed_rerank.data.catalogue import read_catalogue
 from distributed_rerank.errors import BadInput
 from distributed_rerank.procedures.chain.chain import Chain, PairwiseStep
+from distributed_rerank.procedures.evaluation.config import EvaluationConfig
 from distributed_rerank.procedures.evaluation.exports import export_markdown, export_trec, relevant_ids
-from distributed_rerank.procedures.evaluation.run import EvaluationConfig, evaluate
+from distributed_rerank.procedures.evaluation.run import evaluate
 from distributed_rerank.procedures.extraction import ExtractionConfig
 from distributed_rerank.procedures.retrieval import RetrievalConfig
 

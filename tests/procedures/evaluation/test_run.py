@@ -12,7 +12,8 @@ from small_catalogue import EXTRACTOR, distance_model, make_catalogue
 from distributed_rerank.data.catalogue import Catalogue
 from distributed_rerank.errors import BadInput
 from distributed_rerank.procedures.chain.chain import Chain, PairwiseStep
-from distributed_rerank.procedures.evaluation.run import EvaluationConfig, check_depth, evaluate, settings_of
+from distributed_rerank.procedures.evaluation.config import EvaluationConfig, check_depth, settings_of
+from distributed_rerank.procedures.evaluation.run import evaluate
 from distributed_rerank.procedures.extraction import ExtractionConfig
 from distributed_rerank.procedures.retrieval import RetrievalConfig
 from distributed_rerank.procedures.scoring.score import ScoringConfig

@@ -7,7 +7,7 @@ import pandas as pd
 from small_catalogue import EXTRACTOR, distance_model, make_catalogue
 
 from distributed_rerank.procedures.chain.chain import Chain, KReciprocalStep, PairwiseStep
-from distributed_rerank.procedures.evaluation.run import EvaluationConfig
+from distributed_rerank.procedures.evaluation.config import EvaluationConfig
 from distributed_rerank.procedures.extraction import ExtractionConfig
 from distributed_rerank.procedures.ranking.rerank import rerank
 from distributed_rerank.procedures.retrieval import RetrievalConfig
