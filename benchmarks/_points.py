@@ -34,6 +34,9 @@ from distributed_rerank.procedures.retrieval import RetrievalConfig, SearchSide
 from distributed_rerank.procedures.scoring import plan as scoring_plan
 from distributed_rerank.procedures.scoring.score import ScoringConfig
 from distributed_rerank.procedures.scoring.stage import score_candidates
+from distributed_rerank.procedures.training.config import TrainingConfig
+from distributed_rerank.procedures.training.mining import mining_figures
+from distributed_rerank.procedures.training.task import Run, TrainingTask, plan_epoch
 from distributed_rerank.tensors import sharding
 
 Answer = dict[str, float]
@@ -150,7 +153,47 @@ def search(folder: Path, n_queries: int, n_gallery: int, dim: int, n_items: int,
     return {"seconds": time.perf_counter() - started, "queries": found}
 
 
-POINTS = {"score": score, "bare_loop": bare_loop, "search": search}
+def mine(
+    folder: Path, n_images: int, dim: int, n_items: int, n_labels: int, threads: int = 1, workers: int = 0
+) -> Answer:
+    """Mining over a training set: every image's nearest, the filters' figures, and the lists of one epoch.
+
+    In one process with so many threads, or on so many Ray workers of one thread.
+    """
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(n_images) % n_labels
+    embeddings = torch.randn(n_labels, dim, generator=generator)[labels]
+    embeddings = torch.nn.functional.normalize(embeddings + torch.randn(n_images, dim, generator=generator), dim=1)
+    side = SearchSide(embeddings.numpy(), np.arange(n_images), np.full(n_images, -1))
+    training = TrainingConfig(n_items=n_items, top_n=n_items, steps_per_epoch=None)
+    config = RetrievalConfig(n_items=n_items, threads_per_worker=threads)
+    blocks = list(enumerate(sharding.blocks(n_images, config.queries_per_block)))
+    session = connect(ClusterConfig(num_workers=workers, use_gpu=False)) if workers else nullcontext()
+    with PeakMemory() as memory, session as connected:
+        search_blocks = retrieval.search if connected is None else steps_on(connected).search
+        started = time.perf_counter()
+        found = dict(search_blocks(blocks, side, side, config))
+        parts = [found.pop(number) for number, _ in blocks]
+        lists = CandidateLists(*(np.concatenate(columns) for columns in zip(*parts, strict=True)))
+        searched = time.perf_counter() - started
+        task = TrainingTask(
+            catalogue=labelled(labels.numpy()), config=training, model_folder=folder, embeddings=embeddings,
+            runs=(Run("all", lists, None),),
+        )  # fmt: skip
+        figures, steps = mining_figures(task), plan_epoch(task, task.runs[0], 0)
+        seconds = time.perf_counter() - started
+    answer = {"seconds": seconds, "search_s": searched, "images": n_images, "tree_mb": memory.peak_mb}
+    return answer | {"lists": sum(step.n_lists() for step in steps), "positives": figures["n_positives"]}
+
+
+def labelled(labels: np.ndarray) -> Catalogue:
+    """A catalogue of images that nobody opens."""
+    ids = [f"{number:08d}" for number in range(len(labels))]
+    table = pd.DataFrame({"id": ids, "path": ids, "label": labels.astype(str), "split": "train"})
+    return Catalogue(table, "generated")
+
+
+POINTS = {"score": score, "bare_loop": bare_loop, "search": search, "mine": mine}
 
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as work:

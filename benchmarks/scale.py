@@ -1,6 +1,6 @@
 """How time and peak memory grow with queries, images, top_n and workers, and what exact search can hold.
 
-    python benchmarks/scale.py [--parts score workers search] [--quick] [--json FILE]
+    python benchmarks/scale.py [--parts score workers search mining] [--quick] [--json FILE]
 
 Each point is a process of its own, so that its peak memory is its own. Time is that of the stage, from image files to
 its finished folder, without the start of Python. `ours` is the larger point, `theirs` the smaller one it is held
@@ -116,7 +116,21 @@ def search_rows(is_quick: bool) -> list[Row]:
     return rows
 
 
-PARTS = {"score": score_rows, "workers": worker_rows, "search": search_rows}
+def mining_rows(is_quick: bool) -> list[Row]:
+    """Mining a whole training set on two cores: lists, figures and one epoch's draws; 50 candidates each."""
+    n_images = 2000 if is_quick else 60_000
+    size = {"n_images": n_images, "dim": 32 if is_quick else 384, "n_items": 50, "n_labels": n_images // 20}
+    ways = {"one process, 2 threads": {"threads": 2}} | ({} if is_quick else {"2 Ray workers": {"workers": 2}})
+    rows = []
+    for way, given in ways.items():
+        child = point("mine", **size, **given)
+        name = f"mining {n_images:,} x {n_images:,} x {size['dim']}, {way}"
+        rows += [Row(f"{name}: time", "s", child.answer["seconds"]), Row(f"{name}: peak memory", "MB", child.peak_mb)]
+        rows.append(Row(f"{name}: exact search alone", "s", child.answer["search_s"]))
+    return rows
+
+
+PARTS = {"score": score_rows, "workers": worker_rows, "search": search_rows, "mining": mining_rows}
 
 
 def main() -> None:

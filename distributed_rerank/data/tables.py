@@ -34,8 +34,20 @@ SCHEMAS = {
         }
     ),
     "rejects": pa.schema({"id": pa.string(), "path": pa.string(), "stage": pa.string(), "reason": pa.string()}),
+    "suspects": pa.schema(
+        {
+            "id": pa.string(),
+            "other_id": pa.string(),
+            "label": pa.string(),
+            "other_label": pa.string(),
+            "distance": pa.float32(),
+            "own_distance": pa.float32(),
+            "other_own_distance": pa.float32(),
+            "kind": pa.string(),
+        }
+    ),
 }
-_MAY_BE_NULL = {"label", "category", "first_hit_before", "first_hit_after"}
+_MAY_BE_NULL = {"label", "category", "first_hit_before", "first_hit_after", "own_distance", "other_own_distance"}
 
 
 def conform(table: pa.Table, name: str, source: str = "this table") -> pa.Table:

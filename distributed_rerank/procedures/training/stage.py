@@ -29,8 +29,8 @@ from distributed_rerank.procedures.chain.choice import Evidence
 from distributed_rerank.procedures.devices import tensor_of
 from distributed_rerank.procedures.extraction import Embeddings, ExtractionConfig
 from distributed_rerank.procedures.retrieval import RetrievalConfig
+from distributed_rerank.procedures.training import mining, tracking
 from distributed_rerank.procedures.training import run as training_run
-from distributed_rerank.procedures.training import tracking
 from distributed_rerank.procedures.training.config import TrainingConfig
 from distributed_rerank.procedures.training.encodings import FittedModel
 from distributed_rerank.procedures.training.run import State
@@ -65,7 +65,8 @@ def train(
     """Trains a pairwise model on the train split and chooses its chain; returns the chain.
 
     `out` gets config.json and model.safetensors (`models.saving`), chain.json, training.json (config and
-    history), curves.png and tensorboard/. A folder made with the same fingerprint is left as it is.
+    history), mining.json, suspects.parquet, curves.png and tensorboard/. A folder made with the same
+    fingerprint is left as it is.
     `model_config` is the config dataclass of one of the pairwise models. Embeddings are taken from and added
     to `embeddings_folder` if there is one.
 
@@ -94,6 +95,7 @@ def train(
             max_rejects=max_rejects,
         )
         task = make_task(images, embeddings, model_config, config, work, search)
+        tell_of_mining(task, embeddings, work, staging.path, search)
         run_name = f"{Path(out).name}-{artifacts.json_digest(fingerprint)[:8]}"
         state = fit(replace(task, services=tuple(services), run_name=run_name), work / "run")
         chain = write_model(task, state, work / "run", staging.path)
@@ -124,7 +126,7 @@ def make_task(
     side = halves(images.labels, config.seed) if is_halved else sides(images.labels, config.set_aside, config.seed)
     first, second = (
         retrieve_among(
-            np.flatnonzero(side == number), images, embeddings, config, work / f"candidates-{number}", search
+            np.flatnonzero(side == number), images, embeddings, config.n_items, work / f"candidates-{number}", search
         )
         for number in (0, 1)
     )
@@ -150,7 +152,7 @@ def retrieve_among(
     items: Int64[np.ndarray, " image"],
     images: Catalogue,
     embeddings: Embeddings,
-    config: TrainingConfig,
+    n_items: int,
     folder: Path,
     search: retrieval.Search,
 ) -> CandidateLists:
@@ -159,7 +161,7 @@ def retrieve_among(
     found = retrieval.retrieve(
         images.take(items).as_query_and_gallery(),
         embeddings,
-        RetrievalConfig(n_items=config.n_items),
+        RetrievalConfig(n_items=n_items),
         folder,
         search=search,
     )
@@ -168,6 +170,15 @@ def retrieve_among(
     lists[found.query_items] = np.where(found.items >= 0, items[found.items], -1)
     distances[found.query_items] = found.distances
     return CandidateLists(items, lists, distances)
+
+
+def tell_of_mining(
+    task: TrainingTask, embeddings: Embeddings, work: Path, folder: Path, search: retrieval.Search
+) -> None:
+    """Logs what mining found and writes it into `folder`."""
+    everyone = np.arange(len(task.catalogue))
+    nearest = retrieve_among(everyone, task.catalogue, embeddings, mining.SUSPECT_NEIGHBOURS, work / "nearest", search)
+    logger.info("%s", mining.mining_in_text(mining.write_mining(task, nearest, folder)))
 
 
 def write_model(task: TrainingTask, state: State, run_folder: Path, folder: Path) -> Chain:

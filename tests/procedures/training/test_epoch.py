@@ -227,7 +227,10 @@ def test_stage_writes_a_complete_folder_and_skips_it_the_second_time(tmp_path: P
     config = replace(SMALL, epochs=1)
     chain = train(catalogue, EXTRACTION, TOKENS, config, tmp_path / "model")
     names = {path.name for path in (tmp_path / "model").iterdir()}
-    expected = "chain.json config.json curves.png manifest.json model.safetensors tensorboard training.json"
+    expected = (
+        "chain.json config.json curves.png manifest.json mining.json model.safetensors suspects.parquet tensorboard "
+        "training.json"
+    )
     assert names == set(expected.split())
     assert read_chain(tmp_path / "model") == chain
     assert load_model(tmp_path / "model").encoding_shape
