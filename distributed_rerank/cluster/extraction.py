@@ -20,10 +20,11 @@ from distributed_rerank.cluster.fan_out import bad_input_raised
 from distributed_rerank.cluster.quiet import quieten
 from distributed_rerank.cluster.session import Session
 from distributed_rerank.data.catalogue import ImageRef
+from distributed_rerank.data.rejects import Reject, reject_table
 from distributed_rerank.data.transforms import InferenceTransform
 from distributed_rerank.errors import BadInput
 from distributed_rerank.models.extractor import build_extractor
-from distributed_rerank.procedures.decoding import Reject, decode, reject_table
+from distributed_rerank.procedures.decoding import decode
 from distributed_rerank.procedures.devices import tensor_of
 from distributed_rerank.procedures.extraction import Block, EmbeddedBlock, Embedder, ExtractionConfig
 

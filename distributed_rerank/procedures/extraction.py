@@ -5,30 +5,22 @@ Which images share a block and a micro-batch is fixed by the catalogue and the c
 order of completion, because a network's last bits may depend on what else is in its batch.
 """
 
-import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import torch
-from jaxtyping import Float32, Int64, UInt8
+from jaxtyping import Float32, UInt8
 from torch import Tensor
 
 from distributed_rerank.data import artifacts, tables
 from distributed_rerank.data.catalogue import Catalogue, ImageRef
+from distributed_rerank.data.embeddings import Embeddings, join_embeddings, read_embeddings
+from distributed_rerank.data.rejects import Reject, check_rejects, reject_table, rejects_of
 from distributed_rerank.errors import BadInput
 from distributed_rerank.models.extractor import Extractor, ExtractorConfig, build_extractor, weights_digest
-from distributed_rerank.procedures.decoding import (
-    Reject,
-    check_rejects,
-    decode,
-    is_readable,
-    reject_table,
-    rejects_of,
-)
+from distributed_rerank.procedures.decoding import decode, is_readable
 from distributed_rerank.procedures.devices import pick_device, torch_threads
 from distributed_rerank.procedures.progress import progress
 from distributed_rerank.tensors import sharding
@@ -70,30 +62,6 @@ class EmbeddedBlock:
 
 Extract = Callable[[Sequence[Block], ExtractionConfig], Iterator[tuple[int, EmbeddedBlock]]]
 """A step: embedded blocks by number, in any order."""
-
-
-@dataclass(frozen=True, eq=False)
-class Embeddings:
-    """Embeddings by id, ids ascending, and the images that have none because they cannot be read."""
-
-    ids: np.ndarray
-    matrix: Float32[np.ndarray, "image dim"]
-    rejects: tuple[Reject, ...] = ()
-
-    def rows_of(self, ids: np.ndarray) -> Int64[np.ndarray, " id"]:
-        """The row of each id; -1 where there is none."""
-        return self._index.get_indexer(pd.Index(ids, dtype=object)).astype(np.int64)
-
-    @cached_property
-    def digest(self) -> str:
-        """sha256 of ids and values."""
-        total = hashlib.sha256(artifacts.json_digest(self.ids.tolist()).encode())
-        total.update(np.ascontiguousarray(self.matrix).data)
-        return total.hexdigest()
-
-    @cached_property
-    def _index(self) -> pd.Index:
-        return pd.Index(self.ids, dtype=object)
 
 
 class Embedder:
@@ -155,9 +123,9 @@ def embed(
         _check(earlier, catalogue, max_rejects, out)
         return earlier
     with artifacts.stage(out, fingerprint) as staging:
-        done = _join([earlier, *_staged(staging)])
+        done = join_embeddings([earlier, *_staged(staging)])
         _compute(_missing(catalogue, done), config, staging, extract)
-        complete = _join([earlier, *_staged(staging)])
+        complete = join_embeddings([earlier, *_staged(staging)])
         assert not _missing(catalogue, complete), f"images were lost: {_missing(catalogue, complete)[:3]}"
         tables.write_embeddings(staging.path / "embeddings.parquet", complete.ids, complete.matrix)
         rejects = reject_table(complete.rejects, "embed")
@@ -165,15 +133,6 @@ def embed(
         _check(complete, catalogue, max_rejects, staging.path)
         staging.finish({"n_rejected": len(complete.rejects)}, rows=len(complete.ids))
     return complete
-
-
-def read_embeddings(folder: str | Path) -> Embeddings:
-    """What `embed` wrote to `folder`, or any embeddings table (then nothing is known to be rejected)."""
-    ids, matrix = tables.read_embeddings(folder)
-    rejects = Path(folder) / "rejects.parquet"
-    known = rejects_of(tables.read_table(rejects, "rejects")) if rejects.is_file() else []
-    order = np.argsort(ids, kind="stable")
-    return Embeddings(ids[order], matrix[order], tuple(known))
 
 
 def _fingerprint(config: ExtractionConfig) -> dict:
@@ -213,20 +172,6 @@ def _staged(staging: artifacts.Staging) -> Iterator[Embeddings]:
         column = table["embedding"].combine_chunks()
         matrix = column.flatten().to_numpy(zero_copy_only=False).reshape(len(table), column.type.list_size)
         yield Embeddings(table["id"].to_numpy(), matrix, tuple(rejects_of(rejected.read(number))))
-
-
-def _join(parts: Sequence[Embeddings | None]) -> Embeddings:
-    """All parts as one, sorted by id; an image rejected first and embedded later counts as embedded."""
-    present = [part for part in parts if part is not None]
-    if not present:
-        return Embeddings(np.empty(0, dtype=object), np.empty((0, 1), np.float32))
-    ids = np.concatenate([part.ids for part in present])
-    filled = [part.matrix for part in present if len(part.ids)]
-    matrix = np.concatenate(filled) if filled else present[0].matrix
-    order = np.argsort(ids, kind="stable")
-    embedded = set(ids)
-    rejects = {reject.id: reject for part in present for reject in part.rejects if reject.id not in embedded}
-    return Embeddings(ids[order], matrix[order], tuple(rejects[id] for id in sorted(rejects)))
 
 
 def _check(embeddings: Embeddings, catalogue: Catalogue, max_rejects: float, folder: Path) -> None:

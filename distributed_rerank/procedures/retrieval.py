@@ -18,9 +18,9 @@ from torch import Tensor
 from distributed_rerank.data import artifacts, tables
 from distributed_rerank.data.candidates import CandidateLists, candidate_lists, candidates_table
 from distributed_rerank.data.catalogue import Catalogue
+from distributed_rerank.data.embeddings import Embeddings
 from distributed_rerank.errors import BadInput
 from distributed_rerank.procedures.devices import pick_device, tensor_of, torch_threads
-from distributed_rerank.procedures.extraction import Embeddings
 from distributed_rerank.procedures.progress import progress
 from distributed_rerank.tensors import sharding
 from distributed_rerank.tensors.knn import search_tiles

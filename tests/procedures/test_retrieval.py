@@ -9,9 +9,9 @@ from distributed_rerank.data import tables
 from distributed_rerank.data.artifacts import read_manifest
 from distributed_rerank.data.candidates import CandidateLists
 from distributed_rerank.data.catalogue import Catalogue
+from distributed_rerank.data.embeddings import Embeddings
 from distributed_rerank.errors import BadInput
 from distributed_rerank.procedures import retrieval
-from distributed_rerank.procedures.extraction import Embeddings
 from distributed_rerank.procedures.retrieval import Block, RetrievalConfig, SearchSide, retrieve
 from tests.small_catalogue import make_catalogue
 

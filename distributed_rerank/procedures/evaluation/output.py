@@ -15,7 +15,7 @@ from torch import Tensor
 from distributed_rerank.data import artifacts, tables
 from distributed_rerank.data.candidates import CandidateLists, candidates_table
 from distributed_rerank.data.catalogue import Catalogue
-from distributed_rerank.procedures.decoding import Reject, reject_table
+from distributed_rerank.data.rejects import Reject, reject_table
 from distributed_rerank.procedures.report.page import build_report
 from distributed_rerank.procedures.report.strips import SHOWN_CANDIDATES, Candidate, Strip, choose_queries
 from distributed_rerank.tensors.knn import Neighbours

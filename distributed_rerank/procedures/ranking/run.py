@@ -16,6 +16,8 @@ from torch import Tensor
 
 from distributed_rerank.data.candidates import CandidateLists
 from distributed_rerank.data.catalogue import Catalogue
+from distributed_rerank.data.embeddings import Embeddings, read_embeddings
+from distributed_rerank.data.rejects import Reject, check_rejects
 from distributed_rerank.errors import BadInput
 from distributed_rerank.models.pairwise import PairwiseModel
 from distributed_rerank.models.saving import load_model, model_name
@@ -23,8 +25,7 @@ from distributed_rerank.models.weights import digest_of_state
 from distributed_rerank.procedures import extraction, retrieval
 from distributed_rerank.procedures.chain import apply as chain_apply
 from distributed_rerank.procedures.chain.chain import Chain, PairwiseStep, read_chain
-from distributed_rerank.procedures.decoding import Reject, check_rejects
-from distributed_rerank.procedures.extraction import Embeddings, ExtractionConfig
+from distributed_rerank.procedures.extraction import ExtractionConfig
 from distributed_rerank.procedures.retrieval import RetrievalConfig
 from distributed_rerank.procedures.scoring import score as scoring
 from distributed_rerank.procedures.scoring import stage as scoring_run
@@ -117,7 +118,7 @@ def read_for(catalogue: Catalogue, folder: Path, max_rejects: float) -> tuple[Ca
 
     Raises BadInput for images that have neither an embedding nor a reject row, and for too many rejects.
     """
-    embeddings = extraction.read_embeddings(folder)
+    embeddings = read_embeddings(folder)
     known = {reject.id for reject in embeddings.rejects}
     has = embeddings.rows_of(catalogue.ids) >= 0
     missing = [id for id in catalogue.ids[~has] if id not in known]

@@ -16,9 +16,10 @@ from jaxtyping import Bool, Float32, Int64
 from torch import Tensor
 
 from distributed_rerank.data.catalogue import ImageRef
+from distributed_rerank.data.rejects import Reject
 from distributed_rerank.errors import BadInput
 from distributed_rerank.models.pairwise import PairwiseModel
-from distributed_rerank.procedures.decoding import Reject, decode
+from distributed_rerank.procedures.decoding import decode
 from distributed_rerank.procedures.devices import array_of, pick_device, tensor_of, torch_threads
 from distributed_rerank.procedures.scoring import plan as scoring_plan
 from distributed_rerank.procedures.scoring.plan import ScorePlan, ScoringConfig

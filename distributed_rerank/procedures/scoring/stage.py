@@ -19,15 +19,10 @@ from jaxtyping import Float32
 from distributed_rerank.data import artifacts, tables
 from distributed_rerank.data.candidates import CandidateLists, aligned_logits, pairs_table
 from distributed_rerank.data.catalogue import Catalogue
+from distributed_rerank.data.rejects import Reject, check_rejects, reject_table, rejects_of
 from distributed_rerank.models.pairwise import PairwiseModel
 from distributed_rerank.models.weights import digest_of_state
-from distributed_rerank.procedures.decoding import (
-    Reject,
-    check_rejects,
-    is_readable,
-    reject_table,
-    rejects_of,
-)
+from distributed_rerank.procedures.decoding import is_readable
 from distributed_rerank.procedures.progress import progress
 from distributed_rerank.procedures.scoring import plan as scoring_plan
 from distributed_rerank.procedures.scoring.plan import ScoreBlock, ScorePlan

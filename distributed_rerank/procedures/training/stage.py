@@ -19,6 +19,7 @@ from torch.nn.functional import pad
 from distributed_rerank.data import artifacts
 from distributed_rerank.data.candidates import CandidateLists
 from distributed_rerank.data.catalogue import Catalogue
+from distributed_rerank.data.embeddings import Embeddings
 from distributed_rerank.models.distance_siamese import DistanceSiamese
 from distributed_rerank.models.pairwise import PairwiseModel
 from distributed_rerank.models.saving import MODELS, load_model, save_extractor, save_model
@@ -27,7 +28,7 @@ from distributed_rerank.procedures.chain import choice as chain_choice
 from distributed_rerank.procedures.chain.chain import Chain, read_chain, write_chain
 from distributed_rerank.procedures.chain.choice import Evidence
 from distributed_rerank.procedures.devices import tensor_of
-from distributed_rerank.procedures.extraction import Embeddings, ExtractionConfig
+from distributed_rerank.procedures.extraction import ExtractionConfig
 from distributed_rerank.procedures.retrieval import RetrievalConfig
 from distributed_rerank.procedures.training import mining, tracking
 from distributed_rerank.procedures.training import run as training_run

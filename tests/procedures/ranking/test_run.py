@@ -11,11 +11,11 @@ from small_catalogue import distance_model, make_catalogue
 
 from distributed_rerank.data.candidates import CandidateLists
 from distributed_rerank.data.catalogue import Catalogue
+from distributed_rerank.data.rejects import Reject
 from distributed_rerank.data.tables import write_embeddings
 from distributed_rerank.errors import BadInput
 from distributed_rerank.models.saving import save_model
 from distributed_rerank.procedures.chain.chain import Chain, KReciprocalStep, PairwiseStep
-from distributed_rerank.procedures.decoding import Reject
 from distributed_rerank.procedures.ranking.run import (
     Scored,
     by_logits,
