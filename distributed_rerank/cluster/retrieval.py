@@ -2,12 +2,14 @@
 Layer 4."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import ray
 
 from distributed_rerank.cluster.fan_out import fan_out, start_workers
 from distributed_rerank.cluster.session import Session
 from distributed_rerank.data.candidates import CandidateLists
+from distributed_rerank.procedures import retrieval as procedure
 from distributed_rerank.procedures.retrieval import Block, RetrievalConfig, Searcher, SearchSide, tiles_of
 
 
@@ -30,8 +32,15 @@ def search(
     *,
     session: Session,
 ) -> Iterator[tuple[int, CandidateLists]]:
-    """`procedures.retrieval.search` on the session's workers, blocks as they complete."""
+    """`procedures.retrieval.search` on the session's workers, blocks as they complete.
+
+    One block against one tile is searched here: a second of work, and workers take some to start.
+    """
+    if len(blocks) <= 1 and len(gallery.items) <= config.tile_size and not session.use_gpu:
+        yield from procedure.search(blocks, queries, gallery, config)
+        return
     tiles = [ray.put(tile) for tile in tiles_of(gallery, config.tile_size)]
-    with start_workers(session, TileSearcher, tiles, config) as workers:
+    needed = replace(session, num_workers=min(session.num_workers, len(blocks)))
+    with start_workers(needed, TileSearcher, tiles, config) as workers:
         tasks = ((number, queries.part(start, stop)) for number, (start, stop) in blocks)
         yield from fan_out(workers, lambda worker, part: worker.call.remote("search", part), tasks)

@@ -34,7 +34,17 @@ def test_retrieve_three_workers_give_the_bytes_of_one_process(session_of: Sessio
 def test_retrieve_embedding_that_is_not_finite_is_bad_input_on_the_driver(
     session_of: SessionOf, tmp_path: Path
 ) -> None:
-    catalogue = make_catalogue(tmp_path / "images", 6)
+    catalogue = make_catalogue(tmp_path / "images", 6)  # two blocks: one alone is searched by the driver
     embeddings = Embeddings(catalogue.ids, np.full((6, 4), np.nan, np.float32))
     with pytest.raises(BadInput, match="not finite"):
         retrieve(catalogue, embeddings, CONFIG, tmp_path / "out", search=partial(search, session=session_of(1)))
+
+
+def test_retrieve_one_small_block_starts_no_worker(tmp_path: Path) -> None:
+    catalogue = make_catalogue(tmp_path / "images", 4)
+    embeddings = Embeddings(catalogue.ids, np.random.default_rng(0).standard_normal((4, 8)).astype(np.float32))
+    no_cluster = Session(num_workers=10**6)  # whose workers could never be placed
+    found = retrieve(catalogue, embeddings, CONFIG, tmp_path / "ray", search=partial(search, session=no_cluster))
+    expected = retrieve(catalogue, embeddings, CONFIG, tmp_path / "local")
+    assert np.array_equal(found.items, expected.items)
+    assert np.array_equal(found.distances, expected.distances)
