@@ -20,8 +20,9 @@ import torch
 
 from distributed_rerank.cluster.session import ClusterConfig, connect
 from distributed_rerank.cluster.steps import steps_on
-from distributed_rerank.data.candidates import CandidateLists, candidate_lists
+from distributed_rerank.data.candidates import CandidateLists
 from distributed_rerank.data.catalogue import Catalogue, read_catalogue
+from distributed_rerank.data.gathering import gather_lists
 from distributed_rerank.data.transforms import IMAGENET_MEAN, IMAGENET_STD, Augmentation
 from distributed_rerank.models.concat_siamese import ConcatSiamese, ConcatSiameseConfig
 from distributed_rerank.models.extractor import ExtractorConfig, build_extractor
@@ -79,7 +80,7 @@ def oml_pairs(catalogue: Catalogue, table: pd.DataFrame, oml: Path) -> tuple[Can
     paths = table["path"].to_numpy()
     rank = pd.Series(query).groupby(query).cumcount().to_numpy() + 1
     columns = {"query_id": paths[query], "gallery_id": paths[gallery], "rank": rank, "distance": distance}
-    lists = candidate_lists(pa.table(columns), catalogue)
+    lists = gather_lists([pa.table(columns)], catalogue)
     return lists, np.searchsorted(lists.query_items, catalogue.items_of(paths[query])), rank - 1
 
 

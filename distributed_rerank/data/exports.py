@@ -6,7 +6,7 @@ are.
 """
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from urllib.parse import quote
 
@@ -19,18 +19,23 @@ from distributed_rerank.data.artifacts import atomic_path
 _UNSAFE = re.compile(r"[\s%]")
 
 
-def write_trec_run(path: str | Path, candidates: pa.Table, tag: str) -> None:
-    """Write a candidates table (sorted by query and rank) as a TREC run; scores as `trec_scores` makes them.
+def write_trec_run(path: str | Path, batches: Iterable[pa.Table], tag: str) -> None:
+    """Write candidates tables (sorted by query and rank) as a TREC run; scores as `trec_scores` makes them.
 
-    The table's ranks are kept as they are. The file appears complete or not at all.
+    A query's rows are all in one batch. The tables' ranks are kept as they are. The file appears complete or not at
+    all.
     """
+    _write_lines(path, (line for batch in batches for line in _run_lines(batch, tag)))
+
+
+def _run_lines(candidates: pa.Table, tag: str) -> Iterator[str]:
     names = candidates["query_id"].to_numpy()
     is_first = np.ones(len(names), bool)
     is_first[1:] = names[1:] != names[:-1]
     scores = trec_scores(candidates["distance"].to_numpy().astype(np.float32), np.flatnonzero(is_first))
     queries, items = (_safe(candidates[name].to_pylist()) for name in ("query_id", "gallery_id"))
     cells = zip(queries, items, candidates["rank"].to_pylist(), scores, strict=True)
-    _write_lines(path, (f"{query} Q0 {item} {rank} {score} {tag}" for query, item, rank, score in cells))
+    return (f"{query} Q0 {item} {rank} {score} {tag}" for query, item, rank, score in cells)
 
 
 def trec_scores(distances: Float32[np.ndarray, " row"], starts: np.ndarray) -> list[str]:

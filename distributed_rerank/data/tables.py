@@ -6,7 +6,9 @@ BadInput.
 """
 
 import io
+from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import pyarrow as pa
@@ -126,6 +128,23 @@ def load_parquet(path: str | Path, name: str) -> pa.Table:
         return pa.concat_tables([pq.ParquetFile(file).read() for file in _files(Path(path), name)])
     except (OSError, pa.ArrowException) as error:
         raise BadInput(f"cannot read {text} as a Parquet table of {name}: {error}") from error
+
+
+def load_batches(path: str | Path | BinaryIO, name: str, rows: int, source: str | None = None) -> Iterator[pa.Table]:
+    """`load_parquet` of a file, open file or folder in tables of `rows` rows each; only a file's last is shorter."""
+    try:
+        for file in _files(Path(path), name) if isinstance(path, str | Path) else [path]:
+            held, size = [], 0
+            with pq.ParquetFile(file) as parquet:
+                for batch in parquet.iter_batches(batch_size=rows):
+                    held, size = [*held, batch], size + len(batch)
+                    if size >= rows:
+                        yield pa.Table.from_batches(held)
+                        held, size = [], 0
+            if held:
+                yield pa.Table.from_batches(held)
+    except (OSError, pa.ArrowException) as error:
+        raise BadInput(f"cannot read {source or path} as a Parquet table of {name}: {error}") from error
 
 
 def _files(path: Path, name: str) -> list[Path]:

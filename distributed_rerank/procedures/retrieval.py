@@ -16,7 +16,8 @@ from jaxtyping import Float32, Int64
 from torch import Tensor
 
 from distributed_rerank.data import artifacts, tables
-from distributed_rerank.data.candidates import CandidateLists, candidate_lists, candidates_table
+from distributed_rerank.data.candidate_files import read_candidates
+from distributed_rerank.data.candidates import CandidateLists, candidates_table
 from distributed_rerank.data.catalogue import Catalogue
 from distributed_rerank.data.embeddings import Embeddings
 from distributed_rerank.errors import BadInput
@@ -132,7 +133,7 @@ def retrieve(
         embeddings=embeddings.digest,
     )
     if artifacts.is_complete(out, fingerprint, overwrite):
-        return candidate_lists(tables.read_table(out, "candidates"), catalogue)
+        return read_candidates(out, catalogue)
     queries = _side(catalogue, embeddings, catalogue.query_items, "query")
     gallery = _side(catalogue, embeddings, catalogue.gallery_items, "gallery item")
     plan = dict(enumerate(sharding.blocks(len(queries.items), config.queries_per_block)))
@@ -147,7 +148,7 @@ def retrieve(
         assert store.done() == plan.keys(), f"blocks {sorted(todo)} never came back"
         rows = _combine(store, staging.path / "candidates.parquet")
         staging.finish(rows=rows)
-    return candidate_lists(tables.read_table(out, "candidates"), catalogue)
+    return read_candidates(out, catalogue)
 
 
 def _side(catalogue: Catalogue, embeddings: Embeddings, items: np.ndarray, role: str) -> SearchSide:

@@ -6,7 +6,9 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from distributed_rerank.data.candidates import read_candidates
+from distributed_rerank.data.candidate_files import read_candidates
+from distributed_rerank.data.candidates import candidates_table
+from distributed_rerank.data.catalogue import read_catalogue
 from distributed_rerank.data.exports import trec_scores, write_qrels, write_trec_run
 from distributed_rerank.data.tables import SCHEMAS
 
@@ -41,13 +43,16 @@ def test_trec_run_read_back_is_the_same_table(tmp_path: Path) -> None:
         "rank": pa.array([1, 2, 1], pa.int32()),
         "distance": pa.array([0.25, 0.75, 0.5], pa.float32()),
     }
-    write_trec_run(tmp_path / "run", pa.table(columns), "mine")
-    assert read_candidates(tmp_path / "run").equals(pa.table(columns))
+    table = pa.table(columns)
+    write_trec_run(tmp_path / "run", [table[:2], table[2:]], "mine")
+    (tmp_path / "df.csv").write_text("path\na\nb\nx\ny\n")
+    catalogue = read_catalogue(str(tmp_path / "df.csv"))
+    assert candidates_table(read_candidates(tmp_path / "run", catalogue), catalogue.ids).equals(table)
     assert (tmp_path / "run").read_text().splitlines()[1] == "a Q0 y 2 -0.75 mine"
 
 
 def test_trec_files_of_no_rows_are_empty(tmp_path: Path) -> None:
-    write_trec_run(tmp_path / "run", SCHEMAS["candidates"].empty_table(), "mine")
+    write_trec_run(tmp_path / "run", [SCHEMAS["candidates"].empty_table()], "mine")
     assert (tmp_path / "run").read_text() == ""
 
 

@@ -1,7 +1,7 @@
 """An evaluation folder in formats that others read: TREC run and qrels, Markdown for a pull request. Layer 3."""
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +9,15 @@ import numpy as np
 import pyarrow as pa
 
 from distributed_rerank.data import artifacts, tables
-from distributed_rerank.data.candidates import read_candidates
+from distributed_rerank.data.candidates import CandidateLists, candidates_table
 from distributed_rerank.data.catalogue import Catalogue
 from distributed_rerank.data.exports import write_qrels, write_trec_run
 from distributed_rerank.errors import BadInput
+from distributed_rerank.procedures.evaluation.given import given_lists
 from distributed_rerank.procedures.report.wording import count_of, fraction, metric_name, p_value, signed, verdict
+from distributed_rerank.tensors import sharding
 
+QUERIES_PER_BATCH = 1 << 12
 RUN_BEFORE, RUN_AFTER, QRELS = "first_stage.trec", "reranked.trec", "qrels.trec"
 
 
@@ -35,15 +38,18 @@ def export_trec(folder: Path, catalogue: Catalogue, out: Path, candidates: Path 
             f"{folder} was evaluated with catalogue {str(made_with)[:16]}, this one is {catalogue.digest()[:16]}; "
             "give the same --catalogue and --split"
         )
-    measured = tables.read_table(folder, "per_query").to_pandas()
-    catalogue = _without(catalogue, tables.read_table(folder, "rejects")["id"].to_pylist())
+    measured = tables.read_table(folder, "per_query").select(["query_id", "n_relevant"]).to_pandas()
+    rejected = set(tables.read_table(folder, "rejects")["id"].to_pylist())
+    if rejected:
+        catalogue = catalogue.take(np.flatnonzero([id not in rejected for id in catalogue.ids]))
     out.mkdir(parents=True, exist_ok=True)
     queries = measured["query_id"].tolist()
-    write_trec_run(out / RUN_BEFORE, _usable(_first_stage(folder, candidates), catalogue, queries), "first_stage")
     written = [out / RUN_BEFORE]
+    first_stage = _batches(_first_stage(folder, candidates), rejected, catalogue, queries)
+    write_trec_run(out / RUN_BEFORE, first_stage, "first_stage")
     if (folder / "reranked.parquet").is_file():
-        after = tables.read_table(folder / "reranked.parquet", "candidates")
-        write_trec_run(out / RUN_AFTER, _usable(after, catalogue, queries), "reranked")
+        after = _batches(folder / "reranked.parquet", rejected, catalogue, queries)
+        write_trec_run(out / RUN_AFTER, after, "reranked")
         written.append(out / RUN_AFTER)
     write_qrels(out / QRELS, relevant_ids(catalogue, queries, measured["n_relevant"].tolist()))
     return [*written, out / QRELS]
@@ -65,32 +71,20 @@ def relevant_ids(
         yield query, found
 
 
-def _first_stage(folder: Path, candidates: Path | None) -> pa.Table:
+def _first_stage(folder: Path, candidates: Path | None) -> Path:
     own = folder / "candidates"
     if candidates is None and not own.is_dir():
         raise BadInput(f"{folder} holds no first-stage lists, they were given to it; give the same --candidates")
-    return read_candidates(own if candidates is None else candidates)
+    return own if candidates is None else candidates
 
 
-def _without(catalogue: Catalogue, rejected: Sequence[str]) -> Catalogue:
-    """The catalogue without these ids, as far as it has them."""
-    return catalogue.take(np.flatnonzero(~np.isin(catalogue.ids.astype(str), np.asarray(rejected, str))))
-
-
-def _usable(table: pa.Table, catalogue: Catalogue, queries: Sequence[str]) -> pa.Table:
-    """The rows that were measured: a measured query and a gallery item that is neither itself nor of its sequence.
-
-    Sorted by query and rank, ranks counted anew from 1.
-    """
-    frame = table.to_pandas()
-    known = catalogue.ids[catalogue.gallery_items]
-    frame = frame[frame["query_id"].isin(list(queries)) & frame["gallery_id"].isin(known)]
-    query, item = (catalogue.items_of(frame[name].to_numpy()) for name in ("query_id", "gallery_id"))
-    sequences = catalogue.sequences
-    own = (query == item) | ((sequences[query] >= 0) & (sequences[query] == sequences[item]))
-    frame = frame[~own].sort_values(["query_id", "rank"], kind="stable", ignore_index=True)
-    frame["rank"] = (frame.groupby("query_id").cumcount() + 1).astype(np.int32)
-    return tables.conform(pa.Table.from_pandas(frame, preserve_index=False), "candidates")
+def _batches(path: Path, rejected: Set[str], catalogue: Catalogue, queries: Sequence[str]) -> Iterator[pa.Table]:
+    """The lists at `path` as they were measured, in candidates tables of some queries each, by query id and rank."""
+    lists = given_lists(catalogue, path, rejected)
+    wanted = np.flatnonzero(np.isin(lists.query_items, catalogue.items_of(queries)))
+    for start, stop in sharding.blocks(len(wanted), QUERIES_PER_BATCH):
+        rows = wanted[start:stop]
+        yield candidates_table(CandidateLists(*(array[rows] for array in lists)), catalogue.ids)
 
 
 def export_markdown(folder: Path, path: Path) -> None:

@@ -15,11 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import torch
 
 from distributed_rerank.data import artifacts
-from distributed_rerank.data.candidates import CandidateLists, candidate_lists, read_candidates
+from distributed_rerank.data.candidates import CandidateLists
 from distributed_rerank.data.catalogue import Catalogue
 from distributed_rerank.errors import BadInput
 from distributed_rerank.models.pairwise import PairwiseModel
@@ -28,6 +27,7 @@ from distributed_rerank.procedures.chain.chain import Chain, kind_of
 from distributed_rerank.procedures.evaluation import measure as evaluation
 from distributed_rerank.procedures.evaluation import output as evaluation_output
 from distributed_rerank.procedures.evaluation.config import EvaluationConfig, check_depth, input_digests, settings_of
+from distributed_rerank.procedures.evaluation.given import given_lists
 from distributed_rerank.procedures.evaluation.output import Result
 from distributed_rerank.procedures.ranking import run as ranking_run
 from distributed_rerank.procedures.ranking.run import FirstStage, Scored, Steps
@@ -105,45 +105,13 @@ def first_stage(
     rejects = [] if embeddings is None else [reject for reject in embeddings.rejects if reject.id in own]
     with _timed(timings, "retrieve"):
         if config.candidates is not None:
-            lists = _given_lists(readable, config.candidates, {reject.id for reject in rejects})
+            lists = given_lists(readable, config.candidates, {reject.id for reject in rejects})
         else:
             assert embeddings is not None, "a search needs embeddings"
             lists = retrieval.retrieve(
                 readable, embeddings, config.retrieval, folder / "candidates", search=steps.search
             )
     return FirstStage(readable, lists, embeddings, rejects)
-
-
-def _given_lists(catalogue: Catalogue, path: Path, rejected: set[str]) -> CandidateLists:
-    """Candidate lists from another system, without what no search returns: rejects, the query itself, its sequence."""
-    table = read_candidates(path)
-    is_gone = [np.isin(table[side].to_numpy(), sorted(rejected)) for side in ("query_id", "gallery_id")]
-    table = table.filter(pa.array(~(is_gone[0] | is_gone[1])))
-    lists = candidate_lists(table, catalogue)
-    is_query = np.isin(lists.query_items, catalogue.query_items)
-    if not is_query.all():
-        name = catalogue.ids[lists.query_items[~is_query][0]]
-        raise BadInput(
-            f"{path}: {(~is_query).sum()} queries are not marked is_query in the catalogue, first {name!r}; "
-            "mark them or remove their rows"
-        )
-    if not len(lists.query_items):
-        raise BadInput(f"{path}: no list of a readable query is left; give lists with at least one row")
-    sequences = catalogue.sequences
-    own = sequences[lists.query_items][:, None]
-    same = (lists.items == lists.query_items[:, None]) | ((own >= 0) & (sequences[lists.items] == own))
-    gone = (lists.items >= 0) & (same | ~np.isin(lists.items, catalogue.gallery_items))
-    if gone.any():
-        logger.warning(
-            "%s: %d candidates are left out (the query itself, its sequence, or not is_gallery)",
-            path,
-            gone.sum(),
-        )
-    is_empty = gone | (lists.items < 0)
-    order = np.argsort(is_empty, axis=1, kind="stable")
-    items = np.take_along_axis(np.where(is_empty, -1, lists.items), order, axis=1)
-    distances = np.take_along_axis(np.where(is_empty, np.float32(np.inf), lists.distances), order, axis=1)
-    return CandidateLists(lists.query_items, items, distances)
 
 
 def _score(
