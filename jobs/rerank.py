@@ -5,7 +5,8 @@
 The catalogue needs only `path` (and `id` as the candidates name them); --query-catalogue takes a table of its
 own for the queries. Candidates are Parquet or CSV (query_id, gallery_id, distance or score) or a TREC run;
 without --candidates they are searched for, with --extractor. The result, reranked.parquet, has a row for
-every candidate: query_id, gallery_id, rank, distance, first_stage_rank, first_stage_distance, logit.
+every candidate: query_id, gallery_id, rank, distance, first_stage_rank, first_stage_distance, logit, probability
+(of a match, as the labels set aside in training calibrated it; null where the pairwise model did not look).
 """
 
 import dataclasses

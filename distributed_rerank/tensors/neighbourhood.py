@@ -22,7 +22,7 @@ from torch import Tensor
 from distributed_rerank.errors import BadInput
 
 # Rows at a time: bounds scratch memory (rows x k1^3 / 4 numbers) and keeps the overlap table in the cache.
-_BLOCK_ROWS = 128
+BLOCK_ROWS = 128
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ def concatenate(blocks: Sequence[SparseRows]) -> SparseRows:
     """The rows of all blocks, in the order given."""
     lengths = torch.cat([block.offsets.diff() for block in blocks])
     columns = torch.cat([block.columns for block in blocks])
-    return SparseRows(_offsets(lengths), columns, torch.cat([block.weights for block in blocks]))
+    return SparseRows(offsets_of(lengths), columns, torch.cat([block.weights for block in blocks]))
 
 
 def distance_scale(distances: Float32[Tensor, "item k"]) -> float:
@@ -78,7 +78,7 @@ def encode_k_reciprocal(
         raise BadInput(f"scale={scale} must be positive and finite; use distance_scale of the lists")
     if bool((distances[block] < 0).any()):
         raise BadInput("negative distances; subtract the smallest distance of all lists from all of them")
-    parts = [_encode_rows(items, distances, rows, k1, scale) for rows in block.split(_BLOCK_ROWS)]
+    parts = [_encode_rows(items, distances, rows, k1, scale) for rows in block.split(BLOCK_ROWS)]
     return concatenate(parts) if parts else _empty_rows()
 
 
@@ -92,7 +92,7 @@ def expand_encoding(
     """
     if k2 < 1 or k2 > items.shape[1] + 1:
         raise BadInput(f"k2={k2} must lie in 1..{items.shape[1] + 1}; retrieve more or lower k2")
-    parts = [_expand_rows(encoding, items, rows, k2) for rows in block.split(_BLOCK_ROWS)]
+    parts = [_expand_rows(encoding, items, rows, k2) for rows in block.split(BLOCK_ROWS)]
     return concatenate(parts) if parts else _empty_rows()
 
 
@@ -107,7 +107,7 @@ def jaccard_distances(
     local = torch.full((len(encoding.offsets) - 1,), -1, dtype=torch.int64)
     parts = [
         _jaccard_rows(encoding, queries, candidates, local)
-        for queries, candidates in zip(query_items.split(_BLOCK_ROWS), candidate_items.split(_BLOCK_ROWS), strict=True)
+        for queries, candidates in zip(query_items.split(BLOCK_ROWS), candidate_items.split(BLOCK_ROWS), strict=True)
     ]
     return torch.cat(parts) if parts else torch.empty(candidate_items.shape)
 
@@ -180,10 +180,13 @@ def _reciprocal_members(
     return torch.cat([near[..., :1], torch.where(is_mutual, near[..., 1:], -1)], dim=-1)
 
 
-def _expanded_members(
+def expanded_members(
     items: Int64[Tensor, "item k"], rows: Int64[Tensor, " row"], k1: int
 ) -> Int64[Tensor, "row width"]:
-    """R*(row, k1), padded by -1, with repetitions."""
+    """R*(row, k1), padded by -1, with repetitions: the row's item, its reciprocal neighbours and their close ones.
+
+    Which those are: see `encode_k_reciprocal`.
+    """
     core = _reciprocal_members(items, rows, k1)
     around = _reciprocal_members(items, core, round(k1 / 2))
     is_shared = torch.zeros(around.shape, dtype=torch.bool)
@@ -202,7 +205,7 @@ def _encode_rows(
     scale: float,
 ) -> SparseRows:
     n_items = len(items)
-    members = _expanded_members(items, rows, k1)
+    members = expanded_members(items, rows, k1)
     local_row = torch.arange(len(rows))[:, None]
     keys = torch.unique((local_row * n_items + members)[members >= 0])
     row, column = keys // n_items, keys % n_items
@@ -214,7 +217,7 @@ def _encode_rows(
     distance = torch.where(column == rows[row], 0.0, distance)
     lengths = torch.bincount(row, minlength=len(rows))
     weights = (-distance / scale).exp()
-    return SparseRows(_offsets(lengths), column, weights / _row_sums(weights, lengths)[row])
+    return SparseRows(offsets_of(lengths), column, weights / row_sums(weights, lengths)[row])
 
 
 def _expand_rows(
@@ -227,10 +230,10 @@ def _expand_rows(
     keys = row.repeat_interleave(lengths) * n_items + encoding.columns[entries]
     keys, order = keys.sort(stable=True)
     unique_keys, counts = torch.unique_consecutive(keys, return_counts=True)
-    sums = _row_sums(encoding.weights[entries][order], counts)
+    sums = row_sums(encoding.weights[entries][order], counts)
     row, column = unique_keys // n_items, unique_keys % n_items
     n_averaged = (near >= 0).sum(dim=1).double()
-    return SparseRows(_offsets(torch.bincount(row, minlength=len(rows))), column, sums / n_averaged[row])
+    return SparseRows(offsets_of(torch.bincount(row, minlength=len(rows))), column, sums / n_averaged[row])
 
 
 def _jaccard_rows(
@@ -251,7 +254,7 @@ def _jaccard_rows(
     lengths, entries = _entries_of(encoding, candidates[is_there])
     pair_row = torch.arange(len(queries))[:, None].expand_as(candidates)[is_there].repeat_interleave(lengths)
     cells = pair_row * table.shape[1] + local[encoding.columns[entries]] % table.shape[1]
-    overlap = _row_sums(torch.minimum(table.flatten()[cells], encoding.weights[entries]), lengths)
+    overlap = row_sums(torch.minimum(table.flatten()[cells], encoding.weights[entries]), lengths)
     local[used] = -1
     answer = torch.full(candidates.shape, torch.inf)
     answer[is_there] = (1 - overlap / (2 - overlap)).float()
@@ -268,18 +271,19 @@ def _entries_of(
     return lengths, torch.arange(int(lengths.sum())) + shift.repeat_interleave(lengths)
 
 
-def _row_sums(values: Float64[Tensor, " entry"], lengths: Int64[Tensor, " row"]) -> Float64[Tensor, " row"]:
+def row_sums(values: Float64[Tensor, " entry"], lengths: Int64[Tensor, " row"]) -> Float64[Tensor, " row"]:
     """Sum of each run of `lengths` values, from first to last."""
     return torch.segment_reduce(values, "sum", lengths=lengths, unsafe=True)
 
 
-def _offsets(lengths: Int64[Tensor, " row"]) -> Int64[Tensor, " row_ends"]:
+def offsets_of(lengths: Int64[Tensor, " row"]) -> Int64[Tensor, " row_ends"]:
+    """Where rows of these lengths begin, and the end of the last."""
     return torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
 
 
 def _empty_rows() -> SparseRows:
     return SparseRows(
-        _offsets(torch.zeros(0, dtype=torch.int64)),
+        offsets_of(torch.zeros(0, dtype=torch.int64)),
         torch.zeros(0, dtype=torch.int64),
         torch.zeros(0).double(),
     )

@@ -84,7 +84,8 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     }
     for name, model in built.items():
         save_model(model, folder / name)
-    chain = {"steps": [{"step": "pairwise", "top_n": 6, "rule": "fuse", "weight": 0.5, "temperature": 0.01}]}
+    step = {"step": "pairwise", "top_n": 6, "rule": "fuse", "weight": 0.5, "temperature": 0.01}
+    chain = {"schema_version": 2, "steps": [step], "calibration": {"slope": 2.0, "intercept": 0.5}}
     (folder / "concat" / "chain.json").write_text(json.dumps(chain))
     return {name: folder / name for name in built}
 

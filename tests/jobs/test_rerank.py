@@ -35,6 +35,7 @@ def test_own_lists_are_re_ordered(photos: Path, models: dict[str, Path], run_job
     table = pd.read_parquet(tmp_path / "o" / "reranked.parquet")
     assert list(table.columns) == [
         "query_id", "gallery_id", "rank", "distance", "first_stage_rank", "first_stage_distance", "logit",
+        "probability",
     ]  # fmt: skip
     assert len(table) == 16 * 8
     assert (table["query_id"] != table["gallery_id"]).all()
@@ -45,6 +46,10 @@ def test_own_lists_are_re_ordered(photos: Path, models: dict[str, Path], run_job
     assert (joined["first_stage_distance"] == joined["distance_given"]).all()
     pairs = pd.read_parquet(tmp_path / "o" / "pair_distances" / "pair_distances.parquet")
     assert len(pairs) == 16 * 6 == table["logit"].notna().sum()
+    scored = table[table["logit"].notna()]
+    assert table["probability"].notna().equals(table["logit"].notna())
+    expected = 1 / (1 + np.exp(2.0 * scored["distance"] - 0.5))
+    np.testing.assert_allclose(scored["probability"], expected, atol=1e-6)
     for _, rows in table.groupby("query_id"):
         assert rows["rank"].tolist() == list(range(1, 9))
         assert sorted(rows["first_stage_rank"][:6]) == list(range(1, 7))

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from distributed_rerank.errors import BadInput
-from distributed_rerank.tensors.query_expansion import expand_embeddings
+from distributed_rerank.tensors.query_expansion import expand_embeddings, expanded_distances
 
 
 def literal(x: np.ndarray, gallery: np.ndarray, neighbours: list[int], alpha: float) -> np.ndarray:
@@ -69,3 +69,21 @@ def test_expand_embeddings_bad_constants_are_refused() -> None:
         expand_embeddings(queries, gallery, neighbours, n_neighbours=13, alpha=1.0)
     with pytest.raises(BadInput, match="alpha=-1"):
         expand_embeddings(queries, gallery, neighbours, n_neighbours=3, alpha=-1.0)
+
+
+def test_expanded_distances_equal_the_definition_written_out() -> None:
+    generator = torch.Generator().manual_seed(4)
+    x = torch.randn(40, 6, generator=generator)
+    items = torch.stack([torch.randperm(40, generator=generator)[:9] for _ in range(40)])
+    items[3, 5:] = -1
+    weights = torch.rand(40, 9, generator=generator).double()
+    unit = torch.nn.functional.normalize(x.double())
+    kept = torch.where(items >= 0, weights.square(), 0.0)[:, :4]
+    total = unit + sum(kept[:, [place]] * unit[items[:, place]] for place in range(4))
+    expanded = torch.nn.functional.normalize(total)
+    queries = torch.tensor([3, 0, 39])
+    found = expanded_distances(x, items, weights, queries, k=4, alpha=2.0)
+    for row, query in enumerate(queries.tolist()):
+        for place, item in enumerate(items[query].tolist()):
+            wanted = float("inf") if item < 0 else 1 - float(expanded[query] @ expanded[item])
+            assert float(found[row, place]) == pytest.approx(wanted, abs=1e-6)

@@ -3,17 +3,20 @@ Layer 3.
 
 `chain.json` lies beside a model. Its `steps` are applied in order, each to the lists that the one before it
 left; no step at all means that the first stage's order stays. `chosen_on` tells which labels and figures led
-to the choice.
+to the choice, `calibration` how a distance of the chain's output becomes the probability of a match.
 """
 
 import json
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from distributed_rerank.errors import BadInput
+from distributed_rerank.tensors.match_neighbourhood import Kind
 
 Rule = Literal["fuse", "replace"]
+SCHEMA_VERSION = 2
+"""Of chain.json. 1 had no version, no neighbourhood and query_expansion steps, and another calibration."""
 
 
 @dataclass(frozen=True)
@@ -51,8 +54,54 @@ class KReciprocalStep:
 
 
 @dataclass(frozen=True)
+class NeighbourhoodStep:
+    """Two items are near where their neighbourhoods overlap, a neighbour counting as probably as it is a match.
+
+    (1 - weight) * Jaccard distance + weight * (1 - p) with p = sigmoid(intercept - slope * distance), the distance
+    being what the step before left. kind: reciprocal neighbours, or directly the first k1.
+    """
+
+    slope: float
+    intercept: float
+    kind: Kind = "direct"
+    k1: int = 20
+    k2: int = 3
+    weight: float = 0.3
+
+    def __post_init__(self) -> None:
+        check(self.kind in get_args(Kind), f"kind={self.kind!r} is unknown; known are {get_args(Kind)}")
+        check(self.slope >= 0, f"slope={self.slope} is negative; a larger distance is no likelier match")
+        check(self.k1 >= 1, f"k1={self.k1} must be at least 1")
+        check(1 <= self.k2 <= self.k1, f"k2={self.k2} must lie between 1 and k1={self.k1}")
+        check(0 <= self.weight <= 1, f"weight={self.weight} must lie between 0 and 1")
+
+
+@dataclass(frozen=True)
+class QueryExpansionStep:
+    """Alpha query expansion with database augmentation inside the lists, which keep their candidates.
+
+    Every embedding becomes the normalised sum of itself and the first k of its list, each weighing p ** alpha; the
+    new distance is (1 - weight) * (distance of the expanded embeddings / its scale) + weight * (1 - p). p: as in
+    `NeighbourhoodStep`.
+    """
+
+    slope: float
+    intercept: float
+    k: int = 10
+    alpha: float = 1.0
+    weight: float = 0.5
+
+    def __post_init__(self) -> None:
+        check(self.slope >= 0, f"slope={self.slope} is negative; a larger distance is no likelier match")
+        check(self.k >= 1, f"k={self.k} must be at least 1")
+        check(self.alpha >= 0, f"alpha={self.alpha} must not be negative")
+        check(0 <= self.weight <= 1, f"weight={self.weight} must lie between 0 and 1")
+
+
+@dataclass(frozen=True)
 class AlphaQEStep:
-    """Alpha query expansion (Radenovic et al. 2018) with the same expansion of the gallery (DBA)."""
+    """Alpha query expansion (Radenovic et al. 2018) with the same expansion of the gallery (DBA): a new search, so
+    that new candidates come in and what the steps before knew of the old ones is lost."""
 
     k: int = 5
     alpha: float = 3.0
@@ -62,10 +111,13 @@ class AlphaQEStep:
         check(self.alpha >= 0, f"alpha={self.alpha} must not be negative")
 
 
-Step = PairwiseStep | KReciprocalStep | AlphaQEStep
+ProbabilityStep = NeighbourhoodStep | QueryExpansionStep
+Step = PairwiseStep | KReciprocalStep | AlphaQEStep | ProbabilityStep
 KINDS: dict[str, type[Step]] = {
     "pairwise": PairwiseStep,
     "k_reciprocal": KReciprocalStep,
+    "neighbourhood": NeighbourhoodStep,
+    "query_expansion": QueryExpansionStep,
     "alpha_qe": AlphaQEStep,
 }
 
@@ -78,7 +130,8 @@ class Chain:
     chosen_on: dict[str, Any] = field(default_factory=dict)
     """Labels, queries and figures that the choice was made on; {} = given by hand."""
     calibration: dict[str, Any] = field(default_factory=dict)
-    """What turns a logit into a probability of being different; {} = nothing fitted."""
+    """What turns a distance of the output into the probability of a match (`slope`, `intercept`) and how far it can
+    be trusted; {} = nothing fitted."""
 
     def __post_init__(self) -> None:
         kinds = [type(step) for step in self.steps]
@@ -122,7 +175,12 @@ def describe_step(step: Step) -> str:
 def write_chain(chain: Chain, folder: Path) -> None:
     """Writes chain.json into the folder."""
     steps = [{"step": kind_of(step), **asdict(step)} for step in chain.steps]
-    content = {"steps": steps, "chosen_on": chain.chosen_on, "calibration": chain.calibration}
+    content = {
+        "schema_version": SCHEMA_VERSION,
+        "steps": steps,
+        "chosen_on": chain.chosen_on,
+        "calibration": chain.calibration,
+    }
     (folder / "chain.json").write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
 
 
@@ -136,6 +194,12 @@ def read_chain(path: Path) -> Chain:
     except json.JSONDecodeError as error:
         raise BadInput(f"{path} is no JSON ({error}); write it anew") from error
     check(isinstance(content, dict), f"{path} holds no object")
+    version = content.pop("schema_version", 1)
+    check(
+        version == SCHEMA_VERSION,
+        f"{path} has schema_version {version}, this code reads {SCHEMA_VERSION}; train the model again, or give "
+        f'--chain replace or a file with "schema_version": {SCHEMA_VERSION}',
+    )
     unknown = set(content) - {"steps", "chosen_on", "calibration"}
     check(not unknown, f"{path} has unknown keys {sorted(unknown)}; known are steps, chosen_on, calibration")
     steps = tuple(step_from(entry) for entry in content.get("steps", []))
@@ -151,14 +215,13 @@ def step_from(entry: dict[str, Any]) -> Step:
     known = {f.name: f.type for f in fields(kind)}
     unknown = set(constants) - set(known)
     check(not unknown, f"step {name} has unknown constants {sorted(unknown)}; known are {sorted(known)}")
+    missing = [f.name for f in fields(kind) if f.default is MISSING and f.name not in constants]
+    check(not missing, f"step {name} lacks {', '.join(missing)}")
     for constant, value in constants.items():
-        wanted = (str,) if constant == "rule" else (int,) if known[constant] is int else (int, float)
-        is_number = isinstance(value, wanted) and not isinstance(value, bool)
-        check(is_number, f"{constant}={value!r} of step {name} must be {known[constant]}")
-        check(
-            constant != "rule" or value in get_args(Rule),
-            f"rule={value!r} is unknown; known are {get_args(Rule)}",
-        )
+        wanted = {int: (int,), float: (int, float)}.get(known[constant], (str,))
+        is_right = isinstance(value, wanted) and not isinstance(value, bool)
+        check(is_right, f"{constant}={value!r} of step {name} must be {known[constant]}")
+        words = get_args(known[constant])
+        check(not words or value in words, f"{constant}={value!r} is unknown; known are {words}")
         constants[constant] = float(value) if known[constant] is float else value
-    check(name != "pairwise" or "top_n" in constants, "step pairwise lacks top_n")
     return kind(**constants)

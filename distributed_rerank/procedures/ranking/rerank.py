@@ -15,6 +15,7 @@ from distributed_rerank.data.candidates import CandidateLists
 from distributed_rerank.data.catalogue import Catalogue
 from distributed_rerank.models.pairwise import PairwiseModel
 from distributed_rerank.procedures.chain.chain import Chain, kind_of
+from distributed_rerank.procedures.chain.probability import probabilities
 from distributed_rerank.procedures.evaluation.config import EvaluationConfig, check_depth, input_digests, settings_of
 from distributed_rerank.procedures.evaluation.output import all_rejects
 from distributed_rerank.procedures.evaluation.run import first_stage
@@ -38,8 +39,9 @@ def rerank(
     """Re-order the candidate lists of the catalogue's queries; returns the table that reranked.parquet holds.
 
     Its rows are ordered by query id and rank (from 1): `query_id, gallery_id, rank, distance` (the chain's;
-    small = same), `first_stage_rank, first_stage_distance, logit` (null behind the chain's top_n). No labels
-    are needed. A finished `out` is not computed again, a killed run continues. Raises BadInput where the
+    small = same), `first_stage_rank, first_stage_distance, logit` (null behind the chain's top_n) and
+    `probability` of a match (null there too, and where the chain has no calibration). No labels are needed. A
+    finished `out` is not computed again, a killed run continues. Raises BadInput where the
     inputs do not fit together, naming ids that the catalogue does not have.
     """
     steps = steps or Steps()
@@ -51,6 +53,7 @@ def rerank(
         given=input_digests(config),
         model=ranking_run.identify(model),
         chain=[{"step": kind_of(step), **asdict(step)} for step in chain.steps],
+        calibration={name: chain.calibration.get(name) for name in ("slope", "intercept")},
     )
     if artifacts.is_complete(out, fingerprint, overwrite):
         logger.info("%s is complete: nothing to do", out)
@@ -90,11 +93,16 @@ def _reranked_table(
         query_items = query_items[~torch.isin(query_items, gone)]
     ranked = ranking_run.rankings(chain, scored, catalogue, first.embeddings, query_items, curve=())
     after = next(iter(ranked.values()))
-    return _rows(catalogue, query_items, after, before, scored)
+    return _rows(catalogue, query_items, after, before, scored, chain)
 
 
 def _rows(
-    catalogue: Catalogue, query_items: torch.Tensor, after: Neighbours, before: CandidateLists, scored: Scored
+    catalogue: Catalogue,
+    query_items: torch.Tensor,
+    after: Neighbours,
+    before: CandidateLists,
+    scored: Scored,
+    chain: Chain,
 ) -> pa.Table:
     items, distances = after.items.numpy(), after.distances.numpy()
     row, column = np.nonzero(items >= 0)
@@ -104,6 +112,8 @@ def _rows(
     if scored.logits is not None:
         head = scored.lists.items[:, : scored.logits.shape[1]]
         _, logit = _look_up(scored.lists.query_items, head, scored.logits, queries, gallery)
+    probability = probabilities(chain, after.distances[row, column])
+    no_probability = np.isnan(logit) if chain.pairwise is not None else np.zeros(len(row), bool)
     names = pa.array(catalogue.ids, pa.string())
     return pa.table(
         {
@@ -114,6 +124,9 @@ def _rows(
             "first_stage_rank": pa.array(first_rank, pa.int32(), mask=first_rank < 1),
             "first_stage_distance": pa.array(first_distance, pa.float32(), mask=np.isnan(first_distance)),
             "logit": pa.array(logit, pa.float32(), mask=np.isnan(logit)),
+            "probability": pa.nulls(len(row), pa.float32())
+            if probability is None
+            else pa.array(probability.numpy().astype(np.float32), pa.float32(), mask=no_probability),
         }
     )
 

@@ -13,11 +13,14 @@ from distributed_rerank.procedures.chain.chain import (
     AlphaQEStep,
     Chain,
     KReciprocalStep,
+    NeighbourhoodStep,
     PairwiseStep,
+    QueryExpansionStep,
     read_chain,
     write_chain,
 )
-from distributed_rerank.procedures.chain.choice import Evidence, choose, fusion_figure, try_chain
+from distributed_rerank.procedures.chain.choice import choose, fusion_figure
+from distributed_rerank.procedures.chain.evidence import Evidence, try_chain
 from distributed_rerank.tensors.knn import nearest
 from distributed_rerank.tensors.metrics import count_relevant
 
@@ -43,7 +46,13 @@ def evidence(spread: float, logit_noise: float | None, is_shuffled: bool = False
 
 def test_chain_file_comes_back_equal(tmp_path: Path) -> None:
     chain = Chain(
-        (PairwiseStep(50, "fuse", 2.0, 0.5), KReciprocalStep(10, 3, 0.5), AlphaQEStep(4, 2.0)),
+        (
+            PairwiseStep(50, "fuse", 2.0, 0.5),
+            KReciprocalStep(10, 3, 0.5),
+            NeighbourhoodStep(3.5, -1.0, "reciprocal", 12, 2, 0.7),
+            QueryExpansionStep(3.5, -1.0, 7, 2.0, 0.3),
+            AlphaQEStep(4, 2.0),
+        ),
         {"n_labels": 7},
         {"slope": 1.5},
     )
@@ -63,11 +72,22 @@ def test_chain_file_comes_back_equal(tmp_path: Path) -> None:
         ({"step": "pairwise", "top_n": "10"}, "top_n='10'"),
         ({"step": "k_reciprocal", "k1": 3, "k2": 4}, "k2=4"),
         ({"step": "k_reciprocal", "k3": 4}, "k3"),
+        ({"step": "neighbourhood", "k1": 4}, "slope, intercept"),
+        ({"step": "neighbourhood", "slope": -1.0, "intercept": 0.0}, "slope=-1.0"),
+        ({"step": "neighbourhood", "slope": 1.0, "intercept": 0.0, "kind": "both"}, "both"),
+        ({"step": "query_expansion", "slope": 1.0, "intercept": 0.0, "weight": 2}, "weight=2"),
     ],
 )
 def test_chain_file_with_a_wrong_entry_is_refused_by_name(tmp_path: Path, entry: dict, named: str) -> None:
-    (tmp_path / "chain.json").write_text(json.dumps({"steps": [entry]}))
+    (tmp_path / "chain.json").write_text(json.dumps({"schema_version": 2, "steps": [entry]}))
     with pytest.raises(BadInput, match=named):
+        read_chain(tmp_path)
+
+
+@pytest.mark.parametrize("content", [{"steps": []}, {"schema_version": 3, "steps": []}])
+def test_chain_file_of_another_version_is_refused_with_what_to_do(tmp_path: Path, content: dict) -> None:
+    (tmp_path / "chain.json").write_text(json.dumps(content))
+    with pytest.raises(BadInput, match=r"schema_version [13], this code reads 2; train the model again"):
         read_chain(tmp_path)
 
 

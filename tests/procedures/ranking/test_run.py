@@ -142,7 +142,7 @@ def test_load_model_and_chain_folder_without_chain_means_omls_rule(model_folder:
 
 def test_load_model_and_chain_file_is_read_and_top_n_overrides(model_folder: Path, tmp_path: Path) -> None:
     steps = [{"step": "pairwise", "top_n": 7, "weight": 0.5}, {"step": "k_reciprocal", "k1": 5, "k2": 2}]
-    (tmp_path / "mine.json").write_text(json.dumps({"steps": steps}))
+    (tmp_path / "mine.json").write_text(json.dumps({"schema_version": 2, "steps": steps}))
     chain = load_model_and_chain(str(model_folder), tmp_path / "mine.json", 4)[1]
     assert chain.steps == (PairwiseStep(top_n=4, weight=0.5), KReciprocalStep(k1=5, k2=2))
 

@@ -1,0 +1,130 @@
+"""Re-ranking by neighbourhoods that are weighed with the probability of a match. Layer 1: pure functions.
+
+As `neighbourhood`, on the same lists of all n items and in the same O(items x k) memory, but a neighbour counts by
+how probably it is a match (`calibration`) instead of by a scaled distance: a pairwise model's probabilities fall off
+where the matches end, a distance does not. Two kinds of neighbourhood: "reciprocal" is that of Zhong et al. (CVPR
+2017), "direct" the first k1 of the list, which needs no reciprocity and suits labels with few images.
+
+The lists are `items` [n, k] (item numbers 0..n-1, -1 = fewer than k exist), best first, without the item itself, and
+`probabilities` [n, k] (0 where there is no candidate).
+"""
+
+from typing import Literal
+
+import torch
+from jaxtyping import Float32, Float64, Int64
+from torch import Tensor
+
+from distributed_rerank.errors import BadInput
+from distributed_rerank.tensors.neighbourhood import (
+    BLOCK_ROWS,
+    SparseRows,
+    concatenate,
+    expand_encoding,
+    expanded_members,
+    jaccard_distances,
+    offsets_of,
+    row_sums,
+)
+
+Kind = Literal["reciprocal", "direct"]
+
+
+def encode_matches(
+    items: Int64[Tensor, "item k"],
+    probabilities: Float64[Tensor, "item k"],
+    block: Int64[Tensor, " row"],
+    *,
+    kind: Kind,
+    k1: int,
+) -> SparseRows:
+    """The neighbourhoods of the items in `block`, one row of n weights each, summing to 1.
+
+    reciprocal: the members are those of k-reciprocal encoding; member j of i weighs the larger of the probabilities
+    that the lists of i and of j give to the pair, 0 if neither lists it. direct: the members are the first k1 of the
+    list, with its probabilities. The item itself weighs 1. Raises `BadInput` for k1 < 1 or lists shorter than k1.
+    """
+    if k1 < 1 or k1 > items.shape[1]:
+        raise BadInput(f"k1={k1} must lie in 1..{items.shape[1]}, the length of the lists; retrieve more or lower k1")
+    encode = _reciprocal_rows if kind == "reciprocal" else _direct_rows
+    return concatenate([encode(items, probabilities, rows, k1) for rows in block.split(BLOCK_ROWS)])
+
+
+def overlap_distances(
+    items: Int64[Tensor, "item k"],
+    probabilities: Float64[Tensor, "item k"],
+    queries: Int64[Tensor, " query"],
+    *,
+    kind: Kind,
+    k1: int,
+    k2: int,
+) -> Float32[Tensor, "query k"]:
+    """Jaccard distance of the neighbourhoods of these items and of the items in their lists; inf where -1.
+
+    Each neighbourhood is the mean of the item's own and those of its k2 - 1 nearest (local query expansion).
+    """
+    everything = torch.arange(len(items))
+    encoding = encode_matches(items, probabilities, everything, kind=kind, k1=k1)
+    if k2 > 1:
+        encoding = expand_encoding(encoding, items, everything, k2=k2)
+    return jaccard_distances(encoding, queries, items[queries])
+
+
+def mix(
+    distances: Float32[Tensor, "query k"], probabilities: Float64[Tensor, "query k"], *, original_weight: float
+) -> Float32[Tensor, "query k"]:
+    """(1 - w) * distance + w * (1 - probability), w = `original_weight`; inf stays inf."""
+    if not 0 <= original_weight <= 1:
+        raise BadInput(f"original_weight={original_weight} must lie in [0, 1]")
+    mixed = (1 - original_weight) * distances.double() + original_weight * (1 - probabilities)
+    return torch.where(distances.isfinite(), mixed, torch.inf).float()
+
+
+def reorder_stably(
+    items: Int64[Tensor, "query k"], distances: Float32[Tensor, "query k"]
+) -> tuple[Int64[Tensor, "query k"], Float32[Tensor, "query k"]]:
+    """Rows sorted by distance; ties keep their order, so that pairs of probability 0 stay as they were."""
+    distances, order = distances.sort(dim=1, stable=True)
+    return items.gather(1, order), distances
+
+
+def _direct_rows(
+    items: Int64[Tensor, "item k"], probabilities: Float64[Tensor, "item k"], rows: Int64[Tensor, " row"], k1: int
+) -> SparseRows:
+    near = torch.cat([rows[:, None], items[rows, :k1]], dim=1)
+    weights = torch.cat([torch.ones(len(rows), 1).double(), probabilities[rows, :k1]], dim=1)
+    by_item = near.argsort(dim=1)
+    near, weights = near.gather(1, by_item), weights.gather(1, by_item)
+    is_there = near >= 0
+    return _normalised(is_there.sum(dim=1), near[is_there], weights[is_there])
+
+
+def _reciprocal_rows(
+    items: Int64[Tensor, "item k"], probabilities: Float64[Tensor, "item k"], rows: Int64[Tensor, " row"], k1: int
+) -> SparseRows:
+    members = expanded_members(items, rows, k1)
+    keys = torch.unique((torch.arange(len(rows))[:, None] * len(items) + members)[members >= 0])
+    row, member = keys // len(items), keys % len(items)
+    owner = rows[row]
+    weights = torch.maximum(
+        _listed_probability(items, probabilities, owner, member),
+        _listed_probability(items, probabilities, member, owner),
+    )
+    weights = torch.where(member == owner, 1.0, weights)
+    return _normalised(torch.bincount(row, minlength=len(rows)), member, weights)
+
+
+def _listed_probability(
+    items: Int64[Tensor, "item k"],
+    probabilities: Float64[Tensor, "item k"],
+    owners: Int64[Tensor, " pair"],
+    others: Int64[Tensor, " pair"],
+) -> Float64[Tensor, " pair"]:
+    """What the list of each owner says of the other; 0 if it is not there."""
+    return torch.where(items[owners] == others[:, None], probabilities[owners], 0.0).sum(dim=1)
+
+
+def _normalised(
+    lengths: Int64[Tensor, " row"], columns: Int64[Tensor, " entry"], weights: Float64[Tensor, " entry"]
+) -> SparseRows:
+    return SparseRows(offsets_of(lengths), columns, weights / row_sums(weights, lengths).repeat_interleave(lengths))
