@@ -87,6 +87,9 @@ class Trial:
             args=parse_args(arguments.extractor_args),
             image_size=arguments.image_size,
             resize="square",
+            interpolation=arguments.interpolation,
+            mean=arguments.mean and tuple(arguments.mean),
+            std=arguments.std and tuple(arguments.std),
         )
         self.extraction = ExtractionConfig(extractor=self.extractor)
         self.training: Catalogue = read_catalogue(arguments.catalogue, purpose="training")
@@ -115,9 +118,9 @@ class Trial:
     def oml(self, seed: int) -> Result:
         """OML's recipe."""
         config = TrainingConfig(
-            minutes=self.arguments.minutes, epochs=100_000, mining="batch", loss="bce", lr=1e-4, backbone_lr=1e-4,
-            n_labels=min(30, int(0.9 * self.n_train_labels())), weight_decay=0.0, clip_norm=0.0, warmup_steps=0,
-            schedule="constant", set_aside=0.05, top_n=10,
+            minutes=self.arguments.oml_minutes or self.arguments.minutes, epochs=100_000, mining="batch", loss="bce",
+            lr=1e-4, backbone_lr=1e-4, n_labels=min(30, int(0.9 * self.n_train_labels())), weight_decay=0.0,
+            clip_norm=0.0, warmup_steps=0, schedule="constant", set_aside=0.05, top_n=10,
         )  # fmt: skip
         folder, _, seconds = self.train("oml", "concat", config, seed)
         chain = Chain((PairwiseStep(top_n=self.arguments.top_n, rule="replace"),))
@@ -151,8 +154,9 @@ def run(trial: Trial, arguments: argparse.Namespace) -> list[Result]:
     for number, (name, chain) in enumerate(WITHOUT_TRAINING.items()):
         results.append(Result(name, None, trial.evaluate(f"baseline-{number}", chain), chain.describe()))
     for seed in range(arguments.seeds):
-        results.append(trial.oml(seed))
-        show(results[-1:])
+        if seed < (arguments.seeds if arguments.oml_seeds is None else arguments.oml_seeds):
+            results.append(trial.oml(seed))
+            show(results[-1:])
         for model in arguments.models:
             try:
                 results += trial.ours(model, seed)
@@ -192,6 +196,8 @@ def rows_of(results: Sequence[Result]) -> list[Row]:
     methods = dict.fromkeys(result.method for result in results if result.seed is not None)
     for key in METRICS:
         means = {m: statistics.mean(r.figure(key) for r in results if r.method == m) for m in methods}
+        if "OML recipe" not in means:
+            continue
         oml = means.pop("OML recipe")
         for method, mean in means.items():
             rows.append(
@@ -214,9 +220,14 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--extractor-weights", help="file; none = untrained; default: timm's from the hub")
     parser.add_argument("--extractor-args", nargs="*", default=())
     parser.add_argument("--image-size", type=int, default=160)
-    parser.add_argument("--models", nargs="+", choices=tuple(CONFIGS), default=("token", "concat", "distance"))
+    parser.add_argument("--interpolation", choices=("bilinear", "bicubic"), help="default: timm's")
+    parser.add_argument("--mean", type=float, nargs=3, help="default: timm's")
+    parser.add_argument("--std", type=float, nargs=3, help="default: timm's")
+    parser.add_argument("--models", nargs="*", choices=tuple(CONFIGS), default=("token", "concat", "distance"))
     parser.add_argument("--minutes", type=float, default=10.0, help="of training, at most, for each method and seed")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--oml-seeds", type=int, help="seeds of OML's recipe, 0 leaves it out; default: as --seeds")
+    parser.add_argument("--oml-minutes", type=float, help="of training of OML's recipe; default: as --minutes")
     parser.add_argument("--top-n", type=int, default=10, help="of OML's recipe")
     parser.add_argument(
         "--threads", type=int, default=2, help="of everything but training, which keeps its own default"
