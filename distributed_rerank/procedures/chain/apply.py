@@ -97,9 +97,16 @@ def neighbour_distances(
     embeddings: Float[Tensor, "item dim"] | None,
     queries: Int64[Tensor, " query"],
 ) -> Float32[Tensor, "query k"]:
-    """What the step mixes the probabilities of these items' lists with; it does not depend on `step.weight`."""
+    """What the step mixes the probabilities of these items' lists with; it does not depend on `step.weight`.
+
+    Where lists are shorter than the step's k1, k2 or k, they are used whole.
+    """
+    longest = lists.items.shape[1]
+    if longest == 0:
+        return torch.empty(len(queries), 0)
     if isinstance(step, NeighbourhoodStep):
-        return overlap_distances(lists.items, probabilities, queries, kind=step.kind, k1=step.k1, k2=step.k2)
+        k1, k2 = min(step.k1, longest), min(step.k2, longest)
+        return overlap_distances(lists.items, probabilities, queries, kind=step.kind, k1=k1, k2=k2)
     assert embeddings is not None, "query expansion needs embeddings"
     everything = torch.arange(len(lists.items))
     found = expanded_distances(embeddings, lists.items, probabilities, everything, k=step.k, alpha=step.alpha)

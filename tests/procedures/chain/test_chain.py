@@ -19,6 +19,7 @@ from distributed_rerank.procedures.chain.chain import (
     read_chain,
     write_chain,
 )
+from distributed_rerank.tensors.knn import Neighbours
 
 
 def test_chain_file_comes_back_equal(tmp_path: Path) -> None:
@@ -85,3 +86,15 @@ def test_replace_orders_the_head_by_logits_and_keeps_the_tail() -> None:
     expected = known.lists.items[:, :10].gather(1, logits.argsort(dim=1, stable=True))
     assert torch.equal(result.items[:, :10], expected)
     assert torch.equal(result.items[:, 10:], known.lists.items[:, 10:])
+
+
+@pytest.mark.parametrize("step", [NeighbourhoodStep(2.0, 3.0, "reciprocal", 20, 6), QueryExpansionStep(2.0, 3.0, 20)])
+@pytest.mark.parametrize("width", [0, 4])
+def test_probability_step_on_lists_shorter_than_its_constants_uses_them_whole(
+    step: NeighbourhoodStep | QueryExpansionStep, width: int
+) -> None:
+    known = evidence(1.5, None)
+    lists = Neighbours(known.lists.items[:, :width], known.lists.distances[:, :width])
+    result = apply(Chain((step,)), lists, embeddings=known.embeddings)
+    assert torch.equal(result.items.sort(dim=1).values, lists.items.sort(dim=1).values)
+    assert torch.equal(result.distances, result.distances.sort(dim=1).values)

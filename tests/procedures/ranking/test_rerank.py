@@ -3,6 +3,7 @@
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 from small_catalogue import EXTRACTOR, distance_model, make_catalogue
 
@@ -56,8 +57,18 @@ def test_rerank_without_pairwise_step_has_no_logits(tmp_path: Path) -> None:
         catalogue, CONFIG, tmp_path / "o", model=distance_model(), chain=Chain((KReciprocalStep(k1=3, k2=2),))
     ).to_pandas()
     assert table["logit"].isna().all()
+    assert table["probability"].isna().all()
     assert not (tmp_path / "o" / "pair_distances").exists()
     assert set(table.groupby("query_id").size()) == {6}
     assert table["distance"].groupby(table["query_id"]).is_monotonic_increasing.all()
     first = table["first_stage_rank"].groupby(table["query_id"]).apply(sorted)
     assert all(ranks == list(range(1, 7)) for ranks in first)
+
+
+def test_rerank_by_a_calibrated_chain_gives_the_probability_of_its_own_distance(tmp_path: Path) -> None:
+    catalogue = make_catalogue(tmp_path / "photos", 10)
+    chain = Chain((PairwiseStep(top_n=4),), calibration={"slope": 0.5, "intercept": 1.0})
+    table = rerank(catalogue, CONFIG, tmp_path / "o", model=distance_model(), chain=chain).to_pandas()
+    scored = table[table["rank"] <= 4]
+    np.testing.assert_allclose(scored["probability"], 1 / (1 + np.exp(0.5 * scored["distance"] - 1.0)), rtol=1e-5)
+    assert table.loc[table["rank"] > 4, "probability"].isna().all()
