@@ -23,6 +23,7 @@ from distributed_rerank.cluster.steps import connect_when_needed, steps_on
 from distributed_rerank.command_line import ExtractorArguments, PairwiseArguments
 from distributed_rerank.data.catalogue import read_catalogue
 from distributed_rerank.procedures.training.config import TrainingConfig
+from distributed_rerank.procedures.training.distillation import read_teacher
 from distributed_rerank.procedures.training.stage import build_model, train
 from distributed_rerank.procedures.training.tracking import Service
 
@@ -36,6 +37,8 @@ class Arguments:
     extractor: tyro.conf.OmitArgPrefixes[ExtractorArguments] = ExtractorArguments()
     pairwise: tyro.conf.OmitArgPrefixes[PairwiseArguments] = PairwiseArguments()
     training: Annotated[TrainingConfig, tyro.conf.arg(name="")] = TrainingConfig()
+    teacher: str | None = None
+    """Folder of a slower pairwise model (concat, say) that this one learns from as well as from the labels."""
     embeddings: Path | None = None
     """Folder of jobs/embed.py; what it lacks is added."""
     track: tuple[Service, ...] = ()
@@ -45,6 +48,7 @@ class Arguments:
     overwrite: bool = False
     """Recompute a folder that another configuration made."""
     cluster: tyro.conf.OmitArgPrefixes[ClusterConfig] = ClusterConfig()
+    retry: tyro.conf.OmitArgPrefixes[on_ray.RetryConfig] = on_ray.RetryConfig()
 
 
 def main(arguments: Arguments) -> None:
@@ -53,6 +57,7 @@ def main(arguments: Arguments) -> None:
     model_config = arguments.pairwise.config(extraction.extractor)
     if arguments.pairwise.pairwise_weights is not None:
         build_model(model_config)  # weights that do not fit are found before Ray starts
+    teacher = None if arguments.teacher is None else read_teacher(arguments.teacher)
     with connect_when_needed(arguments.cluster) as session:
         steps = steps_on(session)
         chain = train(
@@ -63,7 +68,9 @@ def main(arguments: Arguments) -> None:
             arguments.out,
             extract=steps.extract,
             search=steps.search,
-            fit=lambda task, folder: on_ray.fit(task, folder, session=session()),
+            fit=lambda task, folder: on_ray.fit(task, folder, session=session(), retry=arguments.retry),
+            score=steps.score,
+            teacher=teacher,
             embeddings_folder=arguments.embeddings,
             services=arguments.track,
             max_rejects=arguments.max_rejects,

@@ -40,6 +40,7 @@ class Arguments:
     overwrite: bool = False
     """Recompute a folder that another configuration made."""
     cluster: tyro.conf.OmitArgPrefixes[ClusterConfig] = ClusterConfig()
+    retry: tyro.conf.OmitArgPrefixes[on_ray.RetryConfig] = on_ray.RetryConfig()
 
 
 def main(arguments: Arguments) -> None:
@@ -55,7 +56,7 @@ def main(arguments: Arguments) -> None:
             arguments.out,
             extract=steps.extract,
             search=steps.search,
-            fit=lambda task, folder: on_ray.fit(task, folder, session=session()),
+            fit=lambda task, folder: on_ray.fit(task, folder, session=session(), retry=arguments.retry),
             max_rejects=arguments.max_rejects,
             overwrite=arguments.overwrite,
         )

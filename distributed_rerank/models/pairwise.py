@@ -17,6 +17,7 @@ from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
 
 from distributed_rerank.data.transforms import InferenceTransform
+from distributed_rerank.errors import BadInput
 from distributed_rerank.models.extractor import Extractor
 
 
@@ -98,6 +99,19 @@ class PairwiseModel(nn.Module):
         self.is_backbone_frozen = False
         self.extractor.requires_grad_(True)
         return self.train(self.training)
+
+    def checkpoint_gradients(self) -> "PairwiseModel":
+        """The backbone's activations are computed again in the backward pass instead of being kept.
+
+        Raises:
+            BadInput: timm has no such switch for this backbone.
+        """
+        try:
+            self.extractor.model.set_grad_checkpointing(True)
+        except (AttributeError, AssertionError) as error:
+            name = self.extractor.config.name
+            raise BadInput(f"extractor {name} has no gradient checkpointing ({error}); turn it off") from error
+        return self
 
     def parameter_groups(self, lr: float, backbone_lr: float) -> list[dict[str, Any]]:
         """Groups for a torch optimiser: the backbone at `backbone_lr`, the rest at `lr`; frozen parameters

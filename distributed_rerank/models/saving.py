@@ -77,7 +77,7 @@ def load_model(folder: str | Path) -> PairwiseModel:
     Raises:
         BadInput: no such folder, a file missing, not one of ours, or weights that do not fit the config.
     """
-    path = _fetch(str(folder)) if str(folder).startswith("hf-hub:") else Path(folder)
+    path = local_folder(folder)
     for name in ("config.json", "model.safetensors"):
         if not (path / name).is_file():
             raise BadInput(f"{folder} is no saved pairwise model: it has no {name}; give a folder of jobs/train.py")
@@ -122,9 +122,17 @@ def push_model(folder: str | Path, repo_id: str) -> str:
     )
 
 
-def _fetch(name: str) -> Path:
+def local_folder(folder: str | Path) -> Path:
+    """The folder itself, or the local copy of what `hf-hub:owner/name` holds: weights, config, chain and card.
+
+    Raises:
+        BadInput: the hub does not answer or has no such model.
+    """
+    name = str(folder)
+    if not name.startswith("hf-hub:"):
+        return Path(folder)
     try:
-        patterns = ["*.json", "*.safetensors"]
+        patterns = ["*.json", "*.safetensors", "*.md"]
         return Path(huggingface_hub.snapshot_download(name.removeprefix("hf-hub:"), allow_patterns=patterns))
     except (OSError, ValueError) as error:
         raise BadInput(

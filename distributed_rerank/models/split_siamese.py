@@ -70,7 +70,7 @@ class SplitSiamese(PairwiseModel):
         with computing_in(self.extractor.dtype_on(pixels.device), network, pixels.device) as dtype:
             tokens = vit.embed(network, self.normalise(pixels).to(dtype))
             for block in network.blocks[: self.config.split_at]:
-                tokens = block(tokens)
+                tokens = vit.run_block(network, block, tokens)
         return tokens.to(self.encoding_dtype)
 
     def forward(

@@ -16,6 +16,7 @@ from timm.layers.attention import Attention
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 
 def is_plain_vit(model: nn.Module) -> bool:
@@ -108,7 +109,7 @@ def maps_and_embedding(
     rows, columns = patch_grid(vit, *pixels.shape[-2:])
     tokens, maps = embed(vit, pixels), {}
     for number, block in enumerate(vit.blocks):
-        tokens = block(tokens)
+        tokens = run_block(vit, block, tokens)
         if number in wanted:
             patches = vit.norm(tokens)[:, vit.num_prefix_tokens :]
             maps[number] = patches.transpose(1, 2).unflatten(2, (rows, columns))
@@ -124,9 +125,16 @@ def join(
     if blocks:
         tokens, mask = _pad_keys(tokens) if pad_keys else (tokens, None)
         for block in blocks[:-1]:
-            tokens = block(tokens, attn_mask=mask)
+            tokens = run_block(vit, block, tokens, mask)
         tokens = _class_token_block(blocks[-1], tokens, mask)
     return vit.head_drop(vit.fc_norm(vit.norm(tokens)[:, 0]))
+
+
+def run_block(vit: Any, block: nn.Module, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
+    """One block; its activations are not kept for the backward pass where timm's switch for that is on."""
+    if vit.grad_checkpointing and torch.is_grad_enabled():
+        return checkpoint(block, tokens, attn_mask=mask, use_reentrant=False)
+    return block(tokens, attn_mask=mask)
 
 
 def _pad_keys(tokens: Tensor) -> tuple[Tensor, Tensor | None]:

@@ -113,3 +113,28 @@ def test_parameter_groups_cover_every_trainable_parameter_once(vit_config):
     assert sorted(listed) == sorted(id(p) for p in model.parameters())
     frozen = model.freeze_backbone().parameter_groups(lr=1e-3, backbone_lr=1e-5)
     assert [group["name"] for group in frozen] == ["head"]
+
+
+@pytest.mark.parametrize("kind", ["concat", "split", "distance", "cnn"])
+def test_pairwise_model_with_gradient_checkpointing_has_the_same_gradient_and_keeps_less_for_it(
+    kind, vit_config, cnn_config, pixels
+):
+    deeper = dataclasses.replace(vit_config, args={**vit_config.args, "depth": 6})
+    build = BUILDERS["concat" if kind == "cnn" else kind]
+    plain = build(cnn_config if kind == "cnn" else deeper)
+    kept = {}
+    for name, model in {"plain": plain, "checkpointed": copy.deepcopy(plain).checkpoint_gradients()}.items():
+        sizes = []
+
+        def pack(kept_tensor, sizes=sizes):
+            sizes.append(kept_tensor.numel())
+            return kept_tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            loss = logits(model, pixels, torch.ones(3)).sum()
+        loss.backward()
+        gradients = {parameter: value.grad for parameter, value in model.named_parameters() if value.grad is not None}
+        kept[name] = (sum(sizes), gradients)
+    assert kept["checkpointed"][1].keys() == kept["plain"][1].keys() != set()
+    torch.testing.assert_close(kept["checkpointed"][1], kept["plain"][1])
+    assert kept["checkpointed"][0] < 0.7 * kept["plain"][0], (kept["checkpointed"][0], kept["plain"][0])

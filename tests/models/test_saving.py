@@ -10,6 +10,8 @@ from distributed_rerank.models.distance_siamese import DistanceSiamese, Distance
 from distributed_rerank.models.saving import load_model, save_model
 from distributed_rerank.models.split_siamese import SplitSiamese, SplitSiameseConfig
 from distributed_rerank.models.token_siamese import TokenSiamese, TokenSiameseConfig
+from distributed_rerank.procedures.chain.chain import Chain, PairwiseStep, write_chain
+from distributed_rerank.procedures.ranking.run import load_model_and_chain
 
 
 @pytest.fixture
@@ -101,3 +103,17 @@ def test_load_model_unreachable_hub_id_is_refused(monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(BadInput, match="hf-hub:nobody/nothing could not be fetched"):
         load_model("hf-hub:nobody/nothing")
+
+
+def test_load_model_of_a_hub_id_reads_the_copy_at_hand_with_its_chain(saved, tmp_path, monkeypatch):
+    write_chain(Chain((PairwiseStep(top_n=7),)), saved)
+    repository = tmp_path / "hub" / "models--me--shoes"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text("0" * 40)
+    (repository / "snapshots").mkdir()
+    saved.rename(repository / "snapshots" / ("0" * 40))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    model, chain = load_model_and_chain("hf-hub:me/shoes", "model", None)
+    assert isinstance(model, DistanceSiamese)
+    assert chain.pairwise == PairwiseStep(top_n=7)

@@ -20,7 +20,7 @@ from distributed_rerank.data.embeddings import Embeddings, read_embeddings
 from distributed_rerank.data.rejects import Reject, check_rejects
 from distributed_rerank.errors import BadInput
 from distributed_rerank.models.pairwise import PairwiseModel
-from distributed_rerank.models.saving import load_model, model_name
+from distributed_rerank.models.saving import load_model, local_folder, model_name
 from distributed_rerank.models.weights import digest_of_state
 from distributed_rerank.procedures import extraction, retrieval
 from distributed_rerank.procedures.chain import apply as chain_apply
@@ -82,14 +82,15 @@ def load_model_and_chain(
         if top_n is not None:
             raise BadInput(f"--top-n {top_n} needs a pairwise model; give --model")
         return None, Chain()
-    model = load_model(folder)
-    has_own = chain == "model" and (Path(folder) / "chain.json").is_file()
+    path = local_folder(folder)
+    model = load_model(path)
+    has_own = chain == "model" and (path / "chain.json").is_file()
     if chain == "first_stage":
         found = Chain()
     elif chain == "replace" or (chain == "model" and not has_own):
         found = Chain((PairwiseStep(top_n=10 if top_n is None else top_n, rule="replace"),))
     else:
-        found = read_chain(Path(folder) if has_own else Path(chain))
+        found = read_chain(path if has_own else Path(chain))
     if top_n is None:
         return model, found
     if found.pairwise is None:

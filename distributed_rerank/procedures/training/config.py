@@ -28,9 +28,11 @@ class TrainingConfig:
     minutes: float | None = None
     """Stop after the epoch in which this much training time is over; the weights then depend on the
     machine."""
-    loss: Literal["bce", "listwise", "ranknet"] = "listwise"
-    """bce: each pair by itself (OML); listwise: softmax over a list; ranknet: each positive against each
-    negative."""
+    loss: Literal["bce", "listwise", "ranknet", "margin"] = "listwise"
+    """bce: each pair by itself (OML); listwise: softmax over a list; ranknet, margin: each positive against each
+    negative, softly or until it is `margin` nearer."""
+    margin: float = 1.0
+    """Of loss=margin, in logits divided by `temperature`."""
     temperature: float = 1.0
     """Logits are divided by it in the loss; distances of length-one embeddings need about 0.1 to tell a list apart."""
     mining: Literal["lists", "batch", "whole_batch"] = "lists"
@@ -46,6 +48,11 @@ class TrainingConfig:
     """Negatives beside the one positive of a list (mining=lists)."""
     n_items: int = 50
     """Candidates retrieved per anchor; negatives and most positives are drawn from them."""
+    negative_temperature: float | None = None
+    """Negatives are drawn in proportion to exp(-distance / this); None = every candidate alike (mining=lists)."""
+    remine_every: int = 0
+    """Epochs after which the current model orders the candidates anew and negatives come from its nearest `top_n`;
+    0 = never (mining=lists)."""
     share_beyond: float = 0.0
     """Share of lists whose positive is an image of the label that was not retrieved (mining=lists)."""
     filters: NegativeFilters = field(default_factory=NegativeFilters)
@@ -68,6 +75,13 @@ class TrainingConfig:
     """The gradient is scaled down to this norm; 0 = never."""
     accumulation: int = 1
     """Micro-batches a step is cut into: the same gradient from less memory."""
+    gradient_checkpointing: bool = False
+    """Compute the backbone's activations again in the backward pass instead of keeping them: a third more time,
+    a fraction of the memory."""
+    teacher_share: float = 0.5
+    """Weight of agreeing with the teacher, where there is one; the rest is the labels' loss."""
+    teacher_temperature: float = 1.0
+    """Teacher's and student's logits are divided by it before they are compared; larger = softer."""
     patience: int = 0
     """Epochs without a better validation figure after which training ends, the best weights being kept; 0 =
     it runs to its end and the last weights are kept."""
@@ -101,6 +115,14 @@ class TrainingConfig:
             (self.backbone_lr < 0, f"backbone_lr={self.backbone_lr} is negative; 0 freezes the backbone"),
             (not 0 < self.set_aside < 1, f"set_aside={self.set_aside} is no share; give one between 0 and 1"),
             (not 0 <= self.share_beyond <= 1, f"share_beyond={self.share_beyond} is no share; give 0 to 1"),
+            (self.margin <= 0, f"margin={self.margin} asks for nothing; give a positive one"),
+            (self.remine_every < 0, f"remine_every={self.remine_every} is negative; 0 never mines again"),
+            (not 0 <= self.teacher_share <= 1, f"teacher_share={self.teacher_share} is no share; give 0 to 1"),
+            (self.teacher_temperature <= 0, f"teacher_temperature={self.teacher_temperature} must be positive"),
+            (
+                self.remine_every > 0 and self.mining != "lists",
+                f"remine_every={self.remine_every} orders candidate lists anew; take --mining lists, or 0",
+            ),
             (self.top_n < 2, f"top_n={self.top_n} re-ranks nothing; give at least 2"),
             (
                 self.top_n > self.n_items,
@@ -109,7 +131,7 @@ class TrainingConfig:
             ),
             (
                 self.mining == "batch" and self.loss == "listwise",
-                "loss=listwise needs lists; take --mining lists, or --loss bce or ranknet",
+                "loss=listwise needs lists; take --mining lists, or --loss bce, ranknet or margin",
             ),
             (
                 self.views > 1 and self.augmentation is None,

@@ -124,14 +124,49 @@ def fit_encoders(
 ) -> None:
     """Writes three models, their projections fitted to half 0, to half 1, and to both."""
     for name, is_used in (("encoder-0", half == 0), ("encoder-1", half == 1), ("encoder-all", half >= 0)):
-        if (folder / name / "config.json").is_file():
-            continue
-        generator = np.random.default_rng([config.seed, 0xF17])
-        items = tensor_of(np.sort(generator.permutation(np.flatnonzero(is_used))[: config.fit_images]))
-        model = load_model(model_folder)
-        assert isinstance(model, FittedModel), "only fitted models are cross-fitted"
-        model.fit_encoder(features.plain(items), tensor_of(labels)[items])
-        save_model(model, folder / name)
+        fit_encoder(features, labels, np.flatnonzero(is_used), model_folder, folder / name, config)
+
+
+def fit_encoder(
+    features: EncodedImages,
+    labels: Int64[np.ndarray, " item"],
+    used: Int64[np.ndarray, " used"],
+    model_folder: Path,
+    out: Path,
+    config: TrainingConfig,
+) -> None:
+    """Writes the model with projections fitted to `config.fit_images` of the items `used`, unless it is there."""
+    if (out / "config.json").is_file():
+        return
+    generator = np.random.default_rng([config.seed, 0xF17])
+    items = tensor_of(np.sort(generator.permutation(used)[: config.fit_images]))
+    model = load_model(model_folder)
+    assert isinstance(model, FittedModel), "only fitted models have projections to fit"
+    model.fit_encoder(features.plain(items), tensor_of(labels)[items])
+    save_model(model, out)
+
+
+def fit_start(
+    images: DecodedImages,
+    labels: Int64[np.ndarray, " item"],
+    trained: Int64[np.ndarray, " trained"],
+    model_folder: Path,
+    folder: Path,
+    worker: Worker,
+) -> Path:
+    """The folder of the model that training of a backbone starts from: its projections fit the untrained backbone.
+
+    Only labels of the items `trained` are used.
+    """
+    model = load_model(model_folder).prepare_for_inference(worker.device)
+    assert isinstance(model, FittedModel), "only fitted models have projections to fit"
+    features = compute(
+        images, folder / "features", worker, lambda items, view: model.local_features(images.view(items, view))
+    )
+    if worker.rank == 0:
+        fit_encoder(features, labels, trained, model_folder, folder / "encoder-start", images.config)
+    wait(worker)
+    return folder / "encoder-start"
 
 
 def load_fitted(folder: Path) -> FittedModel:

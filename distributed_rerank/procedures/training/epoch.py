@@ -102,7 +102,7 @@ def fetched(
 ) -> Iterator[tuple[Step, Tensor, Tensor]]:
     """Each share with the items of its pairs (ascending, once each) and their images, fetched one step
     ahead."""
-    wanted = [torch.unique(torch.cat([share.query_items, share.gallery_items])) for share in shares]
+    wanted = [items_of(share) for share in shares]
     if config.loader_workers == 0:
         for number, (share, items) in enumerate(zip(shares, wanted, strict=True)):
             yield share, items, images.fetch(items, epoch, number)
@@ -115,6 +115,11 @@ def fetched(
             if number + 1 < len(shares):
                 coming = ahead.submit(images.fetch, wanted[number + 1], epoch, number + 1)
             yield share, items, pixels
+
+
+def items_of(step: Step) -> Tensor:
+    """The items of the step's pairs, ascending, once each."""
+    return torch.unique(torch.cat([step.query_items, step.gallery_items]))
 
 
 def backward(
@@ -139,8 +144,11 @@ def backward(
         if isinstance(images, KnownPairs):
             logits = images.logits(part.query_items, part.gallery_items, part.first_stage_distance)
         else:
-            logits = pair_logits(state.model, pixels, images.is_encoded, part, items)
-        loss = step_loss(part, logits, config.loss, n_units, config.temperature)
+            # Only the part's own images: those of the whole share would need the memory that is to be saved.
+            own = items_of(part)
+            rows = torch.searchsorted(items, own).to(pixels.device)
+            logits = pair_logits(state.model, pixels[rows], images.is_encoded, part, own)
+        loss = step_loss(part, logits, config, n_units)
         loss.backward()
         total += loss.detach()
     return total

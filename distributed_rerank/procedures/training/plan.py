@@ -36,6 +36,8 @@ class Step:
     is_negative: Bool[Tensor, " pair"]
     list_of_pair: Int64[Tensor, " pair"]
     first_stage_distance: Float[Tensor, " pair"]
+    teacher_logits: Float[Tensor, " pair"] | None = None
+    """NaN where the teacher has not scored the pair; None = no teacher."""
 
     def __len__(self) -> int:
         return len(self.query_items)
@@ -50,15 +52,20 @@ class Step:
 
     def take(self, start: int, stop: int) -> "Step":
         """Pairs start to stop - 1; their lists are numbered from 0 again."""
-        part = {field.name: getattr(self, field.name)[start:stop] for field in fields(self)}
+        part = {name: column[start:stop] for name, column in self.columns().items()}
         if start < stop:
             part["list_of_pair"] = part["list_of_pair"] - part["list_of_pair"][0]
         return Step(**part)
 
+    def columns(self) -> dict[str, Tensor]:
+        """The columns that are there, by name."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: value for name, value in values.items() if value is not None}
+
 
 def is_list_loss(loss: str) -> bool:
     """Whether the loss of a pair depends on the others of its list."""
-    return loss in ("listwise", "ranknet")
+    return loss in ("listwise", "ranknet", "margin")
 
 
 def share_of(step: Step, number: int, n_shares: int, is_by_list: bool) -> Step:
@@ -81,8 +88,8 @@ def plan_digest(steps: Iterable[Step]) -> str:
     digest = hashlib.sha256()
     for step in steps:
         digest.update(len(step).to_bytes(8, "little"))
-        for field in fields(step):
-            digest.update(np.ascontiguousarray(getattr(step, field.name).numpy()).tobytes())
+        for column in step.columns().values():
+            digest.update(np.ascontiguousarray(column.numpy()).tobytes())
     return digest.hexdigest()
 
 
@@ -156,7 +163,7 @@ def plan_lists(
         generator = torch.Generator().manual_seed(seed_of(config.seed, epoch, len(drawn)))
         lists = draw_lists(
             neighbours, items, own, allowed, n_negatives=config.n_negatives, generator=generator,
-            beyond_share=config.share_beyond, sequences=tensor_of(sequences),
+            beyond_share=config.share_beyond, temperature=config.negative_temperature, sequences=tensor_of(sequences),
         )  # fmt: skip
         if not len(lists.rows):
             raise BadInput("no image has a positive and a negative candidate; raise --n-items or relax the filters")

@@ -20,9 +20,9 @@ from distributed_rerank.models.saving import load_model
 from distributed_rerank.procedures.chain.chain import Chain
 from distributed_rerank.procedures.chain.choice import fusion_figure, try_chain
 from distributed_rerank.procedures.devices import pick_device, tensor_of, torch_threads
-from distributed_rerank.procedures.training import checkpoints, tracking
+from distributed_rerank.procedures.training import checkpoints, remining, tracking
 from distributed_rerank.procedures.training.config import TrainingConfig
-from distributed_rerank.procedures.training.encodings import FittedModel, encode_images
+from distributed_rerank.procedures.training.encodings import FittedModel, encode_images, fit_start
 from distributed_rerank.procedures.training.epoch import Worker, train_epoch
 from distributed_rerank.procedures.training.features import MAX_PAIRS, FeatureModel, KnownPairs
 from distributed_rerank.procedures.training.images import DecodedImages, EncodedImages
@@ -34,7 +34,7 @@ from distributed_rerank.procedures.training.state import (
     state_copy,
 )
 from distributed_rerank.procedures.training.task import Run, TrainingTask, evidence_of, plan_epoch
-from distributed_rerank.procedures.training.validation import score_lists
+from distributed_rerank.procedures.training.validation import encode_all, score_lists
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +42,8 @@ State = dict[str, Any]
 Report = Callable[[State, dict[str, float]], None]
 Images = DecodedImages | EncodedImages | KnownPairs
 HEAD_FIT_PAIRS = 4096
+HEAD_FIT_PAIRS_FROM_FILES = 512
+"""Where images must be decoded and encoded for it."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,8 @@ class Place:
             freeze_encoder(model)
         elif config.backbone_lr == 0:
             model.freeze_backbone()
+        elif config.gradient_checkpointing:
+            model.checkpoint_gradients()
         return model
 
 
@@ -103,7 +107,11 @@ def prepare(task: TrainingTask, folder: Path, worker: Worker) -> Place:
     model = load_model(task.model_folder)
     decoded = DecodedImages(task.catalogue, model.transform, task.config, worker.device)
     if not task.config.keeps_encodings(model.encoding_dtype):
-        return Place(worker, decoded, task.model_folder, folder)
+        start = task.model_folder
+        if isinstance(model, FittedModel):
+            trained = task.runs[-1].anchors.query_items
+            start = fit_start(decoded, task.catalogue.labels, trained, start, folder / "encodings", worker)
+        return Place(worker, decoded, start, folder)
     encoded, model_folder = encode_images(
         decoded, task.catalogue.labels, task.half, task.model_folder, folder / "encodings", worker
     )
@@ -113,7 +121,7 @@ def prepare(task: TrainingTask, folder: Path, worker: Worker) -> Place:
 def train_run(task: TrainingTask, run: Run, place: Place, restored: State | None, report: Report) -> State:
     """Trains one model until `is_over`; returns its last state."""
     model = place.load(task.config)
-    if isinstance(model, FittedModel) and isinstance(place.images, EncodedImages):
+    if isinstance(model, FittedModel):
         fit_head(model, task, run, place.images, place.worker.device)
     images = known_pairs(model, task, run, place.images)
     state = TrainingState(model, build_optimizer(model, task.config))
@@ -132,15 +140,20 @@ def train_run(task: TrainingTask, run: Run, place: Place, restored: State | None
     return state.to_dict()
 
 
-def fit_head(model: FittedModel, task: TrainingTask, run: Run, images: EncodedImages, device: str) -> None:
+def fit_head(model: Any, task: TrainingTask, run: Run, images: DecodedImages | EncodedImages, device: str) -> None:
     """What the head normalises with, from a seeded sample of the run's pairs; the same on every worker."""
     queries = tensor_of(run.anchors.query_items)[:, None].expand(run.anchors.items.shape)
     items, distances = tensor_of(run.anchors.items), tensor_of(run.anchors.distances)
     places = (items >= 0).nonzero()
     generator = torch.Generator().manual_seed(seed_of(task.config.seed, HEAD_FIT_PAIRS))
-    chosen = torch.randperm(len(places), generator=generator)[:HEAD_FIT_PAIRS].sort().values
+    n_pairs = HEAD_FIT_PAIRS if images.is_encoded else HEAD_FIT_PAIRS_FROM_FILES
+    chosen = torch.randperm(len(places), generator=generator)[:n_pairs].sort().values
     rows, columns = places[chosen].T
-    query, gallery = (images.plain(table[rows, columns]).to(device) for table in (queries, items))
+    with torch.no_grad():
+        query, gallery = (
+            encode_all(model, images, table[rows, columns], task.config, device).to(device)
+            for table in (queries, items)
+        )
     model.fit_head(query, gallery, distances[rows, columns].to(device))
 
 
@@ -176,7 +189,9 @@ def run_epoch(
 ) -> None:
     """One epoch, its figures, and whether its weights are the ones to keep."""
     started = time.monotonic()
-    steps = plan_epoch(task, run, state.epoch)
+    if remining.is_due(state.epoch, task.config):
+        state.order = remining.mine_again(state.model, images, run.anchors, task.config, worker)
+    steps = plan_epoch(task, run, state.epoch, state.order)
 
     def show(step: int, figures: dict[str, float]) -> None:
         for tracker in trackers:
@@ -225,7 +240,7 @@ def show_epoch(run: Run, state: TrainingState, trackers: list[tracking.Tracker],
 
 def check_plan(task: TrainingTask, run: Run, state: TrainingState) -> None:
     """Raises BadInput where the epoch before the restored state would be planned otherwise today."""
-    if state.epoch and plan_digest(plan_epoch(task, run, state.epoch - 1)) != state.plan_digest:
+    if state.epoch and plan_digest(plan_epoch(task, run, state.epoch - 1, state.order)) != state.plan_digest:
         raise BadInput(
             f"the checkpoint of epoch {state.epoch} was trained on other pairs than are planned now; "
             "remove the unfinished run's folder or choose another --out"

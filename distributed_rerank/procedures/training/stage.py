@@ -30,9 +30,12 @@ from distributed_rerank.procedures.chain.choice import Evidence
 from distributed_rerank.procedures.devices import tensor_of
 from distributed_rerank.procedures.extraction import ExtractionConfig
 from distributed_rerank.procedures.retrieval import RetrievalConfig
+from distributed_rerank.procedures.scoring.score import Score, score
 from distributed_rerank.procedures.training import mining, tracking
 from distributed_rerank.procedures.training import run as training_run
+from distributed_rerank.procedures.training.card import CARD, model_card
 from distributed_rerank.procedures.training.config import TrainingConfig
+from distributed_rerank.procedures.training.distillation import Teacher, check_teachable, score_by_teacher
 from distributed_rerank.procedures.training.encodings import FittedModel
 from distributed_rerank.procedures.training.run import State
 from distributed_rerank.procedures.training.set_aside import halves, sides
@@ -58,6 +61,8 @@ def train(
     extract: extraction.Extract = extraction.extract,
     search: retrieval.Search = retrieval.search,
     fit: Fit = training_run.fit,
+    score: Score = score,
+    teacher: Teacher | None = None,
     embeddings_folder: str | Path | None = None,
     services: Sequence[tracking.Service] = (),
     max_rejects: float = 0.001,
@@ -66,23 +71,20 @@ def train(
     """Trains a pairwise model on the train split and chooses its chain; returns the chain.
 
     `out` gets config.json and model.safetensors (`models.saving`), chain.json, training.json (config and
-    history), mining.json, suspects.parquet, curves.png and tensorboard/. A folder made with the same
-    fingerprint is left as it is.
-    `model_config` is the config dataclass of one of the pairwise models. Embeddings are taken from and added
+    history), README.md (the model card), mining.json, suspects.parquet, curves.png and tensorboard/. A folder made
+    with the same fingerprint is left as it is.
+    `model_config` is the config dataclass of one of the pairwise models. A `teacher` scores the mined pairs with
+    `score` before training. Embeddings are taken from and added
     to `embeddings_folder` if there is one.
 
     Raises BadInput for a catalogue that cannot be trained on, a folder made otherwise, a tracker not
     installed.
     """
     tracking.check_services(services)
+    if teacher is not None:
+        check_teachable(config)
     images = catalogue.restrict("train").as_query_and_gallery()
-    fingerprint = artifacts.make_fingerprint(
-        "train",
-        catalogue=images.digest(),
-        extraction=asdict(extraction_config),
-        model={"name": name_of(model_config), **asdict(model_config)},
-        training=config.fingerprint(),
-    )
+    fingerprint = fingerprint_of(images, extraction_config, model_config, config, teacher)
     if artifacts.is_complete(out, fingerprint, overwrite):
         logger.info("%s is complete", out)
         return read_chain(Path(out))
@@ -97,12 +99,34 @@ def train(
         )
         task = make_task(images, embeddings, model_config, config, work, search)
         tell_of_mining(task, embeddings, work, staging.path, search)
+        if teacher is not None:
+            lists = task.runs[-1].anchors
+            logits = score_by_teacher(teacher, task.catalogue, lists, work / "teacher", score, max_rejects)
+            task = replace(task, teacher=logits)
         run_name = f"{Path(out).name}-{artifacts.json_digest(fingerprint)[:8]}"
         state = fit(replace(task, services=tuple(services), run_name=run_name), work / "run")
         chain = write_model(task, state, work / "run", staging.path)
         shutil.rmtree(work)
         staging.finish({"chain": chain.describe(), "runs": [run.name for run in task.runs]}, rows=len(task.catalogue))
     return chain
+
+
+def fingerprint_of(
+    images: Catalogue,
+    extraction_config: ExtractionConfig,
+    model_config: Any,
+    config: TrainingConfig,
+    teacher: Teacher | None,
+) -> dict[str, Any]:
+    """All that decides a trained model."""
+    return artifacts.make_fingerprint(
+        "train",
+        catalogue=images.digest(),
+        extraction=asdict(extraction_config),
+        model={"name": name_of(model_config), **asdict(model_config)},
+        training=config.fingerprint(),
+        **({} if teacher is None else {"teacher": teacher.fingerprint()}),
+    )
 
 
 def make_task(
@@ -194,6 +218,7 @@ def write_model(task: TrainingTask, state: State, run_folder: Path, folder: Path
         save_extractor(model.extractor, folder / EXTRACTOR_WEIGHTS)
     chain = chain_choice.choose(evidence_of_runs(task, results), task.config.seed)
     write_chain(chain, folder)
+    (folder / CARD).write_text(model_card(task, model, chain))
     histories = {run.name: result["history"] for run, result in zip(task.runs, results, strict=True)}
     figures = {
         name: [{key: value for key, value in entry.items() if key != "seconds"} for entry in history]

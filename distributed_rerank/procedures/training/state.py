@@ -10,6 +10,9 @@ from distributed_rerank.errors import BadInput
 from distributed_rerank.models.pairwise import PairwiseModel
 from distributed_rerank.procedures.training.config import TrainingConfig
 
+PROGRESS = ("epoch", "step", "history", "best", "plan_digest", "order")
+"""Fields of a state beside its model and optimizer."""
+
 
 @dataclass
 class TrainingState:
@@ -23,6 +26,8 @@ class TrainingState:
     best: dict[str, Any] = field(default_factory=dict)
     """Of the best epoch so far: figure, epoch, model (a state dict), logits of the set-aside lists."""
     plan_digest: str = ""
+    order: Tensor | None = None
+    """What `remining.mine_again` last found; None = the first mining's lists."""
 
     def to_dict(self) -> dict[str, Any]:
         """Everything by value, for a checkpoint; randomness is derived from (seed, epoch, step) and needs no
@@ -30,14 +35,14 @@ class TrainingState:
         return {
             "model": state_copy(self.model),
             "optimizer": self.optimizer.state_dict(),
-            **{name: getattr(self, name) for name in ("epoch", "step", "history", "best", "plan_digest")},
+            **{name: getattr(self, name) for name in PROGRESS},
         }
 
     def restore(self, state: dict[str, Any]) -> None:
         """Continues where `to_dict` was called."""
         load_state(self.model, state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
-        for name in ("epoch", "step", "history", "best", "plan_digest"):
+        for name in PROGRESS:
             setattr(self, name, state[name])
 
 

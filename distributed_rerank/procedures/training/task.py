@@ -14,7 +14,9 @@ from distributed_rerank.data.catalogue import Catalogue
 from distributed_rerank.procedures.chain.choice import Evidence
 from distributed_rerank.procedures.devices import tensor_of
 from distributed_rerank.procedures.training.config import TrainingConfig
+from distributed_rerank.procedures.training.distillation import TeacherLogits
 from distributed_rerank.procedures.training.plan import Step, plan_batches, plan_lists, plan_whole_batches
+from distributed_rerank.procedures.training.remining import reorder
 from distributed_rerank.procedures.training.tracking import Service
 from distributed_rerank.tensors import metrics
 from distributed_rerank.tensors.knn import Neighbours
@@ -48,15 +50,21 @@ class TrainingTask:
     """Of each item, where a model's projections are cross-fitted (`training_encodings`)."""
     services: tuple[Service, ...] = ()
     run_name: str = "train"
+    teacher: TeacherLogits | None = None
+    """What a slow model says of the mined pairs."""
 
 
-def plan_epoch(task: TrainingTask, run: Run, epoch: int) -> list[Step]:
-    """The steps of an epoch of a run, the same for every worker."""
+def plan_epoch(
+    task: TrainingTask, run: Run, epoch: int, order: Int64[Tensor, "anchor kept"] | None = None
+) -> list[Step]:
+    """The steps of an epoch of a run, the same for every worker; `order` is that of a model that mined again."""
     labels = task.catalogue.labels
     if task.config.mining != "lists":
         plan = plan_batches if task.config.mining == "batch" else plan_whole_batches
         return plan(run.anchors.query_items, labels, task.embeddings, task.config, epoch)
-    return plan_lists(run.anchors, labels, task.catalogue.sequences, task.embeddings, task.config, epoch)
+    anchors = run.anchors if order is None else reorder(run.anchors, order)
+    steps = plan_lists(anchors, labels, task.catalogue.sequences, task.embeddings, task.config, epoch)
+    return steps if task.teacher is None else [task.teacher.of(step) for step in steps]
 
 
 def join_lists(parts: list[CandidateLists]) -> CandidateLists:

@@ -14,6 +14,9 @@ from distributed_rerank.procedures.training.features import KnownPairs
 from distributed_rerank.procedures.training.images import DecodedImages, EncodedImages
 from distributed_rerank.tensors.sharding import rank_share
 
+MAX_ENCODING_BYTES = 2 * 10**9
+"""Encodings held at a time; where a share needs more, it is scored in halves, and images in both are encoded twice."""
+
 
 def score_lists(
     model: PairwiseModel,
@@ -59,6 +62,12 @@ def score_share(
         logits[is_there.to(device)] = images.logits(pair_queries, pair_gallery, pair_distances)
         return logits
     used = torch.unique(torch.cat([pair_queries, pair_gallery]))
+    if len(used) * model.bytes_per_image > MAX_ENCODING_BYTES and len(queries) > 1:
+        middle = len(queries) // 2
+        halves = (slice(middle), slice(middle, None))
+        return torch.cat(
+            [score_share(model, images, queries[h], candidates[h], distances[h], config, device) for h in halves]
+        )
     encoded = encode_all(model, images, used, config, device)
     rows = torch.searchsorted(used, torch.stack([pair_queries, pair_gallery]))
     scored = [

@@ -19,6 +19,7 @@ from distributed_rerank.procedures.chain.chain import read_chain
 from distributed_rerank.procedures.training import checkpoints
 from distributed_rerank.procedures.training.config import TrainingConfig, defaults_for
 from distributed_rerank.procedures.training.epoch import Worker
+from distributed_rerank.procedures.training.images import DecodedImages
 from distributed_rerank.procedures.training.losses import step_loss
 from distributed_rerank.procedures.training.plan import Step, share_of
 from distributed_rerank.procedures.training.run import fit, is_over, results, train_all
@@ -129,6 +130,26 @@ def test_frozen_backbone_keeps_its_weights_and_buffers_and_trained_one_does_not(
         assert not any("running" in name for name in changed), "batch normalisation moved"
 
 
+def test_fitted_projections_are_those_of_the_trained_labels_when_the_backbone_learns_as_well(tmp_path: Path) -> None:
+    task = build_task(tmp_path / "task", TOKENS, backbone_lr=1e-3, epochs=2, augmentation=None)
+    assert [run.name for run in task.runs] == ["train"], "nothing is halved where encodings change"
+    state = fit(task, tmp_path / "run")["current"]
+    untrained = load_model(task.model_folder)
+    anchors = torch.from_numpy(task.runs[0].anchors.query_items)
+    pixels = DecodedImages(task.catalogue, untrained.transform, task.config).plain(anchors)
+    expected: Any = load_model(task.model_folder)
+    with torch.no_grad():
+        expected.fit_encoder(expected.local_features(pixels), torch.from_numpy(task.catalogue.labels)[anchors])
+    name = "token_projections.1.matrix"
+    torch.testing.assert_close(state["model"][name], expected.state_dict()[name], atol=1e-2, rtol=1e-2)
+    assert state["history"][-1]["loss"] < state["history"][0]["loss"]
+    assert any(
+        not torch.equal(value, untrained.state_dict()[key])
+        for key, value in state["model"].items()
+        if key.startswith("extractor.")
+    )
+
+
 def test_freeze_epochs_freeze_and_then_let_go(tmp_path: Path) -> None:
     task = build_task(tmp_path, CONCAT, **FROM_IMAGES, freeze_epochs=1)
     states: list[dict[str, Any]] = []
@@ -155,18 +176,19 @@ def test_loader_workers_and_accumulation_change_no_loss(tmp_path: Path) -> None:
     assert losses[2] == pytest.approx(losses[0], abs=1e-5)
 
 
-@pytest.mark.parametrize("loss", ["bce", "listwise", "ranknet"])
+@pytest.mark.parametrize("loss", ["bce", "listwise", "ranknet", "margin"])
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 def test_step_loss_summed_over_shares_is_its_definition(loss: str, world_size: int) -> None:
     logits = torch.tensor([0.3, -1.0, 2.0, 0.5, 0.1, -0.4, 1.5])
     is_negative = torch.tensor([False, True, True, False, True, False, True])
     lists = torch.tensor([0, 0, 0, 1, 1, 2, 2])
     step = Step(torch.arange(7), torch.arange(7) + 10, is_negative, lists, torch.ones(7))
+    config = TrainingConfig(loss=loss, margin=0.8)  # pyright: ignore[reportArgumentType]
     total, start = 0.0, 0
     for rank in range(world_size):
         share = share_of(step, rank, world_size, loss != "bce")
         if len(share):
-            total += float(step_loss(share, logits[start : start + len(share)], loss, step.n_units(loss)))
+            total += float(step_loss(share, logits[start : start + len(share)], config, step.n_units(loss)))
         start += len(share)
     assert total == pytest.approx(float(literal_loss(logits, is_negative, lists, loss)), abs=1e-6)
 
@@ -180,6 +202,8 @@ def literal_loss(logits: Tensor, is_negative: Tensor, lists: Tensor, loss: str) 
         positive, negative = logits[(lists == number) & ~is_negative], logits[(lists == number) & is_negative]
         if loss == "listwise":
             values.append(functional.cross_entropy(-torch.cat([positive, negative])[None], torch.tensor([0])))
+        elif loss == "margin":
+            values.append((0.8 + positive[:, None] - negative).clamp(min=0).mean())
         else:
             values.append(torch.log1p(torch.exp(positive[:, None] - negative)).mean())
     return torch.stack(values).mean()
@@ -228,12 +252,18 @@ def test_stage_writes_a_complete_folder_and_skips_it_the_second_time(tmp_path: P
     chain = train(catalogue, EXTRACTION, TOKENS, config, tmp_path / "model")
     names = {path.name for path in (tmp_path / "model").iterdir()}
     expected = (
-        "chain.json config.json curves.png manifest.json mining.json model.safetensors suspects.parquet tensorboard "
-        "training.json"
+        "README.md chain.json config.json curves.png manifest.json mining.json model.safetensors suspects.parquet "
+        "tensorboard training.json"
     )
     assert names == set(expected.split())
     assert read_chain(tmp_path / "model") == chain
     assert load_model(tmp_path / "model").encoding_shape
+    card = (tmp_path / "model" / "README.md").read_text()
+    assert "table.csv: 40 images, 10 labels" in card
+    assert f"| first stage | {chain.chosen_on['first_stage']['map@10']:.4f} |" in card
+    assert f"Chain: {chain.describe()}" in card
+    assert "epochs=1" in card
+    assert str(tmp_path) not in card, "a shared card tells nobody's folders"
 
     def refuse(task: TrainingTask, folder: Path) -> dict[str, Any]:
         raise AssertionError("trained again")
