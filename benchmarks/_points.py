@@ -29,6 +29,7 @@ from distributed_rerank.procedures.chain.chain import Chain, PairwiseStep
 from distributed_rerank.procedures.decoding import decode
 from distributed_rerank.procedures.evaluation import measure as evaluation
 from distributed_rerank.procedures.ranking import run as ranking_run
+from distributed_rerank.procedures.ranking.lists import ranking_of
 from distributed_rerank.procedures.ranking.run import Scored, Steps
 from distributed_rerank.procedures.retrieval import RetrievalConfig, SearchSide
 from distributed_rerank.procedures.scoring import plan as scoring_plan
@@ -102,7 +103,7 @@ def time_metrics(catalogue: Catalogue, scored: Scored, top_n: int) -> Answer:
     for name, curve in (("largest_s", ()), ("every_s", ranking_run.CURVE)):
         started = time.perf_counter()
         rankings = ranking_run.rankings(chain, scored, catalogue, None, queries, curve)
-        evaluation.measure(catalogue, queries, ranking_run.rows_of(scored.lists, queries), rankings)
+        evaluation.measure(catalogue, queries, ranking_of(scored.lists, queries), rankings)
         found[name] = time.perf_counter() - started
     return found
 

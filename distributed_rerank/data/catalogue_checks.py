@@ -178,12 +178,15 @@ def are_integers(names: Iterable[str]) -> bool:
 
 
 def texts(column: pd.Series) -> np.ndarray:
-    """A column as an object array of str: whole numbers without a point, missing and empty cells as None."""
+    """A column as an object array of str: whole numbers without a point, missing and empty cells as None.
+
+    Equal cells of a text column share one object, for most columns have few values.
+    """
+    if isinstance(column.dtype, pd.StringDtype):
+        codes, names = pd.factorize(column)
+        return _objects([_text(name) for name in names] + [None])[codes]
     values = column.astype(object).to_numpy(dtype=object, copy=True)
     values[column.isna().to_numpy(dtype=bool)] = None
-    if isinstance(column.dtype, pd.StringDtype):
-        values[column.str.strip().eq("").to_numpy(dtype=bool, na_value=False)] = None
-        return values
     return _objects([_text(value) for value in values.tolist()])
 
 
@@ -244,9 +247,11 @@ def _ids(
 
 def _without_points(values: np.ndarray) -> list[str | None]:
     """Where all are whole numbers, "7.0" (pandas writes a column with gaps so) becomes "7"."""
-    if are_integers({value for value in values if value is not None}):
-        return [None if value is None else str(int(value.partition(".")[0])) for value in values]
-    return list(values)
+    names = {value for value in values if value is not None}
+    if not are_integers(names):
+        return list(values)
+    short = {name: str(int(name.partition(".")[0])) for name in names}
+    return [short.get(value) for value in values]
 
 
 def _splits(raw: pd.DataFrame, values: np.ndarray, purpose: str, problems: Problems) -> np.ndarray:

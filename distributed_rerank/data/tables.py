@@ -6,7 +6,7 @@ BadInput.
 """
 
 import io
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -79,6 +79,16 @@ def conform(table: pa.Table, name: str, source: str = "this table") -> pa.Table:
 def write_table(path: str | Path, table: pa.Table, name: str) -> None:
     """Write a table of the schema `name` (see `conform`), atomically, without time stamps."""
     _write(path, conform(table, name))
+
+
+def write_batches(path: str | Path, batches: Iterable[pa.Table], name: str) -> int:
+    """`write_table` of tables one after the other, one in memory at a time; the number of rows."""
+    rows = 0
+    with atomic_path(path) as temporary, pq.ParquetWriter(temporary, SCHEMAS[name]) as writer:
+        for batch in batches:
+            writer.write_table(conform(batch, name))
+            rows += len(batch)
+    return rows
 
 
 def read_table(path: str | Path, name: str) -> pa.Table:

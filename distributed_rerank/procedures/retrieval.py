@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import pyarrow.parquet as pq
 import torch
 from jaxtyping import Float32, Int64
 from torch import Tensor
@@ -146,7 +145,8 @@ def retrieve(
             assert np.array_equal(lists.query_items, expected), f"block {number} came back with other queries"
             store.write(number, candidates_table(lists, catalogue.ids))
         assert store.done() == plan.keys(), f"blocks {sorted(todo)} never came back"
-        rows = _combine(store, staging.path / "candidates.parquet")
+        in_order = (store.read(number) for number in sorted(store.done()))
+        rows = tables.write_batches(staging.path / "candidates.parquet", in_order, "candidates")
         staging.finish(rows=rows)
     return read_candidates(out, catalogue)
 
@@ -157,15 +157,3 @@ def _side(catalogue: Catalogue, embeddings: Embeddings, items: np.ndarray, role:
     if len(items) == 0:
         raise BadInput(f"{catalogue.source}: no {role} has an embedding; mark some rows or embed this catalogue first")
     return SearchSide(embeddings.matrix[rows], items, catalogue.sequences[items])
-
-
-def _combine(store: artifacts.BlockStore, path: Path) -> int:
-    """All blocks in one file, in number order and one in memory at a time; the number of rows."""
-    rows = 0
-    schema = tables.SCHEMAS["candidates"]
-    with artifacts.atomic_path(path) as temporary, pq.ParquetWriter(temporary, schema) as writer:
-        for number in sorted(store.done()):
-            table = tables.conform(store.read(number), "candidates")
-            writer.write_table(table)
-            rows += len(table)
-    return rows

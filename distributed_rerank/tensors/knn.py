@@ -10,6 +10,7 @@ result.
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int64
@@ -41,6 +42,19 @@ class Neighbours:
 
     items: Int64[Tensor, "query neighbour"]
     distances: Float[Tensor, "query neighbour"]
+
+    def __getitem__(self, rows: Int64[Tensor, " row"]) -> "Neighbours":
+        """The rows of these queries."""
+        return Neighbours(self.items[rows], self.distances[rows])
+
+
+@runtime_checkable
+class Ranking(Protocol):
+    """What gives the `Neighbours` of the queries asked for: held as they are, or made when asked for."""
+
+    def __getitem__(self, rows: Int64[Tensor, " row"]) -> Neighbours:
+        """The rows of these queries."""
+        ...
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """Lists of other systems: every form gives the same lists, whatever the batches they are read in."""
 
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -132,3 +133,21 @@ def test_lists_do_not_depend_on_blocks_batches_or_row_order(tmp_path: Path) -> N
             row, column = np.nonzero(lists.items >= 0)
             found = zip(lists.query_items[row], lists.distances[row, column], lists.items[row, column], strict=True)
             assert list(found) == expected
+
+
+def test_reading_holds_little_more_than_the_lists(tmp_path: Path) -> None:
+    """Beyond the 12 bytes a candidate of the lists, their numbers once more and one batch; no text, no copy."""
+    catalogue = _catalogue(tmp_path, *(f"a rather long name of an image {number:04d}" for number in range(2000)))
+    peaks = []
+    for n_queries in (400, 2000):
+        query, step = np.divmod(np.arange(n_queries * 50), 50)
+        columns = {"query_id": catalogue.ids[query], "gallery_id": catalogue.ids[(query * 7 + step) % 2000]}
+        frame = pd.DataFrame({**columns, "distance": step / 50})
+        frame.to_parquet(tmp_path / "c.parquet", index=False)
+        batches = load_batches(tmp_path / "c.parquet", "candidates", 2000)
+        tracemalloc.start()
+        lists = gather_lists(batches, catalogue, queries_per_block=40)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+        assert lists.items.shape == (n_queries, 50)
+    assert peaks[1] - peaks[0] < 1600 * 50 * 30, "bytes by which 80,000 more candidates raise the peak"

@@ -7,8 +7,8 @@ per-query values that `per_query.parquet` holds. No time and no number of worker
 equal bytes.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -20,8 +20,10 @@ from torch import Tensor
 from distributed_rerank.data.catalogue import Catalogue
 from distributed_rerank.errors import BadInput
 from distributed_rerank.tensors import metrics, oml_metrics, statistics
-from distributed_rerank.tensors.knn import Neighbours
+from distributed_rerank.tensors.knn import Ranking
 from distributed_rerank.tensors.metrics import PerQuery
+
+QUERIES_PER_BLOCK = 1 << 13
 
 
 @dataclass(frozen=True)
@@ -44,9 +46,36 @@ class Judged:
     item_labels: Int64[Tensor, " item"]
     n_without_relevant: int
 
-    def relevance(self, ranking: Neighbours) -> Bool[Tensor, "query k"]:
+    def blocks(self) -> Iterator["Judged"]:
+        """The same in blocks of queries."""
+        for rows in torch.arange(len(self.rows)).split(QUERIES_PER_BLOCK):
+            yield replace(
+                self,
+                query_items=self.query_items[rows],
+                rows=self.rows[rows],
+                labels=self.labels[rows],
+                n_relevant=self.n_relevant[rows],
+            )
+
+    def relevance(self, ranking: Ranking) -> Bool[Tensor, "query k"]:
         """Whether each candidate of the judged queries is relevant."""
-        return metrics.relevance(ranking.items[self.rows], self.labels, self.item_labels)
+        return metrics.relevance(ranking[self.rows].items, self.labels, self.item_labels)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One ranking of the judged queries, measured."""
+
+    values: PerQuery
+    first_hit: Int64[Tensor, " query"]
+    """Place of the first relevant candidate from 1; 0 where there is none."""
+    oml: dict[str, float]
+    """Means by OML's definitions."""
+
+    @property
+    def means(self) -> dict[str, float]:
+        """Means over the queries."""
+        return metrics.means(self.values)
 
 
 def judge(catalogue: Catalogue, query_items: Int64[Tensor, " query"]) -> Judged:
@@ -65,8 +94,8 @@ def judge(catalogue: Catalogue, query_items: Int64[Tensor, " query"]) -> Judged:
 def measure(
     catalogue: Catalogue,
     query_items: Int64[Tensor, " query"],
-    before: Neighbours,
-    after: Mapping[int, Neighbours],
+    before: Ranking,
+    after: Mapping[int, Ranking],
     *,
     ks: Sequence[int] = (1, 5, 10),
     seed: int = 0,
@@ -74,31 +103,46 @@ def measure(
 ) -> Evaluation:
     """Compare the first stage's ranking with the re-ranked ones.
 
-    `before` and every ranking of `after` hold one row per query of `query_items` (ascending), in that order;
+    `before` and every ranking of `after` have one row per query of `query_items` (ascending), in that order;
     `after` maps top_n to the ranking that re-ranks so many, the largest is the one that is reported and may
-    be absent (the first stage alone). Intervals and p-values are clustered by label and seeded. Raises
-    BadInput where no query has a relevant gallery item.
+    be absent (the first stage alone). Rankings are asked for one block of queries at a time. Intervals and
+    p-values are clustered by label and seeded. Raises BadInput where no query has a relevant gallery item.
     """
     judged = judge(catalogue, query_items)
     if not len(judged.rows):
         raise BadInput("no query has a relevant gallery item, so nothing can be measured; check label and is_gallery")
-    hits = {0: judged.relevance(before)} | {n: judged.relevance(ranking) for n, ranking in sorted(after.items())}
-    values = {n: metrics.per_query(rel, judged.n_relevant, ks) for n, rel in hits.items()}
+    first = measure_ranking(judged, before, ks)
     found: dict[str, Any] = {
         "n_queries": len(judged.rows),
         "n_gallery": len(catalogue.gallery_items),
         "n_without_relevant": judged.n_without_relevant,
-        "first_stage": metrics.means(values[0]),
-        "oml": {"first_stage": _oml_means(judged, before, hits[0], ks)},
+        "first_stage": first.means,
+        "oml": {"first_stage": first.oml},
     }
-    top_n = max(after, default=0)
-    if after:
-        ceiling = metrics.per_query(statistics.oracle(hits[0], top_n), judged.n_relevant, ks)
-        found |= _reranked(judged, values, metrics.means(ceiling), seed, n_resamples)
-        found["oml"]["reranked"] = _oml_means(judged, after[top_n], hits[top_n], ks)
-    found["categories"] = _by_category(catalogue, judged, values[0], values[top_n], bool(after))
-    table = _per_query_table(catalogue, judged, hits, values, top_n)
-    return Evaluation(found, table)
+    last = measure_ranking(judged, after[max(after)], ks) if after else None
+    if last is not None:
+        found |= _reranked(judged, before, after, first, last, ks, seed, n_resamples)
+        found["oml"]["reranked"] = last.oml
+    found["categories"] = _by_category(catalogue, judged, first, last)
+    return Evaluation(found, _per_query_table(catalogue, judged, first, last))
+
+
+def measure_ranking(judged: Judged, ranking: Ranking, ks: Sequence[int]) -> Measured:
+    """Every metric of every judged query, a block of queries at a time."""
+    values: list[PerQuery] = []
+    oml: list[PerQuery] = []
+    first_hits = []
+    for block in judged.blocks():
+        items = ranking[block.rows].items
+        is_relevant = metrics.relevance(items, block.labels, block.item_labels)
+        values.append(metrics.per_query(is_relevant, block.n_relevant, ks))
+        oml.append(oml_metrics.per_query(is_relevant, (items >= 0).sum(dim=1), block.n_relevant, ks))
+        first_hits.append(metrics.first_hit(is_relevant))
+    return Measured(_joined(values), torch.cat(first_hits), metrics.means(_joined(oml)))
+
+
+def _joined(parts: Sequence[Mapping[str, Tensor]]) -> PerQuery:
+    return {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
 
 
 def difference(
@@ -114,35 +158,45 @@ def difference(
 
 
 def _reranked(
-    judged: Judged, values: Mapping[int, PerQuery], ceiling: dict[str, float], seed: int, n_resamples: int
+    judged: Judged,
+    before: Ranking,
+    after: Mapping[int, Ranking],
+    first: Measured,
+    last: Measured,
+    ks: Sequence[int],
+    seed: int,
+    n_resamples: int,
 ) -> dict[str, Any]:
     """Everything that exists only where something was re-ranked."""
-    top_n = max(values)
-    first, last = metrics.means(values[0]), metrics.means(values[top_n])
-    curve = [{"top_n": n, "metrics": metrics.means(values[n])} for n in sorted(values) if n]
-    stacked = torch.stack([values[n]["map@10"] for n in sorted(values) if n])
+    top_n = max(after)
+    curve, points = [], []
+    for n in sorted(after):
+        measured = last if n == top_n else measure_ranking(judged, after[n], ks)
+        curve.append({"top_n": n, "metrics": measured.means})
+        points.append(measured.values["map@10"])
+    knee = statistics.knee(torch.stack(points), judged.labels, seed=seed, n_resamples=n_resamples)
+    start, end, ceiling = first.means, last.means, _ceiling(judged, before, top_n, ks)
     return {
         "top_n": top_n,
-        "reranked": last,
+        "reranked": end,
         "oracle": ceiling,
-        "headroom_captured": {key: statistics.headroom_captured(first[key], last[key], ceiling[key]) for key in first},
-        "difference": difference(values[0], values[top_n], judged.labels, seed, n_resamples),
+        "headroom_captured": {key: statistics.headroom_captured(start[key], end[key], ceiling[key]) for key in start},
+        "difference": difference(first.values, last.values, judged.labels, seed, n_resamples),
         "curve": curve,
-        "knee": {
-            "metric": "map@10",
-            "top_n": curve[statistics.knee(stacked, judged.labels, seed=seed, n_resamples=n_resamples)]["top_n"],
-        },
+        "knee": {"metric": "map@10", "top_n": curve[knee]["top_n"]},
     }
 
 
-def _oml_means(judged: Judged, ranking: Neighbours, is_relevant: Tensor, ks: Sequence[int]) -> dict[str, float]:
-    n_retrieved = (ranking.items[judged.rows] >= 0).sum(dim=1)
-    return metrics.means(oml_metrics.per_query(is_relevant, n_retrieved, judged.n_relevant, ks))
+def _ceiling(judged: Judged, before: Ranking, top_n: int, ks: Sequence[int]) -> dict[str, float]:
+    """Means of what a perfect re-ranker of the first `top_n` reaches."""
+    parts = [
+        metrics.per_query(statistics.oracle(block.relevance(before), top_n), block.n_relevant, ks)
+        for block in judged.blocks()
+    ]
+    return metrics.means(_joined(parts))
 
 
-def _by_category(
-    catalogue: Catalogue, judged: Judged, before: PerQuery, after: PerQuery, is_reranked: bool
-) -> dict[str, Any]:
+def _by_category(catalogue: Catalogue, judged: Judged, first: Measured, last: Measured | None) -> dict[str, Any]:
     """Means within each category of the queries, by name; {} where the catalogue has none."""
     if catalogue.categories is None:
         return {}
@@ -151,21 +205,15 @@ def _by_category(
     counts = torch.bincount(of_query, minlength=len(names)).tolist()
     found: dict[str, Any] = {
         str(names[number]): {"n_queries": counts[number], "first_stage": means}
-        for number, means in metrics.means_by_category(before, of_query).items()
+        for number, means in metrics.means_by_category(first.values, of_query).items()
     }
-    if is_reranked:
-        for number, means in metrics.means_by_category(after, of_query).items():
+    if last is not None:
+        for number, means in metrics.means_by_category(last.values, of_query).items():
             found[str(names[number])]["reranked"] = means
     return found
 
 
-def _per_query_table(
-    catalogue: Catalogue,
-    judged: Judged,
-    hits: Mapping[int, Tensor],
-    values: Mapping[int, PerQuery],
-    top_n: int,
-) -> pd.DataFrame:
+def _per_query_table(catalogue: Catalogue, judged: Judged, first: Measured, last: Measured | None) -> pd.DataFrame:
     """One row per judged query: what design.md's table `per query` lists."""
     items = judged.query_items.numpy()
     names = np.asarray(catalogue.label_names, dtype=object)
@@ -175,15 +223,16 @@ def _per_query_table(
         "label": names[judged.labels.numpy()].astype(str),
         "category": None if categories is None else categories[items],
         "n_relevant": judged.n_relevant.numpy(),
-        "first_hit_before": _place_or_null(hits[0]),
-        "first_hit_after": _place_or_null(hits[top_n]) if top_n else None,
+        "first_hit_before": _place_or_null(first),
+        "first_hit_after": None if last is None else _place_or_null(last),
     }
-    for side, n in [("before", 0), *([("after", top_n)] if top_n else [])]:
-        columns |= {f"{key}_{side}": column.numpy() for key, column in values[n].items()}
+    for side, measured in (("before", first), ("after", last)):
+        if measured is not None:
+            columns |= {f"{key}_{side}": column.numpy() for key, column in measured.values.items()}
     return pd.DataFrame(columns)
 
 
-def _place_or_null(is_relevant: Bool[Tensor, "query k"]) -> pd.Series:
+def _place_or_null(measured: Measured) -> pd.Series:
     """Rank of the first hit from 1, null where the list holds none."""
-    place = pd.Series(metrics.first_hit(is_relevant).numpy(), dtype="Int64")
+    place = pd.Series(measured.first_hit.numpy(), dtype="Int64")
     return place.mask(place == 0)

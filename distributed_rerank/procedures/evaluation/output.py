@@ -1,7 +1,7 @@
 """What an evaluation leaves on disk: figures, a row per query, rejects, re-ranked lists, the report. Layer 3."""
 
 import platform
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,9 @@ from distributed_rerank.data.catalogue import Catalogue
 from distributed_rerank.data.rejects import Reject, reject_table
 from distributed_rerank.procedures.report.page import build_report
 from distributed_rerank.procedures.report.strips import SHOWN_CANDIDATES, Candidate, Strip, choose_queries
-from distributed_rerank.tensors.knn import Neighbours
+from distributed_rerank.tensors.knn import Ranking
+
+QUERIES_PER_BATCH = 1 << 12
 
 
 @dataclass(frozen=True)
@@ -29,8 +31,8 @@ class Result:
     per_query: pd.DataFrame
     catalogue: Catalogue
     query_items: Tensor
-    before: Neighbours
-    after: Neighbours | None
+    before: Ranking
+    after: Ranking | None
 
 
 def all_rejects(embedding: Sequence[Reject], scoring: Sequence[Reject]) -> pd.DataFrame:
@@ -46,8 +48,7 @@ def write(folder: Path, result: Result, rejects: pd.DataFrame, settings: dict[st
     tables.write_table(folder / "per_query.parquet", per_query, "per_query")
     tables.write_table(folder / "rejects.parquet", pa.Table.from_pandas(rejects, preserve_index=False), "rejects")
     if result.after is not None:
-        ranked = CandidateLists(result.query_items.numpy(), result.after.items.numpy(), result.after.distances.numpy())
-        tables.write_table(folder / "reranked.parquet", candidates_table(ranked, result.catalogue.ids), "candidates")
+        tables.write_batches(folder / "reranked.parquet", _batches(result, result.after), "candidates")
     build_report(
         result.metrics,
         result.per_query,
@@ -59,24 +60,32 @@ def write(folder: Path, result: Result, rejects: pd.DataFrame, settings: dict[st
     )
 
 
+def _batches(result: Result, ranking: Ranking) -> Iterator[pa.Table]:
+    """The lists of all queries in candidates tables of some queries each."""
+    for rows in torch.arange(len(result.query_items)).split(QUERIES_PER_BATCH):
+        ranked = ranking[rows]
+        lists = CandidateLists(result.query_items[rows].numpy(), ranked.items.numpy(), ranked.distances.numpy())
+        yield candidates_table(lists, result.catalogue.ids)
+
+
 def _strips(result: Result) -> list[Strip]:
     """Image strips of the queries that the report shows."""
-    chosen = choose_queries(result.per_query)
-    ids = result.catalogue.ids[result.query_items.numpy()].tolist()
-    row_of = {id: row for row, id in enumerate(ids)}
-    return [_strip(result, row_of[id]) for group in chosen for id in group]
+    chosen = [id for group in choose_queries(result.per_query) for id in group]
+    rows = np.searchsorted(result.query_items.numpy(), result.catalogue.items_of(chosen))
+    return [_strip(result, row) for row in rows.tolist()]
 
 
 def _strip(result: Result, row: int) -> Strip:
     catalogue, item = result.catalogue, int(result.query_items[row])
 
-    def side(ranking: Neighbours | None) -> list[Candidate]:
+    def side(ranking: Ranking | None) -> list[Candidate]:
         if ranking is None:
             return []
-        items = ranking.items[row, :SHOWN_CANDIDATES]
+        found = ranking[torch.tensor([row])]
+        items = found.items[0, :SHOWN_CANDIDATES]
         items = items[items >= 0].numpy()
         is_relevant = catalogue.labels[items] == catalogue.labels[item]
-        distances = ranking.distances[row, : len(items)].tolist()
+        distances = found.distances[0, : len(items)].tolist()
         refs = catalogue.images(items)
         return [Candidate(*cells) for cells in zip(refs, is_relevant.tolist(), distances, strict=True)]
 

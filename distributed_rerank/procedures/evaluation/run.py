@@ -30,8 +30,9 @@ from distributed_rerank.procedures.evaluation.config import EvaluationConfig, ch
 from distributed_rerank.procedures.evaluation.given import given_lists
 from distributed_rerank.procedures.evaluation.output import Result
 from distributed_rerank.procedures.ranking import run as ranking_run
+from distributed_rerank.procedures.ranking.lists import ranking_of
 from distributed_rerank.procedures.ranking.run import FirstStage, Scored, Steps
-from distributed_rerank.tensors.knn import Neighbours
+from distributed_rerank.tensors.knn import Ranking
 
 logger = logging.getLogger(__name__)
 
@@ -158,8 +159,8 @@ def _measure(
     cleared = ranking_run.without_rejected(Scored(first.lists, None, scored.rejects), catalogue)
     rejected = catalogue.items_of([reject.id for reject in scored.rejects])
     query_items = torch.from_numpy(np.setdiff1d(catalogue.query_items, rejected))
-    before = ranking_run.rows_of(cleared.lists, query_items)
-    after: dict[int, Neighbours] = {}
+    before = ranking_of(cleared.lists, query_items)
+    after: dict[int, Ranking] = {}
     if chain.steps or model is not None:
         after = ranking_run.rankings(chain, scored, catalogue, first.embeddings, query_items)
     usable = catalogue if not len(rejected) else _without_roles(catalogue, rejected)

@@ -92,7 +92,7 @@ def _reranked_table(
         gone = torch.from_numpy(catalogue.items_of([reject.id for reject in scored.rejects]))
         query_items = query_items[~torch.isin(query_items, gone)]
     ranked = ranking_run.rankings(chain, scored, catalogue, first.embeddings, query_items, curve=())
-    after = next(iter(ranked.values()))
+    after = next(iter(ranked.values()))[torch.arange(len(query_items))]
     return _rows(catalogue, query_items, after, before, scored, chain)
 
 

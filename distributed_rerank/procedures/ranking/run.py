@@ -26,11 +26,12 @@ from distributed_rerank.procedures import extraction, retrieval
 from distributed_rerank.procedures.chain import apply as chain_apply
 from distributed_rerank.procedures.chain.chain import Chain, PairwiseStep, read_chain
 from distributed_rerank.procedures.extraction import ExtractionConfig
+from distributed_rerank.procedures.ranking.lists import MadeRanking, neighbours, only_gallery, rows_of
 from distributed_rerank.procedures.retrieval import RetrievalConfig
 from distributed_rerank.procedures.scoring import score as scoring
 from distributed_rerank.procedures.scoring import stage as scoring_run
 from distributed_rerank.procedures.scoring.score import ScoringConfig
-from distributed_rerank.tensors.knn import Neighbours
+from distributed_rerank.tensors.knn import Neighbours, Ranking
 
 CURVE = (2, 5, 10, 20, 50, 100, 200, 500)
 """Values of top_n that every scoring pass reports, as far as it reaches."""
@@ -188,22 +189,6 @@ def without_rejected(scored: Scored, catalogue: Catalogue) -> Scored:
     return replace(scored, lists=shorter, logits=logits[:, :width].astype(np.float32))
 
 
-def neighbours(lists: CandidateLists) -> Neighbours:
-    """The lists as tensors."""
-    return Neighbours(torch.from_numpy(lists.items), torch.from_numpy(lists.distances))
-
-
-def rows_of(lists: CandidateLists, query_items: Tensor) -> Neighbours:
-    """The lists of these queries, in their order; a query without candidates has an empty one."""
-    rows = np.searchsorted(lists.query_items, query_items.numpy()).clip(max=max(len(lists.query_items) - 1, 0))
-    if len(lists.query_items) == 0:
-        return Neighbours(torch.full((len(query_items), 0), -1), torch.zeros(len(query_items), 0))
-    has = (lists.query_items[rows] == query_items.numpy())[:, None]
-    items = np.where(has, lists.items[rows], -1)
-    distances = np.where(has, lists.distances[rows], np.float32(np.inf))
-    return Neighbours(torch.from_numpy(items), torch.from_numpy(distances))
-
-
 def rankings(
     chain: Chain,
     scored: Scored,
@@ -211,7 +196,7 @@ def rankings(
     embeddings: Embeddings | None,
     query_items: Tensor,
     curve: Sequence[int] = CURVE,
-) -> dict[int, Neighbours]:
+) -> dict[int, Ranking]:
     """Rankings of the queries by the whole chain, for the chain's top_n and every smaller one of `curve`.
 
     Without a pairwise step there is one, under the length of the lists; without any step it is the first
@@ -219,13 +204,31 @@ def rankings(
     """
     depth = scored.lists.items.shape[1]
     if chain.pairwise is None:
-        return {depth: _ranked(chain, scored, catalogue, embeddings, query_items)}
+        return {depth: _ranking(chain, scored, catalogue, embeddings, query_items)}
     deepest = chain.pairwise.top_n
     found = {}
     for top_n in (*(n for n in curve if n < deepest), deepest):
         steps = (replace(chain.pairwise, top_n=top_n), *chain.neighbourhood)
-        found[top_n] = _ranked(replace(chain, steps=steps), scored, catalogue, embeddings, query_items)
+        found[top_n] = _ranking(replace(chain, steps=steps), scored, catalogue, embeddings, query_items)
     return found
+
+
+def _ranking(
+    chain: Chain, scored: Scored, catalogue: Catalogue, embeddings: Embeddings | None, query_items: Tensor
+) -> Ranking:
+    """Made when asked for where a query's row follows from its own list; at once where it needs all lists."""
+    if chain.neighbourhood:
+        return _ranked(chain, scored, catalogue, embeddings, query_items)
+    return MadeRanking(query_items, lambda items: _ranked(chain, _part(scored, items), catalogue, embeddings, items))
+
+
+def _part(scored: Scored, query_items: Tensor) -> Scored:
+    """The lists of these queries, as far as they have one."""
+    lists, wanted = scored.lists, np.unique(query_items.numpy())
+    rows = np.searchsorted(lists.query_items, wanted)
+    rows = rows[np.searchsorted(lists.query_items, wanted, side="right") > rows]
+    logits = None if scored.logits is None else scored.logits[rows]
+    return replace(scored, lists=CandidateLists(*(array[rows] for array in lists)), logits=logits)
 
 
 def _ranked(
@@ -267,15 +270,3 @@ def by_logits(step: PairwiseStep, lists: Neighbours, logits: Tensor) -> Neighbou
         ranked = chain_apply.apply_pairwise(shorter, part, logits[rows, :n])
         items[rows], distances[rows] = ranked.items, ranked.distances
     return Neighbours(items, distances)
-
-
-def only_gallery(ranked: Neighbours, catalogue: Catalogue) -> Neighbours:
-    """The rankings without what is no gallery item."""
-    is_gallery = torch.zeros(len(catalogue) + 1, dtype=torch.bool)
-    is_gallery[torch.from_numpy(catalogue.gallery_items)] = True
-    is_kept = is_gallery[ranked.items]
-    if bool((is_kept | (ranked.items < 0)).all()):
-        return ranked
-    order = (~is_kept).to(torch.uint8).argsort(dim=1, stable=True)
-    items = torch.where(is_kept, ranked.items, -1).gather(1, order)
-    return Neighbours(items, torch.where(is_kept, ranked.distances, torch.inf).gather(1, order))

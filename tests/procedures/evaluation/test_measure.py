@@ -5,9 +5,11 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
+from planted_runs import planted_catalogue, planted_ranking
 
 from distributed_rerank.data.catalogue import Catalogue, read_catalogue
 from distributed_rerank.errors import BadInput
+from distributed_rerank.procedures.evaluation import measure as measuring
 from distributed_rerank.procedures.evaluation.measure import judge, measure
 from distributed_rerank.tensors.knn import Neighbours
 
@@ -89,6 +91,29 @@ def test_measure_seed_decides_intervals_only(catalogue: Catalogue) -> None:
     one, same, other = (measure(catalogue, QUERIES, BEFORE, AFTER, seed=seed).metrics for seed in (1, 1, 2))
     assert one == same
     assert one["reranked"] == other["reranked"]
+
+
+def test_measure_asks_for_a_block_at_a_time_and_finds_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    catalogue = planted_catalogue(tmp_path, n_labels=12)
+    before, *after = (planted_ranking(catalogue, {"toys": share}, seed) for seed, share in enumerate((0.9, 0.5, 0.1)))
+    queries = torch.from_numpy(catalogue.query_items)
+    whole = measure(catalogue, queries, before, dict(zip((2, 4), after, strict=True)), n_resamples=50)
+    asked: list[int] = []
+
+    class Watched:
+        def __init__(self, ranking: Neighbours) -> None:
+            self.ranking = ranking
+
+        def __getitem__(self, rows: torch.Tensor) -> Neighbours:
+            asked.append(len(rows))
+            return self.ranking[rows]
+
+    monkeypatch.setattr(measuring, "QUERIES_PER_BLOCK", 5)
+    watched = {top_n: Watched(ranking) for top_n, ranking in zip((2, 4), after, strict=True)}
+    found = measure(catalogue, queries, Watched(before), watched, n_resamples=50)
+    assert max(asked) == 5 < len(queries)
+    assert found.metrics == whole.metrics
+    pd.testing.assert_frame_equal(found.per_query, whole.per_query, check_exact=True)
 
 
 def test_measure_nothing_relevant_is_refused(catalogue: Catalogue) -> None:

@@ -101,16 +101,24 @@ def test_rankings_curve_re_ranks_each_smaller_top_n(catalogue: Catalogue) -> Non
     scored = Scored(lists({0: [1, 2, 3, 4], 5: [6, 7]}), logits([0.3, 0.2, 0.1], [0.2, 0.1, NAN]), [])
     queries = torch.tensor([0, 5])
     found = rankings(REPLACE, scored, catalogue, None, queries, curve=(2, 5))
-    assert {n: ranking.items.tolist() for n, ranking in found.items()} == {
+    assert {n: ranking[torch.arange(2)].items.tolist() for n, ranking in found.items()} == {
         2: [[2, 1, 3, 4], [7, 6, -1, -1]],
         3: [[3, 2, 1, 4], [7, 6, -1, -1]],
     }
+    assert found[3][torch.tensor([1, 0])].items.tolist() == [[7, 6, -1, -1], [3, 2, 1, 4]]
     assert list(rankings(REPLACE, scored, catalogue, None, queries, curve=())) == [3]
+
+
+def test_rankings_of_a_query_without_a_list_are_empty(catalogue: Catalogue) -> None:
+    scored = Scored(lists({0: [1, 2], 5: [6, 7]}), logits([0.3, 0.2], [0.2, 0.1]), [])
+    found = rankings(REPLACE, scored, catalogue, None, torch.tensor([0, 3, 5, 6]), curve=())
+    assert found[3][torch.arange(4)].items.tolist() == [[2, 1], [-1, -1], [7, 6], [-1, -1]]
+    assert found[3][torch.tensor([1])].items.tolist() == [[-1, -1]]
 
 
 def test_rankings_without_steps_are_the_first_stage(catalogue: Catalogue) -> None:
     found = rankings(Chain(), Scored(lists({3: [1, 2, 4]}), None, []), catalogue, None, torch.tensor([3]))
-    assert {n: ranking.items.tolist() for n, ranking in found.items()} == {3: [[1, 2, 4]]}
+    assert {n: ranking[torch.arange(1)].items.tolist() for n, ranking in found.items()} == {3: [[1, 2, 4]]}
 
 
 def test_rankings_neighbourhood_step_leaves_only_gallery_items(catalogue: Catalogue) -> None:
@@ -120,7 +128,7 @@ def test_rankings_neighbourhood_step_leaves_only_gallery_items(catalogue: Catalo
     chain = Chain((KReciprocalStep(k1=3, k2=2, weight=1.0),))
     found = rankings(chain, Scored(lists(every), None, []), partial, None, torch.tensor([0, 5]))
     # with weight 1 the distance alone counts: the order stays, item 2 is gone
-    assert found[7].items.tolist() == [[1, 3, 4, 5, 6, 7, -1], [0, 1, 3, 4, 6, 7, -1]]
+    assert found[7][torch.arange(2)].items.tolist() == [[1, 3, 4, 5, 6, 7, -1], [0, 1, 3, 4, 6, 7, -1]]
 
 
 def test_only_gallery_drops_others_and_keeps_the_order(catalogue: Catalogue) -> None:
