@@ -15,12 +15,14 @@ import numpy as np
 import pandas as pd
 import torch
 from _measuring import PeakMemory
+from _planted import QUERIES_PER_BLOCK, planted_logits, write_planted
 from PIL import Image
 
 from distributed_rerank.cluster.session import ClusterConfig, connect
 from distributed_rerank.cluster.steps import steps_on
+from distributed_rerank.data import tables
 from distributed_rerank.data.artifacts import read_manifest
-from distributed_rerank.data.candidates import CandidateLists
+from distributed_rerank.data.candidates import CandidateLists, candidates_table
 from distributed_rerank.data.catalogue import Catalogue, read_catalogue
 from distributed_rerank.models.concat_siamese import ConcatSiamese, ConcatSiameseConfig
 from distributed_rerank.models.extractor import ExtractorConfig
@@ -28,6 +30,9 @@ from distributed_rerank.procedures import retrieval
 from distributed_rerank.procedures.chain.chain import Chain, PairwiseStep
 from distributed_rerank.procedures.decoding import decode
 from distributed_rerank.procedures.evaluation import measure as evaluation
+from distributed_rerank.procedures.evaluation.config import EvaluationConfig
+from distributed_rerank.procedures.evaluation.given import given_lists
+from distributed_rerank.procedures.evaluation.run import evaluate
 from distributed_rerank.procedures.ranking import run as ranking_run
 from distributed_rerank.procedures.ranking.lists import ranking_of
 from distributed_rerank.procedures.ranking.run import Scored, Steps
@@ -194,7 +199,43 @@ def labelled(labels: np.ndarray) -> Catalogue:
     return Catalogue(table, "generated")
 
 
-POINTS = {"score": score, "bare_loop": bare_loop, "search": search, "mine": mine}
+def evaluate_lists(folder: Path, n_queries: int, depth: int) -> Answer:
+    """The evaluation of planted lists in a file, from the catalogue's table to the report: the first stage alone."""
+    table, candidates = write_planted(folder, n_queries, depth)
+    started = time.perf_counter()
+    catalogue = read_catalogue(str(table), purpose="evaluation").restrict("validation")
+    evaluate(catalogue, EvaluationConfig(candidates=candidates), folder / "out")
+    return {"seconds": time.perf_counter() - started, "queries": n_queries}
+
+
+def evaluate_logits(folder: Path, n_queries: int, depth: int) -> Answer:
+    """Lists from a file, re-ranked by planted logits for every top_n of the curve, measured, and written to a file."""
+    table, candidates = write_planted(folder, n_queries, depth)
+    started = time.perf_counter()
+    catalogue = read_catalogue(str(table), purpose="evaluation").restrict("validation")
+    lists = given_lists(catalogue, candidates, set())
+    scored = Scored(lists, planted_logits(lists, catalogue), [])
+    queries, chain = torch.from_numpy(catalogue.query_items), Chain((PairwiseStep(top_n=depth, rule="replace"),))
+    rankings = ranking_run.rankings(chain, scored, catalogue, None, queries)
+    measured = evaluation.measure(catalogue, queries, ranking_of(lists, queries), rankings)
+    gain = measured.metrics["difference"]["map@10"]
+    assert gain["ci95"][0] > 0, f"the planted gain was not found: {gain}"
+    blocks = torch.arange(len(queries)).split(QUERIES_PER_BLOCK)
+    parts = ((queries[rows].numpy(), rankings[depth][rows]) for rows in blocks)
+    reranked = (CandidateLists(items, found.items.numpy(), found.distances.numpy()) for items, found in parts)
+    batches = (candidates_table(part, catalogue.ids) for part in reranked)
+    tables.write_batches(folder / "reranked.parquet", batches, "candidates")
+    return {"seconds": time.perf_counter() - started, "queries": n_queries}
+
+
+POINTS = {
+    "score": score,
+    "bare_loop": bare_loop,
+    "search": search,
+    "mine": mine,
+    "evaluate_lists": evaluate_lists,
+    "evaluate_logits": evaluate_logits,
+}
 
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as work:

@@ -1,6 +1,6 @@
 """How time and peak memory grow with queries, images, top_n and workers, and what exact search can hold.
 
-    python benchmarks/scale.py [--parts score workers search mining] [--quick] [--json FILE]
+    python benchmarks/scale.py [--parts score workers search mining evaluation] [--quick] [--json FILE]
 
 Each point is a process of its own, so that its peak memory is its own. Time is that of the stage, from image files to
 its finished folder, without the start of Python. `ours` is the larger point, `theirs` the smaller one it is held
@@ -130,7 +130,29 @@ def mining_rows(is_quick: bool) -> list[Row]:
     return rows
 
 
-PARTS = {"score": score_rows, "workers": worker_rows, "search": search_rows, "mining": mining_rows}
+def evaluation_rows(is_quick: bool) -> list[Row]:
+    """Figures of lists that are there already: no image is read."""
+    small, depth = (1000, 20) if is_quick else (100_000, 100)
+    large = 4 * small if is_quick else 10 * small
+    rows = []
+    for kind, name in (
+        ("evaluate_lists", "evaluation of given lists, from their file to the report"),
+        ("evaluate_logits", "evaluation of given lists and logits, from a file to a file"),
+    ):
+        few, many = (point(kind, n_queries=n_queries, depth=depth) for n_queries in (small, large))
+        size = f"{large:,} x {depth} against {small:,} x {depth}"
+        rows.append(against(f"{name}, {size}: time", "s", many.answer["seconds"], few.answer["seconds"]))
+        rows.append(against(f"{name}, {size}: peak memory", "MB", many.peak_mb, few.peak_mb))
+    return rows
+
+
+PARTS = {
+    "score": score_rows,
+    "workers": worker_rows,
+    "search": search_rows,
+    "mining": mining_rows,
+    "evaluation": evaluation_rows,
+}
 
 
 def main() -> None:
