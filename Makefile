@@ -3,7 +3,7 @@ VENV ?= .venv
 OUT ?= out/demo
 PYTEST_ARGS ?=
 # compare_oml.py and quality.py need an environment or a catalogue of their own.
-SMOKE := benchmarks/pairs.py benchmarks/scale.py
+SMOKE := benchmarks/pairs.py benchmarks/scale.py benchmarks/distillation.py
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed.stamp
 export PIP_DISABLE_PIP_VERSION_CHECK := 1

@@ -14,6 +14,7 @@ from training_examples import BACKBONE, EXTRACTION, SMALL, TOKENS, build_task, d
 from distributed_rerank.data.transforms import Augmentation
 from distributed_rerank.errors import BadInput
 from distributed_rerank.models.concat_siamese import ConcatSiameseConfig
+from distributed_rerank.models.precision import bf16_support
 from distributed_rerank.models.saving import load_model
 from distributed_rerank.procedures.chain.chain import read_chain
 from distributed_rerank.procedures.training import checkpoints
@@ -163,17 +164,33 @@ def test_freeze_epochs_freeze_and_then_let_go(tmp_path: Path) -> None:
     )
 
 
-def test_loader_workers_and_accumulation_change_no_loss(tmp_path: Path) -> None:
+def test_loader_workers_accumulation_and_gradient_checkpointing_change_no_loss(tmp_path: Path) -> None:
     config = replace(CONCAT, dropout=0.0)
     augmentation = Augmentation(min_scale=0.6)
     one = build_task(tmp_path, config, **FROM_IMAGES, augmentation=augmentation)
     losses = []
-    for number, changes in enumerate(({}, {"loader_workers": 2}, {"accumulation": 3})):
+    for number, changes in enumerate(
+        ({}, {"loader_workers": 2}, {"accumulation": 3}, {"gradient_checkpointing": True})
+    ):
         task = replace(one, config=replace(one.config, **changes))
         history = fit(task, tmp_path / str(number))["current"]["history"]
         losses.append([entry["loss"] for entry in history])
     assert losses[1] == losses[0]
     assert losses[2] == pytest.approx(losses[0], abs=1e-5)
+    assert losses[3] == pytest.approx(losses[0], abs=1e-5)
+
+
+@pytest.mark.skipif(bf16_support(torch.device("cpu")) is None, reason="this CPU multiplies no bf16")
+def test_backbone_trained_in_bf16_has_nearly_the_losses_of_fp32_and_float32_weights(tmp_path: Path) -> None:
+    losses = {}
+    for precision in ("fp32", "bf16"):
+        config = replace(CONCAT, dropout=0.0, extractor=replace(BACKBONE, precision=precision))
+        task = build_task(tmp_path / precision, config, **FROM_IMAGES)
+        state = fit(task, tmp_path / f"run-{precision}")["current"]
+        losses[precision] = [entry["loss"] for entry in state["history"]]
+        assert all(v.dtype == torch.float32 for v in state["model"].values() if v.is_floating_point())
+    assert losses["bf16"] != losses["fp32"], "nothing was computed in bf16"
+    assert losses["bf16"] == pytest.approx(losses["fp32"], abs=0.02)
 
 
 @pytest.mark.parametrize("loss", ["bce", "listwise", "ranknet", "margin"])

@@ -1,0 +1,154 @@
+"""A slow teacher and a fast student: what the teacher gains, how much of it the student keeps, at how many pairs/s.
+
+    python benchmarks/distillation.py --catalogue DIR/df.csv --extractor mobilenetv2_100 --extractor-weights FILE
+
+The teacher is a TokenSiamese with many tokens (--teacher-grid squared for each of three depths); the student is the
+default TokenSiamese. Both train with default settings on the train split, the student a second time with the teacher's
+logits of its mined lists. Gains are those of the pairwise step alone on the validation split; in the rows `theirs` is
+the teacher unless they say otherwise. Rates are pairs/s of `forward` with one thread, encodings at hand.
+"""
+
+import argparse
+import logging
+import tempfile
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from _measuring import Row, add_common_flags, against, describe_machine, finish, rate, say
+
+from distributed_rerank.data.catalogue import Catalogue, read_catalogue
+from distributed_rerank.data.demo_catalogue import write_demo_catalogue
+from distributed_rerank.models.extractor import ExtractorConfig
+from distributed_rerank.models.saving import load_model
+from distributed_rerank.models.token_siamese import TokenSiameseConfig
+from distributed_rerank.procedures.chain.chain import Chain
+from distributed_rerank.procedures.evaluation.config import EvaluationConfig
+from distributed_rerank.procedures.evaluation.run import evaluate
+from distributed_rerank.procedures.extraction import ExtractionConfig, embed
+from distributed_rerank.procedures.training.config import TrainingConfig
+from distributed_rerank.procedures.training.distillation import Teacher, read_teacher
+from distributed_rerank.procedures.training.stage import train
+
+METRICS = ("map@10", "cmc@1")
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Result:
+    """A trained model on the validation split."""
+
+    first_stage: dict[str, float]
+    reranked: dict[str, float]
+    seconds: float
+
+    def gain(self, key: str) -> float:
+        """Points over the first stage."""
+        return 100 * (self.reranked[key] - self.first_stage[key])
+
+
+class Trial:
+    """A catalogue with embeddings, on which models are trained and measured."""
+
+    def __init__(self, arguments: argparse.Namespace, work: Path) -> None:
+        self.work = work
+        self.extractor = ExtractorConfig(
+            name=arguments.extractor, weights=arguments.extractor_weights, image_size=arguments.image_size,
+            resize="square",
+        )  # fmt: skip
+        self.config = TrainingConfig(n_items=arguments.n_items, top_n=arguments.n_items)
+        if arguments.quick:
+            self.config = replace(self.config, epochs=1, steps_per_epoch=5)
+        training, validation = (read_catalogue(arguments.catalogue, purpose=p) for p in ("training", "evaluation"))
+        self.training = first_labels(training.restrict("train"), arguments.labels)
+        self.validation = first_labels(validation.restrict("validation"), arguments.labels)
+        embed(self.validation, ExtractionConfig(extractor=self.extractor), work / "embeddings")
+
+    def run(self, name: str, shape: dict[str, Any], teacher: Teacher | None = None) -> Result:
+        """Trains a TokenSiamese of this shape and measures its pairwise step."""
+        started = time.perf_counter()
+        chain = train(
+            self.training, ExtractionConfig(extractor=self.extractor),
+            TokenSiameseConfig(extractor=self.extractor, **shape), self.config, self.work / name,
+            embeddings_folder=self.work / "train-embeddings", teacher=teacher,
+        )  # fmt: skip
+        seconds = time.perf_counter() - started
+        steps = Chain(() if chain.pairwise is None else (chain.pairwise,))
+        found = evaluate(
+            self.validation, EvaluationConfig(embeddings=self.work / "embeddings"), self.work / f"{name}-evaluation",
+            model=load_model(self.work / name), chain=steps,
+        )  # fmt: skip
+        result = Result(found["first_stage"], found.get("reranked", found["first_stage"]), seconds)
+        say(f"{name}: {', '.join(f'{key} {result.gain(key):+.2f}' for key in METRICS)}, {seconds:.0f} s")
+        return result
+
+    def pairs_per_second(self, name: str, seconds: float, batch: int = 64) -> float:
+        """Rate of `forward` with one thread."""
+        model = load_model(self.work / name).prepare_for_inference(CPU)
+        generator = torch.Generator().manual_seed(0)
+        encoded = torch.randn(2, batch, *model.encoding_shape, generator=generator).to(model.encoding_dtype)
+        distance = torch.rand(batch, generator=generator)
+        with torch.inference_mode():
+            return rate(lambda: len(model(encoded[0], encoded[1], distance)), seconds, CPU)
+
+
+def first_labels(catalogue: Catalogue, number: int | None) -> Catalogue:
+    """The images of the first so many labels; None = all."""
+    return catalogue if number is None else catalogue.take(np.flatnonzero(catalogue.labels < number))
+
+
+def rows_of(trial: Trial, arguments: argparse.Namespace) -> list[Row]:
+    """The three trainings and what they come to."""
+    shape = {"grid": arguments.teacher_grid, "depths": (-3, -2, -1), "token_dim": 128}
+    teacher = trial.run("teacher", shape)
+    plain = trial.run("student", {})
+    taught = trial.run("distilled", {}, read_teacher(trial.work / "teacher"))
+    rows = []
+    for key in METRICS:
+        for name, result in (("student without teacher", plain), ("distilled student", taught)):
+            ratio = result.gain(key) / teacher.gain(key) if teacher.gain(key) else None
+            rows.append(Row(f"{name}: {key} gain", "points", result.gain(key), teacher.gain(key), ratio))
+    seconds = 0.2 if arguments.quick else 10.0
+    rates = [trial.pairs_per_second(name, seconds) for name in ("distilled", "teacher")]
+    rows.append(against("distilled student", "pairs/s", *rates))
+    rows.append(against("training with the teacher's scoring, against the student without", "s",
+                        taught.seconds, plain.seconds))  # fmt: skip
+    return rows
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_common_flags(parser)
+    parser.add_argument("--catalogue", help="table with the splits train and validation; needed unless --quick")
+    parser.add_argument("--extractor", default="mobilenetv2_100")
+    parser.add_argument("--extractor-weights", help="file; none = untrained; default: timm's from the hub")
+    parser.add_argument("--image-size", type=int, default=160)
+    parser.add_argument("--labels", type=int, help="take the first so many labels of either split; default: all")
+    parser.add_argument("--n-items", type=int, default=50, help="candidates that are trained on and re-ranked")
+    parser.add_argument("--teacher-grid", type=int, default=14)
+    parser.add_argument("--out", type=Path, help="keep models and evaluations there; default: a folder that is removed")
+    arguments = parser.parse_args()
+    if not arguments.quick and arguments.catalogue is None:
+        parser.error("--catalogue is needed (or --quick, which generates one)")
+    return arguments
+
+
+def main() -> None:
+    arguments = parse()
+    logging.basicConfig(level=logging.WARNING)
+    torch.set_num_threads(1)
+    say(describe_machine())
+    with tempfile.TemporaryDirectory() as temporary:
+        work = arguments.out or Path(temporary)
+        if arguments.quick:
+            arguments.catalogue = str(write_demo_catalogue(work / "catalogue", n_designs=48, n_images=3, size=48))
+            arguments.extractor, arguments.extractor_weights, arguments.image_size = "test_resnet", "none", 64
+            arguments.teacher_grid = 8
+        finish(rows_of(Trial(arguments, work), arguments), arguments.json)
+
+
+if __name__ == "__main__":
+    main()
