@@ -168,8 +168,9 @@ def kind_of(step: Step) -> str:
 
 
 def describe_step(step: Step) -> str:
-    """One step with its constants: `k_reciprocal(k1=20, k2=6, weight=0.3)`."""
-    return f"{kind_of(step)}({', '.join(f'{name}={value}' for name, value in asdict(step).items())})"
+    """One step with its constants, to four digits: `k_reciprocal(k1=20, k2=6, weight=0.3)`."""
+    constants = {name: f"{value:.4g}" if isinstance(value, float) else value for name, value in asdict(step).items()}
+    return f"{kind_of(step)}({', '.join(f'{name}={value}' for name, value in constants.items())})"
 
 
 def write_chain(chain: Chain, folder: Path) -> None:
