@@ -39,6 +39,36 @@ def made_up_queries(n_queries: int, seed: int = 0) -> pd.DataFrame:
     return pd.DataFrame(table)
 
 
+SUSPECT = {
+    "query_id": "image <0>",
+    "query_label": "this",
+    "gallery_id": "image 1",
+    "gallery_label": "that",
+    "distance": 0.125,
+    "rank": 2,
+}
+TIMINGS = {
+    "curve": [
+        {"top_n": n, "seconds": 2.0 * n, "seconds_per_query": 0.05 * n, "worker_seconds": 4.0 * n,
+         "price_per_1000_queries": 0.25 * n}
+        for n in (5, 20, 50)
+    ],
+    "baselines": {"k_reciprocal": 1.25},
+}  # fmt: skip
+
+
+def baselines_of(last: dict[str, float], against: float = -0.1) -> dict[str, Any]:
+    """One that was measured, one that follows the pairwise step, one that was not run."""
+    change = {"mean": 0.05, "ci95": [0.02, 0.08]}
+    compared = {"mean": against, "ci95": [against - 0.01, against + 0.01]}
+    figures = {"metrics": last, "difference": {"map@10": change}, "against_reranked": {"map@10": compared}}
+    return {
+        "k_reciprocal": {"after": "first_stage", "constants": {"k1": 20, "weight": 0.3}, **figures},
+        "pairwise+query_expansion": {"after": "pairwise", "constants": {"k": 5}, **figures},
+        "database_augmentation": {"after": "first_stage", "constants": {"k": 5}, "skipped": "it needs <embeddings>"},
+    }
+
+
 def metrics_of(per_query: pd.DataFrame) -> dict[str, Any]:
     first = {key: float(per_query[f"{key}_before"].mean()) for key in MEANS}
     last = {key: float(per_query[f"{key}_after"].mean()) for key in MEANS}
@@ -61,7 +91,32 @@ def metrics_of(per_query: pd.DataFrame) -> dict[str, Any]:
         "reranked": last,
         "oracle": {key: 0.9876 for key in MEANS},
         "difference": differences,
-        "curve": [{"top_n": n, "pairs": 10 * n, "seconds": 0.5, "metrics": last} for n in (5, 20, 50)],
+        "curve": [
+            {"top_n": n, "pairs": 10 * n, "images": 60, "gflop": 0.5 * n, "bytes": 6000, "metrics": last}
+            for n in (5, 20, 50)
+        ],
+        "knee": {"metric": "map@10", "top_n": 20},
+        "top_n": 50,
+        "baselines": baselines_of(last),
+        "adaptive": {
+            "metric": "map@10",
+            "kept_gain": 0.95,
+            "chosen_on": "the other half",
+            "thresholds": [{"signal": "gap", "threshold": 0.5}, {"signal": "spread", "threshold": None}],
+            "n_skipped": 10,
+            "pairs": 500,
+            "pairs_saved": 125,
+            "first_stage": first["map@10"],
+            "reranked": last["map@10"],
+            "adaptive": last["map@10"] - 0.004,
+            "difference": {"mean": -0.004, "ci95": [-0.009, 0.001]},
+            "curve": {"gap": [{"share": share / 4, "map@10": 0.5 - 0.1 * share} for share in range(5)]},
+        },
+        "distances": {
+            "first_stage": {"top_n": 50, "edges": [0, 0.5, 1], "relevant": [30, 10], "other": [10, 90]},
+            "reranked": {"top_n": 50, "edges": [-1, 0, 1], "relevant": [40, 0], "other": [0, 100]},
+        },
+        "suspects": [SUSPECT],
         "oml": {"first_stage": first, "reranked": last},
         "cost": {"pairs": 500, "gflop_per_pair": 0.25},
     }
@@ -90,7 +145,17 @@ def report(tmp_path: Path) -> Path:
     rejects = pd.DataFrame({"id": ["bad <one>"], "path": ["x"], "stage": ["embed"], "reason": ["truncated"]})
     config = {"catalogue": "<df>.csv", "rerank": {"top_n": 50}, "ks": [1, 5]}
     out = tmp_path / "report.html"
-    return build_report(metrics_of(per_query), per_query, strips, config, {"torch": "2"}, out, rejects=rejects)
+    return build_report(
+        metrics_of(per_query),
+        per_query,
+        strips,
+        config,
+        {"torch": "2"},
+        out,
+        rejects,
+        TIMINGS,
+        [(images[0], images[1])],
+    )
 
 
 def cells(page: str, table_id: str) -> list[list[str]]:
@@ -155,6 +220,20 @@ def test_verdict_follows_the_interval(interval: list[float], tone: str, claim: s
     assert claim in found.sentence
 
 
+def test_verdict_says_first_that_a_baseline_without_training_is_better() -> None:
+    metrics = metrics_of(made_up_queries(40))
+    metrics["difference"]["map@10"]["ci95"] = [0.01, 0.03]
+    assert "Best without training: k-reciprocal" in verdict(metrics, both=True).detail
+    metrics["baselines"] = baselines_of(metrics["reranked"], against=0.04)
+    found = verdict(metrics, both=True)
+    assert found.tone == "bad"
+    assert found.sentence.startswith("k-reciprocal re-ranking, which needs no training, is better than this chain")
+    assert "+0.040; 95 % interval +0.030 to +0.050" in found.sentence
+    assert found.detail.startswith("Re-ranking helps")
+    metrics["baselines"] = baselines_of(metrics["reranked"], against=0.005)
+    assert verdict(metrics, both=True).tone == "good", "not beyond chance"
+
+
 def test_wording_of_numbers_and_names() -> None:
     assert [signed(value) for value in (0.0374, -0.02, -0.0001, 0.0, None)] == [
         "+0.037",
@@ -186,6 +265,26 @@ def test_report_category_table_holds_the_means_within_each_category(report: Path
     for name, group in made_up_queries(40).groupby("category"):
         expected = [group[f"{key}_{side}"].mean() for key in MEANS for side in ("before", "after")]
         assert [rows[str(name)][place] for place in (2, 3, 5, 6)] == [f"{value:.3f}" for value in expected]
+
+
+def test_report_tables_hold_costs_and_baselines_as_measured(report: Path) -> None:
+    page = report.read_text(encoding="utf-8")
+    costs = {row[0]: row for row in cells(page, "costs")}
+    assert costs["20 (knee)"][3:] == ["200", "60", "10.0", "0.00600", "80.0", "1.00", "5.00"]
+    rows = {row[0]: row[1:] for row in cells(page, "baselines")}
+    mean = f"{made_up_queries(40)['map@10_after'].mean():.3f}"
+    assert list(rows) == [
+        "Method", "This chain", "k-reciprocal re-rankingk1=20, weight=0.3", "Database augmentationk=5",
+        "Pairwise step, then alpha query expansionk=5",
+    ]  # fmt: skip
+    k_reciprocal = rows["k-reciprocal re-rankingk1=20, weight=0.3"]
+    assert (k_reciprocal[0], k_reciprocal[2:]) == (
+        mean, ["+0.050+0.020 to +0.080", "−0.100−0.110 to −0.090", "1.25"]
+    )  # fmt: skip
+    assert rows["Database augmentationk=5"] == ["Not run: it needs <embeddings>."]
+    assert "saves 125 of 500 pairs (25 %) and changes mAP@10 by −0.004 (−0.009 to +0.001)" in page
+    assert "the two overlap by 35 %" in page
+    assert "image &lt;0&gt;" in page
 
 
 def test_report_escapes_what_users_wrote_and_asks_for_no_address(report: Path) -> None:

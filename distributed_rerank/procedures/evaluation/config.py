@@ -1,5 +1,6 @@
 """What is evaluated, how it is measured, and which of that decides the result. Layer 3."""
 
+import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,12 +30,18 @@ class EvaluationConfig:
     seed: int = 0
     """Of the resampling behind intervals and p-values."""
     max_rejects: float = 0.001
+    baselines: bool = True
+    """Measure what needs no training as well: k-reciprocal re-ranking, query expansion, database augmentation."""
+    price_per_worker_hour: float | None = None
+    """What an hour of one worker costs, in any currency; the report then has a column for it."""
 
     def __post_init__(self) -> None:
         if self.extraction is None and self.embeddings is None and self.candidates is None:
             raise BadInput("nothing to search with: give --extractor, --embeddings or --candidates")
         if not self.ks or min(self.ks) < 1:
             raise BadInput(f"ks={list(self.ks)} must be one or more cut-offs of at least 1; give e.g. --ks 1 5 10")
+        if self.price_per_worker_hour is not None and not 0 <= self.price_per_worker_hour < math.inf:
+            raise BadInput(f"price_per_worker_hour={self.price_per_worker_hour} must be at least 0 and finite")
         if not 0 <= self.max_rejects <= 1:
             raise BadInput(f"max_rejects={self.max_rejects} is no share of the images; give 0 to 1")
 

@@ -150,11 +150,13 @@ def difference(
 ) -> dict[str, Any]:
     """`statistics.compare` clustered by label, as metrics.json spells it."""
     compared = statistics.compare(before, after, labels, seed=seed, n_resamples=n_resamples)
-    spelled = {}
-    for key, value in compared.items():
-        fields = asdict(value)
-        spelled[key] = {"ci95": [fields.pop("low"), fields.pop("high")], **fields}
-    return spelled
+    return {key: spelled(value) for key, value in compared.items()}
+
+
+def spelled(difference: statistics.Difference) -> dict[str, Any]:
+    """A difference as metrics.json spells it."""
+    fields = asdict(difference)
+    return {"ci95": [fields.pop("low"), fields.pop("high")], **fields}
 
 
 def _reranked(

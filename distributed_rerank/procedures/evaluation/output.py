@@ -14,7 +14,7 @@ from torch import Tensor
 
 from distributed_rerank.data import artifacts, tables
 from distributed_rerank.data.candidates import CandidateLists, candidates_table
-from distributed_rerank.data.catalogue import Catalogue
+from distributed_rerank.data.catalogue import Catalogue, ImageRef
 from distributed_rerank.data.rejects import Reject, reject_table
 from distributed_rerank.procedures.report.page import build_report
 from distributed_rerank.procedures.report.strips import SHOWN_CANDIDATES, Candidate, Strip, choose_queries
@@ -41,7 +41,9 @@ def all_rejects(embedding: Sequence[Reject], scoring: Sequence[Reject]) -> pd.Da
     return pd.concat(parts, ignore_index=True).drop_duplicates("id").sort_values("id", ignore_index=True)
 
 
-def write(folder: Path, result: Result, rejects: pd.DataFrame, settings: dict[str, Any]) -> None:
+def write(
+    folder: Path, result: Result, rejects: pd.DataFrame, settings: dict[str, Any], timings: dict[str, Any]
+) -> None:
     """metrics.json, per_query.parquet, rejects.parquet, reranked.parquet where there was a re-ranking, report.html."""
     artifacts.write_json(folder / "metrics.json", result.metrics)
     per_query = pa.Table.from_pandas(result.per_query, preserve_index=False)
@@ -57,6 +59,8 @@ def write(folder: Path, result: Result, rejects: pd.DataFrame, settings: dict[st
         _environment(),
         folder / "report.html",
         rejects,
+        timings,
+        _suspect_images(result),
     )
 
 
@@ -66,6 +70,15 @@ def _batches(result: Result, ranking: Ranking) -> Iterator[pa.Table]:
         ranked = ranking[rows]
         lists = CandidateLists(result.query_items[rows].numpy(), ranked.items.numpy(), ranked.distances.numpy())
         yield candidates_table(lists, result.catalogue.ids)
+
+
+def _suspect_images(result: Result) -> list[tuple[ImageRef, ImageRef]]:
+    """The images of each pair whose labels are suspected."""
+    sides = [
+        result.catalogue.images(result.catalogue.items_of([pair[side] for pair in result.metrics["suspects"]]))
+        for side in ("query_id", "gallery_id")
+    ]
+    return list(zip(*sides, strict=True))
 
 
 def _strips(result: Result) -> list[Strip]:

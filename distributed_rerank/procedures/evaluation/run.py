@@ -14,9 +14,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-
 from distributed_rerank.data import artifacts
 from distributed_rerank.data.candidates import CandidateLists
 from distributed_rerank.data.catalogue import Catalogue
@@ -27,12 +24,12 @@ from distributed_rerank.procedures.chain.chain import Chain, kind_of
 from distributed_rerank.procedures.evaluation import measure as evaluation
 from distributed_rerank.procedures.evaluation import output as evaluation_output
 from distributed_rerank.procedures.evaluation.config import EvaluationConfig, check_depth, input_digests, settings_of
+from distributed_rerank.procedures.evaluation.findings import look_closer
 from distributed_rerank.procedures.evaluation.given import given_lists
 from distributed_rerank.procedures.evaluation.output import Result
+from distributed_rerank.procedures.evaluation.ranked import Ranked, rank
 from distributed_rerank.procedures.ranking import run as ranking_run
-from distributed_rerank.procedures.ranking.lists import ranking_of
 from distributed_rerank.procedures.ranking.run import FirstStage, Scored, Steps
-from distributed_rerank.tensors.knn import Ranking
 
 logger = logging.getLogger(__name__)
 
@@ -67,12 +64,13 @@ def evaluate(
         first = first_stage(catalogue, config, staging.path, steps, timings)
         scored = _score(first, config, model, chain, staging.path, steps, timings)
         with _timed(timings, "measure"):
-            result = _measure(first, scored, config, model, chain)
+            ranked = rank(first, scored, chain, model is not None)
+            result, details = _measure(ranked, config, model, staging.path, steps)
         rejects = evaluation_output.all_rejects(first.rejects, scored.rejects)
         result.metrics["n_rejected"] = len(rejects)
         with _timed(timings, "report"):
-            evaluation_output.write(staging.path, result, rejects, fingerprint["config"])
-        artifacts.write_json(staging.path / "timings.json", {"seconds": timings})
+            evaluation_output.write(staging.path, result, rejects, fingerprint["config"], details | timings)
+        artifacts.write_json(staging.path / "timings.json", {"seconds": timings, **details})
         staging.finish({"n_rejected": len(rejects)}, rows=len(result.per_query))
     return result.metrics
 
@@ -152,43 +150,17 @@ def _log_cost(model: PairwiseModel, lists: CandidateLists, top_n: int) -> None:
 
 
 def _measure(
-    first: FirstStage, scored: Scored, config: EvaluationConfig, model: PairwiseModel | None, chain: Chain
-) -> Result:
-    """Metrics of the queries before and after, both without the images that could not be read."""
-    catalogue = first.catalogue
-    cleared = ranking_run.without_rejected(Scored(first.lists, None, scored.rejects), catalogue)
-    rejected = catalogue.items_of([reject.id for reject in scored.rejects])
-    query_items = torch.from_numpy(np.setdiff1d(catalogue.query_items, rejected))
-    before = ranking_of(cleared.lists, query_items)
-    after: dict[int, Ranking] = {}
-    if chain.steps or model is not None:
-        after = ranking_run.rankings(chain, scored, catalogue, first.embeddings, query_items)
-    usable = catalogue if not len(rejected) else _without_roles(catalogue, rejected)
-    measured = evaluation.measure(usable, query_items, before, after, ks=config.ks, seed=config.seed)
-    metrics = measured.metrics | {"chain": chain.describe(), "cost": _cost(scored, model)}
-    last = after[max(after)] if after else None
-    return Result(metrics, measured.per_query, catalogue, query_items, before, last)
-
-
-def _without_roles(catalogue: Catalogue, items: np.ndarray) -> Catalogue:
-    """The same numbering, in which these items are neither query nor gallery."""
-    flags = catalogue.table[["is_query", "is_gallery"]].copy()
-    flags.iloc[items] = False
-    return Catalogue(catalogue.table.assign(**{name: flags[name] for name in flags}), catalogue.source)
-
-
-def _cost(scored: Scored, model: PairwiseModel | None) -> dict[str, Any]:
-    """Counts that follow from the lists and the model; what a run really did is in the manifests."""
-    if model is None or scored.logits is None:
-        return {"pairs": 0, "unique_images": 0}
-    gflop = round(model.gflop_per_pair(), 6)
-    return {
-        "pairs": scored.n_pairs,
-        "unique_images": scored.n_images,
-        "gflop_per_pair": gflop,
-        "gflop": round(gflop * scored.n_pairs, 3),
-        "bytes_per_image": model.bytes_per_image,
-    }
+    ranked: Ranked, config: EvaluationConfig, model: PairwiseModel | None, folder: Path, steps: Steps
+) -> tuple[Result, dict[str, Any]]:
+    """Metrics of the queries before and after with all that is found beside them, and the seconds of single parts."""
+    base = evaluation.measure(
+        ranked.catalogue, ranked.query_items, ranked.before, ranked.after, ks=config.ks, seed=config.seed
+    )
+    found = look_closer(ranked, base.metrics, base.per_query, config, model, folder, steps)
+    metrics = base.metrics | {"chain": ranked.chain.describe()} | found.figures
+    table = base.per_query.assign(**found.columns)
+    after = ranked.final if ranked.after else None
+    return Result(metrics, table, ranked.first.catalogue, ranked.query_items, ranked.before, after), found.timings
 
 
 @contextmanager

@@ -135,11 +135,15 @@ def read_for(catalogue: Catalogue, folder: Path, max_rejects: float) -> tuple[Ca
     return catalogue.take(np.flatnonzero(has)), embeddings
 
 
+def is_one_against_rest(catalogue: Catalogue) -> bool:
+    """Whether every item is both query and gallery item, so that the queries' lists are those of all items."""
+    return len(catalogue.query_items) == len(catalogue.gallery_items) == len(catalogue)
+
+
 def lists_for(chain: Chain, first: FirstStage, config: RetrievalConfig, out: Path, steps: Steps) -> CandidateLists:
     """The lists that the chain works on: the queries' own, or those of all items where it looks at neighbourhoods."""
     catalogue = first.catalogue
-    is_one_against_rest = len(catalogue.query_items) == len(catalogue.gallery_items) == len(catalogue)
-    if not chain.neighbourhood or is_one_against_rest:
+    if not chain.neighbourhood or is_one_against_rest(catalogue):
         return first.lists
     if first.embeddings is None:
         raise BadInput("this chain looks at neighbourhoods and needs embeddings; give --embeddings or --extractor")

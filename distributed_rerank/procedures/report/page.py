@@ -9,9 +9,12 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 
+from distributed_rerank.data.catalogue import ImageRef
 from distributed_rerank.procedures.report import plots
+from distributed_rerank.procedures.report.baselines import baseline_rows
+from distributed_rerank.procedures.report.cost import adaptive_part, cost_rows, curve_plots, distance_plots
 from distributed_rerank.procedures.report.strips import (
     SHOWN_CANDIDATES,
     SHOWN_PER_GROUP,
@@ -27,6 +30,7 @@ from distributed_rerank.procedures.report.wording import (
     fraction,
     metric_name,
     p_value,
+    short,
     signed,
     verdict,
 )
@@ -44,28 +48,18 @@ def build_report(
     environment: Mapping[str, Any],
     out: Path,
     rejects: pd.DataFrame | None = None,
+    timings: Mapping[str, Any] | None = None,
+    suspects: Sequence[tuple[ImageRef, ImageRef]] = (),
 ) -> Path:
     """Write the report to the file `out` and return it.
 
     `metrics` is the content of metrics.json, `per_query` the table of that name. Of `strips` those are
     shown whose query `choose_queries(per_query)` names, in its order; their images are read now and
-    embedded as thumbnails. The same arguments give the same bytes. Without `metrics["reranked"]` it
+    embedded as thumbnails, like those of `suspects`, which belong to `metrics["suspects"]` one by one. `timings` is the
+    content of timings.json. The same arguments give the same bytes. Without `metrics["reranked"]` it
     describes the first stage alone.
     """
-    environment_of_jinja = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment_of_jinja.filters |= {
-        "fraction": fraction,
-        "signed": signed,
-        "p_value": p_value,
-        "count": count_of,
-        "metric": metric_name,
-    }
+    timings = timings or {}
     both = bool(metrics.get("reranked")) and is_reranked(per_query)
     page = {
         "metrics": metrics,
@@ -73,9 +67,13 @@ def build_report(
         "verdict": verdict(metrics, both),
         "metric_rows": _metric_rows(metrics, both),
         "oml_rows": _oml_rows(metrics, both),
-        "plots": _plots(metrics, per_query, both),
-        "curve": metrics.get("curve") or [],
-        "categories": _categories(per_query, both),
+        "plots": curve_plots(metrics, timings) if both else [],
+        "costs": cost_rows(metrics, timings),
+        "baselines": baseline_rows(metrics, timings),
+        "adaptive": adaptive_part(metrics),
+        "distances": [*([_rank_changes(per_query)] if both else []), *distance_plots(metrics)],
+        "suspects": _suspects(metrics, suspects),
+        "categories": _categories(metrics, per_query, both),
         "groups": _groups(per_query, strips, both),
         "queries": _query_rows(per_query, both),
         "n_measured": len(per_query),
@@ -85,9 +83,28 @@ def build_report(
         "config": flatten(config),
         "environment": flatten(environment),
     }
-    text = environment_of_jinja.get_template(TEMPLATE).render(page)
-    out.write_text(text + "\n", encoding="utf-8", newline="\n")
+    out.write_text(_template().render(page) + "\n", encoding="utf-8", newline="\n")
     return out
+
+
+def _template() -> Template:
+    """The page's template with the filters it uses."""
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {
+        "fraction": fraction,
+        "signed": signed,
+        "p_value": p_value,
+        "count": count_of,
+        "metric": metric_name,
+        "short": short,
+    }
+    return environment.get_template(TEMPLATE)
 
 
 def _metric_rows(metrics: Mapping[str, Any], both: bool) -> list[dict[str, Any]]:
@@ -119,19 +136,8 @@ def _oml_rows(metrics: Mapping[str, Any], both: bool) -> list[dict[str, Any]]:
     ]
 
 
-def _plots(metrics: Mapping[str, Any], per_query: pd.DataFrame, both: bool) -> list[dict[str, Any]]:
-    """Title, picture, caption of each plot; none for the first stage alone."""
-    if not both:
-        return []
-    shown = []
-    points = metrics.get("curve") or []
-    for key in ("map@10", "cmc@1"):
-        if len(points) > 1 and all(key in point["metrics"] for point in points):
-            name = metric_name(key)
-            said = ", ".join(f"{point['metrics'][key]:.3f} at {point['top_n']}" for point in points)
-            caption = f"{name} by the number of candidates re-ranked.{_knee(metrics, key)}"
-            picture = plots.curve(points, metrics["first_stage"], key, f"{name} against top_n: {said}")
-            shown.append({"title": f"{name} by top_n", "picture": picture, "caption": caption})
+def _rank_changes(per_query: pd.DataFrame) -> dict[str, Any]:
+    """How far the first correct candidates moved."""
     counts = plots.rank_changes(per_query)
     said = ", ".join(f"{name}: {count}" for name, count in counts)
     same = dict(counts)["same"]
@@ -140,19 +146,17 @@ def _plots(metrics: Mapping[str, Any], per_query: pd.DataFrame, both: bool) -> l
         f"{count_of(len(per_query))} it did not move (not drawn). Lost, found: it left or entered the list."
     )
     picture = plots.histogram(counts, f"Queries by rank change of the first correct candidate: {said}")
-    shown.append({"title": "Rank changes", "picture": picture, "caption": caption})
-    return shown
+    return {"title": "Rank changes", "picture": picture, "caption": caption}
 
 
-def _knee(metrics: Mapping[str, Any], key: str) -> str:
-    """Which top_n is enough, where metrics.json says so and it is less than the largest."""
-    knee = metrics.get("knee") or {}
-    if knee.get("metric") != key or knee["top_n"] >= metrics["curve"][-1]["top_n"]:
-        return ""
-    return f" {knee['top_n']} are enough: more are not better beyond chance."
+def _suspects(metrics: Mapping[str, Any], images: Sequence[tuple[ImageRef, ImageRef]]) -> list[dict[str, Any]]:
+    """The suspected pairs with their pictures."""
+    found = metrics.get("suspects") or []
+    assert not images or len(images) == len(found), "each suspected pair has two images"
+    return [pair | {"pictures": [thumbnail(image) for image in both]} for pair, both in zip(found, images)]  # noqa: B905
 
 
-def _categories(per_query: pd.DataFrame, both: bool) -> list[dict[str, Any]]:
+def _categories(metrics: Mapping[str, Any], per_query: pd.DataFrame, both: bool) -> list[dict[str, Any]]:
     """Means within each category, the largest loss of mAP@10 first; ties by name."""
     if "category" not in per_query.columns or len(per_query["category"].dropna()) == 0:
         return []
@@ -161,7 +165,8 @@ def _categories(per_query: pd.DataFrame, both: bool) -> list[dict[str, Any]]:
     rows = []
     for number, name in enumerate(names.tolist()):
         members = numbers == number
-        row: dict[str, Any] = {"name": name, "n_queries": int(members.sum()), "values": []}
+        compared = (metrics.get("categories") or {}).get(name, {}).get("difference", {}).get("map@10")
+        row: dict[str, Any] = {"name": name, "n_queries": int(members.sum()), "values": [], "compared": compared}
         for key in keys:
             before = float(values_of(per_query, f"{key}_before")[members].mean())
             after = float(values_of(per_query, f"{key}_after")[members].mean()) if both else None

@@ -6,7 +6,7 @@ colours that follow the page's light or dark theme through its CSS classes.
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -53,18 +53,28 @@ def histogram(counts: Sequence[tuple[str, int]], description: str) -> Markup:
     return _svg(parts, description)
 
 
-def curve(
-    points: Sequence[Mapping[str, Any]], first_stage: Mapping[str, float], metric: str, description: str
-) -> Markup:
-    """`metric` against top_n (logarithmic), with the first stage as a dashed line."""
-    ns = [float(point["top_n"]) for point in points]
-    values = [float(point["metrics"][metric]) for point in points]
-    base = float(first_stage[metric])
-    ticks = _ticks(min([*values, base]), max([*values, base]))
-    span = math.log(max(ns) / min(ns)) or 1.0
+class Point(NamedTuple):
+    """A place on a curve; `label` is written below it."""
 
-    def x(n: float) -> float:
-        return LEFT + 14 + (WIDTH - LEFT - RIGHT - 28) * math.log(n / min(ns)) / span
+    x: float
+    y: float
+    label: str
+
+
+def curve(
+    points: Sequence[Point], base: float, axis: str, description: str, *, is_log: bool = True, marked: str | None = None
+) -> Markup:
+    """y against x (logarithmic, or linear), with the first stage as a dashed line and a ring around one label's point.
+
+    Points are ascending in x; a label that would run into the one before it is left out, the last one never.
+    """
+    scaled = [math.log(point.x) if is_log else point.x for point in points]
+    values = [point.y for point in points]
+    ticks = _ticks(min([*values, base]), max([*values, base]))
+    span = (scaled[-1] - scaled[0]) or 1.0
+
+    def x(place: float) -> float:
+        return LEFT + 14 + (WIDTH - LEFT - RIGHT - 28) * (place - scaled[0]) / span
 
     def y(value: float) -> float:
         return TOP + (HEIGHT - TOP - BOTTOM) * (ticks[-1] - value) / (ticks[-1] - ticks[0])
@@ -77,20 +87,74 @@ def curve(
         ]
     parts += [
         _line(LEFT, y(base), WIDTH - RIGHT, y(base), "base"),
-        _text(WIDTH - RIGHT, y(base) - 5, "first stage", "end muted"),
+        _base_label(abs(values[0] - base) > abs(values[-1] - base), y(base)),
     ]
-    path = " ".join(f"{x(n):.1f},{y(value):.1f}" for n, value in zip(ns, values, strict=True))
+    path = " ".join(f"{x(place):.1f},{y(value):.1f}" for place, value in zip(scaled, values, strict=True))
     parts.append(f'<polyline class="curve" points="{path}"/>')
-    taken = -math.inf
-    for n, value in zip(ns, values, strict=True):
-        parts.append(f'<circle class="point" cx="{x(n):.1f}" cy="{y(value):.1f}" r="4"/>')
-        if x(n) - taken > 26:
-            parts.append(_text(x(n), HEIGHT - 23, f"{n:g}", "middle"))
-            taken = x(n)
-    parts.append(
-        _text((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 5, "re-ranked candidates per query (top_n)", "middle muted")
-    )
+    shown = _room_for_labels([x(place) for place in scaled], [point.label for point in points])
+    for number, (place, point) in enumerate(zip(scaled, points, strict=True)):
+        parts.append(f'<circle class="point" cx="{x(place):.1f}" cy="{y(point.y):.1f}" r="4"/>')
+        if point.label == marked:
+            parts.append(f'<circle class="ring" cx="{x(place):.1f}" cy="{y(point.y):.1f}" r="9"/>')
+        if number in shown:
+            parts.append(_text(x(place), HEIGHT - 23, point.label, "middle"))
+    parts.append(_text((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 5, axis, "middle muted"))
     return _svg(parts, description)
+
+
+def _base_label(is_left: bool, y: float) -> str:
+    """The words on the dashed line, on the side where the curve is further from it."""
+    return _text(LEFT + 4 if is_left else WIDTH - RIGHT, y - 5, "first stage", "muted" if is_left else "end muted")
+
+
+def _room_for_labels(places: Sequence[float], labels: Sequence[str]) -> set[int]:
+    """Which labels fit side by side, from the last one back."""
+    shown: set[int] = set()
+    free = math.inf
+    for number in range(len(places) - 1, -1, -1):
+        half = 4 + 3.8 * len(labels[number])
+        if places[number] + half < free:
+            shown.add(number)
+            free = places[number] - half
+    return shown
+
+
+def distances(found: Mapping[str, Any], description: str) -> Markup:
+    """Distances of correct candidates (filled) and wrong ones (line), each as shares of their own number."""
+    edges = [float(edge) for edge in found["edges"]]
+    shares = {name: _shares(found[name]) for name in ("relevant", "other")}
+    highest = max(max(column) for column in shares.values()) or 1.0
+
+    def x(edge: float) -> float:
+        return 8 + (WIDTH - 16) * (edge - edges[0]) / (edges[-1] - edges[0])
+
+    def y(share: float) -> float:
+        return TOP + 20 + (HEIGHT - TOP - 20 - BOTTOM) * (1 - share / highest)
+
+    parts = []
+    for name, kind in (("relevant", "better"), ("other", "wrong")):
+        steps = [(x(edges[0]), y(0.0))]
+        for place, share in enumerate(shares[name]):
+            steps += [(x(edges[place]), y(share)), (x(edges[place + 1]), y(share))]
+        path = " ".join(f"{across:.1f},{down:.1f}" for across, down in [*steps, (x(edges[-1]), y(0.0))])
+        parts.append(f'<polyline class="{kind}" points="{path}"/>')
+    parts.append(_line(8.0, y(0.0), WIDTH - 8, y(0.0), "axis"))
+    parts += [_text(8.0, HEIGHT - 23, f"{edges[0]:.3g}", ""), _text(WIDTH - 8, HEIGHT - 23, f"{edges[-1]:.3g}", "end")]
+    parts.append(_text(WIDTH / 2, HEIGHT - 5, "distance", "middle muted"))
+    parts += ['<rect class="better" x="8" y="4" width="14" height="12"/>', _text(28.0, 14.0, "correct", "")]
+    parts += [_line(100.0, 10.0, 122.0, 10.0, "wrong"), _text(128.0, 14.0, "wrong", "")]
+    return _svg(parts, description)
+
+
+def overlap(found: Mapping[str, Any]) -> float:
+    """Area that the two histograms share: 0 where a threshold tells all correct candidates from all wrong ones."""
+    both = zip(_shares(found["relevant"]), _shares(found["other"]), strict=True)
+    return sum(min(pair) for pair in both)
+
+
+def _shares(counts: Sequence[int]) -> list[float]:
+    total = sum(counts) or 1
+    return [count / total for count in counts]
 
 
 def _ticks(low: float, high: float) -> list[float]:

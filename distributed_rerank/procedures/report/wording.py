@@ -1,7 +1,10 @@
 """How the report says things: names of metrics, numbers, and the verdict in one sentence. Layer 3."""
 
+import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
+
+from distributed_rerank.procedures.report.baselines import Best, baseline_name, best_without_training
 
 MINUS = "−"
 
@@ -15,11 +18,15 @@ class Verdict(NamedTuple):
 
 
 def verdict(metrics: Mapping[str, Any], both: bool) -> Verdict:
-    """Whether re-ranking helped, judged by mAP@10 and its 95 % interval, and what is left to gain."""
-    first = metrics["first_stage"]
+    """Whether re-ranking helped, judged by mAP@10 and its 95 % interval, and what is left to gain.
+
+    A baseline without training that is better beyond chance comes first.
+    """
+    first, best = metrics["first_stage"], best_without_training(metrics)
     if not both:
         sentence = f"First stage alone: mAP@10 is {fraction(first['map@10'])}{_and_cmc(first)}."
-        return Verdict("plain", sentence, "No pairwise model was applied, so there is nothing to compare with.")
+        detail = "No pairwise model was applied."
+        return Verdict("plain", sentence, f"{detail} {_best_so_far(best)}" if best else detail)
     before, after = first["map@10"], metrics["reranked"]["map@10"]
     compared = (metrics.get("difference") or {}).get("map@10") or {}
     low, high = compared.get("ci95") or (None, None)
@@ -34,7 +41,29 @@ def verdict(metrics: Mapping[str, Any], both: bool) -> Verdict:
         tone, claim = "open", "Re-ranking makes no difference that these queries can show"
     else:
         tone, claim = "open", "Re-ranked, without a test of significance"
-    return Verdict(tone, f"{claim}: {moved}{interval}.", _detail(metrics, before, after))
+    detail = _detail(metrics, before, after)
+    if best is not None and best.beats:
+        return Verdict("bad", _beaten(best, after), f"{claim}: {moved}{interval}. {detail}")
+    return Verdict(tone, f"{claim}: {moved}{interval}.", f"{detail} {_best_so_far(best)}" if best else detail)
+
+
+def _beaten(best: Best, after: float) -> str:
+    against = best.figures["against_reranked"]["map@10"]
+    name, value = baseline_name(best.name), fraction(best.figures["metrics"]["map@10"])
+    interval = f"95 % interval {signed(against['ci95'][0])} to {signed(against['ci95'][1])}"
+    return (
+        f"{name}, which needs no training, is better than this chain: mAP@10 {value} against {fraction(after)} "
+        f"({signed(against['mean'])}; {interval})."
+    )
+
+
+def _best_so_far(best: Best) -> str:
+    change = best.figures["difference"]["map@10"]
+    value = fraction(best.figures["metrics"]["map@10"])
+    return (
+        f"Best without training: {baseline_name(best.name)}, mAP@10 {value} ({signed(change['mean'])}; "
+        f"{signed(change['ci95'][0])} to {signed(change['ci95'][1])})."
+    )
 
 
 def _verb(change: float) -> str:
@@ -54,7 +83,7 @@ def _detail(metrics: Mapping[str, Any], before: float, after: float) -> str:
     if ceiling is not None:
         said = f"A perfect re-ranker of the same candidates would reach mAP@10 {fraction(ceiling)}"
         if after > before and ceiling > before:
-            said += f"; {(after - before) / (ceiling - before):.0%} of that headroom is captured"
+            said += f"; {percent((after - before) / (ceiling - before))} of that headroom is captured"
         parts.append(said + ".")
     return " ".join(parts)
 
@@ -87,6 +116,21 @@ def p_value(value: float | None) -> str:
 def count_of(value: int | None) -> str:
     """With thousands separators."""
     return "–" if value is None else f"{value:,}"
+
+
+def percent(share: float) -> str:
+    """A share as whole per cent."""
+    return f"{100 * share:.0f} %"
+
+
+def short(value: float | None) -> str:
+    """Three significant digits, with thousands separators and no exponent."""
+    if value is None:
+        return "–"
+    if value == 0 or abs(value) >= 100:
+        return f"{value:,.0f}"
+    decimals = min(8, 2 - math.floor(math.log10(abs(value))))
+    return f"{value:.{decimals}f}"
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:

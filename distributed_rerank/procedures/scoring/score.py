@@ -6,6 +6,7 @@ those blocks. Where the encodings live and who computes is the business of the t
 """
 
 import copy
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -78,6 +79,7 @@ class Tally:
     encodings_repeated: int = 0
     """Computed again in a later round."""
     pairs_scored: int = 0
+    _seconds: dict[str, float] = field(default_factory=lambda: {"encode": 0.0, "score": 0.0, "n_workers": 0})
     _seen: set[int] = field(default_factory=set, repr=False)
 
     def add(self, encoded: Encoded) -> None:
@@ -86,6 +88,16 @@ class Tally:
         self.encodings_computed += len(encoded.places)
         self.encodings_repeated += sum(place in self._seen for place in encoded.places)
         self._seen.update(encoded.places)
+
+    def add_seconds(self, encode: float, score: float, n_workers: int) -> None:
+        """Count the time of one round."""
+        self._seconds["encode"] += encode
+        self._seconds["score"] += score
+        self._seconds["n_workers"] = n_workers
+
+    def seconds(self) -> dict[str, float]:
+        """Seconds spent on images (read and encoded) and on pairs, and how many workers did it."""
+        return {name: round(value, 4) for name, value in self._seconds.items()}
 
     def counts(self) -> dict[str, int]:
         """The counters by name."""
@@ -204,11 +216,13 @@ def _run_round(
     sources, rows = (np.full(len(plan.items), -1, np.int64) for _ in range(2))
     handles: list[Any] = []
     rejects: dict[int, Reject] = {}
+    started = time.perf_counter()
     for handle, encoded in backend.encode(_encode_tasks(plan, now, images, bytes_per_image, backend.n_workers)):
         sources[encoded.places], rows[encoded.places] = len(handles), np.arange(len(encoded.places))
         handles.append(handle)
         rejects |= encoded.rejects
         tally.add(encoded)
+    encoded_at = time.perf_counter()
     tasks = ((number, _pair_task(plan, number, sources, rows, handles)) for number in now)
     for number, logits in backend.score(tasks):
         block = plan.blocks[number]
@@ -220,6 +234,7 @@ def _run_round(
                 [rejects[place] for place in block.places().tolist() if place in rejects],
             ),
         )
+    tally.add_seconds(encoded_at - started, time.perf_counter() - encoded_at, backend.n_workers)
 
 
 def _encode_tasks(

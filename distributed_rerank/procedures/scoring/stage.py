@@ -80,7 +80,7 @@ def score_candidates(
         logits = _reduce(staging, catalogue, lists, plan)
         rejects = _write(staging, catalogue, lists, logits)
         check_rejects(rejects, len(plan.items), max_rejects, str(staging.path / "rejects.parquet"))
-        extra = {"n_rejected": len(rejects), "counts": tally.counts()}
+        extra = {"n_rejected": len(rejects), "counts": tally.counts(), "seconds": tally.seconds()}
         staging.finish(extra, rows=int(np.isfinite(logits).sum()))
     return _read(out, catalogue, lists, plan)
 
