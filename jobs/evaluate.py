@@ -14,11 +14,11 @@ is nothing left to do.
 import dataclasses
 import logging
 from pathlib import Path
-from typing import Literal
 
 import tyro
 
 from distributed_rerank import command_line
+from distributed_rerank.arguments import MeasureArguments, RerankerArguments
 from distributed_rerank.cluster.session import ClusterConfig
 from distributed_rerank.cluster.steps import connect_when_needed, steps_on
 from distributed_rerank.command_line import FirstStageArguments
@@ -33,7 +33,6 @@ from distributed_rerank.procedures.monitoring.comparison import (
     comparison_in_text,
     require_same_catalogue,
 )
-from distributed_rerank.procedures.ranking.run import load_model_and_chain
 from distributed_rerank.procedures.report.text import table_in_text
 
 
@@ -44,25 +43,15 @@ class Arguments:
     out: Path
     """Folder for metrics.json, per_query.parquet, report.html and what they rest on."""
     first_stage: tyro.conf.OmitArgPrefixes[FirstStageArguments] = FirstStageArguments()
-    model: str | None = None
-    """Folder that jobs/train.py wrote, or hf-hub:owner/name."""
-    chain: Literal["model", "replace", "first_stage"] | Path = "model"
-    """model: the model folder's chain.json; replace: by the logit alone; first_stage: nothing; or a chain.json."""
-    top_n: int | None = None
-    """Candidates of each query that are re-ranked. Default: as the chain says, else 10."""
-    ks: tuple[int, ...] = (1, 5, 10)
-    """Cut-offs of the metrics."""
+    reranker: tyro.conf.OmitArgPrefixes[RerankerArguments] = RerankerArguments()
+    measuring: tyro.conf.OmitArgPrefixes[MeasureArguments] = MeasureArguments()
     split: str = "validation"
-    seed: int = 0
-    """Of the resampling behind intervals and p-values."""
     baseline: Path | None = None
     """Evaluation folder of the same catalogue to compare the final ranking with; written to OUT/comparison.json."""
     trec: Path | None = None
     """Folder for first_stage.trec, reranked.trec and qrels.trec."""
     markdown: Path | None = None
     """File for a summary that fits a pull request."""
-    max_rejects: float = 0.001
-    """Share of the images that may be unreadable before the job fails."""
     overwrite: bool = False
     """Recompute a folder that another configuration made."""
     cluster: tyro.conf.OmitArgPrefixes[ClusterConfig] = ClusterConfig()
@@ -73,13 +62,8 @@ def main(arguments: Arguments) -> None:
     if arguments.baseline is not None:
         baseline = f"--baseline {arguments.baseline}"
         require_same_catalogue(baseline, catalogue_of(arguments.baseline), "this run", catalogue.digest())
-    model, chain = load_model_and_chain(arguments.model, arguments.chain, arguments.top_n)
-    config = EvaluationConfig(
-        **arguments.first_stage.parts(),
-        ks=arguments.ks,
-        seed=arguments.seed,
-        max_rejects=arguments.max_rejects,
-    )
+    model, chain = arguments.reranker.load()
+    config = EvaluationConfig(**arguments.first_stage.parts(), **arguments.measuring.settings())
     with connect_when_needed(arguments.cluster) as session:
         metrics = evaluate(
             catalogue,
@@ -91,7 +75,7 @@ def main(arguments: Arguments) -> None:
             overwrite=arguments.overwrite,
         )
     if arguments.baseline is not None:
-        comparison = compare_runs(arguments.baseline, arguments.out, seed=arguments.seed)
+        comparison = compare_runs(arguments.baseline, arguments.out, seed=arguments.measuring.seed)
         artifacts.write_json(arguments.out / "comparison.json", comparison.summary)
         logging.info("\n%s", comparison_in_text(comparison.summary))
     if arguments.trec is not None:

@@ -12,18 +12,17 @@ every candidate: query_id, gallery_id, rank, distance, first_stage_rank, first_s
 import dataclasses
 import logging
 from pathlib import Path
-from typing import Literal
 
 import tyro
 
 from distributed_rerank import command_line
+from distributed_rerank.arguments import RequiredRerankerArguments
 from distributed_rerank.cluster.session import ClusterConfig
 from distributed_rerank.cluster.steps import connect_when_needed, steps_on
 from distributed_rerank.command_line import FirstStageArguments
 from distributed_rerank.data.catalogue import read_catalogue, read_query_gallery
 from distributed_rerank.procedures.evaluation.config import EvaluationConfig
 from distributed_rerank.procedures.ranking.rerank import rerank
-from distributed_rerank.procedures.ranking.run import load_model_and_chain
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -32,15 +31,10 @@ class Arguments:
     """CSV or Parquet table of the images; a path or a URI."""
     out: Path
     """Folder for reranked.parquet."""
-    model: str
-    """Folder that jobs/train.py wrote, or hf-hub:owner/name."""
     query_catalogue: str | None = None
     """Table of the queries, where they are not in the catalogue."""
     first_stage: tyro.conf.OmitArgPrefixes[FirstStageArguments] = FirstStageArguments()
-    chain: Literal["model", "replace", "first_stage"] | Path = "model"
-    """model: the model folder's chain.json; replace: by the logit alone; first_stage: nothing; or a chain.json."""
-    top_n: int | None = None
-    """Candidates of each query that are re-ranked. Default: as the chain says."""
+    reranker: tyro.conf.OmitArgPrefixes[RequiredRerankerArguments]
     max_rejects: float = 0.001
     """Share of the images that may be unreadable before the job fails."""
     overwrite: bool = False
@@ -53,7 +47,7 @@ def main(arguments: Arguments) -> None:
         catalogue = read_query_gallery(arguments.query_catalogue, arguments.catalogue)
     else:
         catalogue = read_catalogue(arguments.catalogue).as_query_and_gallery()
-    model, chain = load_model_and_chain(arguments.model, arguments.chain, arguments.top_n)
+    model, chain = arguments.reranker.load()
     assert model is not None, "--model is required"
     config = EvaluationConfig(**arguments.first_stage.parts(), max_rejects=arguments.max_rejects)
     with connect_when_needed(arguments.cluster) as session:

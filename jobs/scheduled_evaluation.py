@@ -13,12 +13,11 @@ jobs/examples/ has a crontab, a systemd timer and a Kubernetes CronJob.
 
 import dataclasses
 import logging
-from pathlib import Path
-from typing import Literal
 
 import tyro
 
 from distributed_rerank import command_line
+from distributed_rerank.arguments import MeasureArguments, RerankerArguments
 from distributed_rerank.cluster.session import ClusterConfig
 from distributed_rerank.cluster.steps import connect_when_needed, steps_on
 from distributed_rerank.command_line import FirstStageArguments
@@ -26,7 +25,6 @@ from distributed_rerank.data.catalogue import read_catalogue
 from distributed_rerank.procedures.evaluation.config import EvaluationConfig
 from distributed_rerank.procedures.evaluation.run import evaluate
 from distributed_rerank.procedures.monitoring.scheduled_run import ScheduleConfig, check, conclude
-from distributed_rerank.procedures.ranking.run import load_model_and_chain
 from distributed_rerank.procedures.report.text import table_in_text
 
 
@@ -36,33 +34,22 @@ class Arguments:
     catalogue: str
     """CSV or Parquet table with label, path, split, is_query, is_gallery; a path or a URI."""
     first_stage: tyro.conf.OmitArgPrefixes[FirstStageArguments] = FirstStageArguments()
-    model: str | None = None
-    """Folder that jobs/train.py wrote, or hf-hub:owner/name. Default: the first stage alone."""
-    chain: Literal["model", "replace", "first_stage"] | Path = "model"
-    """As for jobs/evaluate.py."""
-    top_n: int | None = None
-    """Candidates of each query that are re-ranked. Default: as the chain says, else 10."""
-    ks: tuple[int, ...] = (1, 5, 10)
-    """Cut-offs of the metrics."""
+    reranker: tyro.conf.OmitArgPrefixes[RerankerArguments] = RerankerArguments()
+    measuring: tyro.conf.OmitArgPrefixes[MeasureArguments] = MeasureArguments()
     split: str = "validation"
-    seed: int = 0
-    """Of the resampling behind intervals and p-values."""
-    max_rejects: float = 0.001
-    """Share of the images that may be unreadable before the job fails."""
     cluster: tyro.conf.OmitArgPrefixes[ClusterConfig] = ClusterConfig()
 
 
 def main(arguments: Arguments) -> int:
     schedule, given = arguments.schedule, arguments
     catalogue = read_catalogue(given.catalogue, purpose="evaluation").restrict(given.split)
-    check(schedule, catalogue, given.ks)
-    model, chain = load_model_and_chain(given.model, given.chain, given.top_n)
-    measured = {"ks": given.ks, "seed": given.seed, "max_rejects": given.max_rejects}
-    config = EvaluationConfig(**given.first_stage.parts(), **measured)
+    check(schedule, catalogue, given.measuring.ks)
+    model, chain = given.reranker.load()
+    config = EvaluationConfig(**given.first_stage.parts(), **given.measuring.settings())
     with connect_when_needed(given.cluster) as session:
         metrics = evaluate(catalogue, config, schedule.folder, model=model, chain=chain, steps=steps_on(session))
     logging.info("\n%s\nreport: %s", table_in_text(metrics), schedule.folder / "report.html")
-    return conclude(schedule, seed=given.seed).exit_code
+    return conclude(schedule, seed=given.measuring.seed).exit_code
 
 
 if __name__ == "__main__":

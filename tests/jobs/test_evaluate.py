@@ -90,7 +90,7 @@ def test_per_query_table_alone_gives_metrics(
 ) -> None:
     run_job(
         "evaluate", "--catalogue", catalogue_path, "--out", tmp_path / "e", "--embeddings", embeddings,
-        "--model", models["concat"],
+        "--model", models["concat"], "--price-per-worker-hour", 2.5,
     )  # fmt: skip
     metrics, table = read(tmp_path / "e"), pd.read_parquet(tmp_path / "e" / "per_query.parquet")
     assert metrics["top_n"] == 6
@@ -106,6 +106,31 @@ def test_per_query_table_alone_gives_metrics(
         assert difference["mean"] == pytest.approx(gain.mean(), abs=1e-12)
         assert (difference["n_better"], difference["n_worse"]) == ((gain > 0).sum(), (gain < 0).sum())
     assert any(difference["n_better"] + difference["n_worse"] for difference in metrics["difference"].values())
+    for category, rows in table.groupby("category"):
+        gain = rows["map@10_after"] - rows["map@10_before"]
+        found = metrics["categories"][category]["difference"]["map@10"]
+        assert (found["n_better"], found["n_worse"], found["n_equal"]) == (
+            (gain > 0).sum(), (gain < 0).sum(), (gain == 0).sum()
+        )  # fmt: skip
+    measured = {name: entry for name, entry in metrics["baselines"].items() if "metrics" in entry}
+    assert {"query_expansion", "database_augmentation", "k_reciprocal", "pairwise+query_expansion"} <= set(measured)
+    for name, entry in measured.items():
+        for key, mean in entry["metrics"].items():
+            own = table[f"{key}_{name}"]
+            assert own.mean() == pytest.approx(mean, abs=1e-12)
+            gain = own - table[f"{key}_before"]
+            assert gain.mean() == pytest.approx(entry["difference"][key]["mean"], abs=1e-12)
+            change = own - table[f"{key}_after"]
+            assert change.mean() == pytest.approx(entry["against_reranked"][key]["mean"], abs=1e-12)
+    adaptive, is_skipped = metrics["adaptive"], table["adaptive_skipped"] == 1
+    mixed = table["map@10_after"].where(~is_skipped, table["map@10_before"])
+    assert mixed.mean() == pytest.approx(adaptive["adaptive"], abs=1e-12)
+    assert is_skipped.sum() == adaptive["n_skipped"]
+    assert adaptive["pairs"] == metrics["cost"]["pairs"] == metrics["curve"][-1]["pairs"] == 6 * len(table)
+    timings = json.loads((tmp_path / "e" / "timings.json").read_text())
+    assert set(timings["baselines"]) == set(measured), "the concat model's chain is its pairwise step"
+    assert [point["top_n"] for point in timings["curve"]] == [point["top_n"] for point in metrics["curve"]]
+    assert all(point["price_per_1000_queries"] > 0 for point in timings["curve"])
 
 
 def test_rerank_invariants_hold_for_heads_and_tails(
