@@ -22,7 +22,7 @@ from torch.nn import functional
 
 from distributed_rerank.data.transforms import InferenceTransform, Interpolation
 from distributed_rerank.errors import BadInput
-from distributed_rerank.models import vit, weights
+from distributed_rerank.models import folding, vit, weights
 from distributed_rerank.models.precision import Precision, bf16_support, computing_in, resolve_precision
 
 
@@ -67,6 +67,8 @@ class Extractor(nn.Module):
         self.transform = transform
         self.dim = int(getattr(model, "head_hidden_size", 0) or model.num_features)
         self.is_plain_vit = vit.is_plain_vit(model)
+        self.input_size = transform.size
+        """Height and width of the images that the network takes."""
         self.register_buffer("mean", torch.tensor(transform.mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(transform.std).view(1, 3, 1, 1), persistent=False)
 
@@ -101,14 +103,22 @@ class Extractor(nn.Module):
         return functional.normalize(features, dim=1) if self.config.normalise else features
 
     def prepare_for_inference(self, device: torch.device | str) -> "Extractor":
-        """Move to `device`, stop training for good and cast the network to the format it computes in there.
-        Returns itself."""
+        """Move to `device`, stop training for good, fold batch normalisation into convolutions and cast the
+        network to the format it computes in there. Returns itself."""
         device = torch.device(device)
         self.to(device).eval().requires_grad_(False)
+        if not self.is_plain_vit and all(p.dtype == torch.float32 for p in self.model.parameters()):
+            with torch.no_grad():
+                folding.fold_batch_norms(self.model, self._probe(device))
         self.model.to(self.dtype_on(device))
         if not self.is_plain_vit:
             self.model.to(memory_format=torch.channels_last)
         return self
+
+    def _probe(self, device: torch.device) -> Float32[Tensor, "1 3 height width"]:
+        """An image of noise of the size that the network takes."""
+        noise = torch.rand((1, 3, *self.input_size), generator=torch.Generator().manual_seed(0))
+        return (noise.to(device) - self.mean) / self.std
 
 
 def build_extractor(config: ExtractorConfig, stacked: int = 1) -> Extractor:
@@ -124,7 +134,8 @@ def build_extractor(config: ExtractorConfig, stacked: int = 1) -> Extractor:
         _load_file(model, config.weights)
     transform = _transform(config, model)
     extractor = Extractor(model, _resolve(config, model, transform), transform)
-    _accept_size(extractor, (stacked * transform.size[0], transform.size[1]))
+    extractor.input_size = (stacked * transform.size[0], transform.size[1])
+    _accept_size(extractor, extractor.input_size)
     return extractor.eval()
 
 
