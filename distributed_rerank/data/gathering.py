@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
-from jaxtyping import Float64, Int32
+from jaxtyping import Float32, Float64, Int32
 
 from distributed_rerank.data.candidates import CandidateLists
 from distributed_rerank.data.catalogue import Catalogue
@@ -38,32 +38,45 @@ def gather_lists(
     that is there twice, a value that is not finite, and distances that fall where the rank grows (then it is a
     similarity).
     """
-    rows = _Rows(catalogue, ignored, source)
+    gathering = _Gathering(catalogue, ignored, source)
     for batch in batches:
-        rows.add(batch)
-    return rows.lists(queries_per_block)
+        gathering.add(batch)
+    return gathering.lists(queries_per_block)
 
 
-class _Chunk(NamedTuple):
-    """Rows in the order of their queries; 13 to 20 bytes each."""
+class _Rows(NamedTuple):
+    """Candidates as numbers."""
 
     query: Int32[np.ndarray, " row"]
     item: Int32[np.ndarray, " row"]
-    distance: np.ndarray
+    distance: Float32[np.ndarray, " row"]
     rank: np.ndarray
     """0 where the table has none."""
 
-    def take(self, rows: np.ndarray | slice) -> "_Chunk":
-        return _Chunk(self.query[rows], self.item[rows], self.distance[rows], self.rank[rows])
+    def take(self, rows: np.ndarray) -> "_Rows":
+        return _Rows(*(column[rows] for column in self))
 
-    def between(self, first: int, last: int) -> "_Chunk":
-        """The rows of the queries first to last."""
-        low, high = np.searchsorted(self.query, [first, last + 1])
-        return self.take(slice(low, high))
-
-    def sorted(self) -> "_Chunk":
+    def sorted(self) -> "_Rows":
         keys = (self.query, self.rank, self.distance, self.item)
         return self if _is_ascending(keys) else self.take(np.lexsort(keys[::-1]))
+
+
+class _Chunk:
+    """Rows in the order of their queries, of which each is held once: 8 to 16 bytes a row."""
+
+    def __init__(self, rows: _Rows) -> None:
+        if not (rows.query[1:] >= rows.query[:-1]).all():
+            rows = rows.take(np.argsort(rows.query, kind="stable"))
+        self.queries, starts, self.counts = np.unique(rows.query, return_index=True, return_counts=True)
+        self._starts = np.append(starts, len(rows.query))
+        self._columns = rows[1:]
+
+    def between(self, first: int, last: int) -> _Rows:
+        """The rows of the queries first to last."""
+        low, high = np.searchsorted(self.queries, [first, last + 1])
+        part = slice(self._starts[low], self._starts[high])
+        query = np.repeat(self.queries[low:high], self.counts[low:high])
+        return _Rows(query, *(column[part] for column in self._columns))
 
 
 class _Bad:
@@ -78,7 +91,7 @@ class _Bad:
             self.count += int(is_bad.sum())
 
 
-class _Rows:
+class _Gathering:
     """The rows of all batches as numbers, and what is wrong with them."""
 
     def __init__(self, catalogue: Catalogue, ignored: Set[str], source: str) -> None:
@@ -95,35 +108,35 @@ class _Rows:
         numbers = _numbers(batch[value])
         self._not_finite.note(~np.isfinite(numbers), self._n_rows)
         distance = (numbers if value == "distance" else -numbers).astype(np.float32)
-        rank = np.zeros(len(batch), np.int8)
+        rank = np.broadcast_to(np.int8(0), len(batch))  # takes no memory
         if "rank" in batch.column_names:
             rank = _smaller(_numbers(batch["rank"]))
             self._no_rank.note(~np.isfinite(rank), self._n_rows)
         query, item = self._items(batch)
         self._n_rows += len(batch)
         is_known = (query >= 0) & (item >= 0)
-        if not self._is_bad:
-            chunk = _Chunk(query, item, distance, rank)
-            self._keep(chunk if is_known.all() else chunk.take(is_known))
+        if is_known.any() and not self._is_bad:
+            rows = _Rows(query, item, distance, rank)
+            self._chunks.append(_Chunk(rows if is_known.all() else rows.take(is_known)))
 
     def lists(self, queries_per_block: int) -> CandidateLists:
         """Laid out block by block; a chunk is forgotten with its last query."""
         self._raise_if_bad()
         counts = np.zeros(len(self._catalogue), np.int64)
         for chunk in self._chunks:
-            counts += np.bincount(chunk.query, minlength=len(counts))
+            counts[chunk.queries] += chunk.counts
         queries = np.flatnonzero(counts)
         shape = (len(queries), int(counts.max(initial=0)))
         items, distances = np.empty(shape, np.int64), np.empty(shape, np.float32)
         for start, stop in sharding.blocks(len(queries), queries_per_block):
             block = slice(start, stop)
             self._lay_out(queries[block], counts[queries[block]], items[block], distances[block])
-            self._chunks = [chunk for chunk in self._chunks if chunk.query[-1] > queries[stop - 1]]
+            self._chunks = [chunk for chunk in self._chunks if chunk.queries[-1] > queries[stop - 1]]
         return CandidateLists(queries.astype(np.int64), items, distances)
 
     def _lay_out(self, queries: np.ndarray, counts: np.ndarray, items: np.ndarray, distances: np.ndarray) -> None:
         parts = [chunk.between(int(queries[0]), int(queries[-1])) for chunk in self._chunks]
-        rows = _Chunk(*(np.concatenate(column) for column in zip(*parts, strict=True))).sorted()
+        rows = _Rows(*(np.concatenate(column) for column in zip(*parts, strict=True))).sorted()
         row = np.repeat(np.arange(len(queries)), counts)
         column = np.arange(len(row)) - np.repeat(np.cumsum(counts) - counts, counts)
         items[:], distances[:] = -1, np.inf
@@ -141,11 +154,6 @@ class _Rows:
                 f"{self._source}: distances of query {ids[queries[falls.argmax()]]!r} fall where the rank grows; "
                 "if they are similarities, call the column score"
             )
-
-    def _keep(self, chunk: _Chunk) -> None:
-        if len(chunk.query):
-            is_ordered = bool((chunk.query[1:] >= chunk.query[:-1]).all())
-            self._chunks.append(chunk if is_ordered else chunk.take(np.argsort(chunk.query, kind="stable")))
 
     def _items(self, batch: pa.Table) -> tuple[np.ndarray, np.ndarray]:
         """Item numbers of both columns; -1 = ignored, unknown or empty. A run of one query is looked up once."""
