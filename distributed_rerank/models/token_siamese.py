@@ -134,6 +134,14 @@ class TokenSiamese(PairwiseModel):
         distance = first_stage_distance.float()[:, None]
         return torch.cat([distance, cosines, best.flatten(1), best.mean(dim=-1), diagonal], dim=1)
 
+    def best_match(
+        self, encoded_query: Num[Tensor, "pair number"], encoded_gallery: Num[Tensor, "pair number"]
+    ) -> Float32[Tensor, " pair"]:
+        """Similarity of each token to its best match in the other image, averaged over tokens, images and depths."""
+        (query, _), (gallery, _) = (self._split_encoding(encoded) for encoded in (encoded_query, encoded_gallery))
+        similarity = query @ gallery.transpose(-1, -2)
+        return (similarity.amax(dim=-1).mean(dim=(1, 2)) + similarity.amax(dim=-2).mean(dim=(1, 2))) / 2
+
     def fit_head(self, encoded_query: Tensor, encoded_gallery: Tensor, first_stage_distance: Tensor) -> None:
         """Set the mean and deviation that pair features are scaled by, from pairs like those to be trained
         on."""

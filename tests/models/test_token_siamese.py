@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from distributed_rerank.errors import BadInput
+from distributed_rerank.models.maxsim import maxsim_of
 from distributed_rerank.models.token_siamese import TokenSiamese, TokenSiameseConfig
 
 SMALL = {"grid": 3, "token_dim": 16, "global_dim": 24, "pools": (1, 2)}
@@ -117,3 +118,18 @@ def test_token_siamese_head_learns_and_the_encoder_has_nothing_to_learn(cnn_conf
 def test_token_siamese_depth_that_does_not_exist_is_refused(cnn_config):
     with pytest.raises(BadInput, match=r"resnet10t has no feature maps at depths \(9,\)"):
         TokenSiamese(TokenSiameseConfig(extractor=cnn_config, depths=(9,)))
+
+
+def test_maxsim_is_the_mean_best_match_of_tokens_in_both_directions(cnn_config, pixels):
+    model = TokenSiamese(TokenSiameseConfig(extractor=cnn_config, storage="float32", **SMALL))
+    with torch.inference_mode():
+        encoded = model.encode(pixels)
+        found = maxsim_of(model)(encoded[:3], encoded[3:], torch.zeros(3))
+    tokens = encoded[:, : 2 * 9 * 16].reshape(-1, 2, 9, 16)
+    for pair in range(3):
+        best = []
+        for depth in range(2):
+            s = tokens[pair, depth] @ tokens[3 + pair, depth].T
+            best += [s.max(dim=0).values.mean(), s.max(dim=1).values.mean()]
+        torch.testing.assert_close(found[pair], -torch.stack(best).mean())
+    assert maxsim_of(model).gflop_per_pair() == pytest.approx(2 * 2 * 9 * 9 * 16 / 1e9)

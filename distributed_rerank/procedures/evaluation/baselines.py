@@ -7,7 +7,7 @@ only. One that cannot be run says why. Seconds are kept apart from figures, whos
 import logging
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +17,19 @@ from jaxtyping import Float64, Int64
 from torch import Tensor
 
 from distributed_rerank.data.candidates import CandidateLists
+from distributed_rerank.models.maxsim import maxsim_of
+from distributed_rerank.models.pairwise import PairwiseModel
+from distributed_rerank.models.token_siamese import TokenSiamese
 from distributed_rerank.procedures import retrieval
-from distributed_rerank.procedures.chain.chain import AlphaQEStep, Chain, KReciprocalStep
+from distributed_rerank.procedures.chain.chain import AlphaQEStep, Chain, KReciprocalStep, PairwiseStep
+from distributed_rerank.procedures.evaluation.config import EvaluationConfig
 from distributed_rerank.procedures.evaluation.measure import Judged, difference, measure_ranking
 from distributed_rerank.procedures.evaluation.ranked import Ranked
 from distributed_rerank.procedures.ranking import run as ranking_run
 from distributed_rerank.procedures.ranking.lists import neighbours, only_gallery, rows_of
 from distributed_rerank.procedures.ranking.run import Scored, Steps
-from distributed_rerank.procedures.retrieval import RetrievalConfig, SearchSide
+from distributed_rerank.procedures.retrieval import SearchSide
+from distributed_rerank.procedures.scoring.stage import score_candidates
 from distributed_rerank.tensors import metrics, sharding
 from distributed_rerank.tensors.knn import Neighbours, Ranking
 from distributed_rerank.tensors.metrics import PerQuery
@@ -41,6 +46,10 @@ MAX_ITEMS = 200_000
 SMALL_SEARCH = 10**12
 """Queries x gallery x dimensions up to which a search is done here: workers would take longer to start."""
 PAIRWISE = "pairwise"
+TOP_N = 50
+"""Candidates that MaxSim re-ranks where the chain has no pairwise step."""
+MAX_ENCODED = 2_500
+"""Images up to which MaxSim is measured: it encodes them a second time, in this process."""
 
 
 @dataclass
@@ -57,11 +66,11 @@ def measure_baselines(
     judged: Judged,
     first_stage: PerQuery,
     reranked: PerQuery | None,
-    config: RetrievalConfig,
+    config: EvaluationConfig,
+    model: PairwiseModel | None,
     folder: Path,
     steps: Steps,
     *,
-    seed: int,
     n_resamples: int = 2000,
 ) -> Findings:
     """Every baseline against the first stage and, where there is one, against the re-ranked order.
@@ -72,7 +81,7 @@ def measure_baselines(
     """
     found = Findings()
     n_items = len(ranked.first.catalogue)
-    sources = _Sources(ranked, config, folder, steps)
+    sources = _Sources(ranked, config, model, folder, steps)
     keys = [key for key in KEYS if key in first_stage]
     for name, after, constants, make in _plan(sources):
         entry: dict[str, Any] = {"after": after, "constants": constants}
@@ -90,9 +99,9 @@ def measure_baselines(
         measured = measure_ranking(judged, ranking, (1, 10))
         values = {key: measured.values[key] for key in keys}
         entry["metrics"] = metrics.means(values)
-        entry["difference"] = difference(first_stage, values, judged.labels, seed, n_resamples)
+        entry["difference"] = difference(first_stage, values, judged.labels, config.seed, n_resamples)
         if reranked is not None:
-            entry["against_reranked"] = difference(reranked, values, judged.labels, seed, n_resamples)
+            entry["against_reranked"] = difference(reranked, values, judged.labels, config.seed, n_resamples)
         found.figures[name], found.per_query[name] = entry, values
         logger.info("%s: mAP@10 %.4f in %.1f s", name, entry["metrics"]["map@10"], seconds)
     return found
@@ -112,6 +121,8 @@ def _plan(sources: "_Sources") -> Iterator[tuple[str, str, dict[str, Any], Make]
     yield "query_expansion", "first_stage", expansion, lambda: sources.expand(False, True, False)
     yield "database_augmentation", "first_stage", expansion, lambda: sources.expand(False, False, True)
     yield "both_expansions", "first_stage", expansion, lambda: sources.expand(False, True, True)
+    if isinstance(sources.model, TokenSiamese):
+        yield "maxsim", "first_stage", {"top_n": sources.top_n}, sources.maxsim
     chain = sources.ranked.chain
     if chain.pairwise is None:
         return
@@ -126,9 +137,13 @@ def _plan(sources: "_Sources") -> Iterator[tuple[str, str, dict[str, Any], Make]
 class _Sources:
     """The lists and embeddings that baselines start from, each made once."""
 
-    def __init__(self, ranked: Ranked, config: RetrievalConfig, folder: Path, steps: Steps) -> None:
+    def __init__(
+        self, ranked: Ranked, config: EvaluationConfig, model: PairwiseModel | None, folder: Path, steps: Steps
+    ) -> None:
         self.ranked = ranked
-        self._config = config
+        self.model = model
+        self._config = config.retrieval
+        self._scoring = config.scoring
         self._folder = folder
         self._steps = steps
         self._all: CandidateLists | None = None
@@ -137,6 +152,27 @@ class _Sources:
         """The pairwise step without what follows it in the chain."""
         assert self.ranked.pairwise is not None, "the chain has a pairwise step"
         return self.ranked.pairwise
+
+    @property
+    def top_n(self) -> int:
+        """Candidates that MaxSim re-ranks: as many as the chain does."""
+        pairwise = self.ranked.chain.pairwise
+        return TOP_N if pairwise is None else pairwise.top_n
+
+    def maxsim(self) -> Ranking:
+        """The first candidates by the tokens that the model caches, without its trained head."""
+        assert isinstance(self.model, TokenSiamese), "MaxSim needs tokens"
+        ranked = self.ranked
+        own = ranked.before[torch.arange(len(ranked.query_items))]
+        n_images = len(torch.unique(torch.cat([own.items[:, : self.top_n].flatten(), ranked.query_items])))
+        if n_images > MAX_ENCODED:
+            raise Skipped(f"encodes every image a second time, which is done for up to {MAX_ENCODED:,}")
+        lists = CandidateLists(ranked.query_items.numpy(), own.items.numpy(), own.distances.numpy())
+        config = replace(self._scoring, top_n=self.top_n)
+        scored = score_candidates(
+            ranked.first.catalogue, lists, maxsim_of(self.model), config, self._folder / "maxsim_pairs", max_rejects=1.0
+        )
+        return ranking_run.by_logits(PairwiseStep(self.top_n, "replace"), own, torch.from_numpy(scored.logits))
 
     def k_reciprocal(self, is_pairwise: bool) -> Ranking:
         """k-reciprocal re-ranking of the lists of all items."""

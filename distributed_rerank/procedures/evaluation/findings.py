@@ -64,9 +64,7 @@ def look_closer(
         _look_at_pairs(found, ranked, judged, measured, before, after, config, folder)
     if config.baselines:
         start = time.perf_counter()
-        compared = baselines.measure_baselines(
-            ranked, judged, before, after, config.retrieval, folder, steps, seed=config.seed
-        )
+        compared = baselines.measure_baselines(ranked, judged, before, after, config, model, folder, steps)
         found.figures["baselines"] = compared.figures
         found.columns |= baselines.columns(compared)
         found.timings["baselines"] = compared.seconds

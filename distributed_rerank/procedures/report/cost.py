@@ -150,5 +150,6 @@ def distance_plots(metrics: Mapping[str, Any]) -> list[Plot]:
             f"{found['top_n']} candidates, each as shares of their own number; the two overlap by "
             f"{percent(plots.overlap(found))}."
         )
-        shown.append({"title": f"Distances {name}", "picture": plots.distances(found, said), "caption": said})
+        title = f"Distances {name}" if metrics["distances"].get("reranked") else "Distances"
+        shown.append({"title": title, "picture": plots.distances(found, said), "caption": said})
     return shown

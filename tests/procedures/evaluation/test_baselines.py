@@ -6,12 +6,17 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import torch
+from small_catalogue import EXTRACTOR, make_catalogue, make_lists
 
 from distributed_rerank.data.candidates import CandidateLists
 from distributed_rerank.data.catalogue import Catalogue, read_catalogue
+from distributed_rerank.data.images import read_image
+from distributed_rerank.models.token_siamese import TokenSiamese, TokenSiameseConfig
 from distributed_rerank.procedures.chain.apply import apply_k_reciprocal
 from distributed_rerank.procedures.chain.chain import Chain, KReciprocalStep, PairwiseStep
 from distributed_rerank.procedures.evaluation import baselines
+from distributed_rerank.procedures.evaluation.config import EvaluationConfig
 from distributed_rerank.procedures.evaluation.measure import judge
 from distributed_rerank.procedures.evaluation.ranked import Ranked, rank
 from distributed_rerank.procedures.extraction import Embeddings
@@ -64,8 +69,9 @@ def found_in(ranked: Ranked, folder: Path) -> baselines.Findings:
         for name, ranking in (("before", ranked.before), ("after", ranked.final))
     }
     after = values["after"] if ranked.after else None
+    evaluation = EvaluationConfig(candidates=folder, retrieval=CONFIG)
     return baselines.measure_baselines(
-        ranked, judged, values["before"], after, CONFIG, folder, Steps(), seed=0, n_resamples=50
+        ranked, judged, values["before"], after, evaluation, None, folder, Steps(), n_resamples=50
     )
 
 
@@ -167,3 +173,30 @@ def test_baselines_that_cannot_be_run_say_why(tmp_path: Path, monkeypatch: pytes
     assert all("give --embeddings or --extractor" in figures[name]["skipped"] for name in ALONE)
     monkeypatch.setattr(baselines, "MAX_ITEMS", 50)
     assert "here are 60" in found_in(ranked, tmp_path).figures["k_reciprocal"]["skipped"]
+
+
+def test_maxsim_orders_the_first_candidates_by_their_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    catalogue = make_catalogue(tmp_path / "photos", 12)
+    lists = make_lists(catalogue, 5)
+    model = TokenSiamese(TokenSiameseConfig(extractor=EXTRACTOR, grid=2, token_dim=8, global_dim=8, pools=(1,)))
+    ranked = rank(FirstStage(catalogue, lists, None, []), Scored(lists, None, []), Chain(), has_model=False)
+    judged = judge(catalogue, ranked.query_items)
+    before = metrics.per_query(judged.relevance(ranked.before), judged.n_relevant)
+    config = EvaluationConfig(candidates=tmp_path)
+
+    def measured() -> baselines.Findings:
+        return baselines.measure_baselines(
+            ranked, judged, before, None, config, model, tmp_path, Steps(), n_resamples=10
+        )
+
+    found = measured().per_query["maxsim"]["cmc@1"].tolist()
+    with torch.inference_mode():
+        pixels = torch.stack([model.transform(read_image(ref)) for ref in catalogue.images()])
+        encoded = model.encode(pixels)
+        for query, items in enumerate(lists.items):
+            listed = torch.from_numpy(items[items >= 0])
+            similarity = model.best_match(encoded[[query] * len(listed)], encoded[listed])
+            best = int(listed[similarity.argmax()])
+            assert found[query] == float(catalogue.labels[best] == catalogue.labels[query])
+    monkeypatch.setattr(baselines, "MAX_ENCODED", 11)
+    assert "a second time" in measured().figures["maxsim"]["skipped"]
