@@ -2,6 +2,8 @@
 VENV ?= .venv
 OUT ?= out/demo
 PYTEST_ARGS ?=
+# Test files run in so many processes; each has a Ray of its own, and much of a Ray test is waiting.
+TEST_PROCESSES ?= 2
 # compare_oml.py and quality.py need an environment or a catalogue of their own.
 SMOKE := benchmarks/pairs.py benchmarks/scale.py benchmarks/distillation.py
 BIN := $(VENV)/bin
@@ -29,7 +31,7 @@ demo: setup
 	$(BIN)/python jobs/demo.py --out $(OUT)
 
 test: setup
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile --durations 15 $(PYTEST_ARGS)
 
 lint: setup
 	$(BIN)/ruff check .
