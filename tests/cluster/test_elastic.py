@@ -16,6 +16,7 @@ TESTS = Path(__file__).resolve().parents[1]
 
 @pytest.mark.ray
 @pytest.mark.slow
+@pytest.mark.timeout(420)
 def test_training_with_two_then_one_then_two_workers_finishes(tmp_path: Path) -> None:
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     paths = os.pathsep.join([str(TESTS), str(TESTS.parent), os.environ.get("PYTHONPATH", "")])
