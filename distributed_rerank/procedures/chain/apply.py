@@ -29,11 +29,13 @@ def apply(
     lists: Neighbours,
     logits: Float[Tensor, "item top_n"] | None = None,
     embeddings: Float[Tensor, "item dim"] | None = None,
+    sequences: Int64[Tensor, " item"] | None = None,
 ) -> Neighbours:
     """The lists after all steps. `logits` are those of the first candidates of each list, NaN where there is
     none.
 
-    Logits are needed by a pairwise step, embeddings by alpha_qe and query_expansion; an assertion says so.
+    `sequences`, negative = none, keep the new search of alpha_qe from finding an item's own sequence. Logits are
+    needed by a pairwise step, embeddings by alpha_qe and query_expansion; an assertion says so.
     The input is left as it is.
     """
     for step in chain.steps:
@@ -44,7 +46,7 @@ def apply(
             lists = apply_k_reciprocal(step, lists)
         elif isinstance(step, AlphaQEStep):
             assert embeddings is not None, "alpha_qe needs embeddings"
-            lists = apply_alpha_qe(step, lists, embeddings)
+            lists = apply_alpha_qe(step, lists, embeddings, sequences)
         else:
             lists = apply_by_probability(step, lists, embeddings)
     return lists
@@ -113,8 +115,21 @@ def neighbour_distances(
     return found[queries] / distance_scale(found)
 
 
-def apply_alpha_qe(step: AlphaQEStep, lists: Neighbours, embeddings: Float[Tensor, "item dim"]) -> Neighbours:
+def apply_alpha_qe(
+    step: AlphaQEStep,
+    lists: Neighbours,
+    embeddings: Float[Tensor, "item dim"],
+    sequences: Int64[Tensor, " item"] | None = None,
+) -> Neighbours:
     """A new search with every embedding expanded by its neighbours in the lists."""
     expanded = expand_embeddings(embeddings, embeddings, lists.items, n_neighbours=step.k, alpha=step.alpha)
     items: Int64[Tensor, " item"] = torch.arange(len(embeddings))
-    return nearest(expanded, expanded, query_items=items, gallery_items=items, n_items=lists.items.shape[1])
+    return nearest(
+        expanded,
+        expanded,
+        query_items=items,
+        gallery_items=items,
+        query_sequences=sequences,
+        gallery_sequences=sequences,
+        n_items=lists.items.shape[1],
+    )

@@ -250,7 +250,8 @@ def _ranked(
     matrix = None
     if embeddings is not None:
         matrix = torch.from_numpy(embeddings.matrix[embeddings.rows_of(catalogue.ids)])
-    ranked = chain_apply.apply(replace(chain, steps=chain.neighbourhood), everything, None, matrix)
+    sequences = torch.from_numpy(catalogue.sequences)
+    ranked = chain_apply.apply(replace(chain, steps=chain.neighbourhood), everything, None, matrix, sequences)
     return only_gallery(Neighbours(ranked.items[query_items], ranked.distances[query_items]), catalogue)
 
 

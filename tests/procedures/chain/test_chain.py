@@ -108,3 +108,16 @@ def test_probability_step_on_lists_shorter_than_its_constants_uses_them_whole(
     result = apply(Chain((step,)), lists, embeddings=known.embeddings)
     assert torch.equal(result.items.sort(dim=1).values, lists.items.sort(dim=1).values)
     assert torch.equal(result.distances, result.distances.sort(dim=1).values)
+
+
+def test_alpha_qe_searches_anew_but_never_finds_the_own_sequence() -> None:
+    generator = torch.Generator().manual_seed(0)
+    embeddings = torch.nn.functional.normalize(torch.randn(12, 4, generator=generator), dim=1)
+    embeddings[1::2] = embeddings[::2] + 0.01  # the two of a sequence are the nearest of all
+    sequences = torch.arange(12) // 2
+    items = torch.tensor([[j for j in range(12) if j // 2 != i // 2][:6] for i in range(12)])
+    lists = Neighbours(items, torch.arange(6.0).expand(12, 6).clone())
+    found = apply(Chain((AlphaQEStep(2, 1.0),)), lists, embeddings=embeddings, sequences=sequences).items
+    assert not (sequences[found] == sequences[:, None]).any()
+    free = apply(Chain((AlphaQEStep(2, 1.0),)), lists, embeddings=embeddings).items
+    assert (sequences[free] == sequences[:, None]).any(), "the case shows nothing"
