@@ -2,7 +2,8 @@
 VENV ?= .venv
 OUT ?= out/demo
 PYTEST_ARGS ?=
-# Test files run in so many processes, each with a Ray of its own: much of a Ray test is waiting. The slow files come first.
+# Test files run in so many processes, each with a Ray of its own: much of a Ray test is waiting. The slow files come
+# first. One thread each, or the threads of one process would spin while the other computes.
 TEST_PROCESSES ?= 2
 # compare_oml.py and quality.py need an environment or a catalogue of their own.
 SMOKE := benchmarks/pairs.py benchmarks/scale.py benchmarks/distillation.py
@@ -31,7 +32,7 @@ demo: setup
 	$(BIN)/python jobs/demo.py --out $(OUT)
 
 test: setup
-	$(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder --durations 15 $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder --durations 15 $(PYTEST_ARGS)
 
 lint: setup
 	$(BIN)/ruff check .
