@@ -200,11 +200,11 @@ def labelled(labels: np.ndarray) -> Catalogue:
 
 
 def evaluate_lists(folder: Path, n_queries: int, depth: int) -> Answer:
-    """The evaluation of planted lists in a file, from the catalogue's table to the report: the first stage alone."""
+    """The evaluation of planted lists in a file, from the catalogue's table to the report, without baselines."""
     table, candidates = write_planted(folder, n_queries, depth)
     started = time.perf_counter()
     catalogue = read_catalogue(str(table), purpose="evaluation").restrict("validation")
-    evaluate(catalogue, EvaluationConfig(candidates=candidates), folder / "out")
+    evaluate(catalogue, EvaluationConfig(candidates=candidates, baselines=False), folder / "out")
     return {"seconds": time.perf_counter() - started, "queries": n_queries}
 
 

@@ -4,6 +4,7 @@ Ids become item numbers batch by batch, so that the strings of one batch are all
 laid out for one block of queries at a time: what is kept is little more than the lists themselves.
 """
 
+import mmap
 from collections.abc import Iterable, Sequence, Set
 from typing import NamedTuple
 
@@ -69,7 +70,8 @@ class _Chunk:
             rows = rows.take(np.argsort(rows.query, kind="stable"))
         self.queries, starts, self.counts = np.unique(rows.query, return_index=True, return_counts=True)
         self._starts = np.append(starts, len(rows.query))
-        self._columns = rows[1:]
+        # A column of one repeated number takes no memory; a copy of it would.
+        self._columns = [column if column.strides == (0,) else _in_own_pages(column) for column in rows[1:]]
 
     def between(self, first: int, last: int) -> _Rows:
         """The rows of the queries first to last."""
@@ -207,6 +209,14 @@ class _Gathering:
             raise BadInput(f"{self._source}: some ranks are empty or no numbers; fill them or remove the column")
         if self._unknown:
             self._catalogue.items_of(sorted(self._unknown))
+
+
+def _in_own_pages(column: np.ndarray) -> np.ndarray:
+    """A copy in pages of its own, which the system has back with the array; allocators keep what they are given."""
+    pages = mmap.mmap(-1, max(column.nbytes, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    copy = np.frombuffer(pages, column.dtype, len(column))
+    copy[:] = column
+    return copy
 
 
 def _numbers(column: pa.ChunkedArray) -> Float64[np.ndarray, " row"]:

@@ -145,7 +145,8 @@ def load_batches(path: str | Path | BinaryIO, name: str, rows: int, source: str 
     try:
         for file in _files(Path(path), name) if isinstance(path, str | Path) else [path]:
             held, size = [], 0
-            with pq.ParquetFile(file) as parquet:
+            # With pre_buffer all that was read stays in memory to the end.
+            with pq.ParquetFile(file, pre_buffer=False) as parquet:
                 for batch in parquet.iter_batches(batch_size=rows):
                     held, size = [*held, batch], size + len(batch)
                     if size >= rows:
