@@ -7,9 +7,9 @@ per-query values that `per_query.parquet` holds. No time and no number of worker
 equal bytes.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pandas as pd
@@ -22,6 +22,8 @@ from distributed_rerank.errors import BadInput
 from distributed_rerank.tensors import metrics, oml_metrics, statistics
 from distributed_rerank.tensors.knn import Ranking
 from distributed_rerank.tensors.metrics import PerQuery
+
+Key = TypeVar("Key")
 
 QUERIES_PER_BLOCK = 1 << 13
 
@@ -129,20 +131,37 @@ def measure(
 
 def measure_ranking(judged: Judged, ranking: Ranking, ks: Sequence[int]) -> Measured:
     """Every metric of every judged query, a block of queries at a time."""
-    values: list[PerQuery] = []
-    oml: list[PerQuery] = []
-    first_hits = []
-    for block in judged.blocks():
+
+    def measure_block(block: Judged) -> dict[tuple[str, str], Tensor]:
         items = ranking[block.rows].items
         is_relevant = metrics.relevance(items, block.labels, block.item_labels)
-        values.append(metrics.per_query(is_relevant, block.n_relevant, ks))
-        oml.append(oml_metrics.per_query(is_relevant, (items >= 0).sum(dim=1), block.n_relevant, ks))
-        first_hits.append(metrics.first_hit(is_relevant))
-    return Measured(_joined(values), torch.cat(first_hits), metrics.means(_joined(oml)))
+        values = metrics.per_query(is_relevant, block.n_relevant, ks)
+        oml = oml_metrics.per_query(is_relevant, (items >= 0).sum(dim=1), block.n_relevant, ks)
+        named = {("value", key): column for key, column in values.items()}
+        named |= {("oml", key): column for key, column in oml.items()}
+        return named | {("place", "first"): metrics.first_hit(is_relevant)}
+
+    found = _of_all_blocks(judged, measure_block)
+    values, oml = ({key: column for (kind, key), column in found.items() if kind == of} for of in ("value", "oml"))
+    return Measured(values, found["place", "first"], metrics.means(oml))
 
 
-def _joined(parts: Sequence[Mapping[str, Tensor]]) -> PerQuery:
-    return {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
+def _of_all_blocks(judged: Judged, measure_block: Callable[[Judged], Mapping[Key, Tensor]]) -> dict[Key, Tensor]:
+    """What `measure_block` finds of each query, for all queries.
+
+    Written into columns that exist from the first block on: kept parts would break up the memory that the next blocks
+    work in, and the process would grow to several times what it holds.
+    """
+    columns: dict[Key, Tensor] = {}
+    start = 0
+    for block in judged.blocks():
+        stop = start + len(block.rows)
+        for key, part in measure_block(block).items():
+            if key not in columns:
+                columns[key] = torch.empty(len(judged.rows), dtype=part.dtype)
+            columns[key][start:stop] = part
+        start = stop
+    return columns
 
 
 def difference(
@@ -191,11 +210,12 @@ def _reranked(
 
 def _ceiling(judged: Judged, before: Ranking, top_n: int, ks: Sequence[int]) -> dict[str, float]:
     """Means of what a perfect re-ranker of the first `top_n` reaches."""
-    parts = [
-        metrics.per_query(statistics.oracle(block.relevance(before), top_n), block.n_relevant, ks)
-        for block in judged.blocks()
-    ]
-    return metrics.means(_joined(parts))
+    return metrics.means(
+        _of_all_blocks(
+            judged,
+            lambda block: metrics.per_query(statistics.oracle(block.relevance(before), top_n), block.n_relevant, ks),
+        )
+    )
 
 
 def _by_category(catalogue: Catalogue, judged: Judged, first: Measured, last: Measured | None) -> dict[str, Any]:
