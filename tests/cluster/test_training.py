@@ -76,6 +76,17 @@ def test_two_workers_give_the_losses_of_one(
 
 
 @pytest.mark.slow
+def test_four_workers_give_the_losses_of_one_for_twenty_steps(
+    session_of: Callable[[int], Session], tmp_path: Path
+) -> None:
+    task = build_task(tmp_path / "task", epochs=7)
+    expected = losses_of(training_run.fit(task, tmp_path / "alone"))
+    state = training.fit(task, tmp_path / "run", session=session_of(4))
+    assert len(expected) >= 20
+    assert losses_of(state) == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.slow
 def test_bad_input_of_the_workers_comes_back_as_itself(
     task: TrainingTask, session_of: Callable[[int], Session], tmp_path: Path
 ) -> None:
