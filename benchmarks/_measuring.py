@@ -20,6 +20,8 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 SIDES = {"cpu": (512, 1024, 2048), "cuda": (4096, 8192)}
 """Square matrices whose product is timed for the peak."""
+MB_PER_KIB = 1024 / 1e6
+"""The kernel counts memory in units of 1,024 bytes."""
 
 
 @dataclass(frozen=True)
@@ -125,7 +127,9 @@ def run_child(command: Sequence[str | Path], *, environment: dict[str, str] | No
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode != 0:
         sys.exit(f"{' '.join(arguments)} ended with {process.returncode}:\n{errors[0][-4000:]}")
-    return Child(json.loads(output.strip().splitlines()[-1]), usage.ru_maxrss / 1024, time.perf_counter() - started)
+    return Child(
+        json.loads(output.strip().splitlines()[-1]), usage.ru_maxrss * MB_PER_KIB, time.perf_counter() - started
+    )
 
 
 def _drain(stream: Any) -> str:
@@ -181,7 +185,9 @@ def _together_mb(pids: Sequence[int]) -> float:
     for pid in pids:
         with _vanishing():
             status = dict(line.split(":", 1) for line in _lines(f"/proc/{pid}/status") if ":" in line)
-            sizes = {name: int(status.get(name, "0").split()[0]) / 1024 for name in ("RssAnon", "RssShmem", "RssFile")}
+            sizes = {
+                name: int(status.get(name, "0").split()[0]) * MB_PER_KIB for name in ("RssAnon", "RssShmem", "RssFile")
+            }
             own += sizes["RssAnon"]
             store, files = max(store, sizes["RssShmem"]), max(files, sizes["RssFile"])
     return own + store + files

@@ -18,11 +18,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from _catalogue import add_catalogue_flags, extractor_of, generate_quick_catalogue, parse_with_catalogue
 from _measuring import Row, add_common_flags, compared, describe_machine, finish, rate, say
 
 from distributed_rerank.data.catalogue import Catalogue, read_catalogue
-from distributed_rerank.data.demo_catalogue import write_demo_catalogue
-from distributed_rerank.models.extractor import ExtractorConfig
 from distributed_rerank.models.saving import load_model
 from distributed_rerank.models.token_siamese import TokenSiameseConfig
 from distributed_rerank.procedures.chain.chain import Chain
@@ -56,10 +55,7 @@ class Trial:
 
     def __init__(self, arguments: argparse.Namespace, work: Path) -> None:
         self.work = work
-        self.extractor = ExtractorConfig(
-            name=arguments.extractor, weights=arguments.extractor_weights, image_size=arguments.image_size,
-            resize="square",
-        )  # fmt: skip
+        self.extractor = extractor_of(arguments)
         self.config = TrainingConfig(n_items=arguments.n_items, top_n=arguments.n_items)
         if arguments.quick:
             self.config = replace(self.config, epochs=1, steps_per_epoch=5)
@@ -122,18 +118,11 @@ def rows_of(trial: Trial, arguments: argparse.Namespace) -> list[Row]:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_common_flags(parser)
-    parser.add_argument("--catalogue", help="table with the splits train and validation; needed unless --quick")
-    parser.add_argument("--extractor", default="mobilenetv2_100")
-    parser.add_argument("--extractor-weights", help="file; none = untrained; default: timm's from the hub")
-    parser.add_argument("--image-size", type=int, default=160)
+    add_catalogue_flags(parser)
     parser.add_argument("--labels", type=int, help="take the first so many labels of either split; default: all")
     parser.add_argument("--n-items", type=int, default=50, help="candidates that are trained on and re-ranked")
     parser.add_argument("--teacher-grid", type=int, default=16)
-    parser.add_argument("--out", type=Path, help="keep models and evaluations there; default: a folder that is removed")
-    arguments = parser.parse_args()
-    if not arguments.quick and arguments.catalogue is None:
-        parser.error("--catalogue is needed (or --quick, which generates one)")
-    return arguments
+    return parse_with_catalogue(parser)
 
 
 def main() -> None:
@@ -144,8 +133,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         work = arguments.out or Path(temporary)
         if arguments.quick:
-            arguments.catalogue = str(write_demo_catalogue(work / "catalogue", n_designs=48, n_images=3, size=48))
-            arguments.extractor, arguments.extractor_weights, arguments.image_size = "test_resnet", "none", 64
+            generate_quick_catalogue(arguments, work)
             arguments.teacher_grid = 8
         finish(rows_of(Trial(arguments, work), arguments), arguments.json)
 

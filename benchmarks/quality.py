@@ -20,14 +20,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from _catalogue import add_catalogue_flags, extractor_of, generate_quick_catalogue, parse_with_catalogue
 from _measuring import Row, add_common_flags, describe_machine, finish
 
 from distributed_rerank.data.catalogue import Catalogue, read_catalogue
-from distributed_rerank.data.demo_catalogue import write_demo_catalogue
 from distributed_rerank.errors import BadInput
 from distributed_rerank.models.concat_siamese import ConcatSiameseConfig
 from distributed_rerank.models.distance_siamese import DistanceSiameseConfig
-from distributed_rerank.models.extractor import ExtractorConfig, parse_args
 from distributed_rerank.models.saving import load_model
 from distributed_rerank.models.split_siamese import SplitSiameseConfig
 from distributed_rerank.models.token_siamese import TokenSiameseConfig
@@ -81,22 +80,13 @@ class Trial:
     def __init__(self, arguments: argparse.Namespace, work: Path) -> None:
         self.arguments = arguments
         self.work = work
-        self.extractor = ExtractorConfig(
-            name=arguments.extractor,
-            weights=arguments.extractor_weights,
-            args=parse_args(arguments.extractor_args),
-            image_size=arguments.image_size,
-            resize="square",
-            interpolation=arguments.interpolation,
-            mean=arguments.mean and tuple(arguments.mean),
-            std=arguments.std and tuple(arguments.std),
-        )
+        self.extractor = extractor_of(arguments)
         self.extraction = ExtractionConfig(extractor=self.extractor)
         self.training: Catalogue = read_catalogue(arguments.catalogue, purpose="training")
         whole = read_catalogue(arguments.catalogue, purpose="evaluation")
         self.validation = whole.restrict("validation")
         embed(self.validation, self.extraction, work / "embeddings")
-        self.config = EvaluationConfig(embeddings=work / "embeddings")
+        self.config = EvaluationConfig(embeddings=work / "embeddings", baselines=False)
 
     def evaluate(self, name: str, chain: Chain, model: Path | None = None) -> dict[str, Any]:
         """Metrics of a chain on the validation split."""
@@ -215,14 +205,7 @@ def rows_of(results: Sequence[Result]) -> list[Row]:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_common_flags(parser)
-    parser.add_argument("--catalogue", help="table with the splits train and validation; needed unless --quick")
-    parser.add_argument("--extractor", default="mobilenetv2_100")
-    parser.add_argument("--extractor-weights", help="file; none = untrained; default: timm's from the hub")
-    parser.add_argument("--extractor-args", nargs="*", default=())
-    parser.add_argument("--image-size", type=int, default=160)
-    parser.add_argument("--interpolation", choices=("bilinear", "bicubic"), help="default: timm's")
-    parser.add_argument("--mean", type=float, nargs=3, help="default: timm's")
-    parser.add_argument("--std", type=float, nargs=3, help="default: timm's")
+    add_catalogue_flags(parser)
     parser.add_argument("--models", nargs="*", choices=tuple(CONFIGS), default=("token", "concat", "distance"))
     parser.add_argument("--minutes", type=float, default=10.0, help="of training, at most, for each method and seed")
     parser.add_argument("--seeds", type=int, default=3)
@@ -232,11 +215,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--threads", type=int, default=2, help="of everything but training, which keeps its own default"
     )
-    parser.add_argument("--out", type=Path, help="keep models and evaluations there; default: a folder that is removed")
-    arguments = parser.parse_args()
-    if not arguments.quick and arguments.catalogue is None:
-        parser.error("--catalogue is needed (or --quick, which generates one)")
-    return arguments
+    return parse_with_catalogue(parser)
 
 
 def main() -> None:
@@ -247,8 +226,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         work = arguments.out or Path(temporary)
         if arguments.quick:
-            arguments.catalogue = str(write_demo_catalogue(work / "catalogue", n_designs=48, n_images=3, size=48))
-            arguments.extractor, arguments.extractor_weights, arguments.image_size = "test_resnet", "none", 64
+            generate_quick_catalogue(arguments, work)
             arguments.seeds, arguments.minutes, arguments.models = 1, 0.05, ("token", "concat")
         results = run(Trial(arguments, work), arguments)
         print()
