@@ -22,7 +22,7 @@ from torch.nn import functional
 
 from distributed_rerank.data.transforms import InferenceTransform, Interpolation
 from distributed_rerank.errors import BadInput
-from distributed_rerank.models import folding, vit, weights
+from distributed_rerank.models import folding, packing, vit, weights
 from distributed_rerank.models.precision import Precision, bf16_support, computing_in, resolve_precision
 
 
@@ -103,16 +103,19 @@ class Extractor(nn.Module):
         return functional.normalize(features, dim=1) if self.config.normalise else features
 
     def prepare_for_inference(self, device: torch.device | str) -> "Extractor":
-        """Move to `device`, stop training for good, fold batch normalisation into convolutions and cast the
-        network to the format it computes in there. Returns itself."""
+        """Move to `device`, stop training for good, fold batch normalisation into convolutions, cast the network to
+        the format it computes in there and, on a CPU, pack its linear layers. Returns itself."""
         device = torch.device(device)
         self.to(device).eval().requires_grad_(False)
         if not self.is_plain_vit and all(p.dtype == torch.float32 for p in self.model.parameters()):
             with torch.no_grad():
                 folding.fold_batch_norms(self.model, self._probe(device))
-        self.model.to(self.dtype_on(device))
-        if not self.is_plain_vit:
-            self.model.to(memory_format=torch.channels_last)
+        if self.is_plain_vit:
+            vit.cast(self.model, device, self.dtype_on(device))
+        else:
+            self.model.to(self.dtype_on(device), memory_format=torch.channels_last)
+        if device.type == "cpu" and packing.can_pack():
+            packing.pack_linears(self.model, read=vit.read_weights(self.model) if self.is_plain_vit else ())
         return self
 
     def _probe(self, device: torch.device) -> Float32[Tensor, "1 3 height width"]:

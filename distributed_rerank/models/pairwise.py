@@ -38,6 +38,7 @@ class PairwiseModel(nn.Module):
         self.config = config
         self.extractor = extractor
         self.is_backbone_frozen = False
+        self._gflop_per_pair: float | None = None  # of a model prepared for inference, which cannot be counted
 
     @property
     def transform(self) -> InferenceTransform:
@@ -67,6 +68,8 @@ class PairwiseModel(nn.Module):
     def gflop_per_pair(self) -> float:
         """Cost of `forward` for one pair in 1e9 floating-point operations (a multiplication and an addition
         are two)."""
+        if self._gflop_per_pair is not None:
+            return self._gflop_per_pair
         state = {name: value.to("meta") for name, value in (*self.named_parameters(), *self.named_buffers())}
         encoding = torch.empty(1, *self.encoding_shape, dtype=self.encoding_dtype, device="meta")
         was_training = self.training
@@ -131,6 +134,7 @@ class PairwiseModel(nn.Module):
 
         The head keeps float32, and so do the logits.
         """
+        self._gflop_per_pair = self.gflop_per_pair()
         self.to(device).eval().requires_grad_(False)
         self.extractor.prepare_for_inference(device)
         return self

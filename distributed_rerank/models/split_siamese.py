@@ -68,9 +68,7 @@ class SplitSiamese(PairwiseModel):
         positions."""
         network = self.extractor.model
         with computing_in(self.extractor.dtype_on(pixels.device), network, pixels.device) as dtype:
-            tokens = vit.embed(network, self.normalise(pixels).to(dtype))
-            for block in network.blocks[: self.config.split_at]:
-                tokens = vit.run_block(network, block, tokens)
+            tokens = vit.first_blocks(network, self.normalise(pixels).to(dtype), self.config.split_at)
         return tokens.to(self.encoding_dtype)
 
     def forward(

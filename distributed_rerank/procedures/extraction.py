@@ -10,7 +10,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
-import torch
 from jaxtyping import Float32, UInt8
 from torch import Tensor
 
@@ -21,7 +20,7 @@ from distributed_rerank.data.rejects import Reject, check_rejects, reject_table,
 from distributed_rerank.errors import BadInput
 from distributed_rerank.models.extractor import Extractor, ExtractorConfig, build_extractor, weights_digest
 from distributed_rerank.procedures.decoding import decode, is_readable
-from distributed_rerank.procedures.devices import pick_device, torch_threads
+from distributed_rerank.procedures.devices import Lanes, pick_device
 from distributed_rerank.procedures.progress import progress
 from distributed_rerank.tensors import sharding
 
@@ -31,7 +30,7 @@ Block = tuple[int, Sequence[ImageRef]]
 
 @dataclass(frozen=True, kw_only=True)
 class ExtractionConfig:
-    """How embeddings are computed. All but `decode_threads` can change their last bits."""
+    """How embeddings are computed. All but the numbers of threads can change their last bits."""
 
     extractor: ExtractorConfig
     block_size: int = 256
@@ -40,7 +39,7 @@ class ExtractionConfig:
     """Images in one call of the network; None = 8 on a CPU, where small batches stay in the cache, and 256 on
     a GPU."""
     threads_per_worker: int = 1
-    """Threads that the network computes with."""
+    """Parts of a block that the network computes at the same time, each with one thread."""
     decode_threads: int = 1
     """Threads that read images in one process."""
 
@@ -70,16 +69,17 @@ class Embedder:
     def __init__(self, extractor: Extractor, config: ExtractionConfig) -> None:
         self._device = pick_device()
         self._extractor = extractor.prepare_for_inference(self._device)
-        self._threads = config.threads_per_worker
+        self._lanes = Lanes(config.threads_per_worker)
         self._batch = config.images_per_batch or (8 if self._device.type == "cpu" else 256)
 
     def embed(self, pixels: UInt8[Tensor, "image 3 height width"]) -> Float32[np.ndarray, "image dim"]:
         """Embeddings of a block, in its order, a micro-batch at a time."""
-        parts = [np.empty((0, self._extractor.dim), np.float32)]
-        with torch_threads(self._threads), torch.inference_mode():
-            for start, stop in sharding.blocks(len(pixels), self._batch):
-                parts.append(self._extractor(pixels[start:stop].to(self._device)).cpu().numpy())
-        return np.concatenate(parts)
+
+        def embed_part(part: tuple[int, int]) -> Float32[np.ndarray, "image dim"]:
+            return self._extractor(pixels[slice(*part)].to(self._device)).cpu().numpy()
+
+        parts = self._lanes.map(embed_part, sharding.blocks(len(pixels), self._batch))
+        return np.concatenate([np.empty((0, self._extractor.dim), np.float32), *parts])
 
 
 def plan(images: Sequence[ImageRef], block_size: int, first_number: int = 0) -> list[Block]:
@@ -136,7 +136,7 @@ def embed(
 
 
 def _fingerprint(config: ExtractionConfig) -> dict:
-    settings = asdict(replace(config, decode_threads=1))
+    settings = asdict(replace(config, threads_per_worker=1, decode_threads=1))
     settings["extractor"]["weights"] = weights_digest(config.extractor)
     return artifacts.make_fingerprint("embed", config=settings)
 

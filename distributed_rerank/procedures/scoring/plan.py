@@ -18,7 +18,7 @@ from distributed_rerank.tensors import sharding
 
 @dataclass(frozen=True, kw_only=True)
 class ScoringConfig:
-    """How pairs are scored. All but `encoding_gb` and `decode_threads` can change the last bits of logits."""
+    """How pairs are scored. All but memory and threads can change the last bits of logits."""
 
     top_n: int = 10
     """Candidates of each query that are scored."""
@@ -29,7 +29,7 @@ class ScoringConfig:
     images_per_batch: int = 16
     """Images in one call of the model's encode."""
     threads_per_worker: int = 1
-    """Threads that the model computes with."""
+    """Parts that the model computes at the same time, each with one thread."""
     decode_threads: int = 1
     """Threads that read images in one worker."""
     encoding_gb: float = 2.0

@@ -21,7 +21,7 @@ from distributed_rerank.data.rejects import Reject
 from distributed_rerank.errors import BadInput
 from distributed_rerank.models.pairwise import PairwiseModel
 from distributed_rerank.procedures.decoding import decode
-from distributed_rerank.procedures.devices import array_of, pick_device, tensor_of, torch_threads
+from distributed_rerank.procedures.devices import Lanes, array_of, pick_device, tensor_of
 from distributed_rerank.procedures.scoring import plan as scoring_plan
 from distributed_rerank.procedures.scoring.plan import ScorePlan, ScoringConfig
 from distributed_rerank.tensors import sharding
@@ -115,33 +115,41 @@ class Scorer:
             model.gflop_per_pair(), self._device.type == "cuda"
         )
         self._model = model.prepare_for_inference(self._device)
+        self._lanes = Lanes(config.threads_per_worker)
 
     def encode(self, task: EncodeTask) -> tuple[np.ndarray, Encoded]:
         """Encodings of the readable images of the task, one array row each, and which images they are."""
-        encodings, places, rejects = [], [], {}
-        for batch, refs in zip(task.places, task.refs, strict=True):
-            decoded = decode(refs, self._model.transform, threads=self._config.decode_threads)
-            unreadable = sorted(set(range(len(refs))) - set(decoded.kept))
-            rejects |= {batch[at]: reject for at, reject in zip(unreadable, decoded.rejects, strict=True)}
-            if decoded.kept:
-                places += [batch[at] for at in decoded.kept]
-                encodings.append(array_of(self._run(self._model.encode, decoded.pixels)))
-        empty = torch.empty((0, *self._model.encoding_shape), dtype=self._model.encoding_dtype)
-        return np.concatenate([array_of(empty), *encodings]), Encoded(places, rejects)
+        parts = self._lanes.map(self._encode_batch, zip(task.places, task.refs, strict=True))
+        places = [place for _, encoded in parts for place in encoded.places]
+        rejects = {place: reject for _, encoded in parts for place, reject in encoded.rejects.items()}
+        return np.concatenate([array for array, _ in parts]), Encoded(places, rejects)
+
+    def _encode_batch(self, batch: tuple[range, list[ImageRef]]) -> tuple[np.ndarray, Encoded]:
+        places, refs = batch
+        decoded = decode(refs, self._model.transform, threads=self._config.decode_threads)
+        unreadable = sorted(set(range(len(refs))) - set(decoded.kept))
+        rejects = {places[at]: reject for at, reject in zip(unreadable, decoded.rejects, strict=True)}
+        if decoded.kept:
+            encodings = self._model.encode(decoded.pixels.to(self._device))
+        else:
+            encodings = torch.empty((0, *self._model.encoding_shape), dtype=self._model.encoding_dtype)
+        return array_of(encodings), Encoded([places[at] for at in decoded.kept], rejects)
 
     def score(self, task: PairTask, *encodings: np.ndarray) -> Float32[np.ndarray, " pair"]:
         """Float32 logits of the pairs of the task, a micro-batch at a time."""
         images = self._table(task, encodings)
         distances = torch.from_numpy(task.distances.copy()).to(self._device)
-        parts = [np.empty(0, np.float32)]
-        for start, stop in sharding.blocks(len(task.queries), self._batch):
-            query, candidate = (
-                images[torch.from_numpy(places[start:stop].copy()).to(self._device)]
-                for places in (task.queries, task.candidates)
-            )
-            logits = self._run(self._model, query, candidate, distances[start:stop])
-            parts.append(logits.float().cpu().numpy())
-        return np.concatenate(parts)
+        queries, candidates = (
+            torch.from_numpy(places.copy()).to(self._device) for places in (task.queries, task.candidates)
+        )
+
+        def score_part(part: tuple[int, int]) -> Float32[np.ndarray, " pair"]:
+            pairs = slice(*part)
+            logits = self._model(images[queries[pairs]], images[candidates[pairs]], distances[pairs])
+            return logits.float().cpu().numpy()
+
+        parts = self._lanes.map(score_part, sharding.blocks(len(task.queries), self._batch))
+        return np.concatenate([np.empty(0, np.float32), *parts])
 
     def _table(self, task: PairTask, encodings: Sequence[np.ndarray]) -> Tensor:
         """The images of one score block on the device, gathered from the arrays that hold them."""
@@ -152,10 +160,6 @@ class Scorer:
             chosen = tensor_of(array, dtype)[torch.from_numpy(task.rows[places])]
             table[torch.from_numpy(places).to(self._device)] = chosen.to(self._device)
         return table
-
-    def _run(self, function: Callable[..., Tensor], *arguments: Tensor) -> Tensor:
-        with torch_threads(self._config.threads_per_worker), torch.inference_mode():
-            return function(*(argument.to(self._device) for argument in arguments))
 
 
 @dataclass(frozen=True)

@@ -31,8 +31,8 @@ def test_settings_of_memory_threads_and_places_do_not_count() -> None:
         CONFIG,
         embeddings=Path("elsewhere"),
         max_rejects=0.5,
-        scoring=ScoringConfig(encoding_gb=9.0, decode_threads=4),
-        extraction=ExtractionConfig(extractor=EXTRACTOR, decode_threads=4),
+        scoring=ScoringConfig(encoding_gb=9.0, threads_per_worker=2, decode_threads=4),
+        extraction=ExtractionConfig(extractor=EXTRACTOR, threads_per_worker=2, decode_threads=4),
     )
     assert settings_of(same) == settings_of(CONFIG)
     assert settings_of(replace(CONFIG, ks=(1,))) != settings_of(CONFIG)
