@@ -6,8 +6,9 @@ order of completion, because a network's last bits may depend on what else is in
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float32, UInt8
@@ -48,6 +49,12 @@ class ExtractionConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise BadInput(f"{name}={value} must be at least 1")
+
+    def deciding(self) -> dict[str, Any]:
+        """The settings that can change a result, weights by their content."""
+        settings = asdict(self)
+        settings["extractor"]["weights"] = weights_digest(self.extractor)
+        return {name: value for name, value in settings.items() if name not in ("threads_per_worker", "decode_threads")}
 
 
 @dataclass(frozen=True)
@@ -117,7 +124,7 @@ def embed(
     all images were tried, when more than the share `max_rejects` of the catalogue cannot be read.
     """
     out = Path(out)
-    fingerprint = _fingerprint(config)
+    fingerprint = artifacts.make_fingerprint("embed", config=config.deciding())
     earlier = read_embeddings(out) if artifacts.is_complete(out, fingerprint, overwrite) else None
     if earlier is not None and not _missing(catalogue, earlier):
         _check(earlier, catalogue, max_rejects, out)
@@ -133,12 +140,6 @@ def embed(
         _check(complete, catalogue, max_rejects, staging.path)
         staging.finish({"n_rejected": len(complete.rejects)}, rows=len(complete.ids))
     return complete
-
-
-def _fingerprint(config: ExtractionConfig) -> dict:
-    settings = asdict(replace(config, threads_per_worker=1, decode_threads=1))
-    settings["extractor"]["weights"] = weights_digest(config.extractor)
-    return artifacts.make_fingerprint("embed", config=settings)
 
 
 def _missing(catalogue: Catalogue, done: Embeddings) -> list[ImageRef]:

@@ -7,7 +7,6 @@ from typing import Any
 
 from distributed_rerank.data import artifacts
 from distributed_rerank.errors import BadInput
-from distributed_rerank.models.extractor import weights_digest
 from distributed_rerank.procedures.chain.chain import Chain
 from distributed_rerank.procedures.extraction import ExtractionConfig
 from distributed_rerank.procedures.retrieval import RetrievalConfig
@@ -56,15 +55,12 @@ def check_depth(config: EvaluationConfig, chain: Chain) -> None:
 
 
 def settings_of(config: EvaluationConfig) -> dict[str, Any]:
-    """The part of the config that decides results: not where files lie, nor memory, reading threads, limits."""
+    """The part of the config that decides results: not where files lie, nor memory, threads, limits."""
     settings = {
         name: value for name, value in asdict(config).items() if name not in ("embeddings", "candidates", "max_rejects")
     }
-    settings["scoring"] |= {"encoding_gb": None, "decode_threads": None}
-    if config.extraction is not None:
-        settings["extraction"]["decode_threads"] = None
-        settings["extraction"]["extractor"]["weights"] = weights_digest(config.extraction.extractor)
-    return settings
+    extraction = None if config.extraction is None else config.extraction.deciding()
+    return settings | {"scoring": config.scoring.deciding(), "extraction": extraction}
 
 
 def input_digests(config: EvaluationConfig) -> dict[str, str | None]:

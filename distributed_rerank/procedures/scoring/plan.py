@@ -6,7 +6,8 @@ an earlier run finished, so an encoding has the same bits in every run.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float32, Int64
@@ -49,6 +50,11 @@ class ScoringConfig:
                 raise BadInput(f"{name}={value} must be at least 1")
         if self.encoding_gb <= 0:
             raise BadInput(f"encoding_gb={self.encoding_gb} must be above 0")
+
+    def deciding(self) -> dict[str, Any]:
+        """The settings that can change a result."""
+        free = ("threads_per_worker", "decode_threads", "encoding_gb")
+        return {name: value for name, value in asdict(self).items() if name not in free}
 
 
 @dataclass(frozen=True)

@@ -101,7 +101,7 @@ def _fingerprint(
     candidates = hashlib.sha256()
     for array in lists:
         candidates.update(np.ascontiguousarray(array).data)
-    settings = dataclasses.asdict(dataclasses.replace(config, threads_per_worker=1, decode_threads=1, encoding_gb=1.0))
+    settings = config.deciding()
     settings["queries_per_block"] = max((len(block.rows) for block in plan.blocks), default=0)
     return artifacts.make_fingerprint(
         "score",
