@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from _measuring import ROOT, Child, Row, add_common_flags, compared, describe_machine, finish, run_child
 
-from distributed_rerank.models.precision import bf16_support
+from distributed_rerank.tensors.hardware import bf16_support
 
 PACKAGES = ("open-metric-learning==4.0.0", "omegaconf", "hydra-core", "pytorch-lightning", "matplotlib")
 HERE = Path(__file__).resolve().parent

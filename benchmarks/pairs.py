@@ -25,12 +25,12 @@ from distributed_rerank.models.concat_siamese import ConcatSiamese, ConcatSiames
 from distributed_rerank.models.distance_siamese import DistanceSiamese, DistanceSiameseConfig
 from distributed_rerank.models.extractor import ExtractorConfig
 from distributed_rerank.models.pairwise import PairwiseModel
-from distributed_rerank.models.precision import bf16_support
 from distributed_rerank.models.split_siamese import SplitSiamese, SplitSiameseConfig
 from distributed_rerank.models.token_siamese import TokenSiamese, TokenSiameseConfig
 from distributed_rerank.procedures.devices import array_of, pick_device
 from distributed_rerank.procedures.scoring import plan as scoring_plan
 from distributed_rerank.procedures.scoring.score import PairTask, Scorer, ScoringConfig
+from distributed_rerank.tensors.hardware import bf16_support
 
 MODELS = ("concat", "split-8", "split-10", "token", "distance")
 PAIRS_OF_A_QUERY = 50

@@ -136,7 +136,7 @@ class FirstStageArguments(ExtractorArguments):
     """Items that exact search retrieves for each query."""
 
     queries_per_block: int | None = None
-    """Queries that are searched for, or scored, as one unit of work. Default: 512, and a few seconds of scoring."""
+    """Queries that are searched for, or scored, as one unit of work. Default: 1024, and a few seconds of scoring."""
     pairs_per_batch: int | None = None
     """Pairs in one call of the pairwise model. Default: from the cost of a pair."""
     encoding_gb: float = 2.0
@@ -145,13 +145,12 @@ class FirstStageArguments(ExtractorArguments):
     def parts(self) -> dict[str, Any]:
         """The fields of an EvaluationConfig that say where candidates come from and how pairs are scored."""
         threads = {"threads_per_worker": self.threads_per_worker}
+        searched = {} if self.queries_per_block is None else {"queries_per_block": self.queries_per_block}
         return {
             "extraction": None if self.extractor is None else self.extraction(),
             "embeddings": self.embeddings,
             "candidates": self.candidates,
-            "retrieval": RetrievalConfig(
-                n_items=self.n_items, queries_per_block=self.queries_per_block or 512, **threads
-            ),
+            "retrieval": RetrievalConfig(n_items=self.n_items, **searched, **threads),
             "scoring": ScoringConfig(
                 queries_per_block=self.queries_per_block,
                 pairs_per_batch=self.pairs_per_batch,

@@ -23,7 +23,8 @@ from torch.nn import functional
 from distributed_rerank.data.transforms import InferenceTransform, Interpolation
 from distributed_rerank.errors import BadInput
 from distributed_rerank.models import folding, packing, vit, weights
-from distributed_rerank.models.precision import Precision, bf16_support, computing_in, resolve_precision
+from distributed_rerank.models.precision import Precision, computing_in, resolve_precision
+from distributed_rerank.tensors.hardware import bf16_support
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,7 +4,6 @@ The choice reads capability flags and never a clock, so that two workers of one 
 and results do not depend on how busy a machine was.
 """
 
-import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Literal
@@ -13,25 +12,9 @@ import torch
 from torch import nn
 
 from distributed_rerank.errors import BadInput
+from distributed_rerank.tensors.hardware import bf16_support
 
 Precision = Literal["auto", "fp32", "bf16"]
-
-
-@functools.cache
-def bf16_support(device: torch.device) -> str | None:
-    """The unit of `device` that multiplies bf16 natively, or None where bf16 would be emulated.
-
-    CUDA from compute capability 8, CPUs with AMX or AVX-512 BF16.
-    """
-    if device.type == "cuda":
-        return "tensor cores" if torch.cuda.get_device_capability(device) >= (8, 0) else None
-    if device.type == "cpu":
-        flags = torch.cpu.get_capabilities()
-        if flags.get("amx_bf16"):
-            return "AMX"
-        if flags.get("avx512_bf16"):
-            return "AVX-512 BF16"
-    return None
 
 
 def resolve_precision(precision: Precision, device: torch.device) -> torch.dtype:

@@ -22,7 +22,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from distributed_rerank.models import packing
-from distributed_rerank.models.precision import bf16_support
+from distributed_rerank.tensors.hardware import bf16_support
 
 
 def is_plain_vit(model: nn.Module) -> bool:

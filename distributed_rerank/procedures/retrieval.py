@@ -20,7 +20,7 @@ from distributed_rerank.data.candidates import CandidateLists, candidates_table
 from distributed_rerank.data.catalogue import Catalogue
 from distributed_rerank.data.embeddings import Embeddings
 from distributed_rerank.errors import BadInput
-from distributed_rerank.procedures.devices import pick_device, tensor_of, torch_threads
+from distributed_rerank.procedures.devices import keep_freed_memory, pick_device, tensor_of, torch_threads
 from distributed_rerank.procedures.progress import progress
 from distributed_rerank.tensors import sharding
 from distributed_rerank.tensors.knn import search_tiles
@@ -32,7 +32,7 @@ class RetrievalConfig:
 
     n_items: int = 100
     """Items retrieved for each query."""
-    queries_per_block: int = 512
+    queries_per_block: int = 1024
     """Queries in a block, the unit of work."""
     tile_size: int = 65_536
     """Gallery items compared at a time."""
@@ -72,6 +72,7 @@ class Searcher:
         self._tiles = tiles
         self._config = config
         self._device = pick_device()
+        keep_freed_memory()
 
     def search(self, queries: SearchSide) -> CandidateLists:
         """The nearest items of each query by (distance, item), never itself nor its own sequence."""

@@ -1,17 +1,22 @@
-"""L2 distances in two forms: the exact one that every result carries, and a fast one used only to choose
+"""L2 distances in two forms: the exact one that every result carries, and fast ones used only to choose
 candidates.
 
 Layer 1. `exact_distances` is the definition: float32 inputs, differences and sum in float64, one rounding to
 float32 at the end. Each pair is computed alone, so its bits do not depend on what stands beside it.
 `relative_squared_tile` is one matrix product; its rounding errors depend on the shape of the tile, and
-`relative_squared_error` bounds them.
+`relative_squared_error` bounds them. The product of `rounded_queries` and `rounded_gallery` is the same in
+bfloat16, `rounded_error` its bound.
 """
 
+from dataclasses import dataclass
+
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import BFloat16, Float, Float32, Float64, Int64
 from torch import Tensor
 
 UNIT_ROUNDOFF = 2.0**-24
+NORM_PARTS = 3
+"""bfloat16 numbers of 8 bits that hold the 24 bits of a float32."""
 SMALLEST_NORMAL = 2.0**-126
 
 
@@ -84,3 +89,67 @@ def relative_squared_error(
     gamma = n_terms * UNIT_ROUNDOFF / (1 - n_terms * UNIT_ROUNDOFF)
     magnitude = 2 * query_squared_norms.sqrt() * largest_gallery_norm + largest_gallery_norm**2
     return 2 * gamma * magnitude + 4 * n_terms * SMALLEST_NORMAL
+
+
+@dataclass(frozen=True)
+class Rounded:
+    """Embeddings in bfloat16, with columns that bring the squared norm of the gallery item into the product."""
+
+    factors: BFloat16[Tensor, "row width"]
+    residuals: Float64[Tensor, " item"]
+    """L2 norm of what the rounding of each embedding took away."""
+
+
+def rounded_queries(embeddings: Float32[Tensor, "item dim"]) -> Rounded:
+    """The left factor: -2 q, then a one for each part of the squared norm. -2 q has the rounding of q, doubled."""
+    rounded, dim = _rounded(embeddings, len(embeddings)), embeddings.shape[1]
+    rounded.factors[:, :dim] *= -2
+    rounded.factors[:, dim : dim + NORM_PARTS] = 1
+    return rounded
+
+
+def rounded_gallery(
+    embeddings: Float32[Tensor, "item dim"], gallery_squared_norms: Float32[Tensor, " item"], n_rows: int
+) -> Rounded:
+    """The right factor: g, then |g|^2 in three parts. Rows beyond the embeddings, up to `n_rows`, are
+    infinitely far."""
+    rounded, dim = _rounded(embeddings, n_rows), embeddings.shape[1]
+    rest = gallery_squared_norms
+    for column in range(dim, dim + NORM_PARTS):
+        rounded.factors[: len(rest), column] = part = rest.bfloat16()
+        rest = rest - part
+    rounded.factors[len(rest) :, dim] = torch.inf
+    return rounded
+
+
+def _rounded(embeddings: Float32[Tensor, "item dim"], n_rows: int) -> Rounded:
+    """The embeddings as they are in bfloat16, with columns and rows of zeros; columns are a multiple of 16."""
+    dim = embeddings.shape[1]
+    width = -(-(dim + NORM_PARTS) // 16) * 16
+    factors = torch.zeros(n_rows, width, dtype=torch.bfloat16, device=embeddings.device)
+    residuals = torch.empty(len(embeddings), dtype=torch.float64, device=embeddings.device)
+    for start in range(0, len(embeddings), 1024):  # what stays in a core's cache
+        part = slice(start, min(start + 1024, len(embeddings)))
+        factors[part, :dim] = embeddings[part]
+        # The difference is exact in float32: both have the same exponent or neighbouring ones.
+        lost = embeddings[part] - factors[part, :dim]
+        residuals[part] = lost.double().square_().sum(dim=1).sqrt_()
+    return Rounded(factors, residuals)
+
+
+def rounded_error(
+    query_squared_norms: Float64[Tensor, " query"], largest_gallery_norm: float, dim: int,
+    query_residuals: Float64[Tensor, " query"], largest_gallery_residual: float,
+) -> Float64[Tensor, " query"]:  # fmt: skip
+    """How far the product of `Rounded` factors, before its result is rounded, may lie from |g|^2 - 2 q.g.
+
+    By Cauchy and Schwarz |q.g - q'.g'| <= |q - q'| |g| + |q'| |g - g'|, with the norms of the differences as they
+    are: about 2^-10.4 of |q|, where the worst rounding is 2^-9. The sum of the products in float32 adds the error of
+    `relative_squared_error`, whose margin covers the columns of the norm, and factors or products that are flushed
+    to zero add theirs.
+    """
+    norms = query_squared_norms.sqrt()
+    rounding = query_residuals * largest_gallery_norm + (norms + query_residuals) * largest_gallery_residual
+    flushed = 8 * (dim + NORM_PARTS) * SMALLEST_NORMAL * (1 + norms + largest_gallery_norm)
+    summed = relative_squared_error(query_squared_norms, largest_gallery_norm, dim + NORM_PARTS)
+    return 2 * (1 + 2.0**-20) * rounding + 2 * summed + flushed

@@ -1,34 +1,46 @@
 """Exact nearest neighbours by L2 distance: bounded memory, ties by item, same bits for any tiling.
 
-Layer 1. Three steps per block of queries and slice of the gallery. (1) One float32 matrix product gives
-approximate squared distances. (2) The n-th smallest of a row is found through minima of groups of columns;
-every entry within twice the rounding bound of it (`distances.relative_squared_error`) may be among the true n
-nearest and is kept, however many they are. (3) The kept pairs get their exact distance. So the product only
-chooses; distances and order come from the pairs alone, which is why tile and block sizes cannot change the
-result.
+Layer 1. Three steps per slice of the gallery and block of queries. (1) One matrix product gives approximate
+squared distances, in bfloat16 where a CPU multiplies it natively and in float32 elsewhere. (2) The n-th
+smallest minimum of groups of columns is at least the n-th smallest entry of a row; every entry within twice
+the error bound of it (module `distances`) may be among the true n nearest and is kept, however many they
+are; where bfloat16 would keep too many, float32 chooses. (3) The kept pairs get their exact distance. So the
+product only chooses; distances and order come from the pairs alone, which is why neither tile and block sizes
+nor the machine can change the result.
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Bool, Float, Int64
+from jaxtyping import Bool, Float, Float32, Float64, Int64
 from torch import Tensor
 
 from distributed_rerank.errors import BadInput
 from distributed_rerank.tensors.distances import (
+    Rounded,
     exact_pair_distances,
     relative_squared_error,
     relative_squared_tile,
+    rounded_error,
+    rounded_gallery,
+    rounded_queries,
     squared_norms,
 )
+from distributed_rerank.tensors.hardware import bf16_support
 from distributed_rerank.tensors.sharding import blocks
 
 LARGEST_SQUARED_NORM = 2.0**120
 QUERY_BLOCK = 256
 GALLERY_SLICE = 65_536
 LARGEST_GROUP = 32
+SMALLEST_ROUNDED = 2**24
+"""Multiplications of a product below which rounding its factors costs more than it saves."""
+BF16_ROUNDING = 2.0**-8 * (1 + 2.0**-10)
+"""Largest part of itself that a number loses or gains when it is rounded to 8 bits."""
+MOST_KEPT = 4
+"""Groups per neighbour that a bfloat16 product may keep before float32 chooses instead."""
 
 Tile = tuple[Tensor, Tensor, Tensor | None]
 
@@ -65,10 +77,13 @@ class _Side:
     items: Int64[Tensor, " item"]
     sequences: Int64[Tensor, " item"] | None
     norms: Float[Tensor, " item"]
+    rounded: Rounded | None = None
 
     def part(self, start: int, stop: int) -> "_Side":
-        sequences = None if self.sequences is None else self.sequences[start:stop]
-        return _Side(self.embeddings[start:stop], self.items[start:stop], sequences, self.norms[start:stop])
+        rows = slice(start, stop)
+        sequences = None if self.sequences is None else self.sequences[rows]
+        rounded = None if self.rounded is None else Rounded(self.rounded.factors[rows], self.rounded.residuals[rows])
+        return _Side(self.embeddings[rows], self.items[rows], sequences, self.norms[rows], rounded)
 
 
 def nearest(
@@ -122,6 +137,8 @@ def search_tiles(
     if n_items < 1:
         raise BadInput(f"n_items={n_items} retrieves nothing; ask for at least 1")
     queries = _side(query_embeddings, query_items, query_sequences)
+    is_rounded = bf16_support(query_embeddings.device) is not None and query_embeddings.device.type == "cpu"
+    queries = replace(queries, rounded=rounded_queries(query_embeddings)) if is_rounded else queries
     query_blocks = blocks(len(query_items), query_block)
     found = [_nobody(stop - start, n_items, query_embeddings) for start, stop in query_blocks]
     workspace = torch.empty(0, device=query_embeddings.device)
@@ -131,11 +148,12 @@ def search_tiles(
         # One buffer for every product: fresh pages for each would cost as much as half of the product itself.
         size = min(query_block, len(query_items)) * (min(gallery_slice, len(items)) + LARGEST_GROUP)
         workspace = workspace if workspace.numel() >= size else workspace.new_empty(size)
-        for number, (start, stop) in enumerate(query_blocks):
-            for left, right in blocks(len(items), gallery_slice):
-                near = _nearest_in_slice(
-                    queries.part(start, stop), gallery.part(left, right), found[number], n_items, workspace
-                )
+        for left, right in blocks(len(items), gallery_slice):
+            part = gallery.part(left, right)
+            if is_rounded and len(query_items) * part.embeddings.numel() >= SMALLEST_ROUNDED:
+                part = replace(part, rounded=_rounded(part, n_items))
+            for number, (start, stop) in enumerate(query_blocks):
+                near = _nearest_in_slice(queries.part(start, stop), part, found[number], n_items, workspace)
                 found[number] = merge(found[number], near, n_items)
     found.append(_nobody(0, n_items, query_embeddings))
     return Neighbours(torch.cat([f.items for f in found]), torch.cat([f.distances for f in found]))
@@ -189,8 +207,25 @@ def _nobody(n_queries: int, n_items: int, like: Tensor) -> Neighbours:
     return Neighbours(items, torch.full(items.shape, torch.inf, device=like.device))
 
 
+def _rounded(gallery: _Side, n_items: int) -> Rounded:
+    """A slice of the gallery as a right factor with whole groups of rows."""
+    group = _group_size(len(gallery.items), n_items)
+    n_rows = -(-len(gallery.items) // group) * group
+    return rounded_gallery(gallery.embeddings, gallery.norms.square().float(), n_rows)
+
+
 def _nearest_in_slice(queries: _Side, gallery: _Side, found: Neighbours, n_items: int, workspace: Tensor) -> Neighbours:
     """The nearest of one slice, except items that are surely further than the n-th one found so far."""
+    pairs = None if gallery.rounded is None else _pairs_by_rounded(queries, gallery, found, n_items, workspace)
+    rows, columns = _pairs_by_float32(queries, gallery, found, n_items, workspace) if pairs is None else pairs
+    distances = exact_pair_distances(queries.embeddings, gallery.embeddings, rows, columns)
+    return _first_of_each_row(rows, gallery.items[columns], distances, len(queries.items), n_items)
+
+
+def _pairs_by_float32(
+    queries: _Side, gallery: _Side, found: Neighbours, n_items: int, workspace: Tensor
+) -> tuple[Int64[Tensor, " pair"], Int64[Tensor, " pair"]]:
+    """Rows and columns of all pairs that may be among the nearest, by a float32 product."""
     n_queries, n_gallery = len(queries.items), len(gallery.items)
     group = _group_size(n_gallery, n_items)
     n_groups = -(-n_gallery // group)
@@ -200,12 +235,68 @@ def _nearest_in_slice(queries: _Side, gallery: _Side, found: Neighbours, n_items
     padded[_excluded_pairs(queries, gallery)] = torch.inf
     error = relative_squared_error(queries.norms.square(), float(gallery.norms.max()), queries.embeddings.shape[1])
     minima = padded.view(n_queries, n_groups, group).amin(dim=2)
+    bound = _bound(minima, found, n_items, queries, error)
+    rows, groups = _groups_up_to(minima, bound)
+    return _entries_up_to(padded, group, rows, groups, bound)
+
+
+def _pairs_by_rounded(
+    queries: _Side, gallery: _Side, found: Neighbours, n_items: int, workspace: Tensor
+) -> tuple[Int64[Tensor, " pair"], Int64[Tensor, " pair"]] | None:
+    """The same by a bfloat16 product; None where it tells too few apart, such as near-duplicates."""
+    assert queries.rounded is not None, "both sides are rounded"
+    assert gallery.rounded is not None, "both sides are rounded"
+    n_queries, n_columns = len(queries.items), len(gallery.rounded.factors)
+    # Half of the space of the float32 product.
+    padded = workspace.view(torch.bfloat16)[: n_queries * n_columns].view(n_queries, n_columns)
+    torch.mm(queries.rounded.factors, gallery.rounded.factors.t(), out=padded)
+    padded[_excluded_pairs(queries, gallery)] = torch.inf
+    error = rounded_error(
+        queries.norms.square(), float(gallery.norms.max()), queries.embeddings.shape[1],
+        queries.rounded.residuals, float(gallery.rounded.residuals.max()),
+    )  # fmt: skip
+    group = _group_size(len(gallery.items), n_items)
+    minima = _minima_as_float32(padded, group)
+    bound = _bound(minima, found, n_items, queries, error, BF16_ROUNDING)
+    rows, groups = _groups_up_to(minima, bound)
+    if len(rows) > MOST_KEPT * n_items * n_queries:
+        return None
+    return _entries_up_to(padded, group, rows, groups, bound)
+
+
+def _minima_as_float32(padded: Tensor, group: int) -> Float32[Tensor, "query group"]:
+    """Minima of groups of columns, through float32 a few rows at a time: torch has no fast minimum of bfloat16."""
+    out = torch.empty(len(padded), padded.shape[1] // group, device=padded.device)
+    for start, stop in blocks(len(padded), 8):
+        torch.amin(padded[start:stop].float().view(stop - start, -1, group), dim=2, out=out[start:stop])
+    return out
+
+
+def _bound(
+    minima: Float32[Tensor, "query group"],
+    found: Neighbours,
+    n_items: int,
+    queries: _Side,
+    error: Float64[Tensor, " query"],
+    rounding: float = 0.0,
+) -> Float64[Tensor, " query"]:
+    """What the entry of a true neighbour cannot exceed.
+
+    `error` is that of an entry before it was rounded by up to `rounding` of itself. Rounding keeps the order, so
+    entries are compared with the bound rounded up.
+    """
     # An item at float32 distance <= limit has a true squared distance of at most limit^2 (1 + 2^-24)^2.
     beyond = found.distances[:, -1].double().square() * (1 + 2.0**-22) - queries.norms.square() * (1 - 2.0**-40) + error
-    bound = torch.minimum(_nth_smallest(padded, minima, n_items).double() + 2 * error, beyond)
-    rows, columns = _entries_up_to(padded, minima, bound)
-    distances = exact_pair_distances(queries.embeddings, gallery.embeddings, rows, columns)
-    return _first_of_each_row(rows, gallery.items[columns], distances, n_queries, n_items)
+    if not bool(beyond.isfinite().all()) and minima.shape[1] >= n_items:
+        smallest = minima.topk(n_items, dim=1, largest=False, sorted=False).values.amax(dim=1).double()
+        beyond = torch.minimum(beyond, _rounded_up(smallest, rounding) + 2 * error)
+    return _rounded_up(beyond, rounding)
+
+
+def _rounded_up(values: Float64[Tensor, " query"], rounding: float) -> Float64[Tensor, " query"]:
+    """`values`, finite ones, increased by the part `rounding` of themselves."""
+    values = values.clamp(max=torch.finfo(torch.float32).max)
+    return values + values.abs() * rounding
 
 
 def _group_size(n_gallery: int, n_items: int) -> int:
@@ -216,36 +307,27 @@ def _group_size(n_gallery: int, n_items: int) -> int:
     return group
 
 
-def _nth_smallest(padded: Tensor, minima: Tensor, n_items: int) -> Tensor:
-    """The n-th smallest entry of each row (inf if there are fewer), exactly.
-
-    The entries up to it lie in the n groups with the smallest minima (a group left out has a minimum, thus n
-    groups have entries, not below it), so only these groups are searched.
-    """
-    n_queries, n_groups = minima.shape
-    group = padded.shape[1] // n_groups
-    if padded.shape[1] < n_items:
-        return torch.full((n_queries,), torch.inf, device=padded.device)
-    chosen = minima.topk(min(n_items, n_groups), dim=1, largest=False, sorted=False).indices
-    flat = chosen + n_groups * torch.arange(n_queries, device=padded.device)[:, None]
-    values = padded.view(-1, group).index_select(0, flat.flatten()).view(n_queries, -1)
-    return values.kthvalue(n_items, dim=1).values
+def _groups_up_to(minima: Tensor, bound: Tensor) -> tuple[Int64[Tensor, " group"], Int64[Tensor, " group"]]:
+    """Rows and numbers of the groups that have an entry up to the bound of their row, ascending."""
+    rows, groups = (minima <= _as_float32(bound)[:, None]).nonzero(as_tuple=True)
+    return rows, groups
 
 
 def _entries_up_to(
-    padded: Tensor, minima: Tensor, bound: Tensor
+    padded: Tensor, group: int, rows: Tensor, groups: Tensor, bound: Tensor
 ) -> tuple[Int64[Tensor, " pair"], Int64[Tensor, " pair"]]:
-    """Rows and columns, ascending, of all finite entries that do not exceed the bound of their row."""
-    n_groups = minima.shape[1]
-    group = padded.shape[1] // n_groups
-    # Rounded up to float32: a bound that is too high only costs a few exact distances.
+    """Rows and columns, ascending, of all finite entries of these groups that do not exceed the bound of their row."""
+    n_groups = padded.shape[1] // group
+    values = padded.view(-1, group).index_select(0, rows * n_groups + groups).float()
+    entry, offset = (values <= _as_float32(bound)[rows][:, None]).nonzero(as_tuple=True)
+    return rows[entry], groups[entry] * group + offset
+
+
+def _as_float32(bound: Float64[Tensor, " query"]) -> Float32[Tensor, " query"]:
+    """Rounded up, and finite: a bound that is too high only costs a few exact distances."""
     rounded = bound.clamp(max=torch.finfo(torch.float32).max).float()
     rounded = torch.nextafter(rounded, torch.full_like(rounded, torch.inf))
-    rounded.clamp_(max=torch.finfo(torch.float32).max)
-    rows, groups = (minima <= rounded[:, None]).nonzero(as_tuple=True)
-    values = padded.view(-1, group).index_select(0, rows * n_groups + groups)
-    entry, offset = (values <= rounded[rows][:, None]).nonzero(as_tuple=True)
-    return rows[entry], groups[entry] * group + offset
+    return rounded.clamp_(max=torch.finfo(torch.float32).max)
 
 
 def _first_of_each_row(rows: Tensor, items: Tensor, distances: Tensor, n_queries: int, n_items: int) -> Neighbours:

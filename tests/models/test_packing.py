@@ -9,7 +9,7 @@ import torch
 from distributed_rerank.models import packing, vit
 from distributed_rerank.models.concat_siamese import ConcatSiamese, ConcatSiameseConfig
 from distributed_rerank.models.extractor import ExtractorConfig
-from distributed_rerank.models.precision import bf16_support
+from distributed_rerank.tensors.hardware import bf16_support
 
 pytestmark = pytest.mark.skipif(not packing.can_pack(), reason="torch has no oneDNN for x86 here")
 CPU = torch.device("cpu")

@@ -9,8 +9,12 @@ from distributed_rerank.tensors.distances import (
     exact_pair_distances,
     relative_squared_error,
     relative_squared_tile,
+    rounded_error,
+    rounded_gallery,
+    rounded_queries,
     squared_norms,
 )
+from distributed_rerank.tensors.hardware import bf16_support
 
 
 def test_exact_distances_match_numpy_in_float64() -> None:
@@ -47,6 +51,29 @@ def test_relative_squared_tile_stays_within_its_error_bound(scale: float, offset
     true = gallery.double().square().sum(1) - 2 * queries.double() @ gallery.double().t()
     bound = relative_squared_error(squared_norms(queries), float(squared_norms(gallery).max().sqrt()), 96)
     assert ((tile.double() - true).abs() <= bound[:, None]).all()
+
+
+@pytest.mark.skipif(bf16_support(torch.device("cpu")) is None, reason="no bf16 on this CPU")
+@pytest.mark.parametrize("scale", [1.0, 1e-15, 1e-22, 1e15])
+@pytest.mark.parametrize("offset", [0.0, 30.0])
+@pytest.mark.parametrize("dim", [3, 96, 1000])
+def test_rounded_product_stays_within_its_error_bound(scale: float, offset: float, dim: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    queries = (torch.randn(30, dim, generator=generator) + offset) * scale
+    gallery = (torch.randn(400, dim, generator=generator) + offset) * scale
+    left, right = rounded_queries(queries), rounded_gallery(gallery, squared_norms(gallery).float(), 416)
+    product = left.factors @ right.factors.t()
+    assert product[:, 400:].isposinf().all()
+    true = gallery.double().square().sum(1) - 2 * queries.double() @ gallery.double().t()
+    bound = rounded_error(
+        squared_norms(queries), float(squared_norms(gallery).max().sqrt()), dim,
+        left.residuals, float(right.residuals.max()),
+    )  # fmt: skip
+    error = (product[:, :400].double() - true).abs()
+    result_rounding = 2.0**-8 * (true.abs() + bound[:, None])
+    assert (error <= bound[:, None] + result_rounding).all()
+    if scale == 1.0:
+        assert (bound < 2.0**-7 * squared_norms(queries).sqrt() * squared_norms(gallery).max().sqrt() * 2).all()
 
 
 def test_squared_norms_not_finite_values_show() -> None:

@@ -8,7 +8,28 @@ import torch
 from torch import Tensor
 
 from distributed_rerank.errors import BadInput
+from distributed_rerank.tensors import knn
+from distributed_rerank.tensors.hardware import bf16_support
 from distributed_rerank.tensors.knn import Neighbours, merge, nearest, search_tiles
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(
+    autouse=True,
+    params=[
+        "float32",
+        pytest.param("bf16", marks=pytest.mark.skipif(bf16_support(CPU) is None, reason="no bf16 on this CPU")),
+    ],
+)
+def product(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Everything holds for both products; bf16 is used for small ones too, and never given up for keeping too many."""
+    if request.param == "float32":
+        monkeypatch.setattr(knn, "bf16_support", lambda device: None)
+    else:
+        monkeypatch.setattr(knn, "SMALLEST_ROUNDED", 0)
+        monkeypatch.setattr(knn, "MOST_KEPT", 10**9)
+    return request.param
 
 
 def literal(
@@ -235,3 +256,35 @@ def test_nearest_n_items_below_one_is_bad_input() -> None:
             gallery_items=torch.tensor([1]),
             n_items=0,
         )
+
+
+def test_nearest_bf16_product_that_keeps_too_many_leaves_the_choice_to_float32(
+    product: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    embeddings = torch.nn.functional.normalize(1 + 1e-3 * torch.randn(3000, 32, generator=generator), dim=1)
+    monkeypatch.setattr(knn, "MOST_KEPT", 4)
+    by_float32 = []
+    real = knn._pairs_by_float32
+    monkeypatch.setattr(knn, "_pairs_by_float32", lambda *given: by_float32.append(1) or real(*given))
+    items = torch.arange(3000)
+    found = nearest(embeddings[:20], embeddings, query_items=items[:20], gallery_items=items, n_items=5)
+    assert by_float32, "bf16 cannot tell these apart"
+    assert_same(found, literal(embeddings[:20], embeddings, items[:20], items, None, None, 5))
+
+
+@pytest.mark.skipif(bf16_support(CPU) is None, reason="no bf16 on this CPU")
+def test_nearest_bf16_product_keeps_few_pairs_of_ordinary_embeddings(
+    product: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The bound is of use: not many more exact distances than neighbours."""
+    if product != "bf16":
+        pytest.skip("of bf16 only")
+    generator = torch.Generator().manual_seed(0)
+    embeddings = torch.randn(20_100, 128, generator=generator)
+    kept = []
+    real = knn._first_of_each_row
+    monkeypatch.setattr(knn, "_first_of_each_row", lambda rows, *given: kept.append(len(rows)) or real(rows, *given))
+    items = torch.arange(20_100)
+    nearest(embeddings[:100], embeddings[100:], query_items=items[:100], gallery_items=items[100:], n_items=50)
+    assert 100 * 50 <= sum(kept) <= 2 * 100 * 50
