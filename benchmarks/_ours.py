@@ -26,11 +26,12 @@ from distributed_rerank.data.gathering import gather_lists
 from distributed_rerank.data.transforms import IMAGENET_MEAN, IMAGENET_STD, Augmentation
 from distributed_rerank.models.concat_siamese import ConcatSiamese, ConcatSiameseConfig
 from distributed_rerank.models.extractor import ExtractorConfig, build_extractor
-from distributed_rerank.procedures import extraction
+from distributed_rerank.procedures import extraction, retrieval
 from distributed_rerank.procedures.decoding import decode
 from distributed_rerank.procedures.devices import torch_threads
 from distributed_rerank.procedures.extraction import Embedder, ExtractionConfig
 from distributed_rerank.procedures.ranking.run import Steps
+from distributed_rerank.procedures.retrieval import RetrievalConfig, SearchSide
 from distributed_rerank.procedures.scoring.score import ScoringConfig
 from distributed_rerank.procedures.scoring.stage import score_candidates
 from distributed_rerank.procedures.training.config import TrainingConfig
@@ -39,7 +40,6 @@ from distributed_rerank.procedures.training.images import DecodedImages
 from distributed_rerank.procedures.training.plan import Step, plan_batches
 from distributed_rerank.procedures.training.state import TrainingState, build_optimizer
 from distributed_rerank.tensors import metrics, oml_metrics
-from distributed_rerank.tensors.knn import nearest
 
 AS_OML = Augmentation(brightness=0, contrast=0, saturation=0, hue=0)
 """OML's get_augs_torch: resize and mirror; its ColorJitter() has no strength and does nothing."""
@@ -137,20 +137,25 @@ def time_search(threads: int) -> tuple[dict[str, float], np.ndarray]:
     query_labels, gallery_labels = (torch.randint(0, 5_000, (n,), generator=generator) for n in (10_000, 50_000))
     # Numbers above the gallery's, so that no query is taken for a gallery item.
     own, others = torch.arange(50_000, 60_000), torch.arange(50_000)
+    searched_for, searched_in = (
+        SearchSide(e.numpy(), i.numpy(), np.full(len(i), -1)) for e, i in ((queries, own), (gallery, others))
+    )
+    config = RetrievalConfig(n_items=100, threads_per_worker=threads)
     with torch_threads(threads):
         started = time.perf_counter()
-        found = nearest(queries, gallery, query_items=own, gallery_items=others, n_items=100)
+        ((_, lists),) = retrieval.search([(0, (0, 10_000))], searched_for, searched_in, config)
         searched = time.perf_counter()
-        is_relevant = metrics.relevance(found.items, query_labels, gallery_labels)
+        found = torch.from_numpy(lists.items)
+        is_relevant = metrics.relevance(found, query_labels, gallery_labels)
         n_relevant = metrics.count_relevant(own, query_labels, None, others, gallery_labels, None)
-        lengths = (found.items >= 0).sum(dim=1)
+        lengths = (found >= 0).sum(dim=1)
         metrics.means(oml_metrics.per_query(is_relevant, lengths, n_relevant, (1, 5, 10)))
         measured = time.perf_counter()
     rates = {
         "knn_queries_per_s": 10_000 / (searched - started),
         "metrics_queries_per_s": 10_000 / (measured - searched),
     }
-    return rates, found.items.numpy().astype(np.int32)
+    return rates, lists.items.astype(np.int32)
 
 
 def measure(arguments: argparse.Namespace, folder: Path, steps: Steps) -> dict[str, float]:

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 from jaxtyping import Float32, Int64
 from torch import Tensor
 
@@ -20,7 +19,7 @@ from distributed_rerank.data.candidates import CandidateLists, candidates_table
 from distributed_rerank.data.catalogue import Catalogue
 from distributed_rerank.data.embeddings import Embeddings
 from distributed_rerank.errors import BadInput
-from distributed_rerank.procedures.devices import keep_freed_memory, pick_device, tensor_of, torch_threads
+from distributed_rerank.procedures.devices import Lanes, pick_device, tensor_of
 from distributed_rerank.procedures.progress import progress
 from distributed_rerank.tensors import sharding
 from distributed_rerank.tensors.knn import search_tiles
@@ -72,20 +71,26 @@ class Searcher:
         self._tiles = tiles
         self._config = config
         self._device = pick_device()
-        keep_freed_memory()
+        self._lanes = Lanes(config.threads_per_worker)
 
     def search(self, queries: SearchSide) -> CandidateLists:
         """The nearest items of each query by (distance, item), never itself nor its own sequence."""
+        n_rows = -(-len(queries.items) // self._config.threads_per_worker)
+        parts = [queries.part(start, stop) for start, stop in sharding.blocks(len(queries.items), max(1, n_rows))]
+        found = self._lanes.map(self._search_part, parts or [queries])
+        items, distances = (np.concatenate(columns) for columns in zip(*found, strict=True))
+        return CandidateLists(queries.items, items, distances)
+
+    def _search_part(self, queries: SearchSide) -> tuple[np.ndarray, np.ndarray]:
         embeddings, items, sequences = self._tensors(queries)
-        with torch_threads(self._config.threads_per_worker), torch.inference_mode():
-            found = search_tiles(
-                embeddings,
-                (self._tensors(tile) for tile in self._tiles()),
-                query_items=items,
-                query_sequences=sequences,
-                n_items=self._config.n_items,
-            )
-        return CandidateLists(queries.items, found.items.cpu().numpy(), found.distances.cpu().numpy())
+        found = search_tiles(
+            embeddings,
+            (self._tensors(tile) for tile in self._tiles()),
+            query_items=items,
+            query_sequences=sequences,
+            n_items=self._config.n_items,
+        )
+        return found.items.cpu().numpy(), found.distances.cpu().numpy()
 
     def _tensors(self, side: SearchSide) -> tuple[Tensor, Tensor, Tensor]:
         embeddings, items, sequences = map(tensor_of, (side.embeddings, side.items, side.sequences))

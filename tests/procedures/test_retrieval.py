@@ -39,12 +39,15 @@ def _with_sequences(catalogue: Catalogue) -> Catalogue:
     return Catalogue(catalogue.table.assign(sequence=names), catalogue.source)
 
 
+@pytest.mark.parametrize("threads", [1, 2, 8])
 @pytest.mark.parametrize(("queries_per_block", "tile_size"), [(5, 6), (1, 1), (100, 100), (7, 26)])
-def test_retrieve_any_blocks_equals_a_full_sort(tmp_path: Path, queries_per_block: int, tile_size: int) -> None:
+def test_retrieve_any_blocks_equals_a_full_sort(
+    tmp_path: Path, queries_per_block: int, tile_size: int, threads: int
+) -> None:
     catalogue = _with_sequences(make_catalogue(tmp_path / "images", 27))
     embeddings = _embeddings(catalogue)
     embeddings.matrix[20] = embeddings.matrix[3]
-    config = replace(CONFIG, queries_per_block=queries_per_block, tile_size=tile_size)
+    config = replace(CONFIG, queries_per_block=queries_per_block, tile_size=tile_size, threads_per_worker=threads)
     found = retrieve(catalogue, embeddings, config, tmp_path / "out")
     assert found.items.tolist() == _literal(embeddings.matrix, catalogue.sequences, 4)
     assert found.query_items.tolist() == list(range(27))

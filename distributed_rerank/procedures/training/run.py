@@ -19,7 +19,7 @@ from distributed_rerank.models.pairwise import PairwiseModel
 from distributed_rerank.models.saving import load_model
 from distributed_rerank.procedures.chain.chain import Chain
 from distributed_rerank.procedures.chain.choice import fusion_figure, try_chain
-from distributed_rerank.procedures.devices import pick_device, tensor_of, torch_threads
+from distributed_rerank.procedures.devices import keep_freed_memory, pick_device, tensor_of, torch_threads
 from distributed_rerank.procedures.training import checkpoints, remining, tracking
 from distributed_rerank.procedures.training.config import TrainingConfig
 from distributed_rerank.procedures.training.encodings import FittedModel, encode_images, fit_start
@@ -77,6 +77,7 @@ def train_all(task: TrainingTask, folder: Path, worker: Worker, restored: State 
     plan.
     """
     state: State = restored or {"finished": [], "current": None}
+    keep_freed_memory()
     with torch_threads(task.config.threads):
         place = prepare(task, folder, worker)
         for number in range(len(state["finished"]), len(task.runs)):
