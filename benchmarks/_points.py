@@ -29,6 +29,7 @@ from distributed_rerank.models.extractor import ExtractorConfig
 from distributed_rerank.procedures import retrieval
 from distributed_rerank.procedures.chain.chain import Chain, PairwiseStep
 from distributed_rerank.procedures.decoding import decode
+from distributed_rerank.procedures.devices import Lanes
 from distributed_rerank.procedures.evaluation import measure as evaluation
 from distributed_rerank.procedures.evaluation.config import EvaluationConfig
 from distributed_rerank.procedures.evaluation.given import given_lists
@@ -122,20 +123,14 @@ def bare_loop(folder: Path, n_queries: int, n_images: int, top_n: int, name: str
         lists, top_n=top_n, queries_per_block=scoring_plan.queries_per_block(top_n, gflop), images_per_batch=16
     )
     batch = scoring_plan.pairs_per_batch(gflop, is_gpu=False)
-    torch.set_num_threads(threads)
+    lanes, done = Lanes(threads), 0
     model.prepare_for_inference("cpu")
-    started, done = time.perf_counter(), 0
-    with torch.inference_mode():
-        images = decode(catalogue.images(plan.items), model.transform, threads=threads).pixels
-        for block in plan.blocks:
-            queries = torch.from_numpy(np.repeat(block.queries, top_n))
-            candidates, distances = (
-                torch.from_numpy(block.candidates.ravel()),
-                torch.from_numpy(block.distances.ravel()),
-            )
-            for start, stop in sharding.blocks(len(queries), batch):
-                part = slice(start, stop)
-                done += len(model(images[queries[part]], images[candidates[part]], distances[part]))
+    started = time.perf_counter()
+    images = decode(catalogue.images(plan.items), model.transform, threads=threads).pixels
+    for block in plan.blocks:
+        pairs = (np.repeat(block.queries, top_n), block.candidates.ravel(), block.distances.ravel())
+        parts = zip(*(torch.from_numpy(values).split(batch) for values in pairs), strict=True)
+        done += sum(lanes.map(lambda part: len(model(images[part[0]], images[part[1]], part[2])), parts))
     return {"seconds": time.perf_counter() - started, "pairs": done}
 
 

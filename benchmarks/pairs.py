@@ -27,7 +27,7 @@ from distributed_rerank.models.extractor import ExtractorConfig
 from distributed_rerank.models.pairwise import PairwiseModel
 from distributed_rerank.models.split_siamese import SplitSiamese, SplitSiameseConfig
 from distributed_rerank.models.token_siamese import TokenSiamese, TokenSiameseConfig
-from distributed_rerank.procedures.devices import array_of, pick_device
+from distributed_rerank.procedures.devices import array_of, keep_freed_memory, pick_device
 from distributed_rerank.procedures.scoring import plan as scoring_plan
 from distributed_rerank.procedures.scoring.score import PairTask, Scorer, ScoringConfig
 from distributed_rerank.tensors.hardware import bf16_support
@@ -118,6 +118,7 @@ def wait_for_others(arguments: argparse.Namespace, name: str) -> None:
 def measure(arguments: argparse.Namespace) -> dict[str, dict[str, float]]:
     """All that one process measures: `<model> <precision>` -> figures, with `matmul <precision>` among them."""
     torch.set_num_threads(arguments.threads)
+    keep_freed_memory()
     found: dict[str, dict[str, float]] = {}
     for precision in arguments.precisions:
         dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
