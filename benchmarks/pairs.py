@@ -24,6 +24,7 @@ from _measuring import Row, add_common_flags, describe_machine, finish, matmul_p
 from distributed_rerank.models.concat_siamese import ConcatSiamese, ConcatSiameseConfig
 from distributed_rerank.models.distance_siamese import DistanceSiamese, DistanceSiameseConfig
 from distributed_rerank.models.extractor import ExtractorConfig
+from distributed_rerank.models.packing import PackedLinear
 from distributed_rerank.models.pairwise import PairwiseModel
 from distributed_rerank.models.split_siamese import SplitSiamese, SplitSiameseConfig
 from distributed_rerank.models.token_siamese import TokenSiamese, TokenSiameseConfig
@@ -69,6 +70,8 @@ def measure_model(name: str, precision: str, arguments: argparse.Namespace) -> d
         encoded = torch.cat([model.encode(part.to(device)) for part in pixels.split(16)])
         places = torch.randint(n_images, (2, CALLS, batch), generator=generator).to(device)
         distances = torch.rand(batch, generator=generator).to(device)
+        if arguments.compile:  # weights in oneDNN's own order are nothing that the compiler can trace
+            torch.compiler.disable(PackedLinear)
         forward = torch.compile(model, dynamic=False) if arguments.compile else model
 
         def some_images() -> int:
