@@ -52,7 +52,7 @@ def cast(vit: Any, device: torch.device, dtype: torch.dtype) -> None:
     if device.type != "cpu" or dtype != torch.bfloat16 or not packing.can_pack():
         vit.to(dtype)
         return
-    norms = [vit.norm, *(norm for block in vit.blocks for norm in (block.norm1, block.norm2))]
+    norms = [vit.norm, vit.fc_norm, *(norm for block in vit.blocks for norm in (block.norm1, block.norm2))]
     kept = {id(parameter) for norm in norms for parameter in norm.parameters()}
     for tensor in (*vit.parameters(), *vit.buffers()):
         if tensor.is_floating_point() and id(tensor) not in kept:
@@ -170,8 +170,8 @@ def first_blocks(
 
 
 def _stream(vit: Any, tokens: Tensor) -> Tensor:
-    """The tokens in the format of the residual stream."""
-    return tokens.to(vit.norm.weight.dtype)
+    """The tokens in the format of the residual stream, that of the norms that read it."""
+    return tokens.to(vit.blocks[0].norm1.weight.dtype)
 
 
 def run_block(vit: Any, block: nn.Module, tokens: Tensor, mask: Tensor | None = None) -> Tensor:

@@ -8,6 +8,7 @@ size or worker count.
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float32, Int64
@@ -42,6 +43,10 @@ class RetrievalConfig:
         for name in ("n_items", "queries_per_block", "tile_size", "threads_per_worker"):
             if getattr(self, name) < 1:
                 raise BadInput(f"{name}={getattr(self, name)} must be at least 1")
+
+    def deciding(self) -> dict[str, Any]:
+        """The settings that can change a result, or the blocks that an interrupted run has left."""
+        return {"n_items": self.n_items, "queries_per_block": self.queries_per_block}
 
 
 @dataclass(frozen=True)
@@ -131,11 +136,7 @@ def retrieve(
     it).
     """
     fingerprint = artifacts.make_fingerprint(
-        "retrieve",
-        n_items=config.n_items,
-        queries_per_block=config.queries_per_block,
-        catalogue=catalogue.digest(),
-        embeddings=embeddings.digest,
+        "retrieve", **config.deciding(), catalogue=catalogue.digest(), embeddings=embeddings.digest
     )
     if artifacts.is_complete(out, fingerprint, overwrite):
         return read_candidates(out, catalogue)

@@ -1,6 +1,7 @@
 """Packing is a change of speed, not of output: every kind of transformer against itself before."""
 
 import copy
+import dataclasses
 
 import pytest
 import timm
@@ -8,11 +9,12 @@ import torch
 
 from distributed_rerank.models import packing, vit
 from distributed_rerank.models.concat_siamese import ConcatSiamese, ConcatSiameseConfig
-from distributed_rerank.models.extractor import ExtractorConfig
+from distributed_rerank.models.extractor import ExtractorConfig, build_extractor
 from distributed_rerank.tensors.hardware import bf16_support
 
 pytestmark = pytest.mark.skipif(not packing.can_pack(), reason="torch has no oneDNN for x86 here")
 CPU = torch.device("cpu")
+NEEDS_BF16 = pytest.mark.skipif(bf16_support(CPU) is None, reason="no bf16 on this CPU")
 PROBE = torch.randn(3, 3, 64, 64, generator=torch.Generator().manual_seed(0))
 VIT = {"embed_dim": 64, "depth": 3, "num_heads": 2, "img_size": 64}
 
@@ -49,7 +51,7 @@ def test_gelu_by_tanh_is_not_replaced_by_the_exact_one():
     assert (exact(x) - expected).abs().max() > 1e-5, "the two could not be told apart"
 
 
-@pytest.mark.skipif(bf16_support(CPU) is None, reason="no bf16 on this CPU")
+@NEEDS_BF16
 def test_bf16_network_keeps_its_residual_stream_in_float32():
     """Half of the error of a network that rounds every sum to bf16."""
     config = ExtractorConfig(name="vit_small_patch16_224", weights="none", image_size=64, precision="bf16")
@@ -68,7 +70,34 @@ def test_bf16_network_keeps_its_residual_stream_in_float32():
     assert error < before / 2, f"mean squared errors {error:.2e} and {before:.2e}"
 
 
-@pytest.mark.skipif(bf16_support(CPU) is None, reason="no bf16 on this CPU")
+@pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=NEEDS_BF16)])
+@pytest.mark.parametrize(
+    "args",
+    [
+        {},
+        {"fc_norm": True},  # the norm is then on the class token
+        {"final_norm": False},
+        {"pre_norm": True},
+        {"qk_norm": True},
+        {"init_values": 0.1},
+        {"scale_attn_norm": True},
+        {"scale_mlp_norm": True},
+        {"reg_tokens": 2},
+    ],
+    ids=str,
+)
+def test_every_plain_transformer_can_be_prepared(args, precision):
+    config = ExtractorConfig(name="vit_tiny_patch16_224", weights="none", image_size=64, args=VIT | args)
+    pixels = torch.randint(256, (3, 3, 64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    extractor = build_extractor(dataclasses.replace(config, precision="fp32"))
+    assert extractor.is_plain_vit
+    prepared = build_extractor(dataclasses.replace(config, precision=precision)).prepare_for_inference("cpu")
+    with torch.inference_mode():
+        tolerance = 1e-5 if precision == "fp32" else 1e-2
+        torch.testing.assert_close(prepared(pixels), extractor(pixels), rtol=0, atol=tolerance)
+
+
+@NEEDS_BF16
 def test_padded_keys_change_nothing_in_bf16():
     """The path of CPUs with AMX, whatever this one has."""
     config = ExtractorConfig(name="vit_small_patch16_224", weights="none", image_size=64, precision="bf16")

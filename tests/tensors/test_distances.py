@@ -76,6 +76,22 @@ def test_rounded_product_stays_within_its_error_bound(scale: float, offset: floa
         assert (bound < 2.0**-7 * squared_norms(queries).sqrt() * squared_norms(gallery).max().sqrt() * 2).all()
 
 
+@pytest.mark.skipif(bf16_support(torch.device("cpu")) is None, reason="no bf16 on this CPU")
+@pytest.mark.parametrize("dim", [3, 96, 1000, 6000])
+def test_rounded_product_is_summed_in_float32_and_rounded_once(dim: int) -> None:
+    """Of embeddings that lose nothing in bf16, so that only the summation's part of the bound is left."""
+    generator = torch.Generator().manual_seed(0)
+    queries, gallery = (torch.randn(n, dim, generator=generator).bfloat16().float() for n in (30, 400))
+    left, right = rounded_queries(queries), rounded_gallery(gallery, squared_norms(gallery).float(), 400)
+    assert left.residuals.max() == right.residuals.max() == 0
+    true = gallery.double().square().sum(1) - 2 * queries.double() @ gallery.double().t()
+    bound = rounded_error(squared_norms(queries), float(squared_norms(gallery).max().sqrt()), dim, left.residuals, 0.0)
+    product = (left.factors @ right.factors.t()).double()
+    assert ((product - true).abs() <= bound[:, None] + 2.0**-8 * (true.abs() + bound[:, None])).all()
+    # A sum rounded to bf16 on its way would be off by this much.
+    assert (bound[:, None] < 2.0**-8 * squared_norms(gallery)).all() or dim == 6000
+
+
 def test_squared_norms_not_finite_values_show() -> None:
     embeddings = torch.tensor([[3.0, 4.0], [torch.nan, 1.0], [torch.inf, 0.0]])
     norms = squared_norms(embeddings)

@@ -60,7 +60,8 @@ def settings_of(config: EvaluationConfig) -> dict[str, Any]:
         name: value for name, value in asdict(config).items() if name not in ("embeddings", "candidates", "max_rejects")
     }
     extraction = None if config.extraction is None else config.extraction.deciding()
-    return settings | {"scoring": config.scoring.deciding(), "extraction": extraction}
+    stages = {"retrieval": config.retrieval.deciding(), "scoring": config.scoring.deciding(), "extraction": extraction}
+    return settings | stages
 
 
 def input_digests(config: EvaluationConfig) -> dict[str, str | None]:
