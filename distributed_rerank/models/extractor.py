@@ -7,6 +7,7 @@ overridable), and normalising by mean and deviation happens on the device, so th
 import ast
 import difflib
 import json
+import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -22,9 +23,11 @@ from torch.nn import functional
 
 from distributed_rerank.data.transforms import InferenceTransform, Interpolation
 from distributed_rerank.errors import BadInput
-from distributed_rerank.models import folding, packing, vit, weights
+from distributed_rerank.kernels.hardware import bf16_support
+from distributed_rerank.models import amx_vit, folding, packing, vit, weights
 from distributed_rerank.models.precision import Precision, computing_in, resolve_precision
-from distributed_rerank.tensors.hardware import bf16_support
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +71,8 @@ class Extractor(nn.Module):
         self.transform = transform
         self.dim = int(getattr(model, "head_hidden_size", 0) or model.num_features)
         self.is_plain_vit = vit.is_plain_vit(model)
+        self.is_compiled = False
+        """Whether the network runs on the kernels of `amx_vit`."""
         self.input_size = transform.size
         """Height and width of the images that the network takes."""
         self.register_buffer("mean", torch.tensor(transform.mean).view(1, 3, 1, 1), persistent=False)
@@ -79,19 +84,24 @@ class Extractor(nn.Module):
         """(pixels / 255 - mean) / std, on the device of the pixels."""
         return (pixels.to(torch.float32) / 255 - self.mean) / self.std
 
+    def network_input(self, pixels: UInt8[Tensor, "image 3 height width"], dtype: torch.dtype) -> Tensor:
+        """What the network takes: normalised pixels in `dtype`, or the bytes if it normalises them itself."""
+        return pixels if self.is_compiled else self.normalise_pixels(pixels).to(dtype)
+
     def dtype_on(self, device: torch.device) -> torch.dtype:
-        """The number format the network computes in on `device`."""
-        return resolve_precision(self.config.precision, device)
+        """The number format of what enters and leaves the network's layers on `device`."""
+        return torch.float32 if self.is_compiled else resolve_precision(self.config.precision, device)
 
     def pads_keys(self, device: torch.device) -> bool:
-        """Whether attention keys are padded to a multiple of 16: measured 1.2 times faster with AMX tiles,
-        slower elsewhere."""
-        return self.dtype_on(device) == torch.bfloat16 and bf16_support(device) == "AMX"
+        """Whether attention keys are padded to a multiple of 16: measured 1.2 times faster with AMX tiles and torch's
+        fused attention, slower elsewhere."""
+        is_fused = not torch.is_grad_enabled()  # vit.run_block
+        return is_fused and self.dtype_on(device) == torch.bfloat16 and bf16_support(device) == "AMX"
 
     def features(self, pixels: UInt8[Tensor, "image 3 height width"]) -> Float32[Tensor, "image dim"]:
         """The network's pooled output before any normalising."""
         with computing_in(self.dtype_on(pixels.device), self.model, pixels.device) as dtype:
-            images = self.normalise_pixels(pixels).to(dtype)
+            images = self.network_input(pixels, dtype)
             if self.is_plain_vit:
                 out = vit.class_token_embedding(self.model, images, self.pads_keys(pixels.device))
             else:
@@ -105,9 +115,19 @@ class Extractor(nn.Module):
 
     def prepare_for_inference(self, device: torch.device | str) -> "Extractor":
         """Move to `device`, stop training for good, fold batch normalisation into convolutions, cast the network to
-        the format it computes in there and, on a CPU, pack its linear layers. Returns itself."""
+        the format it computes in there and, on a CPU, pack its linear layers or swap its blocks for compiled ones.
+        Returns itself."""
         device = torch.device(device)
+        if self.is_compiled:
+            assert device.type == "cpu", f"the network was prepared for the CPU and cannot be moved to {device}"
+            return self
         self.to(device).eval().requires_grad_(False)
+        if self.is_plain_vit:
+            vit.keep_positions(self.model)
+        if self._is_compilable(device):
+            amx_vit.prepare(self.model, self.mean, self.std, parts=2 if self.config.precision == "bf16x3" else 1)
+            self.is_compiled = True
+            return self
         if not self.is_plain_vit and all(p.dtype == torch.float32 for p in self.model.parameters()):
             with torch.no_grad():
                 folding.fold_batch_norms(self.model, self._probe(device))
@@ -118,6 +138,17 @@ class Extractor(nn.Module):
         if device.type == "cpu" and packing.can_pack():
             packing.pack_linears(self.model, read=vit.read_weights(self.model) if self.is_plain_vit else ())
         return self
+
+    def _is_compilable(self, device: torch.device) -> bool:
+        """Whether the kernels for AMX take the network; warns where nothing but their installation is missing."""
+        if device.type != "cpu" or not self.is_plain_vit or not amx_vit.can_run(self.model):
+            return False
+        if self.config.precision != "bf16x3" and self.dtype_on(device) != torch.bfloat16:
+            return False
+        reason = amx_vit.why_unavailable()
+        if reason is not None and bf16_support(device) == "AMX":
+            _log.warning("%s; torch's own kernels take about twice the time", reason)
+        return reason is None
 
     def _probe(self, device: torch.device) -> Float32[Tensor, "1 3 height width"]:
         """An image of noise of the size that the network takes."""
@@ -139,6 +170,11 @@ def build_extractor(config: ExtractorConfig, stacked: int = 1) -> Extractor:
     transform = _transform(config, model)
     extractor = Extractor(model, _resolve(config, model, transform), transform)
     extractor.input_size = (stacked * transform.size[0], transform.size[1])
+    if config.precision == "bf16x3" and not (extractor.is_plain_vit and amx_vit.can_run(model)):
+        raise BadInput(
+            "precision=bf16x3 is for vision transformers with plain attention, an MLP with GELU and widths that are "
+            f"multiples of 32; {config.name} is none with these arguments, use fp32"
+        )
     _accept_size(extractor, extractor.input_size)
     return extractor.eval()
 

@@ -38,16 +38,12 @@ class PairwiseModel(nn.Module):
         self.config = config
         self.extractor = extractor
         self.is_backbone_frozen = False
-        self._gflop_per_pair: float | None = None  # of a model prepared for inference, which cannot be counted
+        self._gflop_per_pair: float | None = None  # counted once: a prepared model cannot be, and it takes a moment
 
     @property
     def transform(self) -> InferenceTransform:
         """From a decoded image to the pixels that `encode` takes."""
         return self.extractor.transform
-
-    def normalise(self, pixels: UInt8[Tensor, "image 3 height width"]) -> Float32[Tensor, "image 3 height width"]:
-        """(pixels / 255 - mean) / std, on the device of the pixels."""
-        return self.extractor.normalise_pixels(pixels)
 
     def encode(self, pixels: UInt8[Tensor, "image 3 height width"]) -> Tensor:
         """One tensor of `encoding_shape` and `encoding_dtype` per image. Differentiable wherever the dtype
@@ -77,7 +73,8 @@ class PairwiseModel(nn.Module):
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
             functional_call(self, state, (encoding, encoding, torch.empty(1, device="meta")))
         self.train(was_training)
-        return counter.get_total_flops() / 1e9
+        self._gflop_per_pair = counter.get_total_flops() / 1e9
+        return self._gflop_per_pair
 
     def train(self, mode: bool = True) -> "PairwiseModel":
         """As nn.Module's, except for batch normalisation and a frozen backbone, which stay in evaluation
@@ -134,7 +131,7 @@ class PairwiseModel(nn.Module):
 
         The head keeps float32, and so do the logits.
         """
-        self._gflop_per_pair = self.gflop_per_pair()
+        self.gflop_per_pair()
         self.to(device).eval().requires_grad_(False)
         self.extractor.prepare_for_inference(device)
         return self

@@ -12,20 +12,28 @@ import torch
 from torch import nn
 
 from distributed_rerank.errors import BadInput
-from distributed_rerank.tensors.hardware import bf16_support
+from distributed_rerank.kernels.hardware import bf16_support
+from distributed_rerank.models import amx_vit
 
-Precision = Literal["auto", "fp32", "bf16"]
+Precision = Literal["auto", "fp32", "bf16x3", "bf16"]
+"""bf16x3: each float32 number as a sum of two bfloat16 ones (16 bits), a product as three of theirs."""
 
 
 def resolve_precision(precision: Precision, device: torch.device) -> torch.dtype:
     """float32 or bfloat16 for `precision` on `device`.
 
-    "auto" is bfloat16 exactly where the hardware multiplies it natively.
+    "auto" is bfloat16 exactly where the hardware multiplies it natively. For "bf16x3" float32 is the format of all that
+    enters and leaves a layer, and that of training.
 
     Raises:
         BadInput: bf16 was asked for and `device` would only emulate it, which is up to 80 times slower
-            than fp32."""
+            than fp32; bf16x3 was asked for and the compiled kernels cannot be used."""
     if precision == "fp32" or device.type == "meta":
+        return torch.float32
+    if precision == "bf16x3":
+        reason = "it is for CPUs" if device.type != "cpu" else amx_vit.why_unavailable()
+        if reason is not None:
+            raise BadInput(f"precision=bf16x3 cannot be had here ({reason}); use fp32 or bf16")
         return torch.float32
     if bf16_support(device) is not None:
         return torch.bfloat16

@@ -68,7 +68,7 @@ class SplitSiamese(PairwiseModel):
         positions."""
         network = self.extractor.model
         with computing_in(self.extractor.dtype_on(pixels.device), network, pixels.device) as dtype:
-            tokens = vit.first_blocks(network, self.normalise(pixels).to(dtype), self.config.split_at)
+            tokens = vit.first_blocks(network, self.extractor.network_input(pixels, dtype), self.config.split_at)
         return tokens.to(self.encoding_dtype)
 
     def forward(
@@ -97,9 +97,9 @@ class SplitSiamese(PairwiseModel):
     def _position_exchange(self) -> tuple[Tensor, Tensor]:
         """What to add to patch tokens with single-image positions so that they have those of the upper and
         the lower half."""
-        table = vit.position_table(self.extractor.model)[1]
-        single = vit.resample_positions(table, self.grid)
-        both = vit.resample_positions(table, (2 * self.grid[0], self.grid[1]))
+        network = self.extractor.model
+        single = vit.positions_at(network, self.grid)
+        both = vit.positions_at(network, (2 * self.grid[0], self.grid[1]))
         above, below = both.split(single.shape[1], dim=1)
         return above - single, below - single
 

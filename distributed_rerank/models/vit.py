@@ -11,18 +11,21 @@ the blocks are not rounded to 8 bits, which halves the error of the scores.
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Num
 from timm.layers.attention import Attention
+from timm.layers.mlp import Mlp
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from distributed_rerank.models import packing
-from distributed_rerank.tensors.hardware import bf16_support
+from distributed_rerank.kernels.hardware import bf16_support
+from distributed_rerank.models import bf16_training, packing
+from distributed_rerank.models.amx_vit import AmxBlock
 
 
 def is_plain_vit(model: nn.Module) -> bool:
@@ -49,7 +52,9 @@ def cast(vit: Any, device: torch.device, dtype: torch.dtype) -> None:
     float32 norms cost nothing measurable there. Without AMX, attention in bfloat16 is 1.6 times faster by oneDNN's
     batched products than by torch's fused kernel, which multiplies in small tiles.
     """
-    if device.type != "cpu" or dtype != torch.bfloat16 or not packing.can_pack():
+    # Layers that stay unpacked take their own format only.
+    are_packed = packing.can_pack() and all(packing.packs(block) for block in vit.blocks)
+    if device.type != "cpu" or dtype != torch.bfloat16 or not are_packed:
         vit.to(dtype)
         return
     norms = [vit.norm, vit.fc_norm, *(norm for block in vit.blocks for norm in (block.norm1, block.norm2))]
@@ -91,8 +96,25 @@ def resample_positions(patches: Float[Tensor, "1 old dim"], grid: tuple[int, int
     return resampled.permute(0, 2, 3, 1).reshape(1, grid[0] * grid[1], -1).to(patches.dtype)
 
 
-def embed_patches(vit: Any, pixels: Float[Tensor, "image 3 height width"]) -> Float[Tensor, "image patch dim"]:
-    """Patch embeddings without positions, row by row; a margin smaller than a patch is ignored."""
+def positions_at(vit: Any, grid: tuple[int, int]) -> Float[Tensor, "1 patch dim"]:
+    """The patch positions of images with this grid; kept once `keep_positions` was called."""
+    kept = getattr(vit, "kept_positions", None)
+    if kept is None:
+        return resample_positions(position_table(vit)[1], grid)
+    if grid not in kept:
+        kept[grid] = resample_positions(position_table(vit)[1], grid)
+    return kept[grid]
+
+
+def keep_positions(vit: Any) -> None:
+    """Resample the table once for each grid from now on: it must not change any more."""
+    vit.kept_positions = {}
+
+
+def embed_patches(vit: Any, pixels: Num[Tensor, "image 3 height width"]) -> Float[Tensor, "image patch dim"]:
+    """Patch embeddings without positions, row by row; a margin smaller than a patch is ignored.
+
+    `pixels` are normalised here and below, but bytes where `amx_vit` has prepared the network."""
     return vit.patch_embed.norm(vit.patch_embed.proj(pixels).flatten(2).transpose(1, 2))
 
 
@@ -115,14 +137,14 @@ def patch_grid(vit: Any, height: int, width: int) -> tuple[int, int]:
     return height // patch_height, width // patch_width
 
 
-def embed(vit: Any, pixels: Float[Tensor, "image 3 height width"]) -> Float[Tensor, "image token dim"]:
+def embed(vit: Any, pixels: Num[Tensor, "image 3 height width"]) -> Float[Tensor, "image token dim"]:
     """The tokens that enter the first block."""
-    positions = resample_positions(position_table(vit)[1], patch_grid(vit, *pixels.shape[-2:]))
+    positions = positions_at(vit, patch_grid(vit, *pixels.shape[-2:]))
     return add_prefix(vit, embed_patches(vit, pixels), positions)
 
 
 def class_token_embedding(
-    vit: Any, pixels: Float[Tensor, "image 3 height width"], pad_keys: bool
+    vit: Any, pixels: Num[Tensor, "image 3 height width"], pad_keys: bool
 ) -> Float[Tensor, "image dim"]:
     """The normalised class token after all blocks: what timm's ViT returns with num_classes=0 and
     global_pool="token"."""
@@ -130,7 +152,7 @@ def class_token_embedding(
 
 
 def maps_and_embedding(
-    vit: Any, pixels: Float[Tensor, "image 3 height width"], blocks: Sequence[int]
+    vit: Any, pixels: Num[Tensor, "image 3 height width"], blocks: Sequence[int]
 ) -> tuple[list[Float[Tensor, "image dim rows columns"]], Float[Tensor, "image dim"]]:
     """Patch tokens after each of `blocks` (negative = from the end) through the final norm, as maps, and the
     embedding."""
@@ -141,7 +163,8 @@ def maps_and_embedding(
         tokens = run_block(vit, block, tokens)
         if number in wanted:
             patches = vit.norm(tokens)[:, vit.num_prefix_tokens :]
-            maps[number] = patches.transpose(1, 2).unflatten(2, (rows, columns))
+            # A copy, since without a final norm these are the tokens that the next block may change in place.
+            maps[number] = patches.transpose(1, 2).clone().unflatten(2, (rows, columns))
     return [maps[number] for number in wanted], vit.head_drop(vit.fc_norm(vit.norm(tokens)[:, 0]))
 
 
@@ -149,7 +172,7 @@ def join(
     vit: Any, tokens: Float[Tensor, "image token dim"], first_block: int, pad_keys: bool
 ) -> Float[Tensor, "image dim"]:
     """Run the blocks from `first_block` on and return the normalised class token; the last block computes
-    nothing else."""
+    nothing else. `tokens` may be overwritten."""
     blocks, tokens = list(vit.blocks)[first_block:], _stream(vit, tokens)
     if blocks:
         tokens, mask = _pad_keys(tokens) if pad_keys else (tokens, None)
@@ -160,7 +183,7 @@ def join(
 
 
 def first_blocks(
-    vit: Any, pixels: Float[Tensor, "image 3 height width"], n_blocks: int
+    vit: Any, pixels: Num[Tensor, "image 3 height width"], n_blocks: int
 ) -> Float[Tensor, "image token dim"]:
     """All tokens after the first `n_blocks`."""
     tokens = _stream(vit, embed(vit, pixels))
@@ -174,11 +197,32 @@ def _stream(vit: Any, tokens: Tensor) -> Tensor:
     return tokens.to(vit.blocks[0].norm1.weight.dtype)
 
 
-def run_block(vit: Any, block: nn.Module, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
+def run_block(vit: Any, block: Any, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
     """One block; its activations are not kept for the backward pass where timm's switch for that is on."""
-    if vit.grad_checkpointing and torch.is_grad_enabled():
-        return checkpoint(block, tokens, attn_mask=mask, use_reentrant=False)
-    return block(tokens, attn_mask=mask)
+    is_trained = torch.is_grad_enabled() and (
+        tokens.requires_grad or any(parameter.requires_grad for parameter in block.parameters())
+    )
+    if not is_trained:
+        return block(tokens, attn_mask=mask)
+    run = partial(_trained_block, block) if mask is None else partial(block, attn_mask=mask)
+    return checkpoint(run, tokens, use_reentrant=False) if vit.grad_checkpointing else run(tokens)
+
+
+def _trained_block(block: Any, tokens: Tensor) -> Tensor:
+    """timm's forward of a block, with what makes its backward pass faster in bfloat16 on a CPU."""
+    attention, mlp = block.attn, block.mlp
+    is_bf16 = attention.qkv.weight.dtype == torch.bfloat16 or (
+        torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16
+    )
+    if tokens.device.type != "cpu" or not is_bf16 or attention.attn_drop.p > 0 or type(mlp) is not Mlp:
+        return block(tokens)
+    heads = bf16_training.linear(attention.qkv, bf16_training.norm(block.norm1, tokens))
+    heads = heads.unflatten(2, (3, attention.num_heads, attention.head_dim))
+    out = attention.norm(bf16_training.attend(heads, attention.q_norm, attention.k_norm))
+    tokens = tokens + block.drop_path1(block.ls1(attention.proj_drop(bf16_training.linear(attention.proj, out))))
+    hidden = bf16_training.linear(mlp.fc1, bf16_training.norm(block.norm2, tokens))
+    hidden = mlp.norm(mlp.drop1(mlp.act(hidden)))
+    return tokens + block.drop_path2(block.ls2(mlp.drop2(bf16_training.linear(mlp.fc2, hidden))))
 
 
 def _pad_keys(tokens: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -193,6 +237,8 @@ def _pad_keys(tokens: Tensor) -> tuple[Tensor, Tensor | None]:
 
 
 def _class_token_block(block: Any, tokens: Tensor, mask: Tensor | None) -> Float[Tensor, "image 1 dim"]:
+    if isinstance(block, AmxBlock):
+        return block.class_token(tokens)
     attention, n = block.attn, tokens.shape[0]
     heads, head_dim = attention.num_heads, attention.head_dim
     width = heads * head_dim

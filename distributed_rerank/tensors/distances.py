@@ -14,6 +14,9 @@ import torch
 from jaxtyping import BFloat16, Float, Float32, Float64, Int64
 from torch import Tensor
 
+from distributed_rerank.kernels import search
+from distributed_rerank.kernels.library import has_vector_kernels
+
 UNIT_ROUNDOFF = 2.0**-24
 NORM_PARTS = 3
 """bfloat16 numbers of 8 bits that hold the 24 bits of a float32."""
@@ -40,6 +43,10 @@ def exact_pair_distances(
     """`exact_distances` of the pairs (query `rows[i]`, gallery `columns[i]`), with memory independent of
     their number.
     """
+    tensors = (query_embeddings, gallery_embeddings, rows, columns)
+    is_float32 = query_embeddings.dtype == gallery_embeddings.dtype == torch.float32
+    if is_float32 and all(t.device.type == "cpu" and t.is_contiguous() for t in tensors) and has_vector_kernels():
+        return search.pair_distances(*tensors)
     # A few hundred rows of float64 stay in a core's cache; a GPU wants fewer, larger steps.
     step = 512 if query_embeddings.device.type == "cpu" else 65_536
     out = torch.empty(len(rows), dtype=torch.float32, device=query_embeddings.device)

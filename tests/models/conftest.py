@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from distributed_rerank.models import amx_vit
 from distributed_rerank.models.extractor import ExtractorConfig
 
 
@@ -31,3 +32,21 @@ def cnn_config() -> ExtractorConfig:
 def pixels() -> Tensor:
     """Six pictures of 64 x 64 noise."""
     return torch.randint(0, 256, (6, 3, 64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture
+def without_kernels(monkeypatch: pytest.MonkeyPatch) -> str:
+    """Networks prepared for inference compute by torch, as where the compiled kernels cannot be had; the reason."""
+    reason = "the kernels are switched off for this test"
+    monkeypatch.setattr(amx_vit, "why_unavailable", lambda: reason)
+    return reason
+
+
+@pytest.fixture(params=["torch", "kernels"])
+def has_kernels(request: pytest.FixtureRequest) -> bool:
+    """Runs a test by torch alone and, where they can be had, with the compiled kernels: users have either."""
+    if request.param == "torch":
+        request.getfixturevalue("without_kernels")
+    elif amx_vit.why_unavailable() is not None:
+        pytest.skip(str(amx_vit.why_unavailable()))
+    return request.param == "kernels"

@@ -72,7 +72,7 @@ def test_concat_siamese_random_state_of_oml_gives_oml_logits(tmp_path, vit_confi
     torch.save({"state_dict": {f"model.{k}": v for k, v in state.items()}}, tmp_path / "oml.ckpt")
     weights = str(tmp_path / "oml.ckpt")
     loaded = ConcatSiamese(ConcatSiameseConfig(extractor=vit_config, hidden_dims=(8,), weights=weights))
-    images = loaded.normalise(pixels)
+    images = loaded.extractor.normalise_pixels(pixels)
     expected = oml_forward(state, images[:3], images[3:], heads=2)
     with torch.inference_mode():
         found = loaded(pixels[:3], pixels[3:], torch.zeros(3))

@@ -47,15 +47,28 @@ def test_pairwise_model_logits_are_float32_and_pairs_do_not_see_each_other(model
     torch.testing.assert_close(together, alone, rtol=0, atol=1e-5)
 
 
-def test_pairwise_model_prepared_in_bf16_keeps_float32_logits(model, pixels):
+def test_pairwise_model_prepared_in_bf16_keeps_float32_logits(model, pixels, has_kernels):
     expected = logits(model, pixels, torch.rand(3, generator=torch.Generator().manual_seed(0)))
     model.extractor.config = dataclasses.replace(model.extractor.config, precision="auto")
     model.prepare_for_inference("cpu")
+    assert model.extractor.is_compiled == has_kernels
     with torch.inference_mode():
         found = logits(model, pixels, torch.rand(3, generator=torch.Generator().manual_seed(0)))
     assert found.dtype == torch.float32
     assert not any(p.requires_grad for p in model.parameters())
     torch.testing.assert_close(found, expected.detach(), rtol=0, atol=5e-2)
+
+
+def test_pairwise_model_prepared_leaves_cached_encodings_as_they_are(model, pixels, has_kernels):
+    """Every encoding is scored many times, and the kernels write their output in the place of their input."""
+    model.extractor.config = dataclasses.replace(model.extractor.config, precision="auto")
+    model.prepare_for_inference("cpu")
+    with torch.inference_mode():
+        encoded = model.encode(pixels)
+        before = encoded.clone()
+        first, second = (model(encoded[:3], encoded[3:], torch.zeros(3)) for _ in range(2))
+    assert torch.equal(encoded, before)
+    assert torch.equal(first, second)
 
 
 def test_pairwise_model_gflop_is_measured_without_changing_the_model(model):

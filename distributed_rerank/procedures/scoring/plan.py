@@ -150,10 +150,10 @@ def queries_per_block(top_n: int, gflop_per_pair: float) -> int:
 
 
 def pairs_per_batch(gflop_per_pair: float, is_gpu: bool) -> int:
-    """Pairs in one call of the model: on a CPU what stays in its cache (4 for a ViT-S/16 on both images), on
+    """Pairs in one call of the model: on a CPU what stays in its cache (8 for a ViT-S/16 on both images), on
     a GPU more."""
     pairs = 80 / max(gflop_per_pair, 0.1)
-    return int(np.clip(pairs * (64 if is_gpu else 1), 4, 8192 if is_gpu else 512))
+    return int(np.clip(pairs * (64 if is_gpu else 1), 8, 8192 if is_gpu else 512))
 
 
 def _in_order_of_first_use(items: np.ndarray) -> Int64[np.ndarray, " image"]:

@@ -77,7 +77,8 @@ def build_optimizer(model: PairwiseModel, config: TrainingConfig) -> torch.optim
         raise BadInput("this model has nothing to train while its backbone is frozen; give a backbone_lr above 0")
     if config.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=config.lr, momentum=0.9)
-    return torch.optim.AdamW(groups, lr=config.lr)
+    # One pass over the parameters instead of a dozen; on a CPU it is also the only one that uses all threads for each.
+    return torch.optim.AdamW(groups, lr=config.lr, fused=True)
 
 
 def freeze_encoder(model: PairwiseModel) -> None:

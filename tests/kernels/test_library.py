@@ -1,0 +1,76 @@
+"""Where the compiled library is found: beside its sources or, if these were only copied, in the installed package."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import distributed_rerank
+from distributed_rerank.kernels import library
+
+NEEDS_KERNELS = pytest.mark.skipif(library.why_unavailable() is not None, reason=str(library.why_unavailable()))
+PACKAGE = Path(distributed_rerank.__file__).parent
+PRINT_WHAT_IS_FOUND = """
+import json
+from distributed_rerank.kernels import library
+print(json.dumps([library.__file__, str(library._library_path()), library.why_unavailable()]))
+"""
+
+
+def copy_sources(folder: Path) -> Path:
+    """The package as `ray job submit` uploads it; returns the folder of its kernels."""
+    copied = folder / PACKAGE.name
+    shutil.copytree(PACKAGE, copied, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    return copied / "kernels"
+
+
+def found_with(*search_path: Path) -> tuple[Path, Path, str | None]:
+    """The module, the library and the reason, in a fresh process that looks in `search_path` first: all are kept once
+    they were looked up."""
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, search_path))}
+    command = [sys.executable, "-c", PRINT_WHAT_IS_FOUND]
+    done = subprocess.run(command, env=env, cwd=search_path[0], capture_output=True, text=True, check=True)
+    module, path, reason = json.loads(done.stdout)
+    return Path(module), Path(path), reason
+
+
+@NEEDS_KERNELS
+def test_copied_sources_use_the_installed_library(tmp_path):
+    kernels = copy_sources(tmp_path)
+    module, path, reason = found_with(tmp_path)
+    assert module.parent == kernels
+    assert path == library._library_path()
+    assert reason is None
+
+
+@NEEDS_KERNELS
+def test_copied_sources_use_the_library_of_a_package_that_is_not_editable(tmp_path):
+    copied, installed = tmp_path / "copied", tmp_path / "installed"
+    copy_sources(copied)
+    expected = copy_sources(installed) / library._library_path().name
+    shutil.copy(library._library_path(), expected)
+    (installed / "distributed_rerank-1.dist-info").mkdir()
+    (installed / "distributed_rerank-1.dist-info" / "METADATA").write_text("Name: distributed_rerank\nVersion: 1\n")
+    assert found_with(copied, installed)[1:] == (expected, None)
+
+
+@NEEDS_KERNELS
+def test_library_of_other_sources_is_not_used(tmp_path):
+    """It would take other arguments, or give other results than the rest of the workers."""
+    header = copy_sources(tmp_path) / "cpu" / "products.h"
+    header.write_text(header.read_text() + "// changed\n")
+    _, path, reason = found_with(tmp_path)
+    assert path == Path("None")
+    assert "install g++, then distributed_rerank again" in (reason or "")
+
+
+def test_reason_names_a_processor_without_amx(monkeypatch):
+    monkeypatch.setattr(
+        library, "bf16_support", lambda device: "AVX-512 BF16" if device == torch.device("cpu") else None
+    )
+    assert library.why_unavailable.__wrapped__() == "this CPU has no AMX"
