@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from jaxtyping import BFloat16, Float, Float32
+from timm.layers.mlp import Mlp
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -17,11 +18,25 @@ from distributed_rerank.kernels import norm as norm_kernel
 Heads = BFloat16[Tensor, "image head token head_dim"]
 
 
+def can_train(block: Any, tokens: Tensor) -> bool:
+    """Whether this timm block, called with these tokens under the current autocast, may use what is here."""
+    is_bf16 = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16
+    is_plain = block.attn.attn_drop.p == 0 and type(block.mlp) is Mlp
+    return is_bf16 and is_plain and tokens.device.type == "cpu" and torch.is_grad_enabled()
+
+
 def linear(layer: nn.Module, x: Float[Tensor, "*row input"]) -> BFloat16[Tensor, "*row output"]:
     """The layer's output, as under autocast."""
-    if type(layer) is nn.Linear and layer.weight.dtype == torch.float32 and _has_kernels(*layer.weight.shape):
-        return KernelLinear.apply(x, layer.weight, layer.bias)
-    return layer(x)
+    return project(x, layer.weight, layer.bias) if type(layer) is nn.Linear else layer(x)
+
+
+def project(
+    x: Float[Tensor, "*row input"], weight: Float[Tensor, "output input"], bias: Float[Tensor, " output"] | None
+) -> BFloat16[Tensor, "*row output"]:
+    """x weight' + bias, as under autocast."""
+    if weight.dtype == torch.float32 and _has_kernels(*weight.shape):
+        return KernelLinear.apply(x, weight, bias)
+    return functional.linear(x, weight, bias)
 
 
 def norm(layer: nn.Module, x: Float32[Tensor, "*row dim"]) -> Float[Tensor, "*row dim"]:

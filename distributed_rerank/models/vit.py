@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from jaxtyping import Float, Num
 from timm.layers.attention import Attention
-from timm.layers.mlp import Mlp
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional
@@ -211,10 +210,7 @@ def run_block(vit: Any, block: Any, tokens: Tensor, mask: Tensor | None = None) 
 def _trained_block(block: Any, tokens: Tensor) -> Tensor:
     """timm's forward of a block, with what makes its backward pass faster in bfloat16 on a CPU."""
     attention, mlp = block.attn, block.mlp
-    is_bf16 = attention.qkv.weight.dtype == torch.bfloat16 or (
-        torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16
-    )
-    if tokens.device.type != "cpu" or not is_bf16 or attention.attn_drop.p > 0 or type(mlp) is not Mlp:
+    if not bf16_training.can_train(block, tokens):
         return block(tokens)
     heads = bf16_training.linear(attention.qkv, bf16_training.norm(block.norm1, tokens))
     heads = heads.unflatten(2, (3, attention.num_heads, attention.head_dim))
@@ -243,9 +239,13 @@ def _class_token_block(block: Any, tokens: Tensor, mask: Tensor | None) -> Float
     heads, head_dim = attention.num_heads, attention.head_dim
     width = heads * head_dim
     weight, bias = attention.qkv.weight, attention.qkv.bias
-    normed = block.norm1(tokens).to(weight.dtype)
+    if mask is None and bf16_training.can_train(block, tokens):
+        normed = bf16_training.norm(block.norm1, tokens)
+        kv = bf16_training.project(normed, weight[width:], None if bias is None else bias[width:])
+    else:
+        normed = block.norm1(tokens).to(weight.dtype)
+        kv = functional.linear(normed, weight[width:], None if bias is None else bias[width:])
     q = functional.linear(normed[:, :1], weight[:width], None if bias is None else bias[:width])
-    kv = functional.linear(normed, weight[width:], None if bias is None else bias[width:])
     q = attention.q_norm(q.reshape(n, 1, heads, head_dim).transpose(1, 2))
     k, v = kv.reshape(n, -1, 2, heads, head_dim).permute(2, 0, 3, 1, 4)
     dropout = attention.attn_drop.p if attention.training else 0.0
