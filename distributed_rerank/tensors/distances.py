@@ -42,6 +42,9 @@ def exact_pair_distances(
 ) -> Float[Tensor, " pair"]:
     """`exact_distances` of the pairs (query `rows[i]`, gallery `columns[i]`), with memory independent of
     their number.
+
+    The compiled kernel adds the squares in another order than torch, which may change the last bit of one distance in
+    about a million.
     """
     tensors = (query_embeddings, gallery_embeddings, rows, columns)
     is_float32 = query_embeddings.dtype == gallery_embeddings.dtype == torch.float32

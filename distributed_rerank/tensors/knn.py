@@ -6,7 +6,7 @@ smallest minimum of groups of columns is at least the n-th smallest entry of a r
 the error bound of it (module `distances`) may be among the true n nearest and is kept, however many they
 are; where bfloat16 would keep too many, float32 chooses. (3) The kept pairs get their exact distance. So the
 product only chooses; distances and order come from the pairs alone, which is why neither tile and block sizes
-nor the machine can change the result.
+nor the format of the product can change the result.
 """
 
 from collections.abc import Iterable
