@@ -13,9 +13,6 @@ from torch import Tensor
 from distributed_rerank.kernels.library import load_library, pointer
 from distributed_rerank.kernels.threads import divide
 
-UNIT = 32
-"""The width of a head must be a multiple of it."""
-
 Projected = BFloat16[Tensor, "image token 3 head head_dim"]
 """Queries, keys and values."""
 Output = BFloat16[Tensor, "image token head head_dim"]
@@ -24,7 +21,8 @@ Logs = Float32[Tensor, "image head token"]
 
 
 def attend(projected: Projected) -> tuple[Output, Logs]:
-    """softmax(q k' / sqrt(head_dim)) v, and what `gradients` needs; `projected` must be contiguous."""
+    """softmax(q k' / sqrt(head_dim)) v, and what `gradients` needs; `projected` must be contiguous, head_dim a multiple
+    of `library.UNIT`."""
     n_images, n_tokens, _, n_heads, head_dim = projected.shape
     assert projected.is_contiguous(), "projected tokens must lie one after the other"
     out = torch.empty(n_images, n_tokens, n_heads, head_dim, dtype=torch.bfloat16)

@@ -13,6 +13,10 @@ import torch
 from torch import Tensor
 
 from distributed_rerank.kernels.hardware import bf16_support
+from distributed_rerank.kernels.sources import digest
+
+UNIT = 32
+"""Bfloat16 numbers in a row of a tile: widths that the kernels for AMX take are multiples of it."""
 
 
 @functools.cache
@@ -22,7 +26,7 @@ def why_unavailable() -> str | None:
         return "this CPU has no AMX"
     if _library_path() is None:
         return (
-            "distributed_rerank was installed without a C++ compiler, or its sources changed since; "
+            "distributed_rerank was installed without a C++ compiler, or its C++ sources changed since; "
             "install g++, then distributed_rerank again"
         )
     if not load_library().request_tiles():
@@ -62,13 +66,20 @@ def pointer(tensor: Tensor) -> ctypes.c_void_p:
 @functools.cache
 def _library_path() -> Path | None:
     """The compiled library beside this file; for sources that were only copied here, as `ray job submit` does, that of
-    the installed package, if it was made from the same sources."""
+    the installed package. None unless it was made from the sources that are here: others may take other arguments."""
     own = Path(__file__).parent
     for folder in (own, _installed_folder()):
         file = folder / f"_cpu{importlib.machinery.EXTENSION_SUFFIXES[0]}"
-        if file.exists() and _sources(folder) == _sources(own):
+        if file.exists() and _made_from(file) == digest(own / "cpu"):
             return file
     return None
+
+
+def _made_from(file: Path) -> str:
+    """The digest of the sources that the library was made from."""
+    sources_digest = ctypes.CDLL(str(file)).sources_digest
+    sources_digest.restype = ctypes.c_char_p
+    return sources_digest().decode()
 
 
 def _installed_folder() -> Path:
@@ -81,7 +92,3 @@ def _installed_folder() -> Path:
     is_editable = origin.get("dir_info", {}).get("editable", False)
     root = url2pathname(urlparse(origin["url"]).path) if is_editable else str(installed.locate_file(""))
     return Path(root) / "distributed_rerank" / "kernels"
-
-
-def _sources(folder: Path) -> dict[str, bytes]:
-    return {file.name: file.read_bytes() for file in sorted((folder / "cpu").glob("*.*"))}

@@ -10,17 +10,15 @@ import torch
 from jaxtyping import BFloat16, Float32
 from torch import Tensor
 
-from distributed_rerank.kernels.library import load_library, pointer
+from distributed_rerank.kernels.library import UNIT, load_library, pointer
 from distributed_rerank.kernels.threads import divide
-
-UNIT = 32
-"""Inputs and outputs must be multiples of it."""
 
 
 def gradients(
     x: BFloat16[Tensor, "row input"], of_out: BFloat16[Tensor, "row output"], has_bias: bool
 ) -> tuple[Float32[Tensor, "output input"], Float32[Tensor, " output"] | None]:
     """Of weight and bias: of_out' x, and the sums of the columns of `of_out`; both must be contiguous.
+    Inputs and outputs are multiples of `library.UNIT`.
 
     Same bits for any number of threads."""
     n_rows, n_inputs, n_outputs = len(x), x.shape[1], of_out.shape[1]

@@ -11,8 +11,6 @@ from torch import Tensor
 from distributed_rerank.kernels.library import load_library, pointer
 from distributed_rerank.kernels.threads import divide
 
-UNIT = 32
-"""Rows must have a multiple of it."""
 CHUNK = 256
 """Rows whose gradients of scale and shift are summed one after the other, then added to those of other chunks: so their
 bits do not depend on the number of threads."""
@@ -21,7 +19,8 @@ bits do not depend on the number of threads."""
 def norm(
     x: Float32[Tensor, "*row dim"], scale: Float32[Tensor, " dim"], shift: Float32[Tensor, " dim"], eps: float
 ) -> tuple[BFloat16[Tensor, "*row dim"], Float32[Tensor, "row 2"]]:
-    """(x - mean) / sqrt(variance + eps) scale + shift, and mean and 1 / sqrt(variance + eps) of each row."""
+    """(x - mean) / sqrt(variance + eps) scale + shift, and mean and 1 / sqrt(variance + eps) of each row. dim
+    is a multiple of `library.UNIT`."""
     assert x.is_contiguous(), "rows must lie one after the other"
     dim, n_rows = x.shape[-1], x.numel() // x.shape[-1]
     out, statistics = torch.empty_like(x, dtype=torch.bfloat16), torch.empty(n_rows, 2)

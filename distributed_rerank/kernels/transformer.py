@@ -19,10 +19,7 @@ import torch
 from jaxtyping import BFloat16, Float, Float32, UInt8
 from torch import Tensor
 
-from distributed_rerank.kernels.library import load_library, pointer
-
-UNIT = 32
-"""Widths must be multiples of it: those of tokens, heads and hidden layers."""
+from distributed_rerank.kernels.library import UNIT, load_library, pointer
 
 
 class _Linear(ctypes.Structure):

@@ -26,7 +26,7 @@ def can_run(vit: Any) -> bool:
         and projection.in_channels == 3
         and projection.kernel_size == projection.stride == (projection.kernel_size[0],) * 2
         and projection.padding == (0, 0)
-        and projection.out_channels % transformer.UNIT == 0
+        and projection.out_channels % library.UNIT == 0
     )
 
 
@@ -47,8 +47,8 @@ def _is_supported(block: Any) -> bool:
         and all(type(linear) is nn.Linear for linear in (attention.qkv, attention.proj, mlp.fc1, mlp.fc2))
         and (type(mlp.act) is GELU or (type(mlp.act) is nn.GELU and mlp.act.approximate == "none"))
         and attention.num_heads * attention.head_dim == attention.proj.out_features
-        and attention.head_dim % transformer.UNIT == 0
-        and mlp.fc1.out_features % transformer.UNIT == 0
+        and attention.head_dim % library.UNIT == 0
+        and mlp.fc1.out_features % library.UNIT == 0
     )
 
 

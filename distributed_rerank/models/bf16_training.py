@@ -60,7 +60,7 @@ def attend(
 
 
 def _has_kernels(*widths: int) -> bool:
-    return all(width % linear_kernel.UNIT == 0 for width in widths) and library.why_unavailable() is None
+    return all(width % library.UNIT == 0 for width in widths) and library.why_unavailable() is None
 
 
 class KernelLinear(torch.autograd.Function):

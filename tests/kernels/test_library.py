@@ -59,10 +59,24 @@ def test_copied_sources_use_the_library_of_a_package_that_is_not_editable(tmp_pa
     assert found_with(copied, installed)[1:] == (expected, None)
 
 
+def test_library_beside_its_sources_is_theirs():
+    """Where this fails the sources were changed since it was made: `make setup`."""
+    built = sorted((PACKAGE / "kernels").glob("_cpu*.so"))
+    if not built:
+        pytest.skip("no compiled kernels")
+    if not torch.cpu.get_capabilities().get("avx512_f"):
+        pytest.skip("no AVX-512, which loading them needs")
+    assert built == [library._library_path()]
+
+
 @NEEDS_KERNELS
-def test_library_of_other_sources_is_not_used(tmp_path):
+@pytest.mark.parametrize("is_beside", [False, True], ids=["installed", "beside the sources"])
+def test_library_of_other_sources_is_not_used(tmp_path, is_beside):
     """It would take other arguments, or give other results than the rest of the workers."""
-    header = copy_sources(tmp_path) / "cpu" / "products.h"
+    kernels = copy_sources(tmp_path)
+    if is_beside:
+        shutil.copy(library._library_path(), kernels)
+    header = kernels / "cpu" / "products.h"
     header.write_text(header.read_text() + "// changed\n")
     _, path, reason = found_with(tmp_path)
     assert path == Path("None")

@@ -158,6 +158,9 @@ using namespace rerank;
 
 extern "C" {
 
+// By setup.py, of all files in this folder.
+const char* sources_digest() { return SOURCES_DIGEST; }
+
 // Asks the system for the tiles' state, once for all threads of the process; 1 if it is granted.
 int request_tiles() {
     constexpr int ARCH_REQ_XCOMP_PERM = 0x1023, XFEATURE_XTILEDATA = 18;
