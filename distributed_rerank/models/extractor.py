@@ -75,6 +75,8 @@ class Extractor(nn.Module):
         """Whether the network runs on the kernels of `amx_vit`."""
         self.input_size = transform.size
         """Height and width of the images that the network takes."""
+        self.has_narrow_maps = False
+        """Whether a convolution of the network makes a map of one column and several rows from them."""
         self.register_buffer("mean", torch.tensor(transform.mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(transform.std).view(1, 3, 1, 1), persistent=False)
 
@@ -90,7 +92,9 @@ class Extractor(nn.Module):
 
     def dtype_on(self, device: torch.device) -> torch.dtype:
         """The number format of what enters and leaves the network's layers on `device`."""
-        return torch.float32 if self.is_compiled else resolve_precision(self.config.precision, device)
+        if self.is_compiled:
+            return torch.float32
+        return resolve_precision(self.config.precision, device, has_narrow_maps=self.has_narrow_maps)
 
     def pads_keys(self, device: torch.device) -> bool:
         """Whether attention keys are padded to a multiple of 16: measured 1.2 times faster with AMX tiles and torch's
@@ -309,8 +313,14 @@ def _resolve(config: ExtractorConfig, model: Any, transform: InferenceTransform)
 
 def _accept_size(extractor: Extractor, size: tuple[int, int]) -> None:
     """Adapt the network to images of `size` where it must be told, and try one: some networks have one size
-    only."""
+    only. Whether it has narrow maps is seen then."""
     model = extractor.model
+    is_narrow: list[bool] = []
+
+    def note_map(module: nn.Module, inputs: object, output: Tensor) -> None:
+        is_narrow.append(output.shape[-1] == 1 and output.shape[-2] > 1)
+
+    hooks = [m.register_forward_hook(note_map) for m in model.modules() if isinstance(m, nn.Conv2d)]
     try:
         if not extractor.is_plain_vit and hasattr(model, "set_input_size"):
             model.set_input_size(img_size=size)
@@ -323,3 +333,8 @@ def _accept_size(extractor: Extractor, size: tuple[int, int]) -> None:
             f"extractor {extractor.config.name} does not accept images of {size[0]} x {size[1]} pixels "
             f"({_line(error)}); choose another --image-size or another extractor"
         ) from error
+    finally:
+        for hook in hooks:
+            hook.remove()
+    extractor.has_narrow_maps = any(is_narrow)
+    extractor.dtype_on(torch.device("cpu"))  # a precision that narrow maps forbid is refused now

@@ -19,15 +19,20 @@ Precision = Literal["auto", "fp32", "bf16x3", "bf16"]
 """bf16x3: each float32 number as a sum of two bfloat16 ones (16 bits), a product as three of theirs."""
 
 
-def resolve_precision(precision: Precision, device: torch.device) -> torch.dtype:
+def resolve_precision(precision: Precision, device: torch.device, *, has_narrow_maps: bool = False) -> torch.dtype:
     """float32 or bfloat16 for `precision` on `device`.
 
     "auto" is bfloat16 exactly where the hardware multiplies it natively. For "bf16x3" float32 is the format of all that
     enters and leaves a layer, and that of training.
 
+    `has_narrow_maps` says that a convolution of the network makes a map of one column and several rows. torch's (2.15)
+    bfloat16 convolution for AMX reads memory there that nobody has written, and now and then gives NaN: "auto" is
+    float32 for such a network on such a CPU.
+
     Raises:
         BadInput: bf16 was asked for and `device` would only emulate it, which is up to 80 times slower
-            than fp32; bf16x3 was asked for and the compiled kernels cannot be used."""
+            than fp32, or its convolutions fail for narrow maps; bf16x3 was asked for and the compiled kernels cannot be
+            used."""
     if precision == "fp32" or device.type == "meta":
         return torch.float32
     if precision == "bf16x3":
@@ -35,7 +40,15 @@ def resolve_precision(precision: Precision, device: torch.device) -> torch.dtype
         if reason is not None:
             raise BadInput(f"precision=bf16x3 cannot be had here ({reason}); use fp32 or bf16")
         return torch.float32
-    if bf16_support(device) is not None:
+    support = bf16_support(device)
+    if support == "AMX" and has_narrow_maps:
+        if precision == "bf16":
+            raise BadInput(
+                "precision=bf16 cannot be used here: at this image size a map of the network is one column wide, and "
+                "torch's bf16 convolutions for AMX are wrong there; use auto or fp32, or a larger --image-size"
+            )
+        return torch.float32
+    if support is not None:
         return torch.bfloat16
     if precision == "bf16":
         raise BadInput(

@@ -4,7 +4,8 @@ seconds. Layer 3."""
 import logging
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import ExitStack
 from typing import TypeVar
 
 from tqdm import tqdm
@@ -28,11 +29,20 @@ def progress(
     """Pass `results` through unchanged and show how many of `total` have come.
 
     On a terminal a bar appears after 2 s. Elsewhere one log line is written about every 10 s and one at the
-    end.
+    end. A generator is closed when its results are no longer wanted, also by an error or Ctrl-C between two of them:
+    its workers end then, and not when their Ray is gone already.
     """
-    if sys.stderr.isatty():
-        yield from tqdm(results, total=total, desc=title, unit=f" {unit}", delay=_QUIET_SECONDS, dynamic_ncols=True)
-        return
+    with ExitStack() as stack:
+        if isinstance(results, Generator):
+            stack.callback(results.close)
+        if sys.stderr.isatty():
+            bar = {"total": total, "desc": title, "unit": f" {unit}", "delay": _QUIET_SECONDS, "dynamic_ncols": True}
+            yield from tqdm(results, **bar)
+        else:
+            yield from _logged(results, total, title, unit, clock)
+
+
+def _logged(results: Iterable[T], total: int, title: str, unit: str, clock: Callable[[], float]) -> Iterator[T]:
     started = reported = clock()
     done = 0
     for result in results:

@@ -6,6 +6,7 @@ import logging
 import os
 import secrets
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -157,10 +158,13 @@ def start_job(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
 
     def start(name: str, *arguments: object, **environment: str) -> subprocess.Popen[str]:
         command = [sys.executable, str(ROOT / "jobs" / f"{name}.py"), *map(str, arguments)]
+        # As from a terminal: what a script starts in the background ignores Ctrl-C, and so do its children.
+        before = signal.signal(signal.SIGINT, signal.default_int_handler)
         process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
             cwd=tmp_path, env=environment_of_jobs() | environment,
         )  # fmt: skip
+        signal.signal(signal.SIGINT, before)
         started.append(process)
         return process
 

@@ -13,6 +13,7 @@ from distributed_rerank.errors import BadInput
 from distributed_rerank.kernels.hardware import bf16_support
 from distributed_rerank.models import amx_vit
 from distributed_rerank.models import extractor as extractor_module
+from distributed_rerank.models import precision as precision_module
 from distributed_rerank.models.extractor import (
     ExtractorConfig,
     build_extractor,
@@ -134,6 +135,29 @@ def test_extractor_in_fp32_is_not_compiled(vit_config):
 def test_build_extractor_bf16x3_without_the_kernels_is_refused(vit_config, without_kernels):
     with pytest.raises(BadInput, match=rf"bf16x3 cannot be had here \({without_kernels}\); use fp32 or bf16"):
         build_extractor(dataclasses.replace(vit_config, precision="bf16x3"))
+
+
+@pytest.mark.parametrize(("size", "stacked", "is_narrow"), [(32, 2, True), (32, 1, False), (64, 2, False)])
+def test_extractor_with_maps_of_one_column_and_several_rows_is_float32_on_amx(
+    cnn_config, monkeypatch, size, stacked, is_narrow
+):
+    config = dataclasses.replace(cnn_config, image_size=size, precision="auto")
+    monkeypatch.setattr(precision_module, "bf16_support", lambda device: "AMX")
+    extractor = build_extractor(config, stacked)
+    assert extractor.has_narrow_maps == is_narrow
+    assert (extractor.dtype_on(CPU) == torch.float32) == is_narrow
+    dtypes = {parameter.dtype for parameter in extractor.prepare_for_inference("cpu").parameters()}
+    assert dtypes == {torch.float32 if is_narrow else torch.bfloat16}
+    monkeypatch.setattr(precision_module, "bf16_support", lambda device: "AVX-512 BF16")
+    assert build_extractor(config, stacked).dtype_on(CPU) == torch.bfloat16
+
+
+def test_build_extractor_bf16_with_narrow_maps_on_amx_is_refused(cnn_config, monkeypatch):
+    monkeypatch.setattr(precision_module, "bf16_support", lambda device: "AMX")
+    config = dataclasses.replace(cnn_config, image_size=32, precision="bf16")
+    assert build_extractor(config).dtype_on(CPU) == torch.bfloat16
+    with pytest.raises(BadInput, match=r"precision=bf16 .* one column .*use auto or fp32, or a larger --image-size"):
+        build_extractor(config, stacked=2)
 
 
 def test_build_extractor_bf16x3_of_another_network_is_refused(cnn_config, vit_config):
