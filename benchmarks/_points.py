@@ -120,7 +120,11 @@ def bare_loop(folder: Path, n_queries: int, n_images: int, top_n: int, name: str
     lists, model = random_lists(catalogue, n_queries, top_n), make_model(name, size)
     gflop = model.gflop_per_pair()
     plan = scoring_plan.make_plan(
-        lists, top_n=top_n, queries_per_block=scoring_plan.queries_per_block(top_n, gflop), images_per_batch=16
+        lists,
+        top_n=top_n,
+        queries_per_block=scoring_plan.queries_per_block(top_n, gflop),
+        images_per_batch=16,
+        tapers=True,
     )
     batch = scoring_plan.pairs_per_batch(gflop, is_gpu=False)
     lanes, done = Lanes(threads), 0

@@ -24,7 +24,8 @@ class ScoringConfig:
     top_n: int = 10
     """Candidates of each query that are scored."""
     queries_per_block: int | None = None
-    """Queries in a block, the unit of work; None = a few seconds of work, from the cost of a pair."""
+    """Queries in a block, the unit of work; None = a few seconds of work, from the cost of a pair, and less at the
+    end."""
     pairs_per_batch: int | None = None
     """Pairs in one call of the model; None = from the cost of a pair."""
     images_per_batch: int = 16
@@ -112,12 +113,18 @@ class ScorePlan:
             yield now
 
 
-def make_plan(lists: CandidateLists, *, top_n: int, queries_per_block: int, images_per_batch: int) -> ScorePlan:
+def make_plan(
+    lists: CandidateLists, *, top_n: int, queries_per_block: int, images_per_batch: int, tapers: bool = False
+) -> ScorePlan:
     """The plan that scores the first `top_n` candidates of each query; queries without candidates have no
-    block."""
+    block.
+
+    With `tapers` the last blocks are shorter, so that workers end at nearly the same time.
+    """
     order = by_common_candidates(lists.items[:, :top_n])
     order = order[lists.items[order, 0] >= 0] if lists.items.shape[1] else order[:0]
-    rows = [order[start:stop] for start, stop in sharding.blocks(len(order), queries_per_block)]
+    cut = sharding.tapering_blocks if tapers else sharding.blocks
+    rows = [order[start:stop] for start, stop in cut(len(order), queries_per_block)]
     used = [np.concatenate([lists.query_items[row], lists.items[row, :top_n].ravel()]) for row in rows]
     items = _in_order_of_first_use(np.concatenate([np.empty(0, np.int64), *used]))
     # The last entry stands for "no candidate", item -1.

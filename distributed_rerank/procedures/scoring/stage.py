@@ -92,6 +92,7 @@ def _plan(lists: CandidateLists, model: PairwiseModel, config: ScoringConfig) ->
         top_n=top_n,
         queries_per_block=config.queries_per_block or scoring_plan.queries_per_block(top_n, model.gflop_per_pair()),
         images_per_batch=config.images_per_batch,
+        tapers=config.queries_per_block is None,
     )
 
 
@@ -103,6 +104,7 @@ def _fingerprint(
         candidates.update(np.ascontiguousarray(array).data)
     settings = config.deciding()
     settings["queries_per_block"] = max((len(block.rows) for block in plan.blocks), default=0)
+    settings["blocks"] = len(plan.blocks)
     return artifacts.make_fingerprint(
         "score",
         config=settings,

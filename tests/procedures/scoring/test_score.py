@@ -138,9 +138,13 @@ def test_score_other_candidates_in_the_same_folder_are_refused(tmp_path: Path) -
         score_candidates(catalogue, make_lists(catalogue, 3, seed=1), model, CONFIG, tmp_path / "out")
 
 
-def test_plan_covers_every_pair_once_and_orders_images_by_first_use(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("tapers", "sizes"), [(False, [4] * 5 + [3]), (True, [4] + [1] * 19)])
+def test_plan_covers_every_pair_once_and_orders_images_by_first_use(
+    tapers: bool, sizes: list[int], tmp_path: Path
+) -> None:
     lists = make_lists(make_catalogue(tmp_path, 23), 6)
-    plan = scoring_plan.make_plan(lists, top_n=5, queries_per_block=4, images_per_batch=3)
+    plan = scoring_plan.make_plan(lists, top_n=5, queries_per_block=4, images_per_batch=3, tapers=tapers)
+    assert [len(block.rows) for block in plan.blocks] == sizes
     assert sorted(row for block in plan.blocks for row in block.rows) == list(range(23))
     seen: list[int] = []
     for block in plan.blocks:
