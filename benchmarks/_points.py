@@ -82,12 +82,12 @@ def make_model(name: str, size: int) -> ConcatSiamese:
 
 def score(
     folder: Path, n_queries: int, n_images: int, top_n: int, name: str, size: int,
-    workers: int = 0, encoding_gb: float = 2.0, is_measured: bool = False,
+    workers: int = 0, encoding_gb: float = 2.0, is_measured: bool = False, queries_per_block: int | None = None,
 ) -> Answer:  # fmt: skip
     """The scoring stage, from image files to its folder; with `is_measured` also the metrics for every n."""
     catalogue = write_photos(folder, n_images, n_queries)
     lists, model = random_lists(catalogue, n_queries, top_n), make_model(name, size)
-    config = ScoringConfig(top_n=top_n, encoding_gb=encoding_gb)
+    config = ScoringConfig(top_n=top_n, encoding_gb=encoding_gb, queries_per_block=queries_per_block)
     session = connect(ClusterConfig(num_workers=workers, use_gpu=False)) if workers else nullcontext()
     with PeakMemory() as memory, session as connected:
         steps = steps_on(connected) if connected is not None else Steps()

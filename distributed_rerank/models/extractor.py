@@ -313,7 +313,7 @@ def _resolve(config: ExtractorConfig, model: Any, transform: InferenceTransform)
 
 def _accept_size(extractor: Extractor, size: tuple[int, int]) -> None:
     """Adapt the network to images of `size` where it must be told, and try one: some networks have one size
-    only. Whether it has narrow maps is seen then."""
+    only. Sets `has_narrow_maps`, and refuses a precision that they forbid."""
     model = extractor.model
     is_narrow: list[bool] = []
 
@@ -337,4 +337,4 @@ def _accept_size(extractor: Extractor, size: tuple[int, int]) -> None:
         for hook in hooks:
             hook.remove()
     extractor.has_narrow_maps = any(is_narrow)
-    extractor.dtype_on(torch.device("cpu"))  # a precision that narrow maps forbid is refused now
+    extractor.dtype_on(torch.device("cpu"))

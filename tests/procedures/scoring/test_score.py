@@ -157,6 +157,17 @@ def test_plan_covers_every_pair_once_and_orders_images_by_first_use(
     assert len(seen) == len(plan.items)
 
 
+@pytest.mark.parametrize(("given", "n_blocks"), [(4, 6), (None, 20)])
+def test_score_blocks_taper_where_their_size_is_not_given(
+    given: int | None, n_blocks: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scoring_plan, "queries_per_block", lambda top_n, gflop_per_pair: 4)
+    catalogue = make_catalogue(tmp_path / "images", 23)
+    config = replace(CONFIG, queries_per_block=given)
+    score_candidates(catalogue, make_lists(catalogue, 6), distance_model(), config, tmp_path / "out")
+    assert read_manifest(tmp_path / "out")["blocks"]["computed"] == 2 * n_blocks  # logits and rejects
+
+
 def test_plan_rounds_stay_within_the_budget_and_hold_every_block(tmp_path: Path) -> None:
     lists = make_lists(make_catalogue(tmp_path, 40), 3)
     plan = scoring_plan.make_plan(lists, top_n=3, queries_per_block=2, images_per_batch=2)
