@@ -1,4 +1,4 @@
-"""Attention for training on CPUs with AMX, compiled from the folder `cpu`. Layer 1.
+"""Attention for training on CPUs with AMX or AVX-512 BF16, compiled from the folder `cpu`. Layer 1.
 
 Queries, keys and values are read as the layer before writes them and gradients are written as it takes them, so nothing
 is copied; the weights [token, token] never leave the caches. The backward pass computes them again from the logarithms

@@ -16,14 +16,14 @@ from distributed_rerank.kernels.hardware import bf16_support
 from distributed_rerank.kernels.sources import digest
 
 UNIT = 32
-"""Bfloat16 numbers in a row of a tile: widths that the kernels for AMX take are multiples of it."""
+"""Bfloat16 numbers in a row of a tile: widths that the kernels for transformers take are multiples of it."""
 
 
 @functools.cache
 def why_unavailable() -> str | None:
     """None where all compiled kernels can be used; else the reason."""
-    if bf16_support(torch.device("cpu")) != "AMX":
-        return "this CPU has no AMX"
+    if bf16_support(torch.device("cpu")) is None:
+        return "this CPU has neither AMX nor AVX-512 BF16"
     if _library_path() is None:
         return (
             "distributed_rerank was installed without a C++ compiler, or its C++ sources changed since; "
@@ -32,6 +32,11 @@ def why_unavailable() -> str | None:
     if not load_library().request_tiles():
         return "the system refuses AMX to this process"
     return None
+
+
+def why_without_amx() -> str | None:
+    """None where the kernels can be used and multiply by AMX; else the reason."""
+    return why_unavailable() or (None if _has_amx() else "this CPU has no AMX")
 
 
 @functools.cache
@@ -65,14 +70,20 @@ def pointer(tensor: Tensor) -> ctypes.c_void_p:
 
 @functools.cache
 def _library_path() -> Path | None:
-    """The compiled library beside this file; for sources that were only copied here, as `ray job submit` does, that of
-    the installed package. None unless it was made from the sources that are here: others may take other arguments."""
+    """The library compiled for this CPU beside this file; for sources that were only copied here, as `ray job submit`
+    does, that of the installed package. None unless it was made from the sources that are here: others may take other
+    arguments."""
     own = Path(__file__).parent
+    name = "_amx" if _has_amx() else "_avx512"
     for folder in (own, _installed_folder()):
-        file = folder / f"_cpu{importlib.machinery.EXTENSION_SUFFIXES[0]}"
+        file = folder / f"{name}{importlib.machinery.EXTENSION_SUFFIXES[0]}"
         if file.exists() and _made_from(file) == digest(own / "cpu"):
             return file
     return None
+
+
+def _has_amx() -> bool:
+    return bf16_support(torch.device("cpu")) == "AMX"
 
 
 def _made_from(file: Path) -> str:

@@ -1,4 +1,4 @@
-"""Gradients of linear layers for training on CPUs with AMX, compiled from the folder `cpu`. Layer 1.
+"""Gradients of linear layers for training on CPUs with AMX or AVX-512 BF16, compiled from the folder `cpu`. Layer 1.
 
 The sum over all rows is what torch's bfloat16 product is slow at: it wants the gradient of the outputs transposed and
 runs at a third of its usual speed. Here the transposing is part of how tiles are filled, and the sums stay float32.

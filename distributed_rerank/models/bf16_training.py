@@ -1,6 +1,6 @@
 """A transformer's operations for training in bfloat16 on a CPU, where torch's backward passes are slow. Layer 2.
 
-With AMX the compiled kernels do what torch is slow at; with AVX-512 BF16 alone it is only attention that can be helped.
+The compiled kernels do what torch is slow at; without them it is only attention that can be helped.
 """
 
 from typing import Any

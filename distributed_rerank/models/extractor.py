@@ -23,8 +23,9 @@ from torch.nn import functional
 
 from distributed_rerank.data.transforms import InferenceTransform, Interpolation
 from distributed_rerank.errors import BadInput
+from distributed_rerank.kernels import library
 from distributed_rerank.kernels.hardware import bf16_support
-from distributed_rerank.models import amx_vit, folding, packing, vit, weights
+from distributed_rerank.models import compiled_vit, folding, packing, vit, weights
 from distributed_rerank.models.precision import Precision, computing_in, resolve_precision
 
 _log = logging.getLogger(__name__)
@@ -72,7 +73,7 @@ class Extractor(nn.Module):
         self.dim = int(getattr(model, "head_hidden_size", 0) or model.num_features)
         self.is_plain_vit = vit.is_plain_vit(model)
         self.is_compiled = False
-        """Whether the network runs on the kernels of `amx_vit`."""
+        """Whether the network runs on the kernels of `compiled_vit`."""
         self.input_size = transform.size
         """Height and width of the images that the network takes."""
         self.has_narrow_maps = False
@@ -129,7 +130,7 @@ class Extractor(nn.Module):
         if self.is_plain_vit:
             vit.keep_positions(self.model)
         if self._is_compilable(device):
-            amx_vit.prepare(self.model, self.mean, self.std, parts=2 if self.config.precision == "bf16x3" else 1)
+            compiled_vit.prepare(self.model, self.mean, self.std, self._parts(device))
             self.is_compiled = True
             return self
         if not self.is_plain_vit and all(p.dtype == torch.float32 for p in self.model.parameters()):
@@ -144,15 +145,24 @@ class Extractor(nn.Module):
         return self
 
     def _is_compilable(self, device: torch.device) -> bool:
-        """Whether the kernels for AMX take the network; warns where nothing but their installation is missing."""
-        if device.type != "cpu" or not self.is_plain_vit or not amx_vit.can_run(self.model):
+        """Whether the compiled kernels take the network and are the fastest way to run it; warns where only their
+        installation is missing."""
+        if device.type != "cpu" or not self.is_plain_vit or not compiled_vit.can_run(self.model):
             return False
-        if self.config.precision != "bf16x3" and self.dtype_on(device) != torch.bfloat16:
-            return False
-        reason = amx_vit.why_unavailable()
-        if reason is not None and bf16_support(device) == "AMX":
-            _log.warning("%s; torch's own kernels take about twice the time", reason)
-        return reason is None
+        needs_amx = self._parts(device) > 1
+        if (library.why_without_amx if needs_amx else library.why_unavailable)() is None:
+            return True
+        support = bf16_support(device)
+        if support == "AMX" or (support is not None and not needs_amx):
+            times = "twice the time or more" if support == "AMX" else "an eighth more time"
+            _log.warning("%s; torch's own kernels take %s", library.why_unavailable(), times)
+        return False
+
+    def _parts(self, device: torch.device) -> int:
+        """Of the compiled kernels' numbers."""
+        if self.dtype_on(device) == torch.bfloat16:
+            return 1
+        return 2 if self.config.precision == "bf16x3" else 3
 
     def _probe(self, device: torch.device) -> Float32[Tensor, "1 3 height width"]:
         """An image of noise of the size that the network takes."""
@@ -174,7 +184,7 @@ def build_extractor(config: ExtractorConfig, stacked: int = 1) -> Extractor:
     transform = _transform(config, model)
     extractor = Extractor(model, _resolve(config, model, transform), transform)
     extractor.input_size = (stacked * transform.size[0], transform.size[1])
-    if config.precision == "bf16x3" and not (extractor.is_plain_vit and amx_vit.can_run(model)):
+    if config.precision == "bf16x3" and not (extractor.is_plain_vit and compiled_vit.can_run(model)):
         raise BadInput(
             "precision=bf16x3 is for vision transformers with plain attention, an MLP with GELU and widths that are "
             f"multiples of 32; {config.name} is none with these arguments, use fp32"

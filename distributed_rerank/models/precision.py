@@ -12,11 +12,13 @@ import torch
 from torch import nn
 
 from distributed_rerank.errors import BadInput
+from distributed_rerank.kernels import library
 from distributed_rerank.kernels.hardware import bf16_support
-from distributed_rerank.models import amx_vit
 
 Precision = Literal["auto", "fp32", "bf16x3", "bf16"]
-"""bf16x3: each float32 number as a sum of two bfloat16 ones (16 bits), a product as three of theirs."""
+"""fp32: the errors of float32; the compiled kernels for AMX get there by six products of bfloat16 numbers for each of
+float32 (`kernels.transformer`, parts = 3). bf16x3: each float32 number as a sum of two bfloat16 ones (16 bits), a
+product as three of theirs."""
 
 
 def resolve_precision(precision: Precision, device: torch.device, *, has_narrow_maps: bool = False) -> torch.dtype:
@@ -36,7 +38,7 @@ def resolve_precision(precision: Precision, device: torch.device, *, has_narrow_
     if precision == "fp32" or device.type == "meta":
         return torch.float32
     if precision == "bf16x3":
-        reason = "it is for CPUs" if device.type != "cpu" else amx_vit.why_unavailable()
+        reason = "it is for CPUs" if device.type != "cpu" else library.why_without_amx()
         if reason is not None:
             raise BadInput(f"precision=bf16x3 cannot be had here ({reason}); use fp32 or bf16")
         return torch.float32

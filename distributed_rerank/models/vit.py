@@ -24,7 +24,7 @@ from torch.utils.checkpoint import checkpoint
 
 from distributed_rerank.kernels.hardware import bf16_support
 from distributed_rerank.models import bf16_training, packing
-from distributed_rerank.models.amx_vit import AmxBlock
+from distributed_rerank.models.compiled_vit import CompiledBlock
 
 
 def is_plain_vit(model: nn.Module) -> bool:
@@ -113,7 +113,7 @@ def keep_positions(vit: Any) -> None:
 def embed_patches(vit: Any, pixels: Num[Tensor, "image 3 height width"]) -> Float[Tensor, "image patch dim"]:
     """Patch embeddings without positions, row by row; a margin smaller than a patch is ignored.
 
-    `pixels` are normalised here and below, but bytes where `amx_vit` has prepared the network."""
+    `pixels` are normalised here and below, but bytes where `compiled_vit` has prepared the network."""
     return vit.patch_embed.norm(vit.patch_embed.proj(pixels).flatten(2).transpose(1, 2))
 
 
@@ -233,7 +233,7 @@ def _pad_keys(tokens: Tensor) -> tuple[Tensor, Tensor | None]:
 
 
 def _class_token_block(block: Any, tokens: Tensor, mask: Tensor | None) -> Float[Tensor, "image 1 dim"]:
-    if isinstance(block, AmxBlock):
+    if isinstance(block, CompiledBlock):
         return block.class_token(tokens)
     attention, n = block.attn, tokens.shape[0]
     heads, head_dim = attention.num_heads, attention.head_dim

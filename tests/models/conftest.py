@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from distributed_rerank.models import amx_vit
+from distributed_rerank.kernels import library
 from distributed_rerank.models.extractor import ExtractorConfig
 
 
@@ -38,15 +38,21 @@ def pixels() -> Tensor:
 def without_kernels(monkeypatch: pytest.MonkeyPatch) -> str:
     """Networks prepared for inference compute by torch, as where the compiled kernels cannot be had; the reason."""
     reason = "the kernels are switched off for this test"
-    monkeypatch.setattr(amx_vit, "why_unavailable", lambda: reason)
+    monkeypatch.setattr(library, "why_unavailable", lambda: reason)
     return reason
+
+
+@pytest.fixture
+def as_with_amx(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Networks prepared for inference use the kernels as on a CPU with AMX. What the vector units compute instead is
+    the same, though slower than torch's float32."""
+    if library.why_unavailable() is not None:
+        pytest.skip(str(library.why_unavailable()))
+    monkeypatch.setattr(library, "why_without_amx", lambda: None)
 
 
 @pytest.fixture(params=["torch", "kernels"])
 def has_kernels(request: pytest.FixtureRequest) -> bool:
     """Runs a test by torch alone and, where they can be had, with the compiled kernels: users have either."""
-    if request.param == "torch":
-        request.getfixturevalue("without_kernels")
-    elif amx_vit.why_unavailable() is not None:
-        pytest.skip(str(amx_vit.why_unavailable()))
+    request.getfixturevalue("without_kernels" if request.param == "torch" else "as_with_amx")
     return request.param == "kernels"

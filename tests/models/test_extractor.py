@@ -10,10 +10,11 @@ import torch
 
 from distributed_rerank.data.transforms import InferenceTransform
 from distributed_rerank.errors import BadInput
+from distributed_rerank.kernels import library
 from distributed_rerank.kernels.hardware import bf16_support
-from distributed_rerank.models import amx_vit
 from distributed_rerank.models import extractor as extractor_module
 from distributed_rerank.models import precision as precision_module
+from distributed_rerank.models import vit
 from distributed_rerank.models.extractor import (
     ExtractorConfig,
     build_extractor,
@@ -22,8 +23,6 @@ from distributed_rerank.models.extractor import (
 )
 
 CPU = torch.device("cpu")
-NEEDS_KERNELS = pytest.mark.skipif(amx_vit.why_unavailable() is not None, reason=str(amx_vit.why_unavailable()))
-NEEDS_AMX = pytest.mark.skipif(bf16_support(CPU) != "AMX", reason="this CPU has no AMX")
 
 
 def test_extractor_vit_at_its_own_size_equals_timm(pixels):
@@ -90,14 +89,13 @@ def test_extractor_prepared_twice_is_the_one_prepared_once(pixels, vit_config, p
         assert torch.equal(extractor.prepare_for_inference("cpu")(pixels), once)
 
 
-@NEEDS_KERNELS
 @pytest.mark.parametrize("size", [64, 224, 75])  # resampled positions, the table's own, a margin smaller than a patch
-def test_extractor_on_the_kernels_is_close_to_float32(vit_config, size):
+def test_extractor_on_the_kernels_is_close_to_float32(vit_config, size, as_with_amx):
     pixels = torch.randint(256, (4, 3, size, size), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     config = dataclasses.replace(vit_config, image_size=size, normalise=False)
     with torch.inference_mode():
         exact = build_extractor(config).features(pixels)
-        for precision, tolerance in (("bf16", 2e-3), ("bf16x3", 1e-4)):
+        for precision, tolerance in (("bf16", 2e-3), ("bf16x3", 1e-4), ("fp32", 3e-6)):
             extractor = build_extractor(dataclasses.replace(config, precision=precision)).prepare_for_inference("cpu")
             assert extractor.is_compiled
             found = extractor.features(pixels)
@@ -105,10 +103,10 @@ def test_extractor_on_the_kernels_is_close_to_float32(vit_config, size):
             assert (found - exact).abs().max() / exact.std() < tolerance
 
 
-@NEEDS_KERNELS
-def test_extractor_in_bf16x3_keeps_no_positions_of_another_size(pixels, vit_config):
+@pytest.mark.parametrize("precision", ["bf16x3", "fp32"])
+def test_extractor_on_the_kernels_keeps_no_positions_of_another_size(pixels, vit_config, precision, as_with_amx):
     """A model sees single images and pairs one above the other, in turn; both have their own positions."""
-    extractor = build_extractor(dataclasses.replace(vit_config, precision="bf16x3")).prepare_for_inference("cpu")
+    extractor = build_extractor(dataclasses.replace(vit_config, precision=precision)).prepare_for_inference("cpu")
     exact = build_extractor(vit_config)
     pairs = torch.cat([pixels, pixels], dim=2)
     with torch.inference_mode():
@@ -116,8 +114,7 @@ def test_extractor_in_bf16x3_keeps_no_positions_of_another_size(pixels, vit_conf
             torch.testing.assert_close(extractor(images), exact(images), rtol=0, atol=1e-5)
 
 
-@NEEDS_KERNELS
-def test_extractor_in_bf16x3_is_trained_in_float32(pixels, vit_config):
+def test_extractor_in_bf16x3_is_trained_in_float32(pixels, vit_config, as_with_amx):
     """The kernels have no backward pass."""
     gradients = []
     for precision in ("fp32", "bf16x3"):
@@ -128,7 +125,8 @@ def test_extractor_in_bf16x3_is_trained_in_float32(pixels, vit_config):
     assert gradients[0]["model.blocks.0.attn.qkv.weight"].abs().max() > 0
 
 
-def test_extractor_in_fp32_is_not_compiled(vit_config):
+@pytest.mark.skipif(library.why_without_amx() is None, reason="this CPU has AMX")
+def test_extractor_in_fp32_is_not_compiled_for_vector_units(vit_config):
     assert not build_extractor(vit_config).prepare_for_inference("cpu").is_compiled
 
 
@@ -166,20 +164,35 @@ def test_build_extractor_bf16x3_of_another_network_is_refused(cnn_config, vit_co
             build_extractor(dataclasses.replace(config, precision="bf16x3"))
 
 
-@NEEDS_AMX
-def test_extractor_that_only_lacks_the_library_says_so_and_runs_by_torch(pixels, vit_config, without_kernels, caplog):
-    extractor = build_extractor(dataclasses.replace(vit_config, precision="auto")).prepare_for_inference("cpu")
-    assert caplog.messages == [f"{without_kernels}; torch's own kernels take about twice the time"]
+@pytest.mark.skipif(bf16_support(CPU) is None, reason="no bf16 on this CPU")
+@pytest.mark.parametrize(
+    ("support", "precision", "times"),
+    [
+        ("AMX", "auto", "twice the time or more"),
+        ("AMX", "fp32", "twice the time or more"),
+        ("AVX-512 BF16", "auto", "an eighth more time"),
+    ],
+)
+def test_extractor_that_only_lacks_the_library_says_so_and_runs_by_torch(
+    pixels, vit_config, without_kernels, caplog, monkeypatch, support, precision, times
+):
+    for module in (extractor_module, vit):
+        monkeypatch.setattr(module, "bf16_support", lambda device: support)
+    extractor = build_extractor(dataclasses.replace(vit_config, precision=precision)).prepare_for_inference("cpu")
+    assert caplog.messages == [f"{without_kernels}; torch's own kernels take {times}"]
     assert not extractor.is_compiled
     with torch.inference_mode():
         torch.testing.assert_close(extractor(pixels), build_extractor(vit_config)(pixels), rtol=0, atol=2e-2)
 
 
-def test_extractor_that_could_not_use_the_library_says_nothing(vit_config, without_kernels, caplog, monkeypatch):
-    """On another CPU installing a compiler would not help; nor would it a network in float32."""
-    build_extractor(vit_config).prepare_for_inference("cpu")
-    monkeypatch.setattr(extractor_module, "bf16_support", lambda device: "AVX-512 BF16")
-    build_extractor(dataclasses.replace(vit_config, precision="auto")).prepare_for_inference("cpu")
+@pytest.mark.parametrize(("support", "precision"), [(None, "auto"), (None, "fp32"), ("AVX-512 BF16", "fp32")])
+def test_extractor_that_could_not_use_the_library_says_nothing(
+    vit_config, without_kernels, caplog, monkeypatch, support, precision
+):
+    """On such a CPU installing a compiler would not help."""
+    for module in (extractor_module, precision_module):
+        monkeypatch.setattr(module, "bf16_support", lambda device: support)
+    build_extractor(dataclasses.replace(vit_config, precision=precision)).prepare_for_inference("cpu")
     assert caplog.messages == []
 
 

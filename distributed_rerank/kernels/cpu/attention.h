@@ -60,7 +60,7 @@ public:
         const Floats shift = all(largest(scores_) * scale_);
         Floats sum = _mm512_setzero_ps();
         for (int token = 0; token < padded_; token += 16) {
-            const Floats weight = weight_of<2>(scores_ + token, shift, token);
+            const Floats weight = weight_of<PARTS == 3 ? 3 : 2>(scores_ + token, shift, token);
             sum = add(sum, weight);
             store(weights + token, weight);
         }
@@ -80,46 +80,43 @@ private:
 
     // Scores of a block of queries and 32 tokens.
     INLINE void score_block(int token) {
-        clear_2x2();
+        Sums<BLOCK> sums;
         for (int column = 0; column < dim_; column += 32) {
             const bf16 *upper = queries_.at(0, column), *lower = queries_.at(16, column);
             const bf16 *left = keys_.tile(token, column), *right = keys_.tile(token + 16, column);
-            multiply_parts(upper, lower, queries_.part, left, right);
+            multiply_block(sums, upper, lower, queries_.part, left, right);
         }
-        store_2x2(scores_ + token, padded_);
+        sums.store(scores_ + token, padded_);
     }
 
     // 32 columns of the outputs of a block of queries, whose weights are multiplied by their shares.
     template <class Write>
     INLINE void weigh_block(int d, const float* shares, int row, const Write& write) {
-        alignas(64) float sums[BLOCK * BLOCK];
-        clear_2x2();
+        alignas(64) float weighed[BLOCK * BLOCK];
+        Sums<BLOCK> sums;
         for (int token = 0; token < padded_; token += 32) {
             const bf16 *upper = weights_.at(0, token), *lower = weights_.at(16, token);
             const bf16* left = values_.tile(token, d);
-            multiply_parts(upper, lower, weights_.part, left, left + TILE);
+            multiply_block(sums, upper, lower, weights_.part, left, left + TILE);
         }
-        store_2x2(sums, BLOCK);
+        sums.store(weighed, BLOCK);
         for (int i = 0; i < BLOCK && row + i < n_; i++) {
             const Floats share = all(shares[i]);
-            write(row + i, d, _mm512_mul_ps(load(sums + BLOCK * i), share),
-                  _mm512_mul_ps(load(sums + BLOCK * i + 16), share));
+            write(row + i, d, _mm512_mul_ps(load(weighed + BLOCK * i), share),
+                  _mm512_mul_ps(load(weighed + BLOCK * i + 16), share));
         }
     }
 
-    INLINE void multiply_parts(const bf16* upper, const bf16* lower, size_t a_part, const bf16* left,
-                               const bf16* right) {
-        load_pair_4(upper, lower);
-        if (PARTS == 2) {
-            load_passing_pair_6(left + keys_.part, right + keys_.part);
-            multiply_2x2();
-        }
-        load_passing_pair_6(left, right);
-        multiply_2x2();
-        if (PARTS == 2) {
-            load_pair_4(upper + a_part, lower + a_part);
-            multiply_2x2();
-        }
+    // Of the tokens' parts, which lie as far apart as those of the keys.
+    INLINE void multiply_block(Sums<BLOCK>& sums, const bf16* upper, const bf16* lower, size_t a_part, const bf16* left,
+                               const bf16* right) const {
+        const auto rows = [&](int p) __attribute__((always_inline)) {
+            sums.rows(upper + p * a_part, lower + p * a_part);
+        };
+        const auto columns = [&](int p) __attribute__((always_inline)) {
+            sums.passing_columns(left + p * keys_.part, right + p * keys_.part);
+        };
+        multiply_parts<PARTS, PARTS>(sums, rows, columns);
     }
 
     // The tokens of 16 that exist.

@@ -87,16 +87,16 @@ private:
         return _mm512_reduce_add_ps(sum);
     }
 
-    // 32 rows x 32 columns into `sums`; a panel of the right side has its tiles of one step side by side.
+    // 32 rows x 32 columns into `out`; a panel of the right side has its tiles of one step side by side.
     INLINE void multiply_block(const bf16* upper, const bf16* lower, const bf16* left, const bf16* right, int steps,
-                               size_t stride, float* sums) const {
-        clear_2x2();
+                               size_t stride, float* out) const {
+        Sums<BLOCK> sums;
         for (int step = 0; step < steps; step++) {
-            load_pair_4(upper + (size_t)step * TILE, lower + (size_t)step * TILE);
-            load_passing_pair_6(left + step * stride, right + step * stride);
-            multiply_2x2();
+            sums.rows(upper + (size_t)step * TILE, lower + (size_t)step * TILE);
+            sums.passing_columns(left + step * stride, right + step * stride);
+            sums.multiply();
         }
-        store_2x2(sums, BLOCK);
+        sums.store(out, BLOCK);
     }
 
     // The weights that 32 queries give to 32 keys, and the gradients of these scores.

@@ -1,4 +1,4 @@
-// The class token, the first of each image, in a block of a transformer: always in two parts.
+// The class token, the first of each image, in a block of a transformer: in two parts at least.
 //
 // A score is made of nothing but class tokens. What they take from the other tokens is averaged over hundreds of them,
 // and so are these tokens' rounding errors; those of the class token itself are averaged by nothing. Nor are those
@@ -10,6 +10,7 @@
 
 namespace rerank {
 
+template <int PARTS>
 class ClassTokens {
 public:
     ClassTokens(Arena& arena, const BlockArguments& block, int images, int n_tokens)
@@ -22,14 +23,14 @@ public:
           queries_(arena.take<float>((size_t)images * dim_)),
           weights_(arena.take<float>((size_t)block.heads * padded_)),
           attended_(arena.take<float>((size_t)images * dim_)),
-          rows_(take_rows(arena, 2, images, dim_)),
-          hidden_(take_rows(arena, 2, images, block.hidden)),
-          means_(take_rows(arena, 2, block.heads * up_to(images, BLOCK), dim_)) {}
+          rows_(take_rows(arena, PARTS, images, dim_)),
+          hidden_(take_rows(arena, PARTS, images, block.hidden)),
+          means_(take_rows(arena, PARTS, block.heads * up_to(images, BLOCK), dim_)) {}
 
     // `tokens` [image, token, dim] as they enter the block.
     void project_queries(const float* tokens) {
-        normalise<2>(tokens, image_stride(), images_, b_.norm1, b_.eps, rows_);
-        multiply<2, 2>(rows_, images_, qkv(), {0, dim_}, {0, dim_}, write_to(queries_, dim_, b_.qkv.bias));
+        normalise<PARTS>(tokens, image_stride(), images_, b_.norm1, b_.eps, rows_);
+        multiply<PARTS, PARTS>(rows_, images_, qkv(), {0, dim_}, {0, dim_}, write_to(queries_, dim_, b_.qkv.bias));
     }
 
     // After the keys of a head were set.
@@ -59,21 +60,21 @@ public:
         for (int head = 0; head < b_.heads; head++) {
             const int values = 2 * dim_ + head * head_dim_;
             const Rows means = {mean_row(head, 0), means_.part, dim_};
-            multiply<2, 2>(means, images_, qkv(), {values, values + head_dim_}, {0, dim_},
+            multiply<PARTS, PARTS>(means, images_, qkv(), {values, values + head_dim_}, {0, dim_},
                            write_to(attended_, dim_, b_.qkv.bias, 2 * dim_));
         }
         for (int image = 0; image < images_; image++) {
             for (int i = 0; i < dim_; i += 32) {
                 const float* from = attended_ + (size_t)image * dim_ + i;
-                store_parts<2>(rows_.at(image, i), rows_.part, load(from), load(from + 16));
+                store_parts<PARTS>(rows_.at(image, i), rows_.part, load(from), load(from + 16));
             }
         }
-        multiply<2, 2>(rows_, images_, weights_of(b_.proj, dim_, dim_), {0, dim_}, {0, dim_},
+        multiply<PARTS, PARTS>(rows_, images_, weights_of(b_.proj, dim_, dim_), {0, dim_}, {0, dim_},
                        add_to(tokens, image_stride(), b_.proj.bias, 0));
-        normalise<2>(tokens, image_stride(), images_, b_.norm2, b_.eps, rows_);
-        multiply<2, 2>(rows_, images_, weights_of(b_.fc1, dim_, b_.hidden), {0, b_.hidden}, {0, dim_},
-                       gelu_to<2>(hidden_, b_.fc1.bias, 0));
-        multiply<2, 2>(hidden_, images_, weights_of(b_.fc2, b_.hidden, dim_), {0, dim_}, {0, b_.hidden},
+        normalise<PARTS>(tokens, image_stride(), images_, b_.norm2, b_.eps, rows_);
+        multiply<PARTS, PARTS>(rows_, images_, weights_of(b_.fc1, dim_, b_.hidden), {0, b_.hidden}, {0, dim_},
+                       gelu_to<PARTS>(hidden_, b_.fc1.bias, 0));
+        multiply<PARTS, PARTS>(hidden_, images_, weights_of(b_.fc2, b_.hidden, dim_), {0, dim_}, {0, b_.hidden},
                        add_to(tokens, image_stride(), b_.fc2.bias, 0));
     }
 
@@ -88,7 +89,8 @@ private:
     bf16* mean_row(int head, int image) const { return means_.at(head * up_to(images_, BLOCK) + image, 0); }
 
     // sum_j w_j ((x_j - mean_j) factor_j scale + shift) = (sum_j a_j x_j - sum_j a_j mean_j) scale + shift,
-    // a_j = w_j factor_j, since the weights add up to 1.
+    // a_j = w_j factor_j, since the weights add up to 1. With three parts means are taken off before the sum: after it
+    // some of float32's bits would be lost where they are large.
     template <int HEADS>
     void average_heads(int image, int first_head, const float* x, const Statistics* statistics) {
         float* a[HEADS];
@@ -98,7 +100,7 @@ private:
             float mean = 0;
             for (int token = 0; token < n_; token++) {
                 a[h][token] *= statistics[token].factor;
-                mean += a[h][token] * statistics[token].mean;
+                if (PARTS < 3) mean += a[h][token] * statistics[token].mean;
             }
             means[h] = all(mean);
         }
@@ -107,7 +109,11 @@ private:
             for (int h = 0; h < HEADS; h++) first[h] = second[h] = _mm512_setzero_ps();
             for (int token = 0; token < n_; token++) {
                 const float* from = x + (size_t)token * dim_ + i;
-                const Floats left = load(from), right = load(from + 16);
+                Floats left = load(from), right = load(from + 16);
+                if (PARTS == 3) {
+                    left = _mm512_sub_ps(left, all(statistics[token].mean));
+                    right = _mm512_sub_ps(right, all(statistics[token].mean));
+                }
                 for (int h = 0; h < HEADS; h++) {
                     first[h] = _mm512_fmadd_ps(all(a[h][token]), left, first[h]);
                     second[h] = _mm512_fmadd_ps(all(a[h][token]), right, second[h]);
@@ -118,7 +124,7 @@ private:
                     return _mm512_fmadd_ps(_mm512_sub_ps(sum, means[h]), load(b_.norm1.scale + at),
                                            load(b_.norm1.shift + at));
                 };
-                store_parts<2>(mean_row(first_head + h, image) + i / 32 * TILE, means_.part, normed(first[h], i),
+                store_parts<PARTS>(mean_row(first_head + h, image) + i / 32 * TILE, means_.part, normed(first[h], i),
                                normed(second[h], i + 16));
             }
         }

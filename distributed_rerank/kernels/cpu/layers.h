@@ -6,7 +6,7 @@
 namespace rerank {
 
 struct Linear {
-    const bf16* weights;  // two parts
+    const bf16* weights;  // in two parts, or three
     const float* bias;
 };
 
@@ -57,13 +57,15 @@ inline auto add_to(float* x, size_t stride, const float* bias, int first_row) {
     };
 }
 
-inline const Gelu gelu;
+template <int PARTS>
+inline const Gelu<PARTS == 3 ? 4 : 3> gelu;
 
 template <int PARTS>
 auto gelu_to(const Rows& out, const float* bias, int first_output) {
     return [=](int row, int output, const float* sums) __attribute__((always_inline)) {
-        store_parts<PARTS>(out.at(row, output - first_output), out.part, gelu(add(load(sums), load(bias + output))),
-                           gelu(add(load(sums + 16), load(bias + output + 16))));
+        store_parts<PARTS>(out.at(row, output - first_output), out.part,
+                           gelu<PARTS>(add(load(sums), load(bias + output))),
+                           gelu<PARTS>(add(load(sums + 16), load(bias + output + 16))));
     };
 }
 

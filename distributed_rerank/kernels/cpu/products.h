@@ -1,13 +1,15 @@
-// Matrix products of AMX: a tile of 16 x 32 bfloat16 times one of 32 x 16 is added to one of 16 x 16 floats.
+// Matrix products of bfloat16 numbers, by AMX or, where the library is compiled without it, by the vector units.
 //
 // Rows to be multiplied lie in tiles one after the other (`Rows`), weights in panels of 32 outputs (`Weights`), so that
-// every tile is 1,024 bytes in a row. A panel of weights stays in the first cache while all rows pass by it; rows are
-// loaded with the hint that they do not come again, without which they would push the panel out (2.6 instead of
-// 3.3 TFLOP/s a core).
+// every tile is 1,024 bytes in a row. A panel of weights stays in the nearest caches while all rows pass by it.
 #pragma once
 #include <algorithm>
 
-#include "vectors.h"
+#ifdef __AMX_BF16__
+#include "tiles_amx.h"
+#else
+#include "tiles_avx512.h"
+#endif
 
 namespace rerank {
 
@@ -17,22 +19,6 @@ constexpr int BLOCK = 32;  // rows and columns that are computed together: 2 x 2
 constexpr int up_to(int n, int unit) {
     return (n + unit - 1) / unit * unit;
 }
-
-// All eight tiles have 16 rows of 64 bytes. (A constant: gcc does not see that loading it reads memory.)
-struct alignas(64) TileSizes {
-    uint8_t palette = 1, start_row = 0, reserved[14] = {};
-    uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-    uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-};
-constexpr TileSizes TILE_SIZES;
-
-// This thread may use its tiles while one lives.
-class Tiles {
-public:
-    Tiles() { _tile_loadconfig(&TILE_SIZES); }
-    ~Tiles() { _tile_release(); }
-    Tiles(const Tiles&) = delete;
-};
 
 // Rows of `width` numbers in parts that lie `part` numbers apart: tiles of 16 rows x 32 columns, those of the same rows
 // in order. The number of rows is a multiple of 16 in memory.
@@ -57,96 +43,56 @@ struct Weights {
     }
 };
 
-// Nor that loading a tile does: what was written before must not be moved behind it.
-INLINE void finish_writing() {
-    asm volatile("" ::: "memory");
+// Adds the products of numbers in parts (vectors.h), small ones first; with three parts those of orders 0 to 2, which
+// leaves out 2^-25 of each. `rows(part)` and `columns(part)` give the sums their next operands.
+template <int ROW_PARTS, int COLUMN_PARTS, int N, class GiveRows, class GiveColumns>
+INLINE void multiply_parts(Sums<N>& sums, const GiveRows& rows, const GiveColumns& columns) {
+    static_assert(ROW_PARTS == 1 || ROW_PARTS == COLUMN_PARTS, "rows have one part, or as many as the columns");
+    rows(0);
+    if (COLUMN_PARTS == 3) {
+        columns(2);
+        sums.multiply();
+    }
+    if (COLUMN_PARTS >= 2) {
+        columns(1);
+        sums.multiply();
+    }
+    if (ROW_PARTS == 3) {  // each step gives one side only
+        rows(1);
+        sums.multiply();
+        columns(0);
+        sums.multiply();
+        rows(2);
+        sums.multiply();
+        rows(0);
+        sums.multiply();
+        return;
+    }
+    columns(0);
+    sums.multiply();
+    if (ROW_PARTS == 2) {
+        rows(1);
+        sums.multiply();
+    }
 }
 
-// Tiles 0 to 3 += tiles 4, 5 (rows) x tiles 6, 7 (columns).
-INLINE void clear_2x2() {
-    finish_writing();
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
-}
-INLINE void multiply_2x2() {
-    _tile_dpbf16ps(0, 4, 6);
-    _tile_dpbf16ps(1, 4, 7);
-    _tile_dpbf16ps(2, 5, 6);
-    _tile_dpbf16ps(3, 5, 7);
-}
-INLINE void store_2x2(float* to, size_t width) {
-    _tile_stored(0, to, width * 4);
-    _tile_stored(1, to + 16, width * 4);
-    _tile_stored(2, to + 16 * width, width * 4);
-    _tile_stored(3, to + 16 * width + 16, width * 4);
-}
-INLINE void load_pair_4(const bf16* first, const bf16* second) {
-    _tile_loadd(4, first, 64);
-    _tile_loadd(5, second, 64);
-}
-INLINE void load_passing_pair_4(const bf16* first, const bf16* second) {
-    _tile_stream_loadd(4, first, 64);
-    _tile_stream_loadd(5, second, 64);
-}
-INLINE void load_pair_6(const bf16* first, const bf16* second) {
-    _tile_loadd(6, first, 64);
-    _tile_loadd(7, second, 64);
-}
-INLINE void load_passing_pair_6(const bf16* first, const bf16* second) {
-    _tile_stream_loadd(6, first, 64);
-    _tile_stream_loadd(7, second, 64);
-}
-
-// 32 rows x 32 outputs into `sums`; `meanwhile(step)` is called after each of the steps of 32 inputs, its vector
-// instructions run beside the tiles'.
-template <int A_PARTS, int W_PARTS, class Meanwhile>
-INLINE void multiply_32_rows(const bf16* upper, const bf16* lower, size_t a_part, const bf16* panel, size_t w_part,
-                             int steps, float* sums, const Meanwhile& meanwhile) {
-    clear_2x2();
+// N rows x 32 outputs into `out`; `meanwhile(step)` is called after each of the steps of 32 inputs, its vector
+// instructions run beside the tiles'. For the last 16 rows or fewer each sum has the same terms in the same order.
+template <int N, int A_PARTS, int W_PARTS, class Meanwhile>
+INLINE void multiply_rows(const bf16* upper, const bf16* lower, size_t a_part, const bf16* panel, size_t w_part,
+                          int steps, float* out, const Meanwhile& meanwhile) {
+    Sums<N> sums;
     for (int step = 0; step < steps; step++, upper += TILE, lower += TILE, panel += 2 * TILE) {
-        load_passing_pair_4(upper, lower);
-        if (W_PARTS == 2) {
-            load_pair_6(panel + w_part, panel + w_part + TILE);
-            multiply_2x2();
-        }
-        load_pair_6(panel, panel + TILE);
-        multiply_2x2();
-        if (A_PARTS == 2) {
-            load_passing_pair_4(upper + a_part, lower + a_part);
-            multiply_2x2();
-        }
+        const auto rows = [&](int p) __attribute__((always_inline)) {
+            sums.passing_rows(upper + p * a_part, lower + p * a_part);
+        };
+        const auto columns = [&](int p) __attribute__((always_inline)) {
+            sums.columns(panel + p * w_part, panel + p * w_part + TILE);
+        };
+        multiply_parts<A_PARTS, W_PARTS>(sums, rows, columns);
         meanwhile(step);
     }
-    store_2x2(sums, BLOCK);
-}
-
-// The same for the last rows where they are 16 or fewer: each sum has the same terms in the same order.
-template <int A_PARTS, int W_PARTS>
-INLINE void multiply_16_rows(const bf16* rows, size_t a_part, const bf16* panel, size_t w_part, int steps,
-                             float* sums) {
-    finish_writing();
-    _tile_zero(0);
-    _tile_zero(1);
-    for (int step = 0; step < steps; step++, rows += TILE, panel += 2 * TILE) {
-        _tile_loadd(4, rows, 64);
-        if (W_PARTS == 2) {
-            load_pair_6(panel + w_part, panel + w_part + TILE);
-            _tile_dpbf16ps(0, 4, 6);
-            _tile_dpbf16ps(1, 4, 7);
-        }
-        load_pair_6(panel, panel + TILE);
-        _tile_dpbf16ps(0, 4, 6);
-        _tile_dpbf16ps(1, 4, 7);
-        if (A_PARTS == 2) {
-            _tile_loadd(4, rows + a_part, 64);
-            _tile_dpbf16ps(0, 4, 6);
-            _tile_dpbf16ps(1, 4, 7);
-        }
-    }
-    _tile_stored(0, sums, BLOCK * 4);
-    _tile_stored(1, sums + 16, BLOCK * 4);
+    sums.store(out, BLOCK);
 }
 
 // Asks for the panel that comes next, a piece at a time, so that it is in the second cache when its turn comes.
@@ -197,12 +143,13 @@ void multiply(const Rows& a, int n_rows, const Weights& weights, Range outputs, 
                     finish(last.row + done, last.output, finished + BLOCK * done);
                 }
             };
+            const bf16 *upper = a.tiles(row), *lower = a.tiles(row + 16);
             if (n_rows - row > 16) {
-                multiply_32_rows<A_PARTS, W_PARTS>(a.tiles(row), a.tiles(row + 16), a.part, panel, weights.part, steps,
-                                                   sums[turn], meanwhile);
+                multiply_rows<32, A_PARTS, W_PARTS>(upper, lower, a.part, panel, weights.part, steps, sums[turn],
+                                                    meanwhile);
             } else {
-                multiply_16_rows<A_PARTS, W_PARTS>(a.tiles(row), a.part, panel, weights.part, steps, sums[turn]);
-                for (int step = 0; step < steps; step++) meanwhile(step);
+                multiply_rows<16, A_PARTS, W_PARTS>(upper, lower, a.part, panel, weights.part, steps, sums[turn],
+                                                    meanwhile);
             }
             last = {row, output, std::min(BLOCK, n_rows - row)};
             turn ^= 1;

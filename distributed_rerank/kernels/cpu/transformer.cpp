@@ -1,11 +1,8 @@
 // Inference of a vision transformer's blocks on a CPU with AMX (timm's `Block` with plain attention and MLP), and its
 // patch embedding. Called from kernels/transformer.py, which explains the arguments.
 //
-// The residual stream is float32. Linear layers and attention multiply bfloat16 numbers, one or two parts of each float
-// (`parts`), and sum in float32; class tokens have two parts in either case.
-#include <sys/syscall.h>
-#include <unistd.h>
-
+// The residual stream is float32. Linear layers and attention multiply bfloat16 numbers, one to three parts of each float
+// (`parts`), and sum in float32; class tokens have two parts at least.
 #include <cstring>
 #include <type_traits>
 
@@ -57,7 +54,7 @@ private:
     Number* const projected_;  // queries, keys and values of an image [token, 3, head, head_dim]
     Statistics* const statistics_;
     Attention<PARTS, Number> attention_;
-    ClassTokens class_tokens_;
+    ClassTokens<PARTS == 3 ? 3 : 2> class_tokens_;
 
     // Of the last block only the keys are needed.
     void project(const float* x, bool is_last) {
@@ -101,7 +98,7 @@ private:
 };
 
 // Patches of `size` x `size` pixels, each a row of 3 x size x size bytes, which bfloat16 holds exactly, times weights
-// of two parts.
+// of two or three parts.
 class Patches {
 public:
     Patches(int height, int width, int size, int dim, void* scratch)
@@ -120,14 +117,15 @@ public:
     size_t scratch_bytes() const { return arena_.used(); }
 
     // `out` [patch, dim], row by row.
+    template <int PARTS>
     void embed(const uint8_t* pixels, const Linear& linear, float* out) {
         memset(bytes_, 0, n_inputs_);
         for (int row = 0; row < n_rows_; row++) {
             for (int column = 0; column < n_columns_; column++) pack(pixels, row, column);
         }
         const Weights weights = {linear.weights, (size_t)n_inputs_ * dim_, linear.bias, n_inputs_, dim_};
-        multiply<1, 2>(patches_, n_rows_ * n_columns_, weights, {0, dim_}, {0, n_inputs_},
-                       write_to(out, dim_, linear.bias));
+        multiply<1, PARTS>(patches_, n_rows_ * n_columns_, weights, {0, dim_}, {0, n_inputs_},
+                           write_to(out, dim_, linear.bias));
     }
 
 private:
@@ -156,28 +154,38 @@ private:
 
 using namespace rerank;
 
+namespace {
+
+// `run` with the number of parts as a type.
+template <class Run>
+auto with_parts(int parts, const Run& run) {
+    if (parts == 1) return run(std::integral_constant<int, 1>());
+    if (parts == 2) return run(std::integral_constant<int, 2>());
+    return run(std::integral_constant<int, 3>());
+}
+
+}  // namespace
+
 extern "C" {
 
 // By setup.py, of all files in this folder.
 const char* sources_digest() { return SOURCES_DIGEST; }
 
-// Asks the system for the tiles' state, once for all threads of the process; 1 if it is granted.
 int request_tiles() {
-    constexpr int ARCH_REQ_XCOMP_PERM = 0x1023, XFEATURE_XTILEDATA = 18;
-    return syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) == 0;
+    return rerank::request_tiles();
 }
 
 size_t block_scratch(const BlockArguments* block, int images, int n_tokens) {
-    return block->parts == 1 ? Block<1>(*block, images, n_tokens, nullptr).scratch_bytes()
-                             : Block<2>(*block, images, n_tokens, nullptr).scratch_bytes();
+    const auto bytes = [&](auto parts) {
+        return Block<decltype(parts)::value>(*block, images, n_tokens, nullptr).scratch_bytes();
+    };
+    return with_parts(block->parts, bytes);
 }
 
 void run_block(const BlockArguments* block, float* tokens, int images, int n_tokens, int is_last, void* scratch) {
-    if (block->parts == 1) {
-        Block<1>(*block, images, n_tokens, scratch).run(tokens, is_last);
-    } else {
-        Block<2>(*block, images, n_tokens, scratch).run(tokens, is_last);
-    }
+    with_parts(block->parts, [&](auto parts) {
+        Block<decltype(parts)::value>(*block, images, n_tokens, scratch).run(tokens, is_last);
+    });
 }
 
 size_t patches_scratch(int height, int width, int size, int dim) {
@@ -185,12 +193,17 @@ size_t patches_scratch(int height, int width, int size, int dim) {
 }
 
 void embed_patches(const uint8_t* pixels, int images, int height, int width, int size, int dim, const Linear* linear,
-                   float* out, void* scratch) {
+                   int parts, float* out, void* scratch) {
     Tiles tiles;
     Patches patches(height, width, size, dim, scratch);
     const size_t out_stride = (size_t)(height / size) * (width / size) * dim;
     for (int image = 0; image < images; image++) {
-        patches.embed(pixels + (size_t)image * 3 * height * width, *linear, out + image * out_stride);
+        const uint8_t* from = pixels + (size_t)image * 3 * height * width;
+        if (parts == 3) {
+            patches.embed<3>(from, *linear, out + image * out_stride);
+        } else {
+            patches.embed<2>(from, *linear, out + image * out_stride);
+        }
     }
 }
 }

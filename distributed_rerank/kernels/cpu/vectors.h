@@ -1,8 +1,8 @@
-// Numbers in vectors of 16: bfloat16 in one or two parts, exponential, GELU.
+// Numbers in vectors of 16: bfloat16 in one to three parts, exponential, GELU.
 //
-// A float is kept in PARTS bfloat16 numbers: its rounding, and with two parts also the rounding of what is left, which
-// makes 16 significant bits. A product of two such numbers is the sum of three products of their parts (small x small
-// is left out), each exact in float32.
+// A float is kept in PARTS bfloat16 numbers: its rounding, the rounding of what is left, and so on: 8, 16 or all 24
+// significant bits. A product of two such numbers is the sum of one, three or six products of their parts, each exact in
+// float32; what is left out is of the order of the last bit.
 #pragma once
 #include <immintrin.h>
 
@@ -55,8 +55,10 @@ INLINE Floats odd(Pairs x) {
 template <int PARTS>
 INLINE void split(Floats first, Floats second, Pairs* parts) {
     parts[0] = rounded(first, second);
-    if (PARTS == 2) {
-        parts[1] = rounded(_mm512_sub_ps(first, first_half(parts[0])), _mm512_sub_ps(second, second_half(parts[0])));
+    for (int p = 1; p < PARTS; p++) {
+        first = _mm512_sub_ps(first, first_half(parts[p - 1]));
+        second = _mm512_sub_ps(second, second_half(parts[p - 1]));
+        parts[p] = rounded(first, second);
     }
 }
 
@@ -87,22 +89,24 @@ INLINE void store_row(bf16* to, Floats first, Floats second) {
 }
 
 // 2^x for x <= 0: 2^n 2^f with n the nearest integer and a polynomial for |f| <= 1/2, relative error 1e-4 with one part
-// (bfloat16 rounds by 2e-3), 2e-7 with two.
+// (bfloat16 rounds by 2e-3), 2e-7 with two, 1e-7 with three.
 template <int PARTS>
 INLINE Floats power_of_two(Floats x) {
     const Floats n = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
     const Floats f = _mm512_sub_ps(x, n);
-    static constexpr float coarse[] = {0.0554906f, 0.2402265f, 0.6931472f, 1.0f};
-    static constexpr float fine[] = {1.8775767e-3f, 8.9893397e-3f, 5.5826318e-2f,
-                                     2.4015361e-1f, 6.9315308e-1f, 0.99999994f};
-    const float* coefficients = PARTS == 1 ? coarse : fine;
+    static constexpr float degree_3[] = {0.0554906f, 0.2402265f, 0.6931472f, 1.0f};
+    static constexpr float degree_5[] = {1.8775767e-3f, 8.9893397e-3f, 5.5826318e-2f,
+                                         2.4015361e-1f, 6.9315308e-1f, 0.99999994f};
+    static constexpr float degree_6[] = {0.00015345811f, 0.0013399931f, 0.0096184891f, 0.055503286f, 0.24022646f, 0.69314718f, 1.0f};
+    const float* coefficients = PARTS == 1 ? degree_3 : PARTS == 2 ? degree_5 : degree_6;
     Floats p = all(coefficients[0]);
-    for (int i = 1; i < (PARTS == 1 ? 4 : 6); i++) p = _mm512_fmadd_ps(p, f, all(coefficients[i]));
+    for (int i = 1; i < (PARTS == 1 ? 4 : PARTS == 2 ? 6 : 7); i++) p = _mm512_fmadd_ps(p, f, all(coefficients[i]));
     return _mm512_scalef_ps(p, n);
 }
 
-// gelu(x) = x Phi(x) = max(x, 0) - h(|x|), h(a) = a Phi(-a): a cubic for each of 32 segments of [0, 6), beyond which h
-// is below 1e-8; absolute error below 1e-6.
+// gelu(x) = x Phi(x) = max(x, 0) - h(|x|), h(a) = a Phi(-a): a polynomial for each of 32 segments of [0, 6), beyond which
+// h is below 1e-8; absolute error below 1e-6 with cubics, 5e-8 with polynomials of degree 4.
+template <int DEGREE>
 class Gelu {
 public:
     static constexpr int SEGMENTS = 32;
@@ -117,35 +121,36 @@ public:
         const Floats inside = _mm512_min_ps(place, all(SEGMENTS - 0.001f));
         const __m512i segment = _mm512_cvttps_epi32(inside);
         const Floats u = _mm512_sub_ps(inside, _mm512_cvtepi32_ps(segment));
-        Floats h = looked_up(3, segment);
-        for (int i = 2; i >= 0; i--) h = _mm512_fmadd_ps(h, u, looked_up(i, segment));
+        Floats h = looked_up(DEGREE, segment);
+        for (int i = DEGREE - 1; i >= 0; i--) h = _mm512_fmadd_ps(h, u, looked_up(i, segment));
         return _mm512_sub_ps(_mm512_max_ps(x, _mm512_setzero_ps()), h);
     }
 
 private:
-    alignas(64) float coefficients_[4][SEGMENTS];
+    alignas(64) float coefficients_[DEGREE + 1][SEGMENTS];
 
     INLINE Floats looked_up(int power, __m512i segment) const {
         const float* row = coefficients_[power];
         return _mm512_permutex2var_ps(_mm512_load_ps(row), segment, _mm512_load_ps(row + 16));
     }
 
-    // Interpolates h at the four Chebyshev points of the segment (Newton's divided differences).
+    // Interpolates h at the Chebyshev points of the segment (Newton's divided differences).
     void fit(int segment) {
-        double u[4], d[4], c[4] = {0, 0, 0, 0};
-        for (int i = 0; i < 4; i++) {
-            u[i] = 0.5 - 0.5 * std::cos((2 * i + 1) * 3.14159265358979323846 / 8);
+        constexpr int N = DEGREE + 1;
+        double u[N], d[N], c[N] = {};
+        for (int i = 0; i < N; i++) {
+            u[i] = 0.5 - 0.5 * std::cos((2 * i + 1) * 3.14159265358979323846 / (2 * N));
             const double a = (segment + u[i]) * END / SEGMENTS;
             d[i] = a * 0.5 * std::erfc(a / std::sqrt(2.0));
         }
-        for (int order = 1; order < 4; order++) {
-            for (int i = 3; i >= order; i--) d[i] = (d[i] - d[i - 1]) / (u[i] - u[i - order]);
+        for (int order = 1; order < N; order++) {
+            for (int i = N - 1; i >= order; i--) d[i] = (d[i] - d[i - 1]) / (u[i] - u[i - order]);
         }
-        for (int i = 3; i >= 0; i--) {  // Horner: c(u) = c(u) (u - u[i]) + d[i]
-            for (int power = 3; power >= 1; power--) c[power] = c[power - 1] - c[power] * u[i];
+        for (int i = N - 1; i >= 0; i--) {  // Horner: c(u) = c(u) (u - u[i]) + d[i]
+            for (int power = N - 1; power >= 1; power--) c[power] = c[power - 1] - c[power] * u[i];
             c[0] = d[i] - c[0] * u[i];
         }
-        for (int power = 0; power < 4; power++) coefficients_[power][segment] = (float)c[power];
+        for (int power = 0; power < N; power++) coefficients_[power][segment] = (float)c[power];
     }
 };
 

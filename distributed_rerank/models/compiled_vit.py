@@ -1,4 +1,4 @@
-"""Plain vision transformers on the compiled kernels for AMX: blocks and patch embedding swapped in place. Layer 2."""
+"""Plain vision transformers on the compiled kernels: blocks and patch embedding swapped in place. Layer 2."""
 
 from typing import Any
 
@@ -10,11 +10,6 @@ from timm.models.vision_transformer import Block, LayerScale
 from torch import Tensor, nn
 
 from distributed_rerank.kernels import library, transformer
-
-
-def why_unavailable() -> str | None:
-    """None where this process can run them; else the reason."""
-    return library.why_unavailable()
 
 
 def can_run(vit: Any) -> bool:
@@ -58,11 +53,11 @@ def prepare(vit: Any, mean: Float32[Tensor, "1 3 1 1"], std: Float32[Tensor, "1 
     Afterwards the network takes the pixels as bytes: normalising by `mean` and `std` is part of the patch embedding.
     `parts` as in `kernels.transformer`. The new modules cannot be trained, saved or moved.
     """
-    vit.blocks = nn.ModuleList(AmxBlock(block, parts) for block in vit.blocks)
-    vit.patch_embed.proj = AmxPatches(vit.patch_embed.proj, mean, std)
+    vit.blocks = nn.ModuleList(CompiledBlock(block, parts) for block in vit.blocks)
+    vit.patch_embed.proj = CompiledPatches(vit.patch_embed.proj, mean, std, parts)
 
 
-class AmxBlock(nn.Module):
+class CompiledBlock(nn.Module):
     """A timm block with its layer scales inside the weights. Works on float32 tokens in their place."""
 
     def __init__(self, block: Any, parts: int) -> None:
@@ -72,10 +67,10 @@ class AmxBlock(nn.Module):
         self._packed = transformer.PackedBlock(
             norm1=_vectors(block.norm1),
             norm2=_vectors(block.norm2),
-            qkv=_packed(block.attn.qkv, nn.Identity()),
-            proj=_packed(block.attn.proj, block.ls1),
-            fc1=_packed(block.mlp.fc1, nn.Identity()),
-            fc2=_packed(block.mlp.fc2, block.ls2),
+            qkv=_packed(block.attn.qkv, nn.Identity(), parts),
+            proj=_packed(block.attn.proj, block.ls1, parts),
+            fc1=_packed(block.mlp.fc1, nn.Identity(), parts),
+            fc2=_packed(block.mlp.fc2, block.ls2, parts),
             eps=block.norm1.eps,
             n_heads=block.attn.num_heads,
             parts=parts,
@@ -93,12 +88,12 @@ class AmxBlock(nn.Module):
         return transformer.run_last_block(self._packed, tokens)
 
 
-class AmxPatches(nn.Module):
+class CompiledPatches(nn.Module):
     """A ViT's patch convolution on images as bytes."""
 
-    def __init__(self, convolution: nn.Conv2d, mean: Tensor, std: Tensor) -> None:
+    def __init__(self, convolution: nn.Conv2d, mean: Tensor, std: Tensor, parts: int) -> None:
         super().__init__()
-        self._packed = transformer.pack_patches(convolution.weight, convolution.bias, mean, std)
+        self._packed = transformer.pack_patches(convolution.weight, convolution.bias, mean, std, parts)
 
     def forward(self, pixels: UInt8[Tensor, "image 3 height width"]) -> Float32[Tensor, "image dim row column"]:
         """As the convolution of the normalised images."""
@@ -111,10 +106,10 @@ def _vectors(norm: nn.LayerNorm) -> tuple[Tensor, Tensor]:
     return norm.weight.detach().contiguous(), norm.bias.detach().contiguous()
 
 
-def _packed(linear: nn.Linear, scale: nn.Module) -> transformer.PackedLinear:
+def _packed(linear: nn.Linear, scale: nn.Module, parts: int) -> transformer.PackedLinear:
     """The layer followed by its layer scale, if there is one."""
     weight, bias = linear.weight.detach(), linear.bias
     if isinstance(scale, LayerScale):
         gamma = scale.gamma.detach()
         weight, bias = weight * gamma[:, None], None if bias is None else bias.detach() * gamma
-    return transformer.pack_linear(weight, bias)
+    return transformer.pack_linear(weight, bias, parts)
