@@ -169,8 +169,8 @@ def main() -> None:
         }.items():
             setattr(arguments, name, value)
     print(describe_machine(), flush=True)
-    has_bf16, has_kernels = bf16_support(torch.device("cpu")) is not None, library.why_unavailable() is None
-    kinds = [("fp32", 0)] + [("bf16x3", 0)] * has_kernels + [("bf16", 0)] * has_bf16
+    has_bf16, has_amx = bf16_support(torch.device("cpu")) is not None, library.why_without_amx() is None
+    kinds = [("fp32", 0)] + [("bf16x3", 0)] * has_amx + [("bf16", 0)] * has_bf16
     if arguments.workers > 0:
         kinds += [("fp32", arguments.workers)] + [("bf16", arguments.workers)] * has_bf16
     with tempfile.TemporaryDirectory() as work:
