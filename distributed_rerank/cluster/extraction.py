@@ -16,22 +16,18 @@ import pyarrow as pa
 import ray
 import ray.data
 
+from distributed_rerank.cluster.decode_rows import as_binary, decode_row, manifest
 from distributed_rerank.cluster.fan_out import bad_input_raised
 from distributed_rerank.cluster.quiet import quieten
 from distributed_rerank.cluster.session import Session
-from distributed_rerank.data.catalogue import ImageRef
-from distributed_rerank.data.rejects import Reject, reject_table
-from distributed_rerank.data.transforms import InferenceTransform
+from distributed_rerank.data.rejects import Reject
 from distributed_rerank.errors import BadInput
 from distributed_rerank.models.extractor import build_extractor
-from distributed_rerank.procedures.decoding import decode
 from distributed_rerank.procedures.devices import tensor_of
 from distributed_rerank.procedures.extraction import Block, EmbeddedBlock, Embedder, ExtractionConfig
 
 _NO_PROGRESS_SECONDS = 600
 """Ray Data waits 30 minutes before it says that nothing moves."""
-_BLOCKS_PER_PART = 64
-_BOX = pa.list_(pa.int64())
 
 
 def extract(
@@ -42,16 +38,17 @@ def extract(
     The weights are read once, on the driver. Raises BadInput for a cluster without a CPU to spare for
     decoding.
     """
-    embedders, decoders = pool_sizes(session)
+    # Never more processes than blocks: they would start for nothing, and Ray Data would warn of them.
+    embedders, decoders = (max(1, min(size, len(blocks))) for size in pool_sizes(session))
     extractor = build_extractor(config.extractor)
     shipped = ray.put(extractor)
-    decode_row = functools.partial(_decode_row, transform=extractor.transform, threads=config.decode_threads)
+    decode = functools.partial(decode_row, transform=extractor.transform, threads=config.decode_threads)
     with ray.data.DataContext.current(_data_context()):
         dataset = (
-            ray.data.from_arrow(_manifest(blocks))
+            ray.data.from_arrow(manifest(blocks))
             .repartition(target_num_rows_per_block=1)
             .map_batches(
-                decode_row,
+                decode,
                 batch_size=1,
                 batch_format="pyarrow",
                 num_cpus=1,
@@ -102,45 +99,7 @@ class _EmbedRow:
         pixels = np.frombuffer(row["pixels"][0].as_buffer(), np.uint8).reshape(shape)
         embeddings = self._embedder.embed(tensor_of(pixels))
         columns = {name: row[name] for name in ("block", "ids", "rejects")}
-        return pa.table({**columns, "shape": [list(embeddings.shape)], "embeddings": _binary(embeddings)})
-
-
-def _decode_row(row: pa.Table, *, transform: InferenceTransform, threads: int) -> pa.Table:
-    refs = _refs(row)
-    decoded = decode(refs, transform, threads=threads)
-    pixels = decoded.pixels.numpy()
-    rejects = reject_table(decoded.rejects, "embed")
-    return pa.table(
-        {
-            "block": row["block"],
-            "ids": pa.array([[refs[position].id for position in decoded.kept]], pa.list_(pa.string())),
-            "rejects": pa.array([rejects.to_pylist()], pa.list_(pa.struct(rejects.schema))),
-            "shape": [list(pixels.shape)],
-            "pixels": _binary(pixels),
-        }
-    )
-
-
-def _manifest(blocks: Sequence[Block]) -> list[pa.Table]:
-    """One row per block, in parts small enough to be objects of their own."""
-    rows = [
-        {
-            "block": number,
-            "ids": [ref.id for ref in refs],
-            "paths": [ref.path for ref in refs],
-            "boxes": [None if ref.box is None else list(ref.box) for ref in refs],
-        }
-        for number, refs in blocks
-    ]
-    texts = pa.list_(pa.string())
-    schema = pa.schema({"block": pa.int64(), "ids": texts, "paths": texts, "boxes": pa.list_(_BOX)})
-    parts = [rows[start : start + _BLOCKS_PER_PART] for start in range(0, len(rows), _BLOCKS_PER_PART)]
-    return [pa.Table.from_pylist(part, schema=schema) for part in parts]
-
-
-def _refs(row: pa.Table) -> list[ImageRef]:
-    columns = (row[name][0].as_py() for name in ("ids", "paths", "boxes"))
-    return [ImageRef(id, path, None if box is None else tuple(box)) for id, path, box in zip(*columns, strict=True)]
+        return pa.table({**columns, "shape": [list(embeddings.shape)], "embeddings": as_binary(embeddings)})
 
 
 def _rows(dataset: Any) -> Iterator[tuple[int, EmbeddedBlock]]:
@@ -152,13 +111,6 @@ def _rows(dataset: Any) -> Iterator[tuple[int, EmbeddedBlock]]:
                 embeddings = np.frombuffer(row["embeddings"][0].as_buffer(), np.float32).reshape(shape)
                 rejects = [Reject(r["id"], r["path"], r["reason"]) for r in row["rejects"][0].as_py()]
                 yield row["block"][0].as_py(), EmbeddedBlock(row["ids"][0].as_py(), embeddings, rejects)
-
-
-def _binary(array: np.ndarray) -> pa.Array:
-    """The bytes of an array as one binary value, without a copy."""
-    data = np.ascontiguousarray(array)
-    offsets = np.array([0, data.nbytes], np.int64)
-    return pa.Array.from_buffers(pa.large_binary(), 1, [None, pa.py_buffer(offsets), pa.py_buffer(data)])
 
 
 def _data_context() -> ray.data.DataContext:

@@ -8,9 +8,8 @@ from distributed_rerank.cluster import extraction as on_ray
 from distributed_rerank.cluster.session import Session
 from distributed_rerank.data import tables
 from distributed_rerank.data.artifacts import read_manifest
-from distributed_rerank.data.catalogue import ImageRef
 from distributed_rerank.errors import BadInput
-from distributed_rerank.procedures.extraction import Block, EmbeddedBlock, ExtractionConfig, embed, plan
+from distributed_rerank.procedures.extraction import Block, EmbeddedBlock, ExtractionConfig, embed
 from tests.small_catalogue import EXTRACTOR, make_catalogue
 
 SessionOf = Callable[[int], Session]
@@ -78,9 +77,3 @@ def test_pool_sizes_always_leave_a_cpu_for_decoding(session: Session, sizes: tup
 def test_pool_sizes_without_a_cpu_for_decoding_are_bad_input(session: Session) -> None:
     with pytest.raises(BadInput, match="leave none"):
         on_ray.pool_sizes(session)
-
-
-def test_manifest_row_keeps_every_field_of_the_images() -> None:
-    refs = [ImageRef("a", "/x/a.png", (1, 2, 3, 4)), ImageRef("b", "/x/b.png"), ImageRef("c", "s3://x/c.png")]
-    rows = [table.slice(at, 1) for table in on_ray._manifest(plan(refs, 2)) for at in range(len(table))]
-    assert [on_ray._refs(row) for row in rows] == [refs[:2], refs[2:]]
