@@ -18,7 +18,6 @@ import ray.data
 
 from distributed_rerank.cluster.decode_rows import as_binary, decode_row, manifest
 from distributed_rerank.cluster.fan_out import bad_input_raised
-from distributed_rerank.cluster.quiet import quieten
 from distributed_rerank.cluster.session import Session
 from distributed_rerank.data.rejects import Reject
 from distributed_rerank.errors import BadInput
@@ -116,6 +115,5 @@ def _rows(dataset: Any) -> Iterator[tuple[int, EmbeddedBlock]]:
 def _data_context() -> ray.data.DataContext:
     context = ray.data.DataContext.get_current().copy()
     context.enable_progress_bars = False  # the stage shows its own
-    quieten()
     context.execution_no_progress_timeout_s = _NO_PROGRESS_SECONDS
     return context

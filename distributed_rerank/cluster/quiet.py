@@ -12,7 +12,11 @@ TALKATIVE = {
     "ray.train.v2._internal.execution.controller.placement_group_cleaner": logging.ERROR,
     # Repeats every figure that the training logs itself. Ray names this logger by its file.
     str(_TRAIN / "context.py"): logging.WARNING,
+    # Warns that authentication is on, which is what we asked for.
+    "ray._private.authentication.authentication_token_setup": logging.ERROR,
     "ray.data": logging.WARNING,
+    # Warns that there are no progress bars where they were switched off.
+    "ray.data._internal.progress": logging.ERROR,
 }
 
 

@@ -24,6 +24,7 @@ import ray
 from ray.autoscaler.sdk import request_resources
 from ray.exceptions import AuthenticationError
 
+from distributed_rerank.cluster.quiet import quieten
 from distributed_rerank.errors import BadInput
 
 logger = logging.getLogger(__name__)
@@ -87,6 +88,7 @@ def connect(config: ClusterConfig | None = None) -> Iterator[Session]:
     """
     config = config or ClusterConfig()
     configure_logging()
+    quieten()
     with ExitStack() as stack:
         is_local = False
         if not ray.is_initialized():

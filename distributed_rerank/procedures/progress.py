@@ -44,13 +44,17 @@ def progress(
 
 def _logged(results: Iterable[T], total: int, title: str, unit: str, clock: Callable[[], float]) -> Iterator[T]:
     started = reported = clock()
+    first: float | None = None
     done = 0
     for result in results:
         yield result
         done += 1
-        if clock() - reported >= _LOG_EVERY_SECONDS:
-            reported = clock()
-            left = (reported - started) / done * (total - done)
-            logger.info("%s: %d of %d %s, about %.0f s left", title, done, total, unit, left)
+        now = clock()
+        # What is left is told from the first result on: before it workers started, which they do only once.
+        first = now if first is None else first
+        if now - reported >= _LOG_EVERY_SECONDS:
+            left = f", about {(now - first) / (done - 1) * (total - done):.0f} s left" if done > 1 else ""
+            logger.info("%s: %d of %d %s%s", title, done, total, unit, left)
+            reported = now
     if clock() - started >= _QUIET_SECONDS:
         logger.info("%s: %d %s in %.1f s", title, done, unit, clock() - started)
