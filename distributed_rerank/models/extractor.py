@@ -154,8 +154,7 @@ class Extractor(nn.Module):
             return True
         support = bf16_support(device)
         if support == "AMX" or (support is not None and not needs_amx):
-            times = "twice the time or more" if support == "AMX" else "an eighth more time"
-            _log.warning("%s; torch's own kernels take %s", library.why_unavailable(), times)
+            _log.warning("%s; torch's own kernels are slower", library.why_unavailable())
         return False
 
     def _parts(self, device: torch.device) -> int:

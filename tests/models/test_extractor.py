@@ -165,21 +165,14 @@ def test_build_extractor_bf16x3_of_another_network_is_refused(cnn_config, vit_co
 
 
 @pytest.mark.skipif(bf16_support(CPU) is None, reason="no bf16 on this CPU")
-@pytest.mark.parametrize(
-    ("support", "precision", "times"),
-    [
-        ("AMX", "auto", "twice the time or more"),
-        ("AMX", "fp32", "twice the time or more"),
-        ("AVX-512 BF16", "auto", "an eighth more time"),
-    ],
-)
+@pytest.mark.parametrize(("support", "precision"), [("AMX", "auto"), ("AMX", "fp32"), ("AVX-512 BF16", "auto")])
 def test_extractor_that_only_lacks_the_library_says_so_and_runs_by_torch(
-    pixels, vit_config, without_kernels, caplog, monkeypatch, support, precision, times
+    pixels, vit_config, without_kernels, caplog, monkeypatch, support, precision
 ):
     for module in (extractor_module, vit):
         monkeypatch.setattr(module, "bf16_support", lambda device: support)
     extractor = build_extractor(dataclasses.replace(vit_config, precision=precision)).prepare_for_inference("cpu")
-    assert caplog.messages == [f"{without_kernels}; torch's own kernels take {times}"]
+    assert caplog.messages == [f"{without_kernels}; torch's own kernels are slower"]
     assert not extractor.is_compiled
     with torch.inference_mode():
         torch.testing.assert_close(extractor(pixels), build_extractor(vit_config)(pixels), rtol=0, atol=2e-2)
