@@ -37,8 +37,7 @@ def extract(
     The weights are read once, on the driver. Raises BadInput for a cluster without a CPU to spare for
     decoding.
     """
-    # Never more processes than blocks: they would start for nothing, and Ray Data would warn of them.
-    embedders, decoders = (max(1, min(size, len(blocks))) for size in pool_sizes(session))
+    embedders, decoders = pool_sizes(session, len(blocks))
     extractor = build_extractor(config.extractor)
     shipped = ray.put(extractor)
     decode = functools.partial(decode_row, transform=extractor.transform, threads=config.decode_threads)
@@ -68,11 +67,12 @@ def extract(
         yield from _rows(dataset)
 
 
-def pool_sizes(session: Session) -> tuple[int, int]:
+def pool_sizes(session: Session, n_blocks: int) -> tuple[int, int]:
     """How many actors embed and how many tasks decode at a time, so that decoding always finds a CPU.
 
     Ray Data hangs without a word where actors hold every CPU. On a cluster without GPUs a third of the CPUs
-    is left to decoding. Raises BadInput where even one embedding actor leaves none.
+    is left to decoding. Never more processes than blocks: they would start for nothing, and Ray Data would warn of
+    them. Raises BadInput where even one embedding actor leaves none.
     """
     embedders = session.num_workers
     if not session.use_gpu:
@@ -84,7 +84,7 @@ def pool_sizes(session: Session) -> tuple[int, int]:
             f"{embedders} embedding workers with cpus_per_worker={session.cpus_per_worker} leave none of the "
             f"{session.num_cpus} CPUs for decoding; lower num_workers or cpus_per_worker"
         )
-    return embedders, min(session.decode_workers, free)
+    return min(embedders, n_blocks), min(session.decode_workers, free, n_blocks)
 
 
 class _EmbedRow:

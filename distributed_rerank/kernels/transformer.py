@@ -63,7 +63,7 @@ def split(x: Float32[Tensor, "row column"], parts: int) -> BFloat16[Tensor, "par
     return torch.stack(found)
 
 
-def weight_parts(parts: int) -> int:
+def _weight_parts(parts: int) -> int:
     """In how many parts a layer's weights are packed: two at least, for the class token."""
     return max(2, parts)
 
@@ -73,7 +73,7 @@ def pack_linear(
 ) -> PackedLinear:
     """A linear layer x @ weight.T + bias, for a block of `parts`; both sizes must be multiples of 32."""
     n_outputs, n_inputs = weight.shape
-    numbers = split(weight.detach().float(), weight_parts(parts))
+    numbers = split(weight.detach().float(), _weight_parts(parts))
     # part, panel of 32 outputs, 32 inputs, 16 outputs of the panel; then pair of inputs, output, input of the pair
     tiles = numbers.reshape(-1, n_outputs // 32, 2, 16, n_inputs // 32, 16, 2).permute(0, 1, 4, 2, 5, 3, 6)
     no_bias = torch.zeros(n_outputs) if bias is None else bias.detach().float().contiguous()
@@ -156,7 +156,7 @@ def pack_patches(
     by_bytes = (kernel.detach().double() / (255 * std)).flatten(1).float()
     padded = torch.nn.functional.pad(by_bytes, (0, -by_bytes.shape[1] % UNIT))
     # The shift is that of the weights as they were rounded: so a byte at the mean has no rounding error.
-    used = split(padded, weight_parts(parts)).double().sum(dim=0)[:, : by_bytes.shape[1]]
+    used = split(padded, _weight_parts(parts)).double().sum(dim=0)[:, : by_bytes.shape[1]]
     shift = (used.view(dim, 3, -1).sum(dim=2) * 255 * mean.view(1, 3)).sum(dim=1)
     whole = (torch.zeros(dim) if bias is None else bias.detach()).double() - shift
     return PackedPatches(pack_linear(padded, whole.float(), parts), size, parts)

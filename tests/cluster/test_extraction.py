@@ -61,7 +61,7 @@ def test_embed_interrupted_on_ray_continues_to_the_same_bytes(session_of: Sessio
     ],
 )
 def test_pool_sizes_always_leave_a_cpu_for_decoding(session: Session, sizes: tuple[int, int]) -> None:
-    embedders, decoders = on_ray.pool_sizes(session)
+    embedders, decoders = on_ray.pool_sizes(session, n_blocks=1000)
     assert (embedders, decoders) == sizes
     assert embedders * session.cpus_per_worker + decoders <= session.num_cpus
 
@@ -76,4 +76,9 @@ def test_pool_sizes_always_leave_a_cpu_for_decoding(session: Session, sizes: tup
 )
 def test_pool_sizes_without_a_cpu_for_decoding_are_bad_input(session: Session) -> None:
     with pytest.raises(BadInput, match="leave none"):
-        on_ray.pool_sizes(session)
+        on_ray.pool_sizes(session, n_blocks=1)
+
+
+@pytest.mark.parametrize(("n_blocks", "sizes"), [(1, (1, 1)), (2, (2, 2)), (3, (3, 3)), (7, (6, 4))])
+def test_pool_sizes_are_never_more_than_the_blocks(n_blocks: int, sizes: tuple[int, int]) -> None:
+    assert on_ray.pool_sizes(Session(num_workers=6, num_cpus=12, decode_workers=4), n_blocks) == sizes

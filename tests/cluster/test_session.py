@@ -119,6 +119,7 @@ for num_workers in (12, 3):
     first, second = "12 True token True False False", "3 False token True False False"
     assert done.stdout.split() == [*first.split(), *second.split()], done.stderr
     assert not list(tmp_path.rglob("auth_token"))
+    assert "Token authentication is enabled" not in done.stderr, "what we asked for is no news"
 
 
 def test_folder_of_a_killed_driver_is_removed_and_that_of_a_living_one_kept() -> None:

@@ -12,12 +12,14 @@ import torch
 
 import distributed_rerank
 from distributed_rerank.kernels import library
+from distributed_rerank.kernels.sources import digest
 
 NEEDS_KERNELS = pytest.mark.skipif(library.why_unavailable() is not None, reason=str(library.why_unavailable()))
 PACKAGE = Path(distributed_rerank.__file__).parent
 PRINT_WHAT_IS_FOUND = """
 import json
 from distributed_rerank.kernels import library
+from distributed_rerank.kernels.sources import digest
 print(json.dumps([library.__file__, str(library._library_path()), library.why_unavailable()]))
 """
 
@@ -61,11 +63,12 @@ def test_copied_sources_use_the_library_of_a_package_that_is_not_editable(tmp_pa
 
 def test_library_beside_its_sources_is_theirs():
     """Where this fails the sources were changed since it was made: `make setup`."""
-    built = sorted((PACKAGE / "kernels").glob("*.so"))
+    built = [file for name in ("_amx", "_avx512") for file in (PACKAGE / "kernels").glob(f"{name}*.so")]
     if not built:
         pytest.skip("no compiled kernels")
     if not torch.cpu.get_capabilities().get("avx512_f"):
         pytest.skip("no AVX-512, which loading them needs")
+    assert [library._made_from(file) for file in built] == 2 * [digest(PACKAGE / "kernels" / "cpu")]
     assert library._library_path() in built
 
 

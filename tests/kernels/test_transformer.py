@@ -407,15 +407,17 @@ def test_images_without_a_whole_patch_have_none():
         assert transformer.embed_patches(packed, pixels).shape == (images, n_patches, 32)
 
 
-@pytest.mark.parametrize(("parts", "bits"), [(1, 8), (2, 16), (3, 24)])
-@pytest.mark.parametrize("scale", [1e-25, 1e-3, 1.0, 1e30])
-def test_split_keeps_8_significant_bits_a_part(scale, parts, bits):
+# Third parts of 1e-30 would be below the smallest normal number.
+@pytest.mark.parametrize(("parts", "bits", "smallest"), [(1, 8, 1e-30), (2, 16, 1e-30), (3, 24, 1e-25)])
+@pytest.mark.parametrize("scale", [None, 1e-3, 1.0, 1e30])
+def test_split_keeps_8_significant_bits_a_part(scale, parts, bits, smallest):
+    scale = smallest if scale is None else scale
     numbers = scale * torch.randn(100, 100, generator=torch.Generator().manual_seed(0))
     found = transformer.split(numbers, parts)
     assert found.shape == (parts, 100, 100)
     assert found.dtype == torch.bfloat16
     error = (found.double().sum(dim=0) - numbers).abs() / numbers.abs()
-    assert error.max() <= 2**-bits
+    assert error.max() < 2**-bits
     assert parts < 3 or error.max() == 0, "24 bits are all that a float32 has"
     assert torch.equal(found[0], numbers.bfloat16())
 
@@ -434,6 +436,6 @@ def test_packed_weights_lie_in_the_order_of_the_tiles(n_outputs, n_inputs, parts
     assert packed.weights.numel() == n_parts * weight.numel()
     found = [part[place] for part in packed.weights.double().view(n_parts, -1)]
     assert ((sum(found) - weight).abs() <= 2 ** (-8 * n_parts) * weight.abs()).all()
-    for number, part in enumerate(found):
-        assert (part.abs() <= 1.01 * 2 ** (-8 * number) * weight.abs()).all()
+    for number, part in enumerate(found[1:], start=1):
+        assert (part.abs() <= 2 ** (-8 * number) * weight.abs()).all()
     assert torch.equal(packed.bias, torch.zeros(n_outputs))
