@@ -17,7 +17,6 @@ import ray
 import ray.data
 
 from distributed_rerank.cluster.decode_rows import as_binary, decode_row, manifest
-from distributed_rerank.cluster.fan_out import bad_input_raised
 from distributed_rerank.cluster.session import Session
 from distributed_rerank.data.rejects import Reject
 from distributed_rerank.errors import BadInput
@@ -88,28 +87,39 @@ def pool_sizes(session: Session, n_blocks: int) -> tuple[int, int]:
 
 
 class _EmbedRow:
-    """An Embedder as Ray Data wants it: one row, a decoded block, in and its embeddings out."""
+    """An Embedder as Ray Data wants it: one row, a decoded block, in and its embeddings out.
+
+    Or the message of a BadInput: raised, Ray Data would log its trace and count it as an actor that died.
+    """
 
     def __init__(self, extractor: list[ray.ObjectRef], config: ExtractionConfig) -> None:
-        self._embedder = Embedder(ray.get(extractor[0]), config)
+        self._refusal = ""
+        try:
+            self._embedder = Embedder(ray.get(extractor[0]), config)
+        except BadInput as error:
+            self._refusal = str(error)
 
     def __call__(self, row: pa.Table) -> pa.Table:
-        shape = row["shape"][0].as_py()
-        pixels = np.frombuffer(row["pixels"][0].as_buffer(), np.uint8).reshape(shape)
-        embeddings = self._embedder.embed(tensor_of(pixels))
-        columns = {name: row[name] for name in ("block", "ids", "rejects")}
+        if self._refusal:
+            embeddings = np.empty((0, 0), np.float32)
+        else:
+            shape = row["shape"][0].as_py()
+            pixels = np.frombuffer(row["pixels"][0].as_buffer(), np.uint8).reshape(shape)
+            embeddings = self._embedder.embed(tensor_of(pixels))
+        columns = {name: row[name] for name in ("block", "ids", "rejects")} | {"refusal": [self._refusal]}
         return pa.table({**columns, "shape": [list(embeddings.shape)], "embeddings": as_binary(embeddings)})
 
 
 def _rows(dataset: Any) -> Iterator[tuple[int, EmbeddedBlock]]:
-    with bad_input_raised():
-        for table in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
-            for at in range(len(table)):
-                row = table.slice(at, 1)
-                shape = row["shape"][0].as_py()
-                embeddings = np.frombuffer(row["embeddings"][0].as_buffer(), np.float32).reshape(shape)
-                rejects = [Reject(r["id"], r["path"], r["reason"]) for r in row["rejects"][0].as_py()]
-                yield row["block"][0].as_py(), EmbeddedBlock(row["ids"][0].as_py(), embeddings, rejects)
+    for table in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
+        for at in range(len(table)):
+            row = table.slice(at, 1)
+            if refusal := row["refusal"][0].as_py():
+                raise BadInput(refusal)
+            shape = row["shape"][0].as_py()
+            embeddings = np.frombuffer(row["embeddings"][0].as_buffer(), np.float32).reshape(shape)
+            rejects = [Reject(r["id"], r["path"], r["reason"]) for r in row["rejects"][0].as_py()]
+            yield row["block"][0].as_py(), EmbeddedBlock(row["ids"][0].as_py(), embeddings, rejects)
 
 
 def _data_context() -> ray.data.DataContext:

@@ -96,13 +96,13 @@ def fan_out(
         ready, _ = ray.wait(list(pending), num_returns=1)
         number, worker = pending.pop(ready[0])
         give(worker)
-        with bad_input_raised():
+        with _bad_input_raised():
             result = ray.get(ready[0])
         yield number, result
 
 
 @contextmanager
-def bad_input_raised() -> Iterator[None]:
+def _bad_input_raised() -> Iterator[None]:
     """A BadInput that a worker raised arrives as it was, one line, instead of inside Ray's error with its
     trace."""
     try:

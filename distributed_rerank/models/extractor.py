@@ -121,11 +121,12 @@ class Extractor(nn.Module):
     def prepare_for_inference(self, device: torch.device | str) -> "Extractor":
         """Move to `device`, stop training for good, fold batch normalisation into convolutions, cast the network to
         the format it computes in there and, on a CPU, pack its linear layers or swap its blocks for compiled ones.
-        Returns itself."""
+        Returns itself. Raises BadInput for a precision that `device` does not have."""
         device = torch.device(device)
         if self.is_compiled:
             assert device.type == "cpu", f"the network was prepared for the CPU and cannot be moved to {device}"
             return self
+        dtype = self.dtype_on(device)
         self.to(device).eval().requires_grad_(False)
         if self.is_plain_vit:
             vit.keep_positions(self.model)
@@ -137,9 +138,9 @@ class Extractor(nn.Module):
             with torch.no_grad():
                 folding.fold_batch_norms(self.model, self._probe(device))
         if self.is_plain_vit:
-            vit.cast(self.model, device, self.dtype_on(device))
+            vit.cast(self.model, device, dtype)
         else:
-            self.model.to(self.dtype_on(device), memory_format=torch.channels_last)
+            self.model.to(dtype, memory_format=torch.channels_last)
         if device.type == "cpu" and packing.can_pack():
             packing.pack_linears(self.model, read=vit.read_weights(self.model) if self.is_plain_vit else ())
         return self
@@ -176,7 +177,7 @@ def build_extractor(config: ExtractorConfig, stacked: int = 1) -> Extractor:
 
     Raises:
         BadInput: unknown model, refused argument, weights that are absent, unreachable or do not fit, a
-            refused image size."""
+            refused image size. Not for a precision that this machine does not have: others may compute."""
     model = _create(config)
     if config.weights not in (None, "none"):
         _load_file(model, config.weights)
@@ -322,7 +323,10 @@ def _resolve(config: ExtractorConfig, model: Any, transform: InferenceTransform)
 
 def _accept_size(extractor: Extractor, size: tuple[int, int]) -> None:
     """Adapt the network to images of `size` where it must be told, and try one: some networks have one size
-    only. Sets `has_narrow_maps`, and refuses a precision that they forbid."""
+    only. Sets `has_narrow_maps`.
+
+    The image is tried in float32, whatever the precision: who builds an extractor may have another device than who
+    computes with it."""
     model = extractor.model
     is_narrow: list[bool] = []
 
@@ -333,8 +337,12 @@ def _accept_size(extractor: Extractor, size: tuple[int, int]) -> None:
     try:
         if not extractor.is_plain_vit and hasattr(model, "set_input_size"):
             model.set_input_size(img_size=size)
+        image = torch.zeros(1, 3, *size)
         with torch.no_grad():
-            extractor.eval().features(torch.zeros(1, 3, *size, dtype=torch.uint8))
+            if extractor.is_plain_vit:
+                vit.class_token_embedding(extractor.eval().model, image, pad_keys=False)
+            else:
+                extractor.eval().model(image)
     except (RuntimeError, AssertionError, ValueError, TypeError) as error:
         if isinstance(error, BadInput):
             raise
@@ -346,4 +354,3 @@ def _accept_size(extractor: Extractor, size: tuple[int, int]) -> None:
         for hook in hooks:
             hook.remove()
     extractor.has_narrow_maps = any(is_narrow)
-    extractor.dtype_on(torch.device("cpu"))

@@ -130,9 +130,24 @@ def test_extractor_in_fp32_is_not_compiled_for_vector_units(vit_config):
     assert not build_extractor(vit_config).prepare_for_inference("cpu").is_compiled
 
 
-def test_build_extractor_bf16x3_without_the_kernels_is_refused(vit_config, without_kernels):
-    with pytest.raises(BadInput, match=rf"bf16x3 cannot be had here \({without_kernels}\); use fp32 or bf16"):
-        build_extractor(dataclasses.replace(vit_config, precision="bf16x3"))
+def test_extractor_in_bf16x3_without_the_kernels_is_refused_where_it_shall_compute(vit_config, pixels, without_kernels):
+    extractor = build_extractor(dataclasses.replace(vit_config, precision="bf16x3"))
+    for compute in (lambda: extractor(pixels), lambda: extractor.prepare_for_inference("cpu")):
+        with pytest.raises(BadInput, match=rf"bf16x3 cannot be had here \({without_kernels}\); use fp32 or bf16"):
+            compute()
+
+
+def test_extractor_in_bf16_is_built_where_only_others_compute_in_it(vit_config, cnn_config, pixels, monkeypatch):
+    """The head of a cluster may be without the GPUs of its workers."""
+    for module in (extractor_module, precision_module, vit):
+        monkeypatch.setattr(module, "bf16_support", lambda device: "tensor cores" if device.type == "cuda" else None)
+    for config in (vit_config, cnn_config):
+        extractor = build_extractor(dataclasses.replace(config, precision="bf16"))
+        assert extractor.dtype_on(torch.device("cuda")) == torch.bfloat16
+        for compute in (lambda: extractor(pixels), lambda: extractor.prepare_for_inference("cpu")):  # noqa: B023
+            with pytest.raises(BadInput, match=r"precision=bf16 is only emulated here .*; use auto or fp32"):
+                compute()
+        assert {parameter.dtype for parameter in extractor.parameters()} == {torch.float32}
 
 
 @pytest.mark.parametrize(("size", "stacked", "is_narrow"), [(32, 2, True), (32, 1, False), (64, 2, False)])
@@ -150,12 +165,13 @@ def test_extractor_with_maps_of_one_column_and_several_rows_is_float32_on_amx(
     assert build_extractor(config, stacked).dtype_on(CPU) == torch.bfloat16
 
 
-def test_build_extractor_bf16_with_narrow_maps_on_amx_is_refused(cnn_config, monkeypatch):
+def test_extractor_in_bf16_with_narrow_maps_on_amx_is_refused(cnn_config, monkeypatch):
     monkeypatch.setattr(precision_module, "bf16_support", lambda device: "AMX")
     config = dataclasses.replace(cnn_config, image_size=32, precision="bf16")
     assert build_extractor(config).dtype_on(CPU) == torch.bfloat16
+    stacked = build_extractor(config, stacked=2)
     with pytest.raises(BadInput, match=r"precision=bf16 .* one column .*use auto or fp32, or a larger --image-size"):
-        build_extractor(config, stacked=2)
+        stacked.prepare_for_inference("cpu")
 
 
 def test_build_extractor_bf16x3_of_another_network_is_refused(cnn_config, vit_config):
