@@ -104,7 +104,8 @@ def measure_scorer(model: PairwiseModel, encoded: torch.Tensor, n_pairs: int, ar
     query, candidate = rng.integers(len(array), size=(2, n_pairs))
     rows = np.arange(len(array))
     task = PairTask(np.zeros_like(rows), rows, query, candidate, np.ones(n_pairs, np.float32))
-    return rate(lambda: len(scorer.score(task, array)), arguments.seconds, encoded.device)
+    tasks = [task] * scoring_plan.blocks_per_call(scorer.device.type == "cuda")
+    return rate(lambda: sum(map(len, scorer.score(tasks, array))), arguments.seconds, encoded.device)
 
 
 def wait_for_others(arguments: argparse.Namespace, name: str) -> None:

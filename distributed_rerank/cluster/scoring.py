@@ -3,7 +3,6 @@ Layer 4."""
 
 import copy
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
 
 import numpy as np
 import ray
@@ -12,7 +11,7 @@ from distributed_rerank.cluster.fan_out import Worker, fan_out, start_workers
 from distributed_rerank.cluster.monitoring import counted
 from distributed_rerank.cluster.session import Session
 from distributed_rerank.models.pairwise import PairwiseModel
-from distributed_rerank.procedures.scoring.plan import ScorePlan
+from distributed_rerank.procedures.scoring.plan import ScorePlan, blocks_per_call
 from distributed_rerank.procedures.scoring.score import (
     Backend,
     Encoded,
@@ -46,9 +45,10 @@ def score(
         store = int(session.object_store_bytes * _SHARE_OF_STORE)
         backend = Backend(
             encode=lambda tasks: _encode(workers, tasks),
-            score=lambda tasks: _score(workers, tasks),
+            score=lambda calls: _score(workers, calls),
             n_workers=len(workers),
             max_bytes=min(int(config.encoding_gb * 10**9), store),
+            blocks_per_call=blocks_per_call(session.use_gpu),
         )
         blocks = run_rounds(plan, numbers, images, model.bytes_per_image, backend, tally)
         yield from counted(blocks, tally)
@@ -68,10 +68,10 @@ def _encode(workers: list[Worker], tasks: Sequence[EncodeTask]) -> Iterator[tupl
 
 
 def _score(
-    workers: list[Worker], tasks: Iterable[tuple[int, tuple[PairTask, list[Any]]]]
-) -> Iterator[tuple[int, np.ndarray]]:
-    def submit(worker: Worker, task: tuple[PairTask, list[ray.ObjectRef]]) -> ray.ObjectRef:
-        pairs, arrays = task
-        return worker.call.remote("score", pairs, *arrays)
+    workers: list[Worker], calls: Iterable[tuple[int, tuple[list[PairTask], list[ray.ObjectRef]]]]
+) -> Iterator[tuple[int, list[np.ndarray]]]:
+    def submit(worker: Worker, call: tuple[list[PairTask], list[ray.ObjectRef]]) -> ray.ObjectRef:
+        tasks, arrays = call
+        return worker.call.remote("score", tasks, *arrays)
 
-    yield from fan_out(workers, submit, tasks)
+    yield from fan_out(workers, submit, calls)

@@ -23,11 +23,14 @@ from distributed_rerank.models.pairwise import PairwiseModel
 from distributed_rerank.procedures.decoding import decode
 from distributed_rerank.procedures.devices import Lanes, array_of, pick_device, tensor_of
 from distributed_rerank.procedures.scoring import plan as scoring_plan
-from distributed_rerank.procedures.scoring.plan import ScorePlan, ScoringConfig
+from distributed_rerank.procedures.scoring.plan import ScoreBlock, ScorePlan, ScoringConfig
 from distributed_rerank.tensors import sharding
 
 _BYTES_PER_TASK = 32 * 2**20
 """About the encodings that one call makes: few references to hand around, short enough to share out."""
+
+_LANES_OF_GPU = 2
+"""While one lane reads images or gathers encodings on the CPU, the other keeps the GPU at work."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +57,7 @@ class PairTask:
     table."""
 
     sources: Int64[np.ndarray, " image"]
-    """Which of the arrays that come with the task holds each image of the table."""
+    """Which of the arrays that come with the call holds each image of the table."""
     rows: Int64[np.ndarray, " image"]
     """And in which of its rows."""
     queries: Int64[np.ndarray, " pair"]
@@ -109,13 +112,12 @@ class Scorer:
 
     def __init__(self, model: PairwiseModel, config: ScoringConfig) -> None:
         """Takes the model over: it is moved, and its backbone cast to the format it computes in."""
-        self._device = pick_device()
+        self.device = pick_device()
         self._config = config
-        self._batch = config.pairs_per_batch or scoring_plan.pairs_per_batch(
-            model.gflop_per_pair(), self._device.type == "cuda"
-        )
-        self._model = model.prepare_for_inference(self._device)
-        self._lanes = Lanes(config.threads_per_worker)
+        is_gpu = self.device.type == "cuda"
+        self._batch = config.pairs_per_batch or scoring_plan.pairs_per_batch(model.gflop_per_pair(), is_gpu)
+        self._model = model.prepare_for_inference(self.device)
+        self._lanes = Lanes(max(config.threads_per_worker, _LANES_OF_GPU if is_gpu else 1))
 
     def encode(self, task: EncodeTask) -> tuple[np.ndarray, Encoded]:
         """Encodings of the readable images of the task, one array row each, and which images they are."""
@@ -130,17 +132,28 @@ class Scorer:
         unreadable = sorted(set(range(len(refs))) - set(decoded.kept))
         rejects = {places[at]: reject for at, reject in zip(unreadable, decoded.rejects, strict=True)}
         if decoded.kept:
-            encodings = self._model.encode(decoded.pixels.to(self._device))
+            encodings = self._model.encode(decoded.pixels.to(self.device))
         else:
             encodings = torch.empty((0, *self._model.encoding_shape), dtype=self._model.encoding_dtype)
         return array_of(encodings), Encoded([places[at] for at in decoded.kept], rejects)
 
-    def score(self, task: PairTask, *encodings: np.ndarray) -> Float32[np.ndarray, " pair"]:
-        """Float32 logits of the pairs of the task, a micro-batch at a time."""
+    def score(self, tasks: Sequence[PairTask], *encodings: np.ndarray) -> list[Float32[np.ndarray, " pair"]]:
+        """Float32 logits of the pairs of each task, a micro-batch at a time.
+
+        No micro-batch has pairs of two tasks: logits have the same bits whatever is scored in one call.
+        """
+        if len(tasks) == 1:
+            return [self._score_task(tasks[0], encodings, self._lanes.map)]
+        return self._lanes.map(lambda task: self._score_task(task, encodings, map), tasks)
+
+    def _score_task(
+        self, task: PairTask, encodings: Sequence[np.ndarray], each: Callable[..., Iterable[np.ndarray]]
+    ) -> Float32[np.ndarray, " pair"]:
+        """The logits of the task, whose micro-batches are computed by `each`: `map`, or that of the lanes."""
         images = self._table(task, encodings)
-        distances = torch.from_numpy(task.distances.copy()).to(self._device)
+        distances = torch.from_numpy(task.distances.copy()).to(self.device)
         queries, candidates = (
-            torch.from_numpy(places.copy()).to(self._device) for places in (task.queries, task.candidates)
+            torch.from_numpy(places.copy()).to(self.device) for places in (task.queries, task.candidates)
         )
 
         def score_part(part: tuple[int, int]) -> Float32[np.ndarray, " pair"]:
@@ -148,17 +161,17 @@ class Scorer:
             logits = self._model(images[queries[pairs]], images[candidates[pairs]], distances[pairs])
             return logits.float().cpu().numpy()
 
-        parts = self._lanes.map(score_part, sharding.blocks(len(task.queries), self._batch))
-        return np.concatenate([np.empty(0, np.float32), *parts])
+        parts = sharding.blocks(len(queries), self._batch)
+        return np.concatenate([np.empty(0, np.float32), *each(score_part, parts)])
 
     def _table(self, task: PairTask, encodings: Sequence[np.ndarray]) -> Tensor:
         """The images of one score block on the device, gathered from the arrays that hold them."""
         dtype = self._model.encoding_dtype
-        table = torch.empty((len(task.rows), *self._model.encoding_shape), dtype=dtype, device=self._device)
-        for source, array in enumerate(encodings):
+        table = torch.empty((len(task.rows), *self._model.encoding_shape), dtype=dtype, device=self.device)
+        for source in np.unique(task.sources):
             places = np.flatnonzero(task.sources == source)
-            chosen = tensor_of(array, dtype)[torch.from_numpy(task.rows[places])]
-            table[torch.from_numpy(places).to(self._device)] = chosen.to(self._device)
+            chosen = tensor_of(encodings[source], dtype)[torch.from_numpy(task.rows[places])]
+            table[torch.from_numpy(places).to(self.device)] = chosen.to(self.device)
         return table
 
 
@@ -168,11 +181,13 @@ class Backend:
 
     encode: Callable[[Sequence[EncodeTask]], Iterator[tuple[Any, Encoded]]]
     """Handles and descriptions, in any order."""
-    score: Callable[[Iterable[tuple[int, tuple[PairTask, list[Any]]]]], Iterator[tuple[int, np.ndarray]]]
-    """Logits of the numbered tasks, in any order."""
+    score: Callable[[Iterable[tuple[int, tuple[list[PairTask], list[Any]]]]], Iterator[tuple[int, list[np.ndarray]]]]
+    """Logits of the tasks of each numbered call, the calls in any order."""
     n_workers: int
     max_bytes: int
     """Encodings that may exist at a time."""
+    blocks_per_call: int = 1
+    """Score blocks whose tasks come in one call."""
 
 
 Images = Callable[[np.ndarray], list[ImageRef]]
@@ -194,9 +209,10 @@ def score(
     scorer = Scorer(copy.deepcopy(model), config)
     backend = Backend(
         encode=lambda tasks: (scorer.encode(task) for task in tasks),
-        score=lambda tasks: ((number, scorer.score(task, *arrays)) for number, (task, arrays) in tasks),
+        score=lambda calls: ((number, scorer.score(tasks, *arrays)) for number, (tasks, arrays) in calls),
         n_workers=1,
         max_bytes=int(config.encoding_gb * 10**9),
+        blocks_per_call=scoring_plan.blocks_per_call(scorer.device.type == "cuda"),
     )
     yield from run_rounds(plan, numbers, images, model.bytes_per_image, backend, tally)
 
@@ -227,17 +243,19 @@ def _run_round(
         rejects |= encoded.rejects
         tally.add(encoded)
     encoded_at = time.perf_counter()
-    tasks = ((number, _pair_task(plan, number, sources, rows, handles)) for number in now)
-    for number, logits in backend.score(tasks):
-        block = plan.blocks[number]
-        tally.pairs_scored += len(logits)
-        yield (
-            number,
-            ScoredBlock(
-                _in_place(block, sources, logits),
-                [rejects[place] for place in block.places().tolist() if place in rejects],
-            ),
-        )
+    cuts = sharding.blocks(len(now), backend.blocks_per_call)
+    calls = {number: [plan.blocks[at] for at in now[slice(*cut)]] for number, cut in enumerate(cuts)}
+    tasks = ((number, _pair_tasks(blocks, sources, rows, handles)) for number, blocks in calls.items())
+    for number, scored in backend.score(tasks):
+        for at, block, logits in zip(now[slice(*cuts[number])], calls[number], scored, strict=True):
+            tally.pairs_scored += len(logits)
+            yield (
+                at,
+                ScoredBlock(
+                    _in_place(block, sources, logits),
+                    [rejects[place] for place in block.places().tolist() if place in rejects],
+                ),
+            )
     tally.add_seconds(encoded_at - started, time.perf_counter() - encoded_at, backend.n_workers)
 
 
@@ -256,35 +274,39 @@ def _encode_tasks(
     return tasks
 
 
-def _is_scored(block: scoring_plan.ScoreBlock, sources: np.ndarray) -> Bool[np.ndarray, "query top_n"]:
+def _is_scored(block: ScoreBlock, sources: np.ndarray) -> Bool[np.ndarray, "query top_n"]:
     """Which pairs of the block exist and have both images."""
     query = sources[block.queries] >= 0
     return (block.candidates >= 0) & query[:, None] & (sources[block.candidates] >= 0)
 
 
-def _pair_task(
-    plan: ScorePlan, number: int, sources: np.ndarray, rows: np.ndarray, handles: list[Any]
-) -> tuple[PairTask, list[Any]]:
-    """The task of one score block and the handles of the arrays it reads."""
-    block = plan.blocks[number]
-    is_scored = _is_scored(block, sources)
-    query, column = np.nonzero(is_scored)
-    queries, candidates = block.queries[query], block.candidates[query, column]
-    places = np.unique(np.concatenate([queries, candidates]))
-    used, local = np.unique(sources[places], return_inverse=True)
-    task = PairTask(
-        sources=local.astype(np.int64),
-        rows=rows[places],
-        queries=np.searchsorted(places, queries),
-        candidates=np.searchsorted(places, candidates),
-        distances=block.distances[query, column],
-    )
-    return task, [handles[source] for source in used]
+def _pair_tasks(
+    blocks: Sequence[ScoreBlock], sources: np.ndarray, rows: np.ndarray, handles: list[Any]
+) -> tuple[list[PairTask], list[Any]]:
+    """The tasks of the score blocks of one call, and the handles of the arrays that they read."""
+    pairs = [_readable_pairs(block, sources) for block in blocks]
+    images = [np.unique(np.concatenate([queries, candidates])) for queries, candidates, _ in pairs]
+    used = np.unique(sources[np.concatenate(images)])
+    tasks = [
+        PairTask(
+            sources=np.searchsorted(used, sources[places]),
+            rows=rows[places],
+            queries=np.searchsorted(places, queries),
+            candidates=np.searchsorted(places, candidates),
+            distances=distances,
+        )
+        for places, (queries, candidates, distances) in zip(images, pairs, strict=True)
+    ]
+    return tasks, [handles[source] for source in used]
 
 
-def _in_place(
-    block: scoring_plan.ScoreBlock, sources: np.ndarray, logits: np.ndarray
-) -> Float32[np.ndarray, "query top_n"]:
+def _readable_pairs(block: ScoreBlock, sources: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Places of the query and of the candidate of each pair that is scored, and their first-stage distance."""
+    query, column = np.nonzero(_is_scored(block, sources))
+    return block.queries[query], block.candidates[query, column], block.distances[query, column]
+
+
+def _in_place(block: ScoreBlock, sources: np.ndarray, logits: np.ndarray) -> Float32[np.ndarray, "query top_n"]:
     """The logits at the places of their pairs; NaN elsewhere. A logit that is not finite is the model's
     fault."""
     if not np.isfinite(logits).all():

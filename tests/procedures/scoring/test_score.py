@@ -57,6 +57,30 @@ def test_score_in_rounds_gives_the_same_bytes_and_counts_what_is_repeated(tmp_pa
     assert many["encodings_repeated"] > 0
 
 
+@pytest.mark.parametrize("n_blocks", [2, 3, 99])
+def test_score_several_blocks_in_a_call_gives_the_same_bytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, n_blocks: int
+) -> None:
+    """As on a GPU; blocks share images, and the candidates of one cannot be read."""
+    catalogue, model = make_catalogue(tmp_path / "images", 17, broken=(3,)), concat_model()
+    lists = make_lists(catalogue, 5)
+    score_candidates(catalogue, lists, model, CONFIG, tmp_path / "one", max_rejects=0.1)
+    calls: list[int] = []
+
+    class Counted(scoring.Scorer):
+        def score(self, tasks: Any, *encodings: np.ndarray) -> list[np.ndarray]:
+            calls.append(len(tasks))
+            return super().score(tasks, *encodings)
+
+    monkeypatch.setattr(scoring_plan, "blocks_per_call", lambda is_gpu: n_blocks)
+    monkeypatch.setattr(scoring, "Scorer", Counted)
+    two_lanes = replace(CONFIG, threads_per_worker=2)
+    score_candidates(catalogue, lists, model, two_lanes, tmp_path / "several", max_rejects=0.1)
+    for name in (NAME, "rejects.parquet"):
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "several" / name).read_bytes()
+    assert calls == {2: [2, 2, 1], 3: [3, 2], 99: [5]}[n_blocks]
+
+
 def test_score_killed_continues_to_the_same_bytes(tmp_path: Path) -> None:
     catalogue, model = make_catalogue(tmp_path / "images", 17, broken=(3,)), concat_model()
     lists = make_lists(catalogue, 5)
