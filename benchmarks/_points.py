@@ -83,22 +83,34 @@ def make_model(name: str, size: int) -> ConcatSiamese:
 def score(
     folder: Path, n_queries: int, n_images: int, top_n: int, name: str, size: int,
     workers: int = 0, encoding_gb: float = 2.0, is_measured: bool = False, queries_per_block: int | None = None,
+    blocks_per_call: int | None = None,
 ) -> Answer:  # fmt: skip
     """The scoring stage, from image files to its folder; with `is_measured` also the metrics for every n."""
     catalogue = write_photos(folder, n_images, n_queries)
     lists, model = random_lists(catalogue, n_queries, top_n), make_model(name, size)
-    config = ScoringConfig(top_n=top_n, encoding_gb=encoding_gb, queries_per_block=queries_per_block)
+    config = ScoringConfig(
+        top_n=top_n,
+        encoding_gb=encoding_gb,
+        queries_per_block=queries_per_block,
+        blocks_per_call=blocks_per_call,
+    )
     session = connect(ClusterConfig(num_workers=workers, use_gpu=False)) if workers else nullcontext()
     with PeakMemory() as memory, session as connected:
         steps = steps_on(connected) if connected is not None else Steps()
         started = time.perf_counter()
         scored = score_candidates(catalogue, lists, model, config, folder / "out", score=steps.score)
         seconds = time.perf_counter() - started
-    counts = read_manifest(folder / "out")["counts"]
-    answer = {"seconds": seconds, "pairs": scored.n_pairs, "unique": scored.n_images, "tree_mb": memory.peak_mb}
+    manifest = read_manifest(folder / "out")
+    answer = {
+        "seconds": seconds,
+        "seconds_of_pairs": manifest["seconds"]["score"],
+        "pairs": scored.n_pairs,
+        "unique": scored.n_images,
+        "tree_mb": memory.peak_mb,
+    }
     if is_measured:
         answer |= time_metrics(catalogue, Scored(lists, scored.logits, []), top_n)
-    return answer | counts
+    return answer | manifest["counts"]
 
 
 def time_metrics(catalogue: Catalogue, scored: Scored, top_n: int) -> Answer:

@@ -99,12 +99,13 @@ def measure_model(name: str, precision: str, arguments: argparse.Namespace) -> d
 
 def measure_scorer(model: PairwiseModel, encoded: torch.Tensor, n_pairs: int, arguments: argparse.Namespace) -> float:
     """Pairs per second of procedures.scoring.Scorer on blocks of `n_pairs`, encodings given as arrays."""
-    scorer = Scorer(model, ScoringConfig(threads_per_worker=arguments.threads, pairs_per_batch=arguments.batch))
+    config = ScoringConfig(threads_per_worker=arguments.threads, pairs_per_batch=arguments.batch)
+    scorer = Scorer(model, config)
     array, rng = array_of(encoded), np.random.default_rng(0)
     query, candidate = rng.integers(len(array), size=(2, n_pairs))
     rows = np.arange(len(array))
     task = PairTask(np.zeros_like(rows), rows, query, candidate, np.ones(n_pairs, np.float32))
-    tasks = [task] * scoring_plan.blocks_per_call(scorer.device.type == "cuda")
+    tasks = [task] * config.blocks_of_call(scorer.device.type == "cuda")
     return rate(lambda: sum(map(len, scorer.score(tasks, array))), arguments.seconds, encoded.device)
 
 

@@ -11,7 +11,7 @@ from distributed_rerank.cluster.fan_out import Worker, fan_out, start_workers
 from distributed_rerank.cluster.monitoring import counted
 from distributed_rerank.cluster.session import Session
 from distributed_rerank.models.pairwise import PairwiseModel
-from distributed_rerank.procedures.scoring.plan import ScorePlan, blocks_per_call
+from distributed_rerank.procedures.scoring.plan import ScorePlan
 from distributed_rerank.procedures.scoring.score import (
     Backend,
     Encoded,
@@ -48,7 +48,7 @@ def score(
             score=lambda calls: _score(workers, calls),
             n_workers=len(workers),
             max_bytes=min(int(config.encoding_gb * 10**9), store),
-            blocks_per_call=blocks_per_call(session.use_gpu),
+            blocks_per_call=config.blocks_of_call(session.use_gpu),
         )
         blocks = run_rounds(plan, numbers, images, model.bytes_per_image, backend, tally)
         yield from counted(blocks, tally)

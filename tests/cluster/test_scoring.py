@@ -28,16 +28,14 @@ def _files(folder: Path) -> list[bytes]:
     return [(folder / name).read_bytes() for name in FILES]
 
 
-def test_score_three_workers_give_the_bytes_of_one_process(
-    session_of: SessionOf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(on_ray, "blocks_per_call", lambda use_gpu: 2)  # as on GPUs; all else here has one
+def test_score_three_workers_give_the_bytes_of_one_process(session_of: SessionOf, tmp_path: Path) -> None:
     catalogue, model = make_catalogue(tmp_path / "images", 5 * 4 + 1, broken=(3,)), concat_model()
     lists = make_lists(catalogue, 5)
     score_candidates(catalogue, lists, model, CONFIG, tmp_path / "local", max_rejects=0.1)
     n = 3  # 1, 2 and 3 workers through all stages: tests/jobs/test_same_bytes.py
     score = partial(on_ray.score, session=session_of(n))
-    score_candidates(catalogue, lists, model, CONFIG, tmp_path / str(n), score=score, max_rejects=0.1)
+    two_blocks = replace(CONFIG, blocks_per_call=2)  # as on GPUs; all else here has one
+    score_candidates(catalogue, lists, model, two_blocks, tmp_path / str(n), score=score, max_rejects=0.1)
     assert _files(tmp_path / str(n)) == _files(tmp_path / "local")
     counts = read_manifest(tmp_path / str(n))["counts"]
     assert (counts["images_decoded"], counts["encodings_computed"]) == (21, 20)

@@ -19,7 +19,7 @@ from distributed_rerank.tensors import sharding
 
 @dataclass(frozen=True, kw_only=True)
 class ScoringConfig:
-    """How pairs are scored. All but memory and threads can change the last bits of logits."""
+    """How pairs are scored. All but calls, memory and threads can change the last bits of logits."""
 
     top_n: int = 10
     """Candidates of each query that are scored."""
@@ -30,6 +30,9 @@ class ScoringConfig:
     """Pairs in one call of the model; None = from the cost of a pair."""
     images_per_batch: int = 16
     """Images in one call of the model's encode."""
+    blocks_per_call: int | None = None
+    """Blocks that a worker is given at a time; None = 1, and 16 for a GPU, which is through with one in some hundredths
+    of a second."""
     threads_per_worker: int = 1
     """Parts that the model computes at the same time, each with one thread."""
     decode_threads: int = 1
@@ -44,6 +47,7 @@ class ScoringConfig:
             "queries_per_block",
             "pairs_per_batch",
             "images_per_batch",
+            "blocks_per_call",
             "threads_per_worker",
         ):
             value = getattr(self, name)
@@ -54,8 +58,12 @@ class ScoringConfig:
 
     def deciding(self) -> dict[str, Any]:
         """The settings that can change a result."""
-        free = ("threads_per_worker", "decode_threads", "encoding_gb")
+        free = ("blocks_per_call", "threads_per_worker", "decode_threads", "encoding_gb")
         return {name: value for name, value in asdict(self).items() if name not in free}
+
+    def blocks_of_call(self, is_gpu: bool) -> int:
+        """`blocks_per_call` with its default written out."""
+        return self.blocks_per_call or (16 if is_gpu else 1)
 
 
 @dataclass(frozen=True)
@@ -154,11 +162,6 @@ def queries_per_block(top_n: int, gflop_per_pair: float) -> int:
     and resume."""
     pairs = 2000 / max(gflop_per_pair, 0.25)
     return max(1, round(pairs / top_n))
-
-
-def blocks_per_call(is_gpu: bool) -> int:
-    """Score blocks in one call of a worker. A GPU is through with one in some hundredths of a second."""
-    return 16 if is_gpu else 1
 
 
 def pairs_per_batch(gflop_per_pair: float, is_gpu: bool) -> int:

@@ -212,7 +212,7 @@ def score(
         score=lambda calls: ((number, scorer.score(tasks, *arrays)) for number, (tasks, arrays) in calls),
         n_workers=1,
         max_bytes=int(config.encoding_gb * 10**9),
-        blocks_per_call=scoring_plan.blocks_per_call(scorer.device.type == "cuda"),
+        blocks_per_call=config.blocks_of_call(scorer.device.type == "cuda"),
     )
     yield from run_rounds(plan, numbers, images, model.bytes_per_image, backend, tally)
 

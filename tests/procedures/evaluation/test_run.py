@@ -32,7 +32,7 @@ def test_settings_of_memory_threads_and_places_do_not_count() -> None:
         embeddings=Path("elsewhere"),
         max_rejects=0.5,
         retrieval=RetrievalConfig(n_items=5, tile_size=9, threads_per_worker=2),
-        scoring=ScoringConfig(encoding_gb=9.0, threads_per_worker=2, decode_threads=4),
+        scoring=ScoringConfig(encoding_gb=9.0, threads_per_worker=2, decode_threads=4, blocks_per_call=3),
         extraction=ExtractionConfig(extractor=EXTRACTOR, threads_per_worker=2, decode_threads=4),
     )
     assert settings_of(same) == settings_of(CONFIG)

@@ -72,10 +72,9 @@ def test_score_several_blocks_in_a_call_gives_the_same_bytes(
             calls.append(len(tasks))
             return super().score(tasks, *encodings)
 
-    monkeypatch.setattr(scoring_plan, "blocks_per_call", lambda is_gpu: n_blocks)
     monkeypatch.setattr(scoring, "Scorer", Counted)
-    two_lanes = replace(CONFIG, threads_per_worker=2)
-    score_candidates(catalogue, lists, model, two_lanes, tmp_path / "several", max_rejects=0.1)
+    as_on_gpu = replace(CONFIG, blocks_per_call=n_blocks, threads_per_worker=2)
+    score_candidates(catalogue, lists, model, as_on_gpu, tmp_path / "several", max_rejects=0.1)
     for name in (NAME, "rejects.parquet"):
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "several" / name).read_bytes()
     assert calls == {2: [2, 2, 1], 3: [3, 2], 99: [5]}[n_blocks]
