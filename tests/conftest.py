@@ -5,6 +5,9 @@ from pathlib import Path
 
 import pytest
 
+# What ranx compiles at its first use takes a minute, and computes some hundred queries here. Before it is imported.
+os.environ.setdefault("NUMBA_DISABLE_JIT", "1")
+
 ROOT = Path(__file__).resolve().parents[1]
 
 

@@ -8,6 +8,7 @@ the number of their block, and come in any order.
 import itertools
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import ray
@@ -17,8 +18,6 @@ from distributed_rerank.cluster.session import Session, configure_logging
 from distributed_rerank.errors import BadInput
 
 T = TypeVar("T")
-Worker = Any
-"""The handle of an actor that `start_workers` made; Ray's own types do not know its methods."""
 
 _RETRIES = 3
 """A call that kills its worker this many times more is an error of the call, not of the machine."""
@@ -27,22 +26,36 @@ _RETRIES = 3
 class _Host:
     """An actor around one object of a plain class.
 
-    The object is made at the first call, so that an error of its constructor reaches the driver like that of
-    any call.
+    The object is made at the first call, so that an error of its constructor reaches the driver like that of any
+    call. What it is made from comes with every call: were it the actor's own arguments, a successor whose arguments
+    were lost with a node could not start, or would wait for them.
     """
 
-    def __init__(self, worker_class: type, arguments: tuple[Any, ...]) -> None:
+    def __init__(self) -> None:
         configure_logging()
-        self._worker_class = worker_class
-        self._arguments = arguments
         self._object: Any = None
 
-    def call(self, method: str, *arguments: Any) -> Any:
+    def call(self, made_from: list[ray.ObjectRef], method: str, *arguments: Any) -> Any:
         if self._object is None:
-            # Fetched here: an actor whose constructor waits for objects may hang after its process died.
-            fetched = [ray.get(a) if isinstance(a, ray.ObjectRef) else a for a in self._arguments]
-            self._object = self._worker_class(*fetched)
+            worker_class, own_arguments = ray.get(made_from[0])
+            fetched = [ray.get(a) if isinstance(a, ray.ObjectRef) else a for a in own_arguments]
+            self._object = worker_class(*fetched)
         return getattr(self._object, method)(*arguments)
+
+
+@dataclass(frozen=True)
+class Worker:
+    """An actor that `start_workers` made."""
+
+    actor: Any
+    """Ray's handle; its own types do not know the methods."""
+    made_from: list[ray.ObjectRef]
+    """The class of the actor's object and its arguments; in a list, or Ray would fetch them for every call."""
+
+    def call(self, method: str, *arguments: Any, num_returns: int = 1) -> Any:
+        """The reference of what the method of the actor's object will return, or `num_returns` of them. References
+        among `arguments` arrive as their values."""
+        return self.actor.call.options(num_returns=num_returns).remote(self.made_from, method, *arguments)
 
 
 @contextmanager
@@ -50,9 +63,8 @@ def start_workers(session: Session, worker_class: type, *arguments: Any) -> Iter
     """`session.num_workers` actors of a plain class, each made with `arguments`; killed when the block is
     left.
 
-    A method is called by `worker.call.remote(name, *arguments)`. Object references among `arguments` are
-    fetched by the worker; the caller keeps them alive as long as the workers, because a restarted one fetches
-    them again.
+    Object references among `arguments` are fetched by the worker; the caller keeps them alive as long as the
+    workers, because a restarted one fetches them again.
     """
     options: dict[str, Any] = {
         "num_cpus": session.cpus_per_worker,
@@ -61,12 +73,13 @@ def start_workers(session: Session, worker_class: type, *arguments: Any) -> Iter
         "max_task_retries": _RETRIES,
     }
     host: Any = ray.remote(**options)(_Host)
-    workers = [host.remote(worker_class, arguments) for _ in range(session.num_workers)]
+    made_from = [ray.put((worker_class, arguments))]
+    workers = [Worker(host.remote(), made_from) for _ in range(session.num_workers)]
     try:
         yield workers
     finally:
         for worker in workers:
-            ray.kill(worker)
+            ray.kill(worker.actor)
 
 
 def fan_out(

@@ -43,4 +43,4 @@ def search(
     needed = replace(session, num_workers=min(session.num_workers, len(blocks)))
     with start_workers(needed, TileSearcher, tiles, config) as workers:
         tasks = ((number, queries.part(start, stop)) for number, (start, stop) in blocks)
-        yield from fan_out(workers, lambda worker, part: worker.call.remote("search", part), tasks)
+        yield from fan_out(workers, lambda worker, part: worker.call("search", part), tasks)

@@ -60,7 +60,7 @@ def _encode(workers: list[Worker], tasks: Sequence[EncodeTask]) -> Iterator[tupl
 
     def submit(worker: Worker, task: tuple[int, EncodeTask]) -> ray.ObjectRef:
         number, images = task
-        arrays[number], encoded = worker.call.options(num_returns=2).remote("encode", images)
+        arrays[number], encoded = worker.call("encode", images, num_returns=2)
         return encoded
 
     for number, encoded in fan_out(workers, submit, ((number, (number, task)) for number, task in enumerate(tasks))):
@@ -72,6 +72,6 @@ def _score(
 ) -> Iterator[tuple[int, list[np.ndarray]]]:
     def submit(worker: Worker, call: tuple[list[PairTask], list[ray.ObjectRef]]) -> ray.ObjectRef:
         tasks, arrays = call
-        return worker.call.remote("score", tasks, *arrays)
+        return worker.call("score", tasks, *arrays)
 
     yield from fan_out(workers, submit, calls)

@@ -29,7 +29,7 @@ def test_fan_out_more_tasks_than_workers_computes_each_once(session_of: SessionO
             return value * value
 
     with start_workers(session_of(num_workers), Squarer) as workers:
-        results = list(fan_out(workers, lambda w, v: w.call.remote("square", v), enumerate(range(3 * 4 + 1))))
+        results = list(fan_out(workers, lambda w, v: w.call("square", v), enumerate(range(3 * 4 + 1))))
     assert sorted(results) == [(n, n * n) for n in range(13)]
 
 
@@ -46,7 +46,7 @@ def test_fan_out_tasks_are_drawn_only_as_workers_become_free(session_of: Session
             yield number, number
 
     with start_workers(session_of(2), Echo) as workers:
-        results = fan_out(workers, lambda w, v: w.call.remote("echo", v), tasks(), in_flight=2)  # pyright: ignore
+        results = fan_out(workers, lambda w, v: w.call("echo", v), tasks(), in_flight=2)  # pyright: ignore
         next(results)
         assert len(drawn) <= 2 * 2 + 1
         assert len(list(results)) == 19
@@ -62,11 +62,11 @@ def test_fan_out_bad_input_of_a_worker_arrives_as_one_line(session_of: SessionOf
             raise BadInput("precision=bf16 is not supported here; use fp32")
 
     with start_workers(session_of(1), Refuses) as workers, pytest.raises(BadInput) as caught:
-        list(fan_out(workers, lambda w, v: w.call.remote("work", v), [(0, 7)]))
+        list(fan_out(workers, lambda w, v: w.call("work", v), [(0, 7)]))
     assert str(caught.value) == "value=7 is wrong; give another"
     assert not isinstance(caught.value, RayTaskError)
     with start_workers(session_of(1), Unmakeable) as workers, pytest.raises(BadInput, match="bf16"):
-        list(fan_out(workers, lambda w, v: w.call.remote("work", v), [(0, 7)]))
+        list(fan_out(workers, lambda w, v: w.call("work", v), [(0, 7)]))
 
 
 def test_fan_out_bug_of_a_worker_raises_here_and_leaves_no_worker(session_of: SessionOf) -> None:
@@ -75,7 +75,7 @@ def test_fan_out_bug_of_a_worker_raises_here_and_leaves_no_worker(session_of: Se
             return 1 / value
 
     with start_workers(session_of(8), Buggy) as workers, pytest.raises(ZeroDivisionError):
-        list(fan_out(workers, lambda w, v: w.call.remote("work", v), enumerate([1, 0, 2])))
+        list(fan_out(workers, lambda w, v: w.call("work", v), enumerate([1, 0, 2])))
     _wait_until_free(8)
     assert ray.available_resources()["CPU"] == 8
 
@@ -99,7 +99,7 @@ def test_fan_out_killed_worker_changes_no_result(session_of: SessionOf, tmp_path
 
     killer, results = Killer(), []
     with start_workers(session_of(2), Slow) as workers:
-        for number, value in fan_out(workers, lambda w, v: w.call.remote("work", v), enumerate(range(12))):
+        for number, value in fan_out(workers, lambda w, v: w.call("work", v), enumerate(range(12))):
             results.append((number, value))
             killer.strike()
     assert killer.killed
