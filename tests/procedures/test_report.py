@@ -234,6 +234,14 @@ def test_verdict_says_first_that_a_baseline_without_training_is_better() -> None
     assert verdict(metrics, both=True).tone == "good", "not beyond chance"
 
 
+@pytest.mark.parametrize("gain", [0.0, -0.01])
+def test_verdict_calls_no_baseline_best_that_gains_nothing(gain: float) -> None:
+    metrics = metrics_of(made_up_queries(40))
+    metrics["baselines"]["k_reciprocal"]["difference"]["map@10"]["mean"] = gain
+    assert "Best" not in verdict(metrics, both=True).detail
+    assert "Nothing is gained without training; at best: k-reciprocal" in verdict(metrics, both=True).detail
+
+
 def test_wording_of_numbers_and_names() -> None:
     assert [signed(value) for value in (0.0374, -0.02, -0.0001, 0.0, None)] == [
         "+0.037",

@@ -60,8 +60,9 @@ def _beaten(best: Best, after: float) -> str:
 def _best_so_far(best: Best) -> str:
     change = best.figures["difference"]["map@10"]
     value = fraction(best.figures["metrics"]["map@10"])
+    said = "Best without training" if change["mean"] > 0 else "Nothing is gained without training; at best"
     return (
-        f"Best without training: {baseline_name(best.name)}, mAP@10 {value} ({signed(change['mean'])}; "
+        f"{said}: {baseline_name(best.name)}, mAP@10 {value} ({signed(change['mean'])}; "
         f"{signed(change['ci95'][0])} to {signed(change['ci95'][1])})."
     )
 
