@@ -13,7 +13,7 @@ from distributed_rerank.kernels import library
 
 TESTS = Path(__file__).parents[1]
 FILES = ("kernels/test_transformer.py", "kernels/test_training.py", "models/test_compiled_vit.py")
-# All kinds of tests, but few of their numbers of tokens: some 10 instead of 100 s.
+# All kinds of tests, but few of their numbers of tokens: some 30 s instead of 110.
 SMALL = (
     "not 197 and not 50 and not 33 and not 34 and not -1] and not -2] and not -15] and not -16] and not -32]"
     " and not depth and not threads_that_run and (not memory_around or 17-3-0)"

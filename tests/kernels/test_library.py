@@ -19,7 +19,6 @@ PACKAGE = Path(distributed_rerank.__file__).parent
 PRINT_WHAT_IS_FOUND = """
 import json
 from distributed_rerank.kernels import library
-from distributed_rerank.kernels.sources import digest
 print(json.dumps([library.__file__, str(library._library_path()), library.why_unavailable()]))
 """
 

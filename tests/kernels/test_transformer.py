@@ -101,12 +101,12 @@ def test_block_is_that_of_timm(shape, n_tokens):
     class_token_2, others_2 = errors(block, 2, tokens)
     class_token_3, others_3 = errors(block, 3, tokens)
     assert class_token_2.abs().max() < 2e-4
-    assert class_token_3.abs().max() < 6e-6
+    assert class_token_3.abs().max() < 3e-6
     # Of the class token only the keys are rounded to one part; alone it attends to itself, whatever its key is.
     assert class_token_1.abs().max() < (2e-2 if n_tokens > 1 else 2e-4)
     if n_tokens > 1:
         assert others_2.abs().max() < 2e-4
-        assert others_3.abs().max() < 6e-6
+        assert others_3.abs().max() < 3e-6
         assert others_1.abs().max() < 4e-2
         assert rms(others_2) < rms(others_1) / 50
         assert rms(others_3) < rms(others_2) / 10
@@ -230,7 +230,7 @@ def test_no_images_are_no_work():
 
 
 @NEEDS_KERNELS
-@pytest.mark.parametrize(("parts", "tolerance"), [(2, 2e-4), (3, 6e-6)])
+@pytest.mark.parametrize(("parts", "tolerance"), [(2, 2e-4), (3, 3e-6)])
 @pytest.mark.parametrize("eps", [1e-6, 1e-4])
 def test_norms_of_faint_tokens_depend_on_epsilon(eps, parts, tolerance):
     """Their variance is 1e-6, so that a wrong epsilon would change all."""
@@ -264,7 +264,7 @@ def test_mean_of_tokens_cancels(offset):
         for found in (*(transformer.run_block(pack(block, parts), tokens.clone()) for parts in (2, 3)), block(tokens))
     )
     assert error < (3e-4 if offset < 100 else 2e-3)
-    assert error_3 < 2 * of_float32
+    assert error_3 < 1.5 * of_float32
 
 
 @NEEDS_KERNELS
@@ -330,7 +330,7 @@ def test_gelu_from_the_smallest_to_the_largest_numbers(parts):
 
 
 @NEEDS_KERNELS
-@pytest.mark.parametrize(("parts", "tolerance"), [(1, 3e-5), (2, 3e-5), (3, 2e-5)])
+@pytest.mark.parametrize(("parts", "tolerance"), [(1, 3e-5), (2, 3e-5), (3, 1e-5)])
 @pytest.mark.parametrize(
     ("size", "dim", "height", "width"),
     [

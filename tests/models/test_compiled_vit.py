@@ -88,7 +88,7 @@ def error(found: Tensor, expected: Tensor) -> float:
 
 
 @NEEDS_KERNELS
-@pytest.mark.parametrize(("parts", "tolerance"), [(1, 3e-2), (2, 3e-4), (3, 1e-5)])
+@pytest.mark.parametrize(("parts", "tolerance"), [(1, 3e-2), (2, 3e-4), (3, 5e-6)])
 @pytest.mark.parametrize(("name", "args"), NETWORKS.values(), ids=NETWORKS)
 @torch.no_grad()
 def test_embedding_is_that_of_timm(name, args, parts, tolerance):
@@ -108,7 +108,7 @@ def test_errors_do_not_grow_with_depth():
     pixels = pixels_for(original)
     in_float64, images = exact(original, pixels)
     expected = in_float64(images)
-    for parts, tolerance in ((1, 3e-2), (2, 2e-4), (3, 1e-5)):
+    for parts, tolerance in ((1, 3e-2), (2, 2e-4), (3, 5e-6)):
         found = vit.class_token_embedding(prepared(original, parts), pixels, pad_keys=False)
         assert error(found, expected) < tolerance
 
@@ -124,11 +124,11 @@ def test_three_parts_err_no_more_than_float32():
         (vit.class_token_embedding(of, given, pad_keys=False) - expected).square().mean().sqrt()
         for of, given in ((original, images.float()), (prepared(original, 3), pixels))
     ]
-    assert deviations[1] < 2 * deviations[0]
+    assert deviations[1] < 1.5 * deviations[0]
 
 
 @NEEDS_KERNELS
-@pytest.mark.parametrize(("parts", "tolerance"), [(1, 5e-2), (2, 3e-4), (3, 1e-5)])
+@pytest.mark.parametrize(("parts", "tolerance"), [(1, 5e-2), (2, 3e-4), (3, 5e-6)])
 @pytest.mark.parametrize("kind", ["plain", "49 patches", "layer scale", "registers", "DINOv2"])
 @torch.no_grad()
 def test_maps_of_any_block_are_those_of_timm(kind, parts, tolerance):

@@ -95,7 +95,7 @@ def test_extractor_on_the_kernels_is_close_to_float32(vit_config, size, as_with_
     config = dataclasses.replace(vit_config, image_size=size, normalise=False)
     with torch.inference_mode():
         exact = build_extractor(config).features(pixels)
-        for precision, tolerance in (("bf16", 2e-3), ("bf16x3", 1e-4), ("fp32", 1e-5)):
+        for precision, tolerance in (("bf16", 2e-3), ("bf16x3", 1e-4), ("fp32", 3e-6)):
             extractor = build_extractor(dataclasses.replace(config, precision=precision)).prepare_for_inference("cpu")
             assert extractor.is_compiled
             found = extractor.features(pixels)

@@ -17,7 +17,7 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from distributed_rerank.procedures.chain.chain import Chain
-from distributed_rerank.procedures.chain.evidence import Evidence, Trial, half_of_labels, try_chain
+from distributed_rerank.procedures.chain.evidence import CMC_WEIGHT, Evidence, Trial, half_of_labels, try_chain
 from distributed_rerank.procedures.chain.probability import calibrate
 from distributed_rerank.procedures.chain.trials import Settings, fusion_settings, fusion_trials, neighbour_settings
 from distributed_rerank.tensors import statistics
@@ -145,6 +145,16 @@ def spelled(difference: statistics.Difference) -> dict[str, Any]:
     }
 
 
+def outcome(decision: dict[str, Any]) -> str:
+    """Whether the step was taken; of a gain that chance may have made, how likely that is."""
+    p_value = decision["gain"]["objective"]["p_value"]
+    if decision["taken"] or p_value < MAX_P_VALUE:
+        return "taken" if decision["taken"] else "not taken"
+    return (
+        f"not taken, for mAP@10 + {CMC_WEIGHT:g} CMC@1 may rise so by chance (p {p_value:.3f}, not below {MAX_P_VALUE})"
+    )
+
+
 def log_choice(chosen: Trial, decisions: Sequence[dict[str, Any]]) -> None:
     """One line for each step tried and one for the outcome."""
     for decision in decisions:
@@ -152,7 +162,7 @@ def log_choice(chosen: Trial, decisions: Sequence[dict[str, Any]]) -> None:
         logger.info(
             "%s: mAP@10 %+.4f [%+.4f, %+.4f], CMC@1 %+.4f [%+.4f, %+.4f] on set-aside labels: %s",
             decision["step"], gain["map@10"]["mean"], *gain["map@10"]["ci95"], gain["cmc@1"]["mean"],
-            *gain["cmc@1"]["ci95"], "taken" if decision["taken"] else "not taken",
+            *gain["cmc@1"]["ci95"], outcome(decision),
         )  # fmt: skip
     if not chosen.chain.steps:
         logger.info("no step improves the set-aside labels beyond noise: the chain is the first stage alone")

@@ -9,7 +9,7 @@ from chain_evidence import N_LABELS, evidence
 from torch import Tensor
 
 from distributed_rerank.procedures.chain.chain import Chain, NeighbourhoodStep, QueryExpansionStep
-from distributed_rerank.procedures.chain.choice import choose, fusion_figure
+from distributed_rerank.procedures.chain.choice import choose, fusion_figure, outcome
 from distributed_rerank.procedures.chain.evidence import Evidence, half_of_labels, try_chain
 from distributed_rerank.procedures.chain.probability import probabilities
 from distributed_rerank.procedures.chain.trials import fusion_trials, neighbour_settings
@@ -37,6 +37,19 @@ def test_choice_takes_a_pairwise_model_that_helps() -> None:
     assert chain.chosen_on["chosen"]["map@10"] > chain.chosen_on["first_stage"]["map@10"] + 0.05
     assert chain.chosen_on["n_labels"] == N_LABELS
     json.dumps(chain.chosen_on, allow_nan=False)
+
+
+@pytest.mark.parametrize(
+    ("is_taken", "p_value", "said"),
+    [
+        (True, 0.004, "taken"),
+        (False, 0.004, "not taken"),  # CMC@1 fell, say
+        (False, 0.012, "not taken, for mAP@10 + 2 CMC@1 may rise so by chance (p 0.012, not below 0.01)"),
+        (False, 0.01, "not taken, for mAP@10 + 2 CMC@1 may rise so by chance (p 0.010, not below 0.01)"),
+    ],
+)
+def test_a_step_left_out_for_chance_says_how_likely_that_is(is_taken: bool, p_value: float, said: str) -> None:
+    assert outcome({"taken": is_taken, "gain": {"objective": {"p_value": p_value}}}) == said
 
 
 def test_choice_leaves_a_pairwise_model_of_noise_out() -> None:
