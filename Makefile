@@ -16,7 +16,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 setup: $(INSTALLED)
 
 # The fallback is for Debian, whose python3 without the package python3-venv makes environments only without pip.
-$(INSTALLED): pyproject.toml setup.py constraints.txt $(wildcard distributed_rerank/kernels/cpu/*)
+$(INSTALLED): pyproject.toml constraints.txt
 	@set -e; python=""; \
 	for candidate in $(PYTHON) python3 python3.12 python3.11; do \
 	  if $$candidate -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' 2>/dev/null; then python=$$candidate; break; fi; \

@@ -181,9 +181,8 @@ def measure(arguments: argparse.Namespace, folder: Path, steps: Steps) -> dict[s
         figures["embed_images_per_s"] = time_embedding_stage(catalogue, portions, folder / "embeddings", steps)
     else:
         figures["embed_images_per_s"], embeddings = time_embedding(catalogue, portions)
-        if arguments.precision != "bf16x3":  # which is one of inference: it trains as fp32 does
-            trained = load_siamese(weights, arguments.precision)
-            figures["train_pairs_per_s"] = time_training(catalogue, embeddings, trained, arguments.train_steps, threads)
+        trained = load_siamese(weights, arguments.precision)
+        figures["train_pairs_per_s"] = time_training(catalogue, embeddings, trained, arguments.train_steps, threads)
     if arguments.search:
         rates, arrays["knn_items"] = time_search(threads)
         figures |= rates
@@ -196,7 +195,7 @@ def main() -> None:
     parser.add_argument("catalogue", type=Path)
     parser.add_argument("oml", type=Path, help="the folder that oml_peer.py wrote")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--precision", choices=("fp32", "bf16x3", "bf16"), required=True)
+    parser.add_argument("--precision", choices=("fp32", "bf16"), required=True)
     parser.add_argument("--top-n", type=int, default=10)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--workers", type=int, default=0, help="Ray workers of one thread each; 0 = this process")

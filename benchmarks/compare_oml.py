@@ -4,7 +4,7 @@
 
 Both sides get the same files, weights, threads and top_n. The folder --bench (or $DISTRIBUTED_RERANK_BENCH) has
 make_photos.py, which writes the photos, and oml_peer.py, which runs OML on them. OML gets an environment of its own in
---oml-env, made with pip on the first run and kept. A round runs OML, then ours at fp32, bf16x3 and bf16, then at fp32
+--oml-env, made with pip on the first run and kept. A round runs OML, then ours at fp32 and bf16, then at fp32
 and bf16 on two Ray workers; a row has the medians over the rounds.
 """
 
@@ -20,8 +20,7 @@ import numpy as np
 import torch
 from _measuring import ROOT, Child, Row, add_common_flags, compared, describe_machine, finish, run_child
 
-from distributed_rerank.kernels import library
-from distributed_rerank.kernels.hardware import bf16_support
+from distributed_rerank.tensors.hardware import bf16_support
 
 PACKAGES = ("open-metric-learning==4.0.0", "omegaconf", "hydra-core", "pytorch-lightning", "matplotlib")
 HERE = Path(__file__).resolve().parent
@@ -135,8 +134,7 @@ def rows_of(comparison: Comparison, kinds: list[tuple[str, int]], found: dict[st
         rows.append(Row(f"re-rank, {where}: queries with the same first candidate", "share", same))
         add(f"embed, {where}", key, "embed_images_per_s", "images/s")
         if workers == 0:
-            if precision != "bf16x3":
-                add(f"train, {where}", key, "train_pairs_per_s", "pairs/s")
+            add(f"train, {where}", key, "train_pairs_per_s", "pairs/s")
             peaks = [[child.peak_mb for child in found[side]] for side in (key, "oml")]
             rows.append(compared(f"peak memory, {where}", "MB", *peaks))
     add("exact kNN 10,000 x 50,000 x 384, 100 neighbours", "fp32-0", "knn_queries_per_s", "queries/s")
@@ -169,8 +167,8 @@ def main() -> None:
         }.items():
             setattr(arguments, name, value)
     print(describe_machine(), flush=True)
-    has_bf16, has_amx = bf16_support(torch.device("cpu")) is not None, library.why_without_amx() is None
-    kinds = [("fp32", 0)] + [("bf16x3", 0)] * has_amx + [("bf16", 0)] * has_bf16
+    has_bf16 = bf16_support(torch.device("cpu")) is not None
+    kinds = [("fp32", 0)] + [("bf16", 0)] * has_bf16
     if arguments.workers > 0:
         kinds += [("fp32", arguments.workers)] + [("bf16", arguments.workers)] * has_bf16
     with tempfile.TemporaryDirectory() as work:

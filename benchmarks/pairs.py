@@ -21,7 +21,6 @@ import numpy as np
 import torch
 from _measuring import Row, add_common_flags, describe_machine, finish, matmul_peak, rate, run_child, say, synchronise
 
-from distributed_rerank.kernels.hardware import bf16_support
 from distributed_rerank.models.concat_siamese import ConcatSiamese, ConcatSiameseConfig
 from distributed_rerank.models.distance_siamese import DistanceSiamese, DistanceSiameseConfig
 from distributed_rerank.models.extractor import ExtractorConfig
@@ -32,6 +31,7 @@ from distributed_rerank.models.token_siamese import TokenSiamese, TokenSiameseCo
 from distributed_rerank.procedures.devices import array_of, keep_freed_memory, pick_device
 from distributed_rerank.procedures.scoring import plan as scoring_plan
 from distributed_rerank.procedures.scoring.score import PairTask, Scorer, ScoringConfig
+from distributed_rerank.tensors.hardware import bf16_support
 
 MODELS = ("concat", "split-8", "split-10", "token", "distance")
 PAIRS_OF_A_QUERY = 50

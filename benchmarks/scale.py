@@ -13,9 +13,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import torch
 from _measuring import Child, Row, add_common_flags, against, describe_machine, finish, run_child
 
-from distributed_rerank.kernels import library
+from distributed_rerank.tensors.hardware import bf16_support
 
 HERE = Path(__file__).resolve().parent
 
@@ -77,7 +78,7 @@ def worker_rows(is_quick: bool) -> list[Row]:
     """Ray against a bare loop over the same blocks, and 2 workers against 1."""
     model = {"name": "vit_tiny_patch16_224", "size": 32} if is_quick else {"name": "vit_small_patch16_224", "size": 224}
     # One and a half to two minutes on two cores.
-    whole = (640, 640, 16) if library.why_without_amx() is None else (160, 640, 10)
+    whole = (640, 640, 16) if bf16_support(torch.device("cpu")) == "AMX" else (160, 640, 10)
     n_queries, n_images, top_n = (8, 24, 4) if is_quick else whole
     size = {"n_queries": n_queries, "n_images": n_images, "top_n": top_n, **model}
     bare = point("bare_loop", threads=2, **size)

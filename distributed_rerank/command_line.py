@@ -56,9 +56,8 @@ class ExtractorArguments:
     """Standard deviation of each colour channel. Default: the model's own."""
     normalise: bool = True
     """Scale embeddings to length one, so that L2 order is cosine order."""
-    extractor_precision: Literal["auto", "fp32", "bf16x3", "bf16"] = "auto"
-    """auto: bf16 where the hardware computes in it, fp32 elsewhere. bf16x3: for vision transformers on a CPU with AMX,
-    between the two in errors and in speed."""
+    extractor_precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """auto: bf16 where the hardware multiplies it natively, fp32 elsewhere."""
     images_per_block: int = 256
     """Images that are embedded as one unit of work; a killed run repeats unfinished blocks only."""
     images_per_batch: int | None = None

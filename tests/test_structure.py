@@ -10,7 +10,6 @@ PACKAGE = ROOT / "distributed_rerank"
 # A module may import from its own folder and from every folder of a lower number.
 LAYER = {
     "errors": 0,
-    "kernels": 1,
     "tensors": 1,
     "data": 2,
     "models": 2,
@@ -19,7 +18,7 @@ LAYER = {
     "arguments": 4,
     "command_line": 4,
 }
-FOLDERS_OF_ONE_LAYER_ALLOWED = {("models", "data"), ("tensors", "kernels")}
+FOLDERS_OF_ONE_LAYER_ALLOWED = {("models", "data")}
 MODULES = sorted(PACKAGE.rglob("*.py"))
 
 

@@ -7,7 +7,6 @@ overridable), and normalising by mean and deviation happens on the device, so th
 import ast
 import difflib
 import json
-import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -23,12 +22,9 @@ from torch.nn import functional
 
 from distributed_rerank.data.transforms import InferenceTransform, Interpolation
 from distributed_rerank.errors import BadInput
-from distributed_rerank.kernels import library
-from distributed_rerank.kernels.hardware import bf16_support
-from distributed_rerank.models import compiled_vit, folding, packing, vit, weights
+from distributed_rerank.models import inference, vit, weights
 from distributed_rerank.models.precision import Precision, computing_in, resolve_precision
-
-_log = logging.getLogger(__name__)
+from distributed_rerank.tensors.hardware import bf16_support
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,8 +68,6 @@ class Extractor(nn.Module):
         self.transform = transform
         self.dim = int(getattr(model, "head_hidden_size", 0) or model.num_features)
         self.is_plain_vit = vit.is_plain_vit(model)
-        self.is_compiled = False
-        """Whether the network runs on the kernels of `compiled_vit`."""
         self.input_size = transform.size
         """Height and width of the images that the network takes."""
         self.has_narrow_maps = False
@@ -87,14 +81,8 @@ class Extractor(nn.Module):
         """(pixels / 255 - mean) / std, on the device of the pixels."""
         return (pixels.to(torch.float32) / 255 - self.mean) / self.std
 
-    def network_input(self, pixels: UInt8[Tensor, "image 3 height width"], dtype: torch.dtype) -> Tensor:
-        """What the network takes: normalised pixels in `dtype`, or the bytes if it normalises them itself."""
-        return pixels if self.is_compiled else self.normalise_pixels(pixels).to(dtype)
-
     def dtype_on(self, device: torch.device) -> torch.dtype:
         """The number format of what enters and leaves the network's layers on `device`."""
-        if self.is_compiled:
-            return torch.float32
         return resolve_precision(self.config.precision, device, has_narrow_maps=self.has_narrow_maps)
 
     def pads_keys(self, device: torch.device) -> bool:
@@ -106,7 +94,7 @@ class Extractor(nn.Module):
     def features(self, pixels: UInt8[Tensor, "image 3 height width"]) -> Float32[Tensor, "image dim"]:
         """The network's pooled output before any normalising."""
         with computing_in(self.dtype_on(pixels.device), self.model, pixels.device) as dtype:
-            images = self.network_input(pixels, dtype)
+            images = self.normalise_pixels(pixels).to(dtype)
             if self.is_plain_vit:
                 out = vit.class_token_embedding(self.model, images, self.pads_keys(pixels.device))
             else:
@@ -119,50 +107,15 @@ class Extractor(nn.Module):
         return functional.normalize(features, dim=1) if self.config.normalise else features
 
     def prepare_for_inference(self, device: torch.device | str) -> "Extractor":
-        """Move to `device`, stop training for good, fold batch normalisation into convolutions, cast the network to
-        the format it computes in there and, on a CPU, pack its linear layers or swap its blocks for compiled ones.
-        Returns itself. Raises BadInput for a precision that `device` does not have."""
+        """Move to `device`, stop training for good and take the fastest format for inference there. Returns itself.
+
+        Raises BadInput for a precision that `device` does not have.
+        """
         device = torch.device(device)
-        if self.is_compiled:
-            assert device.type == "cpu", f"the network was prepared for the CPU and cannot be moved to {device}"
-            return self
         dtype = self.dtype_on(device)
         self.to(device).eval().requires_grad_(False)
-        if self.is_plain_vit:
-            vit.keep_positions(self.model)
-        if self._is_compilable(device):
-            compiled_vit.prepare(self.model, self.mean, self.std, self._parts(device))
-            self.is_compiled = True
-            return self
-        if not self.is_plain_vit and all(p.dtype == torch.float32 for p in self.model.parameters()):
-            with torch.no_grad():
-                folding.fold_batch_norms(self.model, self._probe(device))
-        if self.is_plain_vit:
-            vit.cast(self.model, device, dtype)
-        else:
-            self.model.to(dtype, memory_format=torch.channels_last)
-        if device.type == "cpu" and packing.can_pack():
-            packing.pack_linears(self.model, read=vit.read_weights(self.model) if self.is_plain_vit else ())
+        inference.prepare(self.model, self._probe(device), dtype)
         return self
-
-    def _is_compilable(self, device: torch.device) -> bool:
-        """Whether the compiled kernels take the network and are the fastest way to run it; warns where only their
-        installation is missing."""
-        if device.type != "cpu" or not self.is_plain_vit or not compiled_vit.can_run(self.model):
-            return False
-        needs_amx = self._parts(device) > 1
-        if (library.why_without_amx if needs_amx else library.why_unavailable)() is None:
-            return True
-        support = bf16_support(device)
-        if support == "AMX" or (support is not None and not needs_amx):
-            _log.warning("%s; torch's own kernels are slower", library.why_unavailable())
-        return False
-
-    def _parts(self, device: torch.device) -> int:
-        """Of the compiled kernels' numbers."""
-        if self.dtype_on(device) == torch.bfloat16:
-            return 1
-        return 2 if self.config.precision == "bf16x3" else 3
 
     def _probe(self, device: torch.device) -> Float32[Tensor, "1 3 height width"]:
         """An image of noise of the size that the network takes."""
@@ -184,11 +137,6 @@ def build_extractor(config: ExtractorConfig, stacked: int = 1) -> Extractor:
     transform = _transform(config, model)
     extractor = Extractor(model, _resolve(config, model, transform), transform)
     extractor.input_size = (stacked * transform.size[0], transform.size[1])
-    if config.precision == "bf16x3" and not (extractor.is_plain_vit and compiled_vit.can_run(model)):
-        raise BadInput(
-            "precision=bf16x3 is for vision transformers with plain attention, an MLP with GELU and widths that are "
-            f"multiples of 32; {config.name} is none with these arguments, use fp32"
-        )
     _accept_size(extractor, extractor.input_size)
     return extractor.eval()
 

@@ -12,20 +12,15 @@ import torch
 from torch import nn
 
 from distributed_rerank.errors import BadInput
-from distributed_rerank.kernels import library
-from distributed_rerank.kernels.hardware import bf16_support
+from distributed_rerank.tensors.hardware import bf16_support
 
-Precision = Literal["auto", "fp32", "bf16x3", "bf16"]
-"""fp32: the errors of float32; the compiled kernels for AMX get there by six products of bfloat16 numbers for each of
-float32 (`kernels.transformer`, parts = 3). bf16x3: each float32 number as a sum of two bfloat16 ones (16 bits), a
-product as three of theirs."""
+Precision = Literal["auto", "fp32", "bf16"]
 
 
 def resolve_precision(precision: Precision, device: torch.device, *, has_narrow_maps: bool = False) -> torch.dtype:
     """float32 or bfloat16 for `precision` on `device`.
 
-    "auto" is bfloat16 exactly where the hardware multiplies it natively. For "bf16x3" float32 is the format of all that
-    enters and leaves a layer, and that of training.
+    "auto" is bfloat16 exactly where the hardware multiplies it natively.
 
     `has_narrow_maps` says that a convolution of the network makes a map of one column and several rows. torch's (2.15)
     bfloat16 convolution for AMX reads memory there that nobody has written, and now and then gives NaN: "auto" is
@@ -33,14 +28,8 @@ def resolve_precision(precision: Precision, device: torch.device, *, has_narrow_
 
     Raises:
         BadInput: bf16 was asked for and `device` would only emulate it, which is up to 80 times slower
-            than fp32, or its convolutions fail for narrow maps; bf16x3 was asked for and the compiled kernels cannot be
-            used."""
+            than fp32, or its convolutions fail for narrow maps."""
     if precision == "fp32" or device.type == "meta":
-        return torch.float32
-    if precision == "bf16x3":
-        reason = "it is for CPUs" if device.type != "cpu" else library.why_without_amx()
-        if reason is not None:
-            raise BadInput(f"precision=bf16x3 cannot be had here ({reason}); use fp32 or bf16")
         return torch.float32
     support = bf16_support(device)
     if support == "AMX" and has_narrow_maps:

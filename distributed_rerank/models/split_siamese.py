@@ -68,7 +68,7 @@ class SplitSiamese(PairwiseModel):
         positions."""
         network = self.extractor.model
         with computing_in(self.extractor.dtype_on(pixels.device), network, pixels.device) as dtype:
-            tokens = vit.first_blocks(network, self.extractor.network_input(pixels, dtype), self.config.split_at)
+            tokens = vit.first_blocks(network, self.extractor.normalise_pixels(pixels).to(dtype), self.config.split_at)
         return tokens.to(self.encoding_dtype)
 
     def forward(

@@ -198,7 +198,7 @@ def _maps(extractor: Extractor, pixels: Tensor, depths: Sequence[int]) -> tuple[
     float32."""
     network = extractor.model
     with computing_in(extractor.dtype_on(pixels.device), network, pixels.device) as dtype:
-        images = extractor.network_input(pixels, dtype)
+        images = extractor.normalise_pixels(pixels).to(dtype)
         if extractor.is_plain_vit:
             maps, embedding = vit.maps_and_embedding(network, images, depths)
         else:

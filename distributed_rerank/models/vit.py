@@ -22,9 +22,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from distributed_rerank.kernels.hardware import bf16_support
-from distributed_rerank.models import bf16_training, packing
-from distributed_rerank.models.compiled_vit import CompiledBlock
+from distributed_rerank.models import packing
+from distributed_rerank.tensors.hardware import bf16_support
 
 
 def is_plain_vit(model: nn.Module) -> bool:
@@ -111,9 +110,7 @@ def keep_positions(vit: Any) -> None:
 
 
 def embed_patches(vit: Any, pixels: Num[Tensor, "image 3 height width"]) -> Float[Tensor, "image patch dim"]:
-    """Patch embeddings without positions, row by row; a margin smaller than a patch is ignored.
-
-    `pixels` are normalised here and below, but bytes where `compiled_vit` has prepared the network."""
+    """Patch embeddings without positions, row by row. A margin smaller than a patch is ignored."""
     return vit.patch_embed.norm(vit.patch_embed.proj(pixels).flatten(2).transpose(1, 2))
 
 
@@ -203,22 +200,8 @@ def run_block(vit: Any, block: Any, tokens: Tensor, mask: Tensor | None = None) 
     )
     if not is_trained:
         return block(tokens, attn_mask=mask)
-    run = partial(_trained_block, block) if mask is None else partial(block, attn_mask=mask)
+    run = partial(block, attn_mask=mask)
     return checkpoint(run, tokens, use_reentrant=False) if vit.grad_checkpointing else run(tokens)
-
-
-def _trained_block(block: Any, tokens: Tensor) -> Tensor:
-    """timm's forward of a block, with what makes its backward pass faster in bfloat16 on a CPU."""
-    attention, mlp = block.attn, block.mlp
-    if not bf16_training.can_train(block, tokens):
-        return block(tokens)
-    heads = bf16_training.linear(attention.qkv, bf16_training.norm(block.norm1, tokens))
-    heads = heads.unflatten(2, (3, attention.num_heads, attention.head_dim))
-    out = attention.norm(bf16_training.attend(heads, attention.q_norm, attention.k_norm))
-    tokens = tokens + block.drop_path1(block.ls1(attention.proj_drop(bf16_training.linear(attention.proj, out))))
-    hidden = bf16_training.linear(mlp.fc1, bf16_training.norm(block.norm2, tokens))
-    hidden = mlp.norm(mlp.drop1(mlp.act(hidden)))
-    return tokens + block.drop_path2(block.ls2(mlp.drop2(bf16_training.linear(mlp.fc2, hidden))))
 
 
 def _pad_keys(tokens: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -233,18 +216,12 @@ def _pad_keys(tokens: Tensor) -> tuple[Tensor, Tensor | None]:
 
 
 def _class_token_block(block: Any, tokens: Tensor, mask: Tensor | None) -> Float[Tensor, "image 1 dim"]:
-    if isinstance(block, CompiledBlock):
-        return block.class_token(tokens)
     attention, n = block.attn, tokens.shape[0]
     heads, head_dim = attention.num_heads, attention.head_dim
     width = heads * head_dim
     weight, bias = attention.qkv.weight, attention.qkv.bias
-    if mask is None and bf16_training.can_train(block, tokens):
-        normed = bf16_training.norm(block.norm1, tokens)
-        kv = bf16_training.project(normed, weight[width:], None if bias is None else bias[width:])
-    else:
-        normed = block.norm1(tokens).to(weight.dtype)
-        kv = functional.linear(normed, weight[width:], None if bias is None else bias[width:])
+    normed = block.norm1(tokens).to(weight.dtype)
+    kv = functional.linear(normed, weight[width:], None if bias is None else bias[width:])
     q = functional.linear(normed[:, :1], weight[:width], None if bias is None else bias[:width])
     q = attention.q_norm(q.reshape(n, 1, heads, head_dim).transpose(1, 2))
     k, v = kv.reshape(n, -1, 2, heads, head_dim).permute(2, 0, 3, 1, 4)

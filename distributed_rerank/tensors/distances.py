@@ -14,9 +14,6 @@ import torch
 from jaxtyping import BFloat16, Float, Float32, Float64, Int64
 from torch import Tensor
 
-from distributed_rerank.kernels import search
-from distributed_rerank.kernels.library import has_vector_kernels
-
 UNIT_ROUNDOFF = 2.0**-24
 NORM_PARTS = 3
 """bfloat16 numbers of 8 bits that hold the 24 bits of a float32."""
@@ -41,15 +38,7 @@ def exact_pair_distances(
     columns: Int64[Tensor, " pair"],
 ) -> Float[Tensor, " pair"]:
     """`exact_distances` of the pairs (query `rows[i]`, gallery `columns[i]`), with memory independent of
-    their number.
-
-    The compiled kernel adds the squares in another order than torch, which may change the last bit of one distance in
-    about a million.
-    """
-    tensors = (query_embeddings, gallery_embeddings, rows, columns)
-    is_float32 = query_embeddings.dtype == gallery_embeddings.dtype == torch.float32
-    if is_float32 and all(t.device.type == "cpu" and t.is_contiguous() for t in tensors) and has_vector_kernels():
-        return search.pair_distances(*tensors)
+    their number."""
     # A few hundred rows of float64 stay in a core's cache; a GPU wants fewer, larger steps.
     step = 512 if query_embeddings.device.type == "cpu" else 65_536
     out = torch.empty(len(rows), dtype=torch.float32, device=query_embeddings.device)

@@ -18,9 +18,6 @@ from jaxtyping import Bool, Float, Float32, Float64, Int64
 from torch import Tensor
 
 from distributed_rerank.errors import BadInput
-from distributed_rerank.kernels import search
-from distributed_rerank.kernels.hardware import bf16_support
-from distributed_rerank.kernels.library import has_vector_kernels
 from distributed_rerank.tensors.distances import (
     Rounded,
     exact_pair_distances,
@@ -31,6 +28,7 @@ from distributed_rerank.tensors.distances import (
     rounded_queries,
     squared_norms,
 )
+from distributed_rerank.tensors.hardware import bf16_support
 from distributed_rerank.tensors.sharding import blocks
 
 LARGEST_SQUARED_NORM = 2.0**120
@@ -267,10 +265,7 @@ def _pairs_by_rounded(
 
 
 def _minima_as_float32(padded: Tensor, group: int) -> Float32[Tensor, "query group"]:
-    """Minima of groups of columns. Torch has no fast minimum of bfloat16, so by torch through float32, a few rows at a
-    time."""
-    if group == search.GROUP and has_vector_kernels():
-        return search.group_minima(padded)
+    """Minima of groups of columns, through float32 a few rows at a time: torch has no fast minimum of bfloat16."""
     out = torch.empty(len(padded), padded.shape[1] // group, device=padded.device)
     for start, stop in blocks(len(padded), 8):
         torch.amin(padded[start:stop].float().view(stop - start, -1, group), dim=2, out=out[start:stop])

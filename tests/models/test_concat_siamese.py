@@ -154,10 +154,10 @@ def test_concat_siamese_training_step_lowers_the_loss(vit_config, pixels):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("precision", "tolerance"), [(None, 1e-4), ("fp32", 1e-6), ("bf16x3", 1e-5), ("bf16", 1e-3)])
-def test_concat_siamese_scores_the_pairs_of_oml_alike(request, precision, tolerance):
+@pytest.mark.parametrize(("precision", "tolerance"), [(None, 1e-4), ("fp32", 1e-6), ("bf16", 1e-2)])
+def test_concat_siamese_scores_the_pairs_of_oml_alike(precision, tolerance):
     """Against the figures of oml_peer.py, run where open-metric-learning 4.0.0 is installed: as the model is trained
-    (None), and prepared for inference on the compiled kernels."""
+    (None), and prepared for inference."""
     folder = os.environ.get("DISTRIBUTED_RERANK_OML")
     if not folder:
         pytest.skip(
@@ -176,9 +176,7 @@ def test_concat_siamese_scores_the_pairs_of_oml_alike(request, precision, tolera
     )
     model = ConcatSiamese(ConcatSiameseConfig(extractor=extractor, weights=str(root / "concat_siamese.pth")))
     if precision is not None:
-        request.getfixturevalue("as_with_amx")
         model.prepare_for_inference("cpu")
-        assert model.extractor.is_compiled
     table, scored = pd.read_csv(root / "df.csv"), np.load(root / "candidates.npz")
     refs = [ImageRef(id=path, path=str(root / path), box=None) for path in table["path"]]
     pixels = torch.stack([model.transform(read_image(ref)) for ref in refs])

@@ -10,8 +10,6 @@ import torch
 
 from distributed_rerank.data.transforms import InferenceTransform
 from distributed_rerank.errors import BadInput
-from distributed_rerank.kernels import library
-from distributed_rerank.kernels.hardware import bf16_support
 from distributed_rerank.models import extractor as extractor_module
 from distributed_rerank.models import precision as precision_module
 from distributed_rerank.models import vit
@@ -58,21 +56,20 @@ def test_extractor_cnn_equals_timm_and_normalises(pixels, cnn_config):
     torch.testing.assert_close(embeddings, torch.nn.functional.normalize(expected, dim=1), rtol=1e-4, atol=1e-5)
 
 
-def test_extractor_prepared_for_inference_agrees_with_autocast(pixels, vit_config, has_kernels):
+def test_extractor_prepared_for_inference_agrees_with_autocast(pixels, vit_config):
     config = dataclasses.replace(vit_config, precision="auto")
     with torch.inference_mode():
         plain = build_extractor(config)(pixels)
         extractor = build_extractor(config).prepare_for_inference("cpu")
         prepared = extractor(pixels)
         exact = build_extractor(vit_config)(pixels)
-    assert extractor.is_compiled == has_kernels
     assert prepared.dtype == torch.float32
     torch.testing.assert_close(prepared, exact, rtol=0, atol=2e-2)
     torch.testing.assert_close(plain, exact, rtol=0, atol=2e-2)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "auto"])
-def test_extractor_prepared_for_inference_needs_no_inference_mode(pixels, vit_config, precision, has_kernels):
+def test_extractor_prepared_for_inference_needs_no_inference_mode(pixels, vit_config, precision):
     extractor = build_extractor(dataclasses.replace(vit_config, precision=precision)).prepare_for_inference("cpu")
     with torch.inference_mode():
         expected = extractor(pixels)
@@ -82,59 +79,21 @@ def test_extractor_prepared_for_inference_needs_no_inference_mode(pixels, vit_co
 
 
 @pytest.mark.parametrize("precision", ["fp32", "auto"])
-def test_extractor_prepared_twice_is_the_one_prepared_once(pixels, vit_config, precision, has_kernels):
+def test_extractor_prepared_twice_is_the_one_prepared_once(pixels, vit_config, precision):
     extractor = build_extractor(dataclasses.replace(vit_config, precision=precision)).prepare_for_inference("cpu")
     with torch.inference_mode():
         once = extractor(pixels)
         assert torch.equal(extractor.prepare_for_inference("cpu")(pixels), once)
 
 
-@pytest.mark.parametrize("size", [64, 224, 75])  # resampled positions, the table's own, a margin smaller than a patch
-def test_extractor_on_the_kernels_is_close_to_float32(vit_config, size, as_with_amx):
-    pixels = torch.randint(256, (4, 3, size, size), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    config = dataclasses.replace(vit_config, image_size=size, normalise=False)
-    with torch.inference_mode():
-        exact = build_extractor(config).features(pixels)
-        for precision, tolerance in (("bf16", 2e-3), ("bf16x3", 1e-4), ("fp32", 3e-6)):
-            extractor = build_extractor(dataclasses.replace(config, precision=precision)).prepare_for_inference("cpu")
-            assert extractor.is_compiled
-            found = extractor.features(pixels)
-            assert found.dtype == torch.float32
-            assert (found - exact).abs().max() / exact.std() < tolerance
-
-
-@pytest.mark.parametrize("precision", ["bf16x3", "fp32"])
-def test_extractor_on_the_kernels_keeps_no_positions_of_another_size(pixels, vit_config, precision, as_with_amx):
+def test_extractor_prepared_for_inference_keeps_no_positions_of_another_size(pixels, vit_config):
     """A model sees single images and pairs one above the other, in turn; both have their own positions."""
-    extractor = build_extractor(dataclasses.replace(vit_config, precision=precision)).prepare_for_inference("cpu")
+    extractor = build_extractor(vit_config).prepare_for_inference("cpu")
     exact = build_extractor(vit_config)
     pairs = torch.cat([pixels, pixels], dim=2)
     with torch.inference_mode():
         for images in (pixels, pairs, pixels):
             torch.testing.assert_close(extractor(images), exact(images), rtol=0, atol=1e-5)
-
-
-def test_extractor_in_bf16x3_is_trained_in_float32(pixels, vit_config, as_with_amx):
-    """The kernels have no backward pass."""
-    gradients = []
-    for precision in ("fp32", "bf16x3"):
-        extractor = build_extractor(dataclasses.replace(vit_config, precision=precision))
-        extractor(pixels).square()[:, 0].sum().backward()
-        gradients.append({name: parameter.grad for name, parameter in extractor.named_parameters()})
-    assert torch.equal(gradients[0]["model.blocks.0.attn.qkv.weight"], gradients[1]["model.blocks.0.attn.qkv.weight"])
-    assert gradients[0]["model.blocks.0.attn.qkv.weight"].abs().max() > 0
-
-
-@pytest.mark.skipif(library.why_without_amx() is None, reason="this CPU has AMX")
-def test_extractor_in_fp32_is_not_compiled_for_vector_units(vit_config):
-    assert not build_extractor(vit_config).prepare_for_inference("cpu").is_compiled
-
-
-def test_extractor_in_bf16x3_without_the_kernels_is_refused_where_it_shall_compute(vit_config, pixels, without_kernels):
-    extractor = build_extractor(dataclasses.replace(vit_config, precision="bf16x3"))
-    for compute in (lambda: extractor(pixels), lambda: extractor.prepare_for_inference("cpu")):
-        with pytest.raises(BadInput, match=rf"bf16x3 cannot be had here \({without_kernels}\); use fp32 or bf16"):
-            compute()
 
 
 def test_extractor_in_bf16_is_built_where_only_others_compute_in_it(vit_config, cnn_config, pixels, monkeypatch):
@@ -172,37 +131,6 @@ def test_extractor_in_bf16_with_narrow_maps_on_amx_is_refused(cnn_config, monkey
     stacked = build_extractor(config, stacked=2)
     with pytest.raises(BadInput, match=r"precision=bf16 .* one column .*use auto or fp32, or a larger --image-size"):
         stacked.prepare_for_inference("cpu")
-
-
-def test_build_extractor_bf16x3_of_another_network_is_refused(cnn_config, vit_config):
-    for config in (cnn_config, dataclasses.replace(vit_config, args=vit_config.args | {"qk_norm": True})):
-        with pytest.raises(BadInput, match=rf"bf16x3 is for vision transformers .*; {config.name} .*use fp32"):
-            build_extractor(dataclasses.replace(config, precision="bf16x3"))
-
-
-@pytest.mark.skipif(bf16_support(CPU) is None, reason="no bf16 on this CPU")
-@pytest.mark.parametrize(("support", "precision"), [("AMX", "auto"), ("AMX", "fp32"), ("AVX-512 BF16", "auto")])
-def test_extractor_that_only_lacks_the_library_says_so_and_runs_by_torch(
-    pixels, vit_config, without_kernels, caplog, monkeypatch, support, precision
-):
-    for module in (extractor_module, vit):
-        monkeypatch.setattr(module, "bf16_support", lambda device: support)
-    extractor = build_extractor(dataclasses.replace(vit_config, precision=precision)).prepare_for_inference("cpu")
-    assert caplog.messages == [f"{without_kernels}; torch's own kernels are slower"]
-    assert not extractor.is_compiled
-    with torch.inference_mode():
-        torch.testing.assert_close(extractor(pixels), build_extractor(vit_config)(pixels), rtol=0, atol=2e-2)
-
-
-@pytest.mark.parametrize(("support", "precision"), [(None, "auto"), (None, "fp32"), ("AVX-512 BF16", "fp32")])
-def test_extractor_that_could_not_use_the_library_says_nothing(
-    vit_config, without_kernels, caplog, monkeypatch, support, precision
-):
-    """On such a CPU installing a compiler would not help."""
-    for module in (extractor_module, precision_module):
-        monkeypatch.setattr(module, "bf16_support", lambda device: support)
-    build_extractor(dataclasses.replace(vit_config, precision=precision)).prepare_for_inference("cpu")
-    assert caplog.messages == []
 
 
 def test_extractor_transform_every_field_can_be_overridden():

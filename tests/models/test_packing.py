@@ -7,10 +7,10 @@ import pytest
 import timm
 import torch
 
-from distributed_rerank.kernels.hardware import bf16_support
-from distributed_rerank.models import compiled_vit, packing, vit
+from distributed_rerank.models import packing, vit
 from distributed_rerank.models.concat_siamese import ConcatSiamese, ConcatSiameseConfig
 from distributed_rerank.models.extractor import ExtractorConfig, build_extractor
+from distributed_rerank.tensors.hardware import bf16_support
 
 pytestmark = pytest.mark.skipif(not packing.can_pack(), reason="torch has no oneDNN for x86 here")
 CPU = torch.device("cpu")
@@ -86,24 +86,22 @@ def test_bf16_network_keeps_its_residual_stream_in_float32():
     ],
     ids=str,
 )
-def test_every_plain_transformer_can_be_prepared(args, precision, has_kernels):
+def test_every_plain_transformer_can_be_prepared(args, precision):
     config = ExtractorConfig(name="vit_tiny_patch16_224", weights="none", image_size=64, args=VIT | args)
     pixels = torch.randint(256, (3, 3, 64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     extractor = build_extractor(dataclasses.replace(config, precision="fp32"))
     assert extractor.is_plain_vit
     prepared = build_extractor(dataclasses.replace(config, precision=precision)).prepare_for_inference("cpu")
-    assert prepared.is_compiled == (has_kernels and compiled_vit.can_run(extractor.model))
     with torch.inference_mode():
         tolerance = 1e-5 if precision == "fp32" else 1e-2
         torch.testing.assert_close(prepared(pixels), extractor(pixels), rtol=0, atol=tolerance)
 
 
 @NEEDS_BF16
-def test_padded_keys_change_nothing_in_bf16(without_kernels):
-    """The path of CPUs with AMX without the compiled kernels, whatever this one has."""
+def test_padded_keys_change_nothing_in_bf16():
+    """The path of CPUs with AMX, whatever this one has."""
     config = ExtractorConfig(name="vit_small_patch16_224", weights="none", image_size=64, precision="bf16")
     extractor = ConcatSiamese(ConcatSiameseConfig(extractor=config)).extractor.prepare_for_inference("cpu")
-    assert not extractor.is_compiled
     images = torch.randn(4, 3, 128, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
     for block in extractor.model.blocks:
         block.attn.fused_attn = True

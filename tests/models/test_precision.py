@@ -3,7 +3,6 @@ import torch
 from torch import nn
 
 from distributed_rerank.errors import BadInput
-from distributed_rerank.kernels import library
 from distributed_rerank.models.precision import bf16_support, computing_in, resolve_precision
 
 CPU = torch.device("cpu")
@@ -33,34 +32,9 @@ def test_resolve_precision_bf16_on_a_device_that_emulates_it_is_refused():
         resolve_precision("bf16", torch.device("mps"))
 
 
-def test_resolve_precision_bf16x3_is_float32_between_layers(as_with_amx):
-    assert resolve_precision("bf16x3", CPU) == torch.float32
-
-
-def test_resolve_precision_bf16x3_without_the_kernels_is_refused_with_their_reason_and_what_to_use(without_kernels):
-    with pytest.raises(BadInput, match=rf"precision=bf16x3 cannot be had here \({without_kernels}\); use fp32 or bf16"):
-        resolve_precision("bf16x3", CPU)
-
-
-@pytest.mark.skipif(library.why_unavailable() is not None, reason=str(library.why_unavailable()))
-def test_resolve_precision_bf16x3_by_the_vector_units_is_refused(monkeypatch):
-    """There it would be slower than float32."""
-    monkeypatch.setattr(library, "bf16_support", lambda device: "AVX-512 BF16")
-    with pytest.raises(
-        BadInput, match=r"precision=bf16x3 cannot be had here \(this CPU has no AMX\); use fp32 or bf16"
-    ):
-        resolve_precision("bf16x3", CPU)
-
-
-@pytest.mark.parametrize("device", ["cuda", "mps"])
-def test_resolve_precision_bf16x3_is_refused_on_other_devices(device):
-    with pytest.raises(BadInput, match=r"precision=bf16x3 cannot be had here \(it is for CPUs\); use fp32 or bf16"):
-        resolve_precision("bf16x3", torch.device(device))
-
-
-def test_resolve_precision_on_the_meta_device_is_float32_whatever_is_installed(without_kernels):
+def test_resolve_precision_on_the_meta_device_is_float32_whatever_is_installed():
     """It serves to count operations: those of a job that other machines are to run."""
-    assert resolve_precision("bf16x3", torch.device("meta")) == torch.float32
+    assert resolve_precision("bf16", torch.device("meta")) == torch.float32
 
 
 @pytest.mark.gpu

@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 import torch
 
-from distributed_rerank.kernels.hardware import bf16_support
 from distributed_rerank.tensors.distances import (
     exact_distances,
     exact_pair_distances,
@@ -15,6 +14,7 @@ from distributed_rerank.tensors.distances import (
     rounded_queries,
     squared_norms,
 )
+from distributed_rerank.tensors.hardware import bf16_support
 
 
 def test_exact_distances_match_numpy_in_float64() -> None:

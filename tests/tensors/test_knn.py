@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from distributed_rerank.errors import BadInput
-from distributed_rerank.kernels.hardware import bf16_support
 from distributed_rerank.tensors import knn
+from distributed_rerank.tensors.hardware import bf16_support
 from distributed_rerank.tensors.knn import Neighbours, merge, nearest, search_tiles
 
 CPU = torch.device("cpu")

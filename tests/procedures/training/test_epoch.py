@@ -13,7 +13,6 @@ from training_examples import BACKBONE, EXTRACTION, SMALL, TOKENS, build_task, d
 
 from distributed_rerank.data.transforms import Augmentation
 from distributed_rerank.errors import BadInput
-from distributed_rerank.kernels.hardware import bf16_support
 from distributed_rerank.models.concat_siamese import ConcatSiameseConfig
 from distributed_rerank.models.saving import load_model
 from distributed_rerank.procedures.chain.chain import read_chain
@@ -27,6 +26,7 @@ from distributed_rerank.procedures.training.run import fit, is_over, results, tr
 from distributed_rerank.procedures.training.stage import train
 from distributed_rerank.procedures.training.state import schedule_factor
 from distributed_rerank.procedures.training.task import TrainingTask
+from distributed_rerank.tensors.hardware import bf16_support
 
 CONCAT = ConcatSiameseConfig(extractor=BACKBONE, hidden_dims=(16,), dropout=0.5)
 FROM_IMAGES: dict[str, Any] = {

@@ -1,4 +1,4 @@
-"""What the processor can do, by its capability flags. Layer 1."""
+"""Number formats that the processor multiplies natively. Layer 1."""
 
 import functools
 
@@ -7,7 +7,7 @@ import torch
 
 @functools.cache
 def bf16_support(device: torch.device) -> str | None:
-    """The unit of `device` that multiplies bf16 natively, or None where bf16 would be emulated.
+    """Name of the unit of `device` that multiplies bf16 natively; None where bf16 would be emulated.
 
     CUDA from compute capability 8, CPUs with AMX or AVX-512 BF16.
     """
