@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from distributed_rerank.data.demo_catalogue import write_demo_catalogue
+from distributed_rerank.demo.catalogue import write_demo_catalogue
 from distributed_rerank.models.extractor import ExtractorConfig, parse_args
 
 

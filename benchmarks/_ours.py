@@ -18,28 +18,28 @@ import pandas as pd
 import pyarrow as pa
 import torch
 
+from distributed_rerank import extraction, retrieval
+from distributed_rerank.cluster.executors import executors_on
 from distributed_rerank.cluster.session import ClusterConfig, connect
-from distributed_rerank.cluster.steps import steps_on
 from distributed_rerank.data.candidates import CandidateLists
 from distributed_rerank.data.catalogue import Catalogue, read_catalogue
+from distributed_rerank.data.decoding import decode
 from distributed_rerank.data.gathering import gather_lists
 from distributed_rerank.data.transforms import IMAGENET_MEAN, IMAGENET_STD, Augmentation
+from distributed_rerank.extraction import Embedder, ExtractionConfig
 from distributed_rerank.models.concat_siamese import ConcatSiamese, ConcatSiameseConfig
 from distributed_rerank.models.extractor import ExtractorConfig, build_extractor
-from distributed_rerank.procedures import extraction, retrieval
-from distributed_rerank.procedures.decoding import decode
-from distributed_rerank.procedures.devices import torch_threads
-from distributed_rerank.procedures.extraction import Embedder, ExtractionConfig
-from distributed_rerank.procedures.ranking.run import Steps
-from distributed_rerank.procedures.retrieval import RetrievalConfig, SearchSide
-from distributed_rerank.procedures.scoring.score import ScoringConfig
-from distributed_rerank.procedures.scoring.stage import score_candidates
-from distributed_rerank.procedures.training.config import TrainingConfig
-from distributed_rerank.procedures.training.epoch import Worker, train_epoch
-from distributed_rerank.procedures.training.images import DecodedImages
-from distributed_rerank.procedures.training.plan import Step, plan_batches
-from distributed_rerank.procedures.training.state import TrainingState, build_optimizer
+from distributed_rerank.reranking.first_stage import Executors
+from distributed_rerank.retrieval import RetrievalConfig, SearchSide
+from distributed_rerank.runtime.devices import torch_threads
+from distributed_rerank.scoring.score import ScoringConfig
+from distributed_rerank.scoring.stage import score_candidates
 from distributed_rerank.tensors import metrics, oml_metrics
+from distributed_rerank.training.config import TrainingConfig
+from distributed_rerank.training.epoch import Worker, train_epoch
+from distributed_rerank.training.images import DecodedImages
+from distributed_rerank.training.plan import Step, plan_batches
+from distributed_rerank.training.state import TrainingState, build_optimizer
 
 AS_OML = Augmentation(brightness=0, contrast=0, saturation=0, hue=0)
 """OML's get_augs_torch: resize and mirror; its ColorJitter() has no strength and does nothing."""
@@ -93,7 +93,7 @@ def time_embedding(catalogue: Catalogue, config: ExtractionConfig) -> tuple[floa
     return len(catalogue) / (time.perf_counter() - started), np.concatenate(parts)
 
 
-def time_embedding_stage(catalogue: Catalogue, config: ExtractionConfig, folder: Path, steps: Steps) -> float:
+def time_embedding_stage(catalogue: Catalogue, config: ExtractionConfig, folder: Path, steps: Executors) -> float:
     """Images per second of the embedding stage, its folder included."""
     started = time.perf_counter()
     extraction.embed(catalogue, config, folder, extract=steps.extract)
@@ -101,7 +101,12 @@ def time_embedding_stage(catalogue: Catalogue, config: ExtractionConfig, folder:
 
 
 def time_reranking(
-    catalogue: Catalogue, lists: CandidateLists, model: ConcatSiamese, config: ScoringConfig, folder: Path, steps: Steps
+    catalogue: Catalogue,
+    lists: CandidateLists,
+    model: ConcatSiamese,
+    config: ScoringConfig,
+    folder: Path,
+    steps: Executors,
 ) -> tuple[float, np.ndarray]:
     """Pairs per second of the scoring stage, from image files to its folder, and the logits."""
     started = time.perf_counter()
@@ -158,7 +163,7 @@ def time_search(threads: int) -> tuple[dict[str, float], np.ndarray]:
     return rates, lists.items.astype(np.int32)
 
 
-def measure(arguments: argparse.Namespace, folder: Path, steps: Steps) -> dict[str, float]:
+def measure(arguments: argparse.Namespace, folder: Path, steps: Executors) -> dict[str, float]:
     """All figures that are asked for; writes the pair distances, and the ids found, beside each other."""
     catalogue = read_catalogue(str(arguments.catalogue / "df.csv"), purpose="evaluation")
     lists, row, column = oml_pairs(catalogue, pd.read_csv(arguments.catalogue / "df.csv"), arguments.oml)
@@ -205,9 +210,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         if arguments.workers:
             with connect(ClusterConfig(num_workers=arguments.workers, use_gpu=False)) as session:
-                figures = measure(arguments, Path(folder), steps_on(session))
+                figures = measure(arguments, Path(folder), executors_on(session))
         else:
-            figures = measure(arguments, Path(folder), Steps())
+            figures = measure(arguments, Path(folder), Executors())
     print(json.dumps(figures))
 
 

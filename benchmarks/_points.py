@@ -18,33 +18,34 @@ from _measuring import PeakMemory
 from _planted import QUERIES_PER_BLOCK, planted_logits, write_planted
 from PIL import Image
 
+from distributed_rerank import retrieval
+from distributed_rerank.chain.chain import Chain, PairwiseStep
+from distributed_rerank.cluster.executors import executors_on
 from distributed_rerank.cluster.session import ClusterConfig, connect
-from distributed_rerank.cluster.steps import steps_on
 from distributed_rerank.data import tables
 from distributed_rerank.data.artifacts import read_manifest
 from distributed_rerank.data.candidates import CandidateLists, candidates_table
 from distributed_rerank.data.catalogue import Catalogue, read_catalogue
+from distributed_rerank.data.decoding import decode
+from distributed_rerank.evaluation import measure as evaluation
+from distributed_rerank.evaluation.run import evaluate
 from distributed_rerank.models.concat_siamese import ConcatSiamese, ConcatSiameseConfig
 from distributed_rerank.models.extractor import ExtractorConfig
-from distributed_rerank.procedures import retrieval
-from distributed_rerank.procedures.chain.chain import Chain, PairwiseStep
-from distributed_rerank.procedures.decoding import decode
-from distributed_rerank.procedures.devices import Lanes
-from distributed_rerank.procedures.evaluation import measure as evaluation
-from distributed_rerank.procedures.evaluation.config import EvaluationConfig
-from distributed_rerank.procedures.evaluation.given import given_lists
-from distributed_rerank.procedures.evaluation.run import evaluate
-from distributed_rerank.procedures.ranking import run as ranking_run
-from distributed_rerank.procedures.ranking.lists import ranking_of
-from distributed_rerank.procedures.ranking.run import Scored, Steps
-from distributed_rerank.procedures.retrieval import RetrievalConfig, SearchSide
-from distributed_rerank.procedures.scoring import plan as scoring_plan
-from distributed_rerank.procedures.scoring.score import ScoringConfig
-from distributed_rerank.procedures.scoring.stage import score_candidates
-from distributed_rerank.procedures.training.config import TrainingConfig
-from distributed_rerank.procedures.training.mining import mining_figures
-from distributed_rerank.procedures.training.task import Run, TrainingTask, plan_epoch
+from distributed_rerank.reranking import run as ranking_run
+from distributed_rerank.reranking.config import EvaluationConfig
+from distributed_rerank.reranking.external_candidates import external_candidates
+from distributed_rerank.reranking.first_stage import Executors
+from distributed_rerank.reranking.lists import ranking_of
+from distributed_rerank.reranking.run import Scored
+from distributed_rerank.retrieval import RetrievalConfig, SearchSide
+from distributed_rerank.runtime.devices import InferenceThreads
+from distributed_rerank.scoring import plan as scoring_plan
+from distributed_rerank.scoring.score import ScoringConfig
+from distributed_rerank.scoring.stage import score_candidates
 from distributed_rerank.tensors import sharding
+from distributed_rerank.training.config import TrainingConfig
+from distributed_rerank.training.mining import mining_figures
+from distributed_rerank.training.task import Run, TrainingTask, plan_epoch
 
 Answer = dict[str, float]
 
@@ -96,7 +97,7 @@ def score(
     )
     session = connect(ClusterConfig(num_workers=workers, use_gpu=False)) if workers else nullcontext()
     with PeakMemory() as memory, session as connected:
-        steps = steps_on(connected) if connected is not None else Steps()
+        steps = executors_on(connected) if connected is not None else Executors()
         started = time.perf_counter()
         scored = score_candidates(catalogue, lists, model, config, folder / "out", score=steps.score)
         seconds = time.perf_counter() - started
@@ -139,7 +140,7 @@ def bare_loop(folder: Path, n_queries: int, n_images: int, top_n: int, name: str
         tapers=True,
     )
     batch = scoring_plan.pairs_per_batch(gflop, is_gpu=False)
-    lanes, done = Lanes(threads), 0
+    lanes, done = InferenceThreads(threads), 0
     model.prepare_for_inference("cpu")
     started = time.perf_counter()
     images = decode(catalogue.images(plan.items), model.transform, threads=threads).pixels
@@ -187,7 +188,7 @@ def mine(
     blocks = list(enumerate(sharding.blocks(n_images, config.queries_per_block)))
     session = connect(ClusterConfig(num_workers=workers, use_gpu=False)) if workers else nullcontext()
     with PeakMemory() as memory, session as connected:
-        search_blocks = retrieval.search if connected is None else steps_on(connected).search
+        search_blocks = retrieval.search if connected is None else executors_on(connected).search
         started = time.perf_counter()
         found = dict(search_blocks(blocks, side, side, config))
         parts = [found.pop(number) for number, _ in blocks]
@@ -224,7 +225,7 @@ def evaluate_logits(folder: Path, n_queries: int, depth: int) -> Answer:
     table, candidates = write_planted(folder, n_queries, depth)
     started = time.perf_counter()
     catalogue = read_catalogue(str(table), purpose="evaluation").restrict("validation")
-    lists = given_lists(catalogue, candidates, set())
+    lists = external_candidates(catalogue, candidates, set())
     scored = Scored(lists, planted_logits(lists, catalogue), [])
     queries, chain = torch.from_numpy(catalogue.query_items), Chain((PairwiseStep(top_n=depth, rule="replace"),))
     rankings = ranking_run.rankings(chain, scored, catalogue, None, queries)

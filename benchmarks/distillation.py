@@ -21,17 +21,17 @@ import torch
 from _catalogue import add_catalogue_flags, extractor_of, generate_quick_catalogue, parse_with_catalogue
 from _measuring import Row, add_common_flags, compared, describe_machine, finish, rate, say
 
+from distributed_rerank.chain.chain import Chain
 from distributed_rerank.data.catalogue import Catalogue, read_catalogue
+from distributed_rerank.evaluation.run import evaluate
+from distributed_rerank.extraction import ExtractionConfig, embed
 from distributed_rerank.models.saving import load_model
 from distributed_rerank.models.token_siamese import TokenSiameseConfig
-from distributed_rerank.procedures.chain.chain import Chain
-from distributed_rerank.procedures.evaluation.config import EvaluationConfig
-from distributed_rerank.procedures.evaluation.run import evaluate
-from distributed_rerank.procedures.extraction import ExtractionConfig, embed
-from distributed_rerank.procedures.scoring.plan import pairs_per_batch
-from distributed_rerank.procedures.training.config import TrainingConfig
-from distributed_rerank.procedures.training.distillation import Teacher, read_teacher
-from distributed_rerank.procedures.training.stage import train
+from distributed_rerank.reranking.config import EvaluationConfig
+from distributed_rerank.scoring.plan import pairs_per_batch
+from distributed_rerank.training.config import TrainingConfig
+from distributed_rerank.training.distillation import Teacher, read_teacher
+from distributed_rerank.training.stage import train
 
 METRICS = ("map@10", "cmc@1")
 CPU = torch.device("cpu")

@@ -28,9 +28,9 @@ from distributed_rerank.models.packing import PackedLinear
 from distributed_rerank.models.pairwise import PairwiseModel
 from distributed_rerank.models.split_siamese import SplitSiamese, SplitSiameseConfig
 from distributed_rerank.models.token_siamese import TokenSiamese, TokenSiameseConfig
-from distributed_rerank.procedures.devices import array_of, keep_freed_memory, pick_device
-from distributed_rerank.procedures.scoring import plan as scoring_plan
-from distributed_rerank.procedures.scoring.score import PairTask, Scorer, ScoringConfig
+from distributed_rerank.runtime.devices import array_of, keep_freed_memory, pick_device
+from distributed_rerank.scoring import plan as scoring_plan
+from distributed_rerank.scoring.score import PairTask, Scorer, ScoringConfig
 from distributed_rerank.tensors.hardware import bf16_support
 
 MODELS = ("concat", "split-8", "split-10", "token", "distance")

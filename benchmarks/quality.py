@@ -23,19 +23,19 @@ import torch
 from _catalogue import add_catalogue_flags, extractor_of, generate_quick_catalogue, parse_with_catalogue
 from _measuring import Row, add_common_flags, describe_machine, finish
 
+from distributed_rerank.chain.chain import AlphaQEStep, Chain, KReciprocalStep, PairwiseStep
 from distributed_rerank.data.catalogue import Catalogue, read_catalogue
 from distributed_rerank.errors import BadInput
+from distributed_rerank.evaluation.run import evaluate
+from distributed_rerank.extraction import ExtractionConfig, embed
 from distributed_rerank.models.concat_siamese import ConcatSiameseConfig
 from distributed_rerank.models.distance_siamese import DistanceSiameseConfig
 from distributed_rerank.models.saving import load_model
 from distributed_rerank.models.split_siamese import SplitSiameseConfig
 from distributed_rerank.models.token_siamese import TokenSiameseConfig
-from distributed_rerank.procedures.chain.chain import AlphaQEStep, Chain, KReciprocalStep, PairwiseStep
-from distributed_rerank.procedures.evaluation.config import EvaluationConfig
-from distributed_rerank.procedures.evaluation.run import evaluate
-from distributed_rerank.procedures.extraction import ExtractionConfig, embed
-from distributed_rerank.procedures.training.config import TrainingConfig, defaults_for
-from distributed_rerank.procedures.training.stage import train
+from distributed_rerank.reranking.config import EvaluationConfig
+from distributed_rerank.training.config import TrainingConfig, defaults_for
+from distributed_rerank.training.stage import train
 
 CONFIGS = {
     "token": TokenSiameseConfig,

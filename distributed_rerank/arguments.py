@@ -4,9 +4,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from distributed_rerank.chain.chain import Chain
 from distributed_rerank.models.pairwise import PairwiseModel
-from distributed_rerank.procedures.chain.chain import Chain
-from distributed_rerank.procedures.ranking.run import load_model_and_chain
+from distributed_rerank.reranking.run import load_model_and_chain
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,15 +20,15 @@ from typing import Any, Literal, TypeVar
 import tyro
 
 from distributed_rerank.errors import BadInput
+from distributed_rerank.extraction import ExtractionConfig
 from distributed_rerank.models.concat_siamese import ConcatSiameseConfig
 from distributed_rerank.models.distance_siamese import DistanceSiameseConfig
 from distributed_rerank.models.extractor import ExtractorConfig, parse_args
 from distributed_rerank.models.split_siamese import SplitSiameseConfig
 from distributed_rerank.models.token_siamese import TokenSiameseConfig
-from distributed_rerank.procedures.extraction import ExtractionConfig
-from distributed_rerank.procedures.retrieval import RetrievalConfig
-from distributed_rerank.procedures.scoring.score import ScoringConfig
-from distributed_rerank.procedures.training.config import defaults_for
+from distributed_rerank.retrieval import RetrievalConfig
+from distributed_rerank.scoring.score import ScoringConfig
+from distributed_rerank.training.config import defaults_for
 
 Arguments = TypeVar("Arguments")
 logger = logging.getLogger(__name__)

@@ -17,20 +17,20 @@ import tyro
 
 from distributed_rerank import command_line
 from distributed_rerank.cluster import training as on_ray
+from distributed_rerank.cluster.executors import executors_on
 from distributed_rerank.cluster.session import ClusterConfig, connect
-from distributed_rerank.cluster.steps import steps_on
 from distributed_rerank.data.catalogue import read_catalogue
-from distributed_rerank.data.demo_catalogue import write_demo_catalogue
+from distributed_rerank.demo.catalogue import write_demo_catalogue
+from distributed_rerank.evaluation.run import evaluate
+from distributed_rerank.extraction import ExtractionConfig, embed
 from distributed_rerank.models.distance_siamese import DistanceSiameseConfig
 from distributed_rerank.models.extractor import ExtractorConfig
 from distributed_rerank.models.token_siamese import TokenSiameseConfig
-from distributed_rerank.procedures.evaluation.config import EvaluationConfig
-from distributed_rerank.procedures.evaluation.run import evaluate
-from distributed_rerank.procedures.extraction import ExtractionConfig, embed
-from distributed_rerank.procedures.ranking.run import load_model_and_chain
-from distributed_rerank.procedures.report.text import table_in_text
-from distributed_rerank.procedures.training.config import EXTRACTOR_DEFAULTS, TrainingConfig
-from distributed_rerank.procedures.training.stage import EXTRACTOR_WEIGHTS, train
+from distributed_rerank.report.console import table_in_text
+from distributed_rerank.reranking.config import EvaluationConfig
+from distributed_rerank.reranking.run import load_model_and_chain
+from distributed_rerank.training.config import EXTRACTOR_DEFAULTS, TrainingConfig
+from distributed_rerank.training.stage import EXTRACTOR_WEIGHTS, train
 
 UNTRAINED = ExtractorConfig(
     name="test_resnet",
@@ -62,7 +62,7 @@ def main(arguments: Arguments) -> None:
     extractor = dataclasses.replace(UNTRAINED, weights=str(out / "extractor" / EXTRACTOR_WEIGHTS))
     extraction = ExtractionConfig(extractor=extractor)
     with connect(arguments.cluster) as session:
-        steps = steps_on(session)
+        steps = executors_on(session)
         logging.info("3/4 embedding all photos on Ray Data, training the pairwise model on Ray Train")
         embeddings = out / "embeddings"
         embed(catalogue, extraction, embeddings, extract=steps.extract)

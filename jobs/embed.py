@@ -14,12 +14,11 @@ from pathlib import Path
 
 import tyro
 
-from distributed_rerank import command_line
+from distributed_rerank import command_line, extraction
+from distributed_rerank.cluster.executors import connect_when_needed, executors_on
 from distributed_rerank.cluster.session import ClusterConfig
-from distributed_rerank.cluster.steps import connect_when_needed, steps_on
 from distributed_rerank.command_line import ExtractorArguments
 from distributed_rerank.data.catalogue import read_catalogue
-from distributed_rerank.procedures import extraction
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -48,7 +47,7 @@ def main(arguments: Arguments) -> None:
             catalogue,
             config,
             arguments.out,
-            extract=steps_on(session).extract,
+            extract=executors_on(session).extract,
             overwrite=arguments.overwrite,
             max_rejects=arguments.max_rejects,
         )

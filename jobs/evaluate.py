@@ -19,21 +19,21 @@ import tyro
 
 from distributed_rerank import command_line
 from distributed_rerank.arguments import MeasureArguments, RerankerArguments
+from distributed_rerank.cluster.executors import connect_when_needed, executors_on
 from distributed_rerank.cluster.session import ClusterConfig
-from distributed_rerank.cluster.steps import connect_when_needed, steps_on
 from distributed_rerank.command_line import FirstStageArguments
 from distributed_rerank.data import artifacts
 from distributed_rerank.data.catalogue import read_catalogue
-from distributed_rerank.procedures.evaluation.config import EvaluationConfig
-from distributed_rerank.procedures.evaluation.exports import export_markdown, export_trec
-from distributed_rerank.procedures.evaluation.run import evaluate
-from distributed_rerank.procedures.monitoring.comparison import (
+from distributed_rerank.evaluation.exports import export_markdown, export_trec
+from distributed_rerank.evaluation.run import evaluate
+from distributed_rerank.monitoring.comparison import (
     catalogue_of,
     compare_runs,
     comparison_in_text,
     require_same_catalogue,
 )
-from distributed_rerank.procedures.report.text import table_in_text
+from distributed_rerank.report.console import table_in_text
+from distributed_rerank.reranking.config import EvaluationConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -71,7 +71,7 @@ def main(arguments: Arguments) -> None:
             arguments.out,
             model=model,
             chain=chain,
-            steps=steps_on(session),
+            steps=executors_on(session),
             overwrite=arguments.overwrite,
         )
     if arguments.baseline is not None:

@@ -17,12 +17,12 @@ import tyro
 
 from distributed_rerank import command_line
 from distributed_rerank.arguments import RequiredRerankerArguments
+from distributed_rerank.cluster.executors import connect_when_needed, executors_on
 from distributed_rerank.cluster.session import ClusterConfig
-from distributed_rerank.cluster.steps import connect_when_needed, steps_on
 from distributed_rerank.command_line import FirstStageArguments
 from distributed_rerank.data.catalogue import read_catalogue, read_query_gallery
-from distributed_rerank.procedures.evaluation.config import EvaluationConfig
-from distributed_rerank.procedures.ranking.rerank import rerank
+from distributed_rerank.reranking.config import EvaluationConfig
+from distributed_rerank.reranking.rerank import rerank
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -57,7 +57,7 @@ def main(arguments: Arguments) -> None:
             arguments.out,
             model=model,
             chain=chain,
-            steps=steps_on(session),
+            steps=executors_on(session),
             overwrite=arguments.overwrite,
         )
     logging.info("%d candidates: %s", len(table), arguments.out / "reranked.parquet")

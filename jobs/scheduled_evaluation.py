@@ -18,14 +18,14 @@ import tyro
 
 from distributed_rerank import command_line
 from distributed_rerank.arguments import MeasureArguments, RerankerArguments
+from distributed_rerank.cluster.executors import connect_when_needed, executors_on
 from distributed_rerank.cluster.session import ClusterConfig
-from distributed_rerank.cluster.steps import connect_when_needed, steps_on
 from distributed_rerank.command_line import FirstStageArguments
 from distributed_rerank.data.catalogue import read_catalogue
-from distributed_rerank.procedures.evaluation.config import EvaluationConfig
-from distributed_rerank.procedures.evaluation.run import evaluate
-from distributed_rerank.procedures.monitoring.scheduled_run import ScheduleConfig, check, conclude
-from distributed_rerank.procedures.report.text import table_in_text
+from distributed_rerank.evaluation.run import evaluate
+from distributed_rerank.monitoring.scheduled_run import ScheduleConfig, check, conclude
+from distributed_rerank.report.console import table_in_text
+from distributed_rerank.reranking.config import EvaluationConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -47,7 +47,7 @@ def main(arguments: Arguments) -> int:
     model, chain = given.reranker.load()
     config = EvaluationConfig(**given.first_stage.parts(), **given.measuring.settings())
     with connect_when_needed(given.cluster) as session:
-        metrics = evaluate(catalogue, config, schedule.folder, model=model, chain=chain, steps=steps_on(session))
+        metrics = evaluate(catalogue, config, schedule.folder, model=model, chain=chain, steps=executors_on(session))
     logging.info("\n%s\nreport: %s", table_in_text(metrics), schedule.folder / "report.html")
     return conclude(schedule, seed=given.measuring.seed).exit_code
 

@@ -18,14 +18,14 @@ import tyro
 
 from distributed_rerank import command_line
 from distributed_rerank.cluster import training as on_ray
+from distributed_rerank.cluster.executors import connect_when_needed, executors_on
 from distributed_rerank.cluster.session import ClusterConfig
-from distributed_rerank.cluster.steps import connect_when_needed, steps_on
 from distributed_rerank.command_line import ExtractorArguments, PairwiseArguments
 from distributed_rerank.data.catalogue import read_catalogue
-from distributed_rerank.procedures.training.config import TrainingConfig
-from distributed_rerank.procedures.training.distillation import read_teacher
-from distributed_rerank.procedures.training.stage import build_model, train
-from distributed_rerank.procedures.training.tracking import Service
+from distributed_rerank.training.config import TrainingConfig
+from distributed_rerank.training.distillation import read_teacher
+from distributed_rerank.training.stage import build_model, train
+from distributed_rerank.training.tracking import Service
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -59,7 +59,7 @@ def main(arguments: Arguments) -> None:
         build_model(model_config)  # weights that do not fit are found before Ray starts
     teacher = None if arguments.teacher is None else read_teacher(arguments.teacher)
     with connect_when_needed(arguments.cluster) as session:
-        steps = steps_on(session)
+        steps = executors_on(session)
         chain = train(
             catalogue,
             extraction,

@@ -18,13 +18,13 @@ import tyro
 
 from distributed_rerank import command_line
 from distributed_rerank.cluster import training as on_ray
+from distributed_rerank.cluster.executors import connect_when_needed, executors_on
 from distributed_rerank.cluster.session import ClusterConfig
-from distributed_rerank.cluster.steps import connect_when_needed, steps_on
 from distributed_rerank.command_line import ExtractorArguments
 from distributed_rerank.data.catalogue import read_catalogue
 from distributed_rerank.models.distance_siamese import DistanceSiameseConfig
-from distributed_rerank.procedures.training.config import EXTRACTOR_DEFAULTS, TrainingConfig
-from distributed_rerank.procedures.training.stage import EXTRACTOR_WEIGHTS, train
+from distributed_rerank.training.config import EXTRACTOR_DEFAULTS, TrainingConfig
+from distributed_rerank.training.stage import EXTRACTOR_WEIGHTS, train
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -47,7 +47,7 @@ def main(arguments: Arguments) -> None:
     catalogue = read_catalogue(arguments.catalogue, purpose="training")
     extraction = arguments.extractor.extraction()
     with connect_when_needed(arguments.cluster) as session:
-        steps = steps_on(session)
+        steps = executors_on(session)
         train(
             catalogue,
             extraction,

@@ -2,7 +2,7 @@
 
 import torch
 
-from distributed_rerank.procedures.chain.evidence import Evidence
+from distributed_rerank.chain.evidence import Evidence
 from distributed_rerank.tensors.knn import nearest
 from distributed_rerank.tensors.metrics import count_relevant
 

@@ -11,7 +11,7 @@ import torch
 from distributed_rerank.data import artifacts, tables
 from distributed_rerank.data.candidates import CandidateLists, candidates_table
 from distributed_rerank.data.catalogue import Catalogue, read_catalogue
-from distributed_rerank.procedures.evaluation import measure as evaluation
+from distributed_rerank.evaluation import measure as evaluation
 from distributed_rerank.tensors.knn import Neighbours
 
 CATEGORIES = ("books", "cups", "toys")

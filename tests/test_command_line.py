@@ -13,7 +13,7 @@ import tyro
 from distributed_rerank import command_line
 from distributed_rerank.command_line import ExtractorArguments, FirstStageArguments, PairwiseArguments
 from distributed_rerank.errors import BadInput
-from distributed_rerank.procedures.training.config import TrainingConfig, defaults_for
+from distributed_rerank.training.config import TrainingConfig, defaults_for
 
 ROOT = Path(__file__).resolve().parents[1]
 

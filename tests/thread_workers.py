@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distributed_rerank.procedures.training.epoch import Worker
-from distributed_rerank.procedures.training.run import train_all
-from distributed_rerank.procedures.training.task import TrainingTask
+from distributed_rerank.training.epoch import Worker
+from distributed_rerank.training.run import train_all
+from distributed_rerank.training.task import TrainingTask
 
 
 def train_together(task: TrainingTask, folder: Path, world_size: int) -> list[dict[str, Any]]:

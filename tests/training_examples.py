@@ -8,13 +8,13 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from distributed_rerank.data.catalogue import Catalogue, read_catalogue
+from distributed_rerank.extraction import ExtractionConfig, embed
 from distributed_rerank.models.extractor import ExtractorConfig
 from distributed_rerank.models.token_siamese import TokenSiameseConfig
-from distributed_rerank.procedures.extraction import ExtractionConfig, embed
-from distributed_rerank.procedures.retrieval import search
-from distributed_rerank.procedures.training.config import TrainingConfig
-from distributed_rerank.procedures.training.stage import make_task
-from distributed_rerank.procedures.training.task import TrainingTask
+from distributed_rerank.retrieval import search
+from distributed_rerank.training.config import TrainingConfig
+from distributed_rerank.training.stage import make_task
+from distributed_rerank.training.task import TrainingTask
 
 BACKBONE = ExtractorConfig(name="test_resnet", weights="none", image_size=32, resize="square", precision="fp32")
 TOKENS = TokenSiameseConfig(

@@ -20,9 +20,9 @@ from distributed_rerank.cluster.decode_rows import as_binary, decode_row, manife
 from distributed_rerank.cluster.session import Session
 from distributed_rerank.data.rejects import Reject
 from distributed_rerank.errors import BadInput
+from distributed_rerank.extraction import Block, EmbeddedBlock, Embedder, ExtractionConfig
 from distributed_rerank.models.extractor import build_extractor
-from distributed_rerank.procedures.devices import tensor_of
-from distributed_rerank.procedures.extraction import Block, EmbeddedBlock, Embedder, ExtractionConfig
+from distributed_rerank.runtime.devices import tensor_of
 
 _NO_PROGRESS_SECONDS = 600
 """Ray Data waits 30 minutes before it says that nothing moves."""

@@ -9,7 +9,7 @@ from typing import TypeVar
 
 from ray.util.metrics import Counter
 
-from distributed_rerank.procedures.scoring.score import Tally
+from distributed_rerank.scoring.score import ScoringCounters
 
 T = TypeVar("T")
 
@@ -20,15 +20,15 @@ DESCRIPTIONS = {
 }
 
 
-def counted(blocks: Iterable[T], tally: Tally) -> Iterator[T]:
-    """`blocks` as they come, while the metrics follow `tally`, which their producer fills."""
-    counters = {name: Counter(name, description) for name, description in DESCRIPTIONS.items()}
+def with_prometheus_counters(blocks: Iterable[T], counters: ScoringCounters) -> Iterator[T]:
+    """`blocks` as they come, while the metrics follow `counters`, which their producer fills."""
+    exported = {name: Counter(name, description) for name, description in DESCRIPTIONS.items()}
     reported = {"rerank_pairs_scored": 0, "rerank_images_decoded": 0}
     for block in blocks:
-        counters["rerank_blocks_done"].inc()
-        now = {"rerank_pairs_scored": tally.pairs_scored, "rerank_images_decoded": tally.images_decoded}
+        exported["rerank_blocks_done"].inc()
+        now = {"rerank_pairs_scored": counters.pairs_scored, "rerank_images_decoded": counters.images_decoded}
         for name, value in now.items():
             if value > reported[name]:
-                counters[name].inc(value - reported[name])
+                exported[name].inc(value - reported[name])
         reported = now
         yield block

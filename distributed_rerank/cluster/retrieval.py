@@ -6,11 +6,11 @@ from dataclasses import replace
 
 import ray
 
+from distributed_rerank import retrieval as procedure
 from distributed_rerank.cluster.fan_out import fan_out, start_workers
 from distributed_rerank.cluster.session import Session
 from distributed_rerank.data.candidates import CandidateLists
-from distributed_rerank.procedures import retrieval as procedure
-from distributed_rerank.procedures.retrieval import Block, RetrievalConfig, Searcher, SearchSide, tiles_of
+from distributed_rerank.retrieval import Block, RetrievalConfig, Searcher, SearchSide, tiles_of
 
 
 class TileSearcher:

@@ -8,11 +8,11 @@ import numpy as np
 import ray
 
 from distributed_rerank.cluster.fan_out import Worker, fan_out, start_workers
-from distributed_rerank.cluster.monitoring import counted
+from distributed_rerank.cluster.monitoring import with_prometheus_counters
 from distributed_rerank.cluster.session import Session
 from distributed_rerank.models.pairwise import PairwiseModel
-from distributed_rerank.procedures.scoring.plan import ScorePlan
-from distributed_rerank.procedures.scoring.score import (
+from distributed_rerank.scoring.plan import ScorePlan
+from distributed_rerank.scoring.score import (
     Backend,
     Encoded,
     EncodeTask,
@@ -21,7 +21,7 @@ from distributed_rerank.procedures.scoring.score import (
     ScoredBlock,
     Scorer,
     ScoringConfig,
-    Tally,
+    ScoringCounters,
     run_rounds,
 )
 
@@ -35,7 +35,7 @@ def score(
     images: Images,
     model: PairwiseModel,
     config: ScoringConfig,
-    tally: Tally,
+    counters: ScoringCounters,
     *,
     session: Session,
 ) -> Iterator[tuple[int, ScoredBlock]]:
@@ -50,8 +50,8 @@ def score(
             max_bytes=min(int(config.encoding_gb * 10**9), store),
             blocks_per_call=config.blocks_of_call(session.use_gpu),
         )
-        blocks = run_rounds(plan, numbers, images, model.bytes_per_image, backend, tally)
-        yield from counted(blocks, tally)
+        blocks = run_rounds(plan, numbers, images, model.bytes_per_image, backend, counters)
+        yield from with_prometheus_counters(blocks, counters)
 
 
 def _encode(workers: list[Worker], tasks: Sequence[EncodeTask]) -> Iterator[tuple[ray.ObjectRef, Encoded]]:

@@ -22,10 +22,10 @@ from torch import Tensor
 from distributed_rerank.cluster.quiet import quieten
 from distributed_rerank.cluster.session import Session, configure_logging
 from distributed_rerank.errors import BadInput
-from distributed_rerank.procedures.training import checkpoints
-from distributed_rerank.procedures.training.epoch import Worker
-from distributed_rerank.procedures.training.run import State, train_all
-from distributed_rerank.procedures.training.task import TrainingTask
+from distributed_rerank.training import checkpoints
+from distributed_rerank.training.epoch import Worker
+from distributed_rerank.training.run import State, train_all
+from distributed_rerank.training.task import TrainingTask
 
 logger = logging.getLogger(__name__)
 

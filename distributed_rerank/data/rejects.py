@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import pandas as pd
 import pyarrow as pa
 
 from distributed_rerank.data import tables
@@ -45,3 +46,9 @@ def reject_table(rejects: Sequence[Reject], stage: str) -> pa.Table:
 def rejects_of(table: pa.Table) -> list[Reject]:
     """The images of a rejects table."""
     return [Reject(row["id"], row["path"], row["reason"]) for row in table.to_pylist()]
+
+
+def all_rejects(embedding: Sequence[Reject], scoring: Sequence[Reject]) -> pd.DataFrame:
+    """The rejects table: each image once, by id, with the stage that met it first."""
+    parts = [reject_table(embedding, "embed").to_pandas(), reject_table(scoring, "score").to_pandas()]
+    return pd.concat(parts, ignore_index=True).drop_duplicates("id").sort_values("id", ignore_index=True)

@@ -91,7 +91,9 @@ class SplitSiamese(PairwiseModel):
             prefix = (above[:, :n_prefix] + below[:, :n_prefix]) / 2
             patches = [above[:, n_prefix:] + to_above.to(dtype), below[:, n_prefix:] + to_below.to(dtype)]
             pad_keys = self.extractor.pads_keys(device)
-            features = vit.join(network, torch.cat([prefix, *patches], dim=1), self.config.split_at, pad_keys)
+            features = vit.forward_from_block(
+                network, torch.cat([prefix, *patches], dim=1), self.config.split_at, pad_keys
+            )
         return self.head(features.float()).squeeze(1)
 
     def _position_exchange(self) -> tuple[Tensor, Tensor]:

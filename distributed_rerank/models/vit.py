@@ -144,7 +144,7 @@ def class_token_embedding(
 ) -> Float[Tensor, "image dim"]:
     """The normalised class token after all blocks: what timm's ViT returns with num_classes=0 and
     global_pool="token"."""
-    return join(vit, embed(vit, pixels), first_block=0, pad_keys=pad_keys)
+    return forward_from_block(vit, embed(vit, pixels), first_block=0, pad_keys=pad_keys)
 
 
 def maps_and_embedding(
@@ -154,7 +154,7 @@ def maps_and_embedding(
     embedding."""
     wanted = [range(len(vit.blocks))[block] for block in blocks]
     rows, columns = patch_grid(vit, *pixels.shape[-2:])
-    tokens, maps = _stream(vit, embed(vit, pixels)), {}
+    tokens, maps = to_residual_dtype(vit, embed(vit, pixels)), {}
     for number, block in enumerate(vit.blocks):
         tokens = run_block(vit, block, tokens)
         if number in wanted:
@@ -164,12 +164,12 @@ def maps_and_embedding(
     return [maps[number] for number in wanted], vit.head_drop(vit.fc_norm(vit.norm(tokens)[:, 0]))
 
 
-def join(
+def forward_from_block(
     vit: Any, tokens: Float[Tensor, "image token dim"], first_block: int, pad_keys: bool
 ) -> Float[Tensor, "image dim"]:
     """Run the blocks from `first_block` on and return the normalised class token; the last block computes
     nothing else. `tokens` may be overwritten."""
-    blocks, tokens = list(vit.blocks)[first_block:], _stream(vit, tokens)
+    blocks, tokens = list(vit.blocks)[first_block:], to_residual_dtype(vit, tokens)
     if blocks:
         tokens, mask = _pad_keys(tokens) if pad_keys else (tokens, None)
         for block in blocks[:-1]:
@@ -182,13 +182,13 @@ def first_blocks(
     vit: Any, pixels: Num[Tensor, "image 3 height width"], n_blocks: int
 ) -> Float[Tensor, "image token dim"]:
     """All tokens after the first `n_blocks`."""
-    tokens = _stream(vit, embed(vit, pixels))
+    tokens = to_residual_dtype(vit, embed(vit, pixels))
     for block in vit.blocks[:n_blocks]:
         tokens = run_block(vit, block, tokens)
     return tokens
 
 
-def _stream(vit: Any, tokens: Tensor) -> Tensor:
+def to_residual_dtype(vit: Any, tokens: Tensor) -> Tensor:
     """The tokens in the format of the residual stream, that of the norms that read it."""
     return tokens.to(vit.blocks[0].norm1.weight.dtype)
 

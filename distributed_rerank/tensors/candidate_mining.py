@@ -40,7 +40,7 @@ class NegativeFilters:
 
 
 @dataclass(frozen=True)
-class CandidateLists:
+class TrainingLists:
     """Lists to train on: column 0 of `items` is the positive, the others are negatives of that anchor."""
 
     rows: Int64[Tensor, " list"]
@@ -112,7 +112,7 @@ def draw_lists(
     beyond_share: float = 0.0,
     temperature: float | None = None,
     sequences: Int64[Tensor, " item"] | None = None,
-) -> CandidateLists:
+) -> TrainingLists:
     """One list "1 positive + n negatives" for every anchor that has both; other anchors are left out.
 
     The positive is uniform among those in the candidate list or, for a random `beyond_share` of the anchors,
@@ -140,7 +140,7 @@ def draw_lists(
     has_both = (inside.any(dim=1) | (n_beyond > 0)) & allowed.any(dim=1)
     rows = has_both.nonzero()[:, 0]
     items = torch.cat([positives[:, None], negatives], dim=1)[rows]
-    return CandidateLists(rows, items, is_beyond[rows])
+    return TrainingLists(rows, items, is_beyond[rows])
 
 
 def suspected_mislabels(

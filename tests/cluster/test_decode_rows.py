@@ -3,7 +3,7 @@ import sys
 
 from distributed_rerank.cluster import decode_rows
 from distributed_rerank.data.catalogue import ImageRef
-from distributed_rerank.procedures.extraction import plan
+from distributed_rerank.extraction import plan
 
 
 def test_manifest_row_keeps_every_field_of_the_images() -> None:

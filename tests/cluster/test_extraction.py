@@ -9,7 +9,7 @@ from distributed_rerank.cluster.session import Session
 from distributed_rerank.data import tables
 from distributed_rerank.data.artifacts import read_manifest
 from distributed_rerank.errors import BadInput
-from distributed_rerank.procedures.extraction import Block, EmbeddedBlock, ExtractionConfig, embed
+from distributed_rerank.extraction import Block, EmbeddedBlock, ExtractionConfig, embed
 from tests.small_catalogue import EXTRACTOR, make_catalogue
 
 SessionOf = Callable[[int], Session]

@@ -9,7 +9,7 @@ from distributed_rerank.cluster.retrieval import search
 from distributed_rerank.cluster.session import Session
 from distributed_rerank.data.embeddings import Embeddings
 from distributed_rerank.errors import BadInput
-from distributed_rerank.procedures.retrieval import RetrievalConfig, retrieve
+from distributed_rerank.retrieval import RetrievalConfig, retrieve
 from tests.small_catalogue import make_catalogue
 
 pytestmark = pytest.mark.ray

@@ -13,8 +13,8 @@ from distributed_rerank.cluster import scoring as on_ray
 from distributed_rerank.cluster.session import Session
 from distributed_rerank.data.artifacts import read_manifest
 from distributed_rerank.models.concat_siamese import ConcatSiamese
-from distributed_rerank.procedures.scoring.score import ScoredBlock, ScoringConfig
-from distributed_rerank.procedures.scoring.stage import score_candidates
+from distributed_rerank.scoring.score import ScoredBlock, ScoringConfig
+from distributed_rerank.scoring.stage import score_candidates
 from tests.small_catalogue import concat_model, make_catalogue, make_lists
 
 pytestmark = pytest.mark.ray

@@ -20,8 +20,8 @@ from training_examples import build_task
 from distributed_rerank.cluster import training
 from distributed_rerank.cluster.session import Session
 from distributed_rerank.errors import BadInput
-from distributed_rerank.procedures.training import run as training_run
-from distributed_rerank.procedures.training.task import TrainingTask
+from distributed_rerank.training import run as training_run
+from distributed_rerank.training.task import TrainingTask
 
 pytestmark = pytest.mark.ray
 

@@ -26,7 +26,7 @@ from distributed_rerank.models.concat_siamese import ConcatSiamese, ConcatSiames
 from distributed_rerank.models.distance_siamese import DistanceSiamese, DistanceSiameseConfig
 from distributed_rerank.models.extractor import ExtractorConfig
 from distributed_rerank.models.saving import save_model
-from distributed_rerank.procedures.ranking.run import Steps
+from distributed_rerank.reranking.first_stage import Executors
 
 ROOT = Path(__file__).resolve().parents[2]
 N_LABELS, N_IMAGES = 12, 4
@@ -125,7 +125,7 @@ def run_job(capsys: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
     def run(name: str, *arguments: object, on_ray: bool = False) -> Outcome:
         job = load_job(name)
         if not on_ray:
-            vars(job)["steps_on"] = lambda session: Steps()
+            vars(job)["executors_on"] = lambda session: Executors()
         defaults = command_line.training_defaults if name == "train" else None
         capsys.readouterr()
         with pytest.raises(SystemExit) as stop:

@@ -4,14 +4,14 @@ import huggingface_hub
 import pytest
 import torch
 
+from distributed_rerank.chain.chain import Chain, PairwiseStep, write_chain
 from distributed_rerank.errors import BadInput
 from distributed_rerank.models.concat_siamese import ConcatSiamese, ConcatSiameseConfig
 from distributed_rerank.models.distance_siamese import DistanceSiamese, DistanceSiameseConfig
 from distributed_rerank.models.saving import load_model, save_model
 from distributed_rerank.models.split_siamese import SplitSiamese, SplitSiameseConfig
 from distributed_rerank.models.token_siamese import TokenSiamese, TokenSiameseConfig
-from distributed_rerank.procedures.chain.chain import Chain, PairwiseStep, write_chain
-from distributed_rerank.procedures.ranking.run import load_model_and_chain
+from distributed_rerank.reranking.run import load_model_and_chain
 
 
 @pytest.fixture

@@ -1,0 +1,135 @@
+"""A chain applied to candidate lists: each step re-orders what the one before it left. Layer 3.
+
+The lists are those of all items of a search, queries and gallery alike, numbered 0, 1, ...: neighbourhood
+steps ask whether two items are in each other's lists. Nothing enters a list, except by alpha_qe, which searches
+again.
+"""
+
+import torch
+from jaxtyping import Float, Float32, Float64, Int64
+from torch import Tensor
+
+from distributed_rerank.chain.chain import (
+    AlphaQEStep,
+    Chain,
+    KReciprocalStep,
+    NeighbourhoodStep,
+    PairwiseStep,
+    ProbabilityStep,
+)
+from distributed_rerank.tensors import calibration, reranking
+from distributed_rerank.tensors.knn import Neighbours, nearest
+from distributed_rerank.tensors.match_neighbourhood import mix, overlap_distances, reorder_stably
+from distributed_rerank.tensors.neighbourhood import distance_scale, k_reciprocal
+from distributed_rerank.tensors.query_expansion import expand_embeddings, expanded_distances
+
+
+def apply(
+    chain: Chain,
+    lists: Neighbours,
+    logits: Float[Tensor, "item top_n"] | None = None,
+    embeddings: Float[Tensor, "item dim"] | None = None,
+    sequences: Int64[Tensor, " item"] | None = None,
+) -> Neighbours:
+    """The lists after all steps. `logits` are those of the first candidates of each list, NaN where there is
+    none.
+
+    `sequences`, negative = none, keep the new search of alpha_qe from finding an item's own sequence. Logits are
+    needed by a pairwise step, embeddings by alpha_qe and query_expansion; an assertion says so.
+    The input is left as it is.
+    """
+    for step in chain.steps:
+        if isinstance(step, PairwiseStep):
+            assert logits is not None, "a pairwise step needs logits"
+            lists = apply_pairwise(step, lists, logits)
+        elif isinstance(step, KReciprocalStep):
+            lists = apply_k_reciprocal(step, lists)
+        elif isinstance(step, AlphaQEStep):
+            assert embeddings is not None, "alpha_qe needs embeddings"
+            lists = apply_alpha_qe(step, lists, embeddings, sequences)
+        else:
+            lists = apply_by_probability(step, lists, embeddings)
+    return lists
+
+
+def apply_pairwise(step: PairwiseStep, lists: Neighbours, logits: Float[Tensor, "query top_n"]) -> Neighbours:
+    """The lists of any queries by the step's rule; the tail behind `top_n` keeps its places."""
+    head = logits[:, : step.top_n]
+    if step.rule == "replace":
+        order, distances = reranking.merge_replace(lists.distances, head)
+    else:
+        order, distances = reranking.fuse(
+            lists.distances, head, weight=step.weight, temperature=step.temperature, top_n=step.top_n
+        )
+    return Neighbours(lists.items.gather(1, order), distances)
+
+
+def apply_k_reciprocal(step: KReciprocalStep, lists: Neighbours) -> Neighbours:
+    """The lists of all items by k-reciprocal encoding; fused distances are shifted so that none is
+    negative."""
+    finite = lists.distances[lists.distances.isfinite()]
+    shift = min(0.0, float(finite.min())) if len(finite) else 0.0
+    items, distances = k_reciprocal(
+        lists.items, lists.distances - shift, k1=step.k1, k2=step.k2, original_weight=step.weight
+    )
+    return Neighbours(items, distances)
+
+
+def apply_by_probability(
+    step: ProbabilityStep, lists: Neighbours, embeddings: Float[Tensor, "item dim"] | None
+) -> Neighbours:
+    """The lists of all items by neighbourhood or query expansion, with the probabilities that the step's curve
+    gives."""
+    probabilities = probabilities_of(step, lists)
+    everything = torch.arange(len(lists.items))
+    distances = neighbour_distances(step, lists, probabilities, embeddings, everything)
+    return Neighbours(*reorder_stably(lists.items, mix(distances, probabilities, original_weight=step.weight)))
+
+
+def probabilities_of(step: ProbabilityStep, lists: Neighbours) -> Float64[Tensor, "item k"]:
+    """What the step's curve makes of the lists' distances: the probability of a match, 0 where nothing is."""
+    found = calibration.probability(lists.distances, calibration.Logistic(step.slope, step.intercept))
+    return torch.where(lists.items >= 0, found, 0.0)
+
+
+def neighbour_distances(
+    step: ProbabilityStep,
+    lists: Neighbours,
+    probabilities: Float64[Tensor, "item k"],
+    embeddings: Float[Tensor, "item dim"] | None,
+    queries: Int64[Tensor, " query"],
+) -> Float32[Tensor, "query k"]:
+    """What the step mixes the probabilities of these items' lists with; it does not depend on `step.weight`.
+
+    Where lists are shorter than the step's k1, k2 or k, they are used whole.
+    """
+    longest = lists.items.shape[1]
+    if longest == 0:
+        return torch.empty(len(queries), 0)
+    if isinstance(step, NeighbourhoodStep):
+        k1, k2 = min(step.k1, longest), min(step.k2, longest)
+        return overlap_distances(lists.items, probabilities, queries, kind=step.kind, k1=k1, k2=k2)
+    assert embeddings is not None, "query expansion needs embeddings"
+    everything = torch.arange(len(lists.items))
+    found = expanded_distances(embeddings, lists.items, probabilities, everything, k=step.k, alpha=step.alpha)
+    return found[queries] / distance_scale(found)
+
+
+def apply_alpha_qe(
+    step: AlphaQEStep,
+    lists: Neighbours,
+    embeddings: Float[Tensor, "item dim"],
+    sequences: Int64[Tensor, " item"] | None = None,
+) -> Neighbours:
+    """A new search with every embedding expanded by its neighbours in the lists."""
+    expanded = expand_embeddings(embeddings, embeddings, lists.items, n_neighbours=step.k, alpha=step.alpha)
+    items: Int64[Tensor, " item"] = torch.arange(len(embeddings))
+    return nearest(
+        expanded,
+        expanded,
+        query_items=items,
+        gallery_items=items,
+        query_sequences=sequences,
+        gallery_sequences=sequences,
+        n_items=lists.items.shape[1],
+    )

@@ -1,0 +1,104 @@
+"""What a choice of the chain rests on: lists of labels that nothing was trained on, and how a chain fares there.
+Layer 3."""
+
+from dataclasses import dataclass, field
+
+import torch
+from jaxtyping import Bool, Float, Int64
+from torch import Tensor
+
+from distributed_rerank.chain.apply import apply
+from distributed_rerank.chain.chain import Chain
+from distributed_rerank.tensors import calibration, metrics
+from distributed_rerank.tensors.knn import Neighbours
+from distributed_rerank.tensors.metrics import PerQuery
+
+CMC_WEIGHT = 2.0
+"""Of CMC@1 beside mAP@10 in the objective: neighbourhood steps gain the second and can lose the first."""
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What a choice is made on: the lists of all images of the set-aside labels, numbered 0, 1, ..."""
+
+    lists: Neighbours
+    labels: Int64[Tensor, " item"]
+    n_relevant: Int64[Tensor, " item"]
+    """Relevant items of each; items with none are in the lists of others but are no queries."""
+    logits: Float[Tensor, "item top_n"] | None = None
+    embeddings: Float[Tensor, "item dim"] | None = None
+
+    @property
+    def queries(self) -> Int64[Tensor, " query"]:
+        """The items that are measured: those that have relevant ones."""
+        return (self.n_relevant > 0).nonzero().squeeze(1)
+
+    def query_labels(self) -> Int64[Tensor, " query"]:
+        """Labels of the items that are measured."""
+        return self.labels[self.queries]
+
+    def per_query(self, lists: Neighbours) -> PerQuery:
+        """Metrics of the items that have relevant ones, in item order, from lists of all items."""
+        return self.measure(self.queries, lists.items[self.queries])
+
+    def measure(self, queries: Int64[Tensor, " query"], candidates: Int64[Tensor, "query k"]) -> PerQuery:
+        """mAP@10, CMC@1 and their objective for some of the queries, from their own ranked candidates."""
+        is_relevant = metrics.relevance(candidates, self.labels[queries], self.labels)
+        values = metrics.per_query(is_relevant, self.n_relevant[queries], (1, 10))
+        values = {key: values[key] for key in ("map@10", "cmc@1")}
+        return {**values, "objective": values["map@10"] + CMC_WEIGHT * values["cmc@1"]}
+
+    def judged_pairs(
+        self, lists: Neighbours, top_n: int, is_counted: Bool[Tensor, " query"] | None = None
+    ) -> tuple[Float[Tensor, " pair"], Bool[Tensor, " pair"]]:
+        """Distance, and whether it is a match, of each pair of a query and its first `top_n` candidates."""
+        rows = self.queries if is_counted is None else self.queries[is_counted]
+        items, distances = lists.items[rows, :top_n], lists.distances[rows, :top_n]
+        is_there = (items >= 0) & distances.isfinite()
+        return distances[is_there], metrics.relevance(items, self.labels[rows], self.labels)[is_there]
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A chain and how each query fared with it."""
+
+    chain: Chain
+    values: PerQuery
+    lists: Neighbours = field(repr=False)
+
+    def figures(self) -> dict[str, float]:
+        """Mean mAP@10 and CMC@1."""
+        return {key: float(self.values[key].mean()) for key in ("map@10", "cmc@1")}
+
+
+def try_chain(evidence: Evidence, chain: Chain) -> Trial:
+    """Measures one chain."""
+    lists = apply(chain, evidence.lists, evidence.logits, evidence.embeddings)
+    return Trial(chain, evidence.per_query(lists), lists)
+
+
+def scored_depth(evidence: Evidence, chain: Chain) -> int:
+    """How many candidates of a list have a distance that a curve can be fitted to: those that the chain's pairwise
+    step orders, or all."""
+    return evidence.lists.items.shape[1] if chain.pairwise is None else chain.pairwise.top_n
+
+
+def fit_curve(
+    evidence: Evidence, trial: Trial, is_counted: Bool[Tensor, " query"] | None = None
+) -> calibration.Logistic | None:
+    """What turns a distance of the trial's lists into the probability of a match, learned from these queries.
+
+    None where they have no pair of either kind, or where small does not mean a match.
+    """
+    distances, is_match = evidence.judged_pairs(trial.lists, scored_depth(evidence, trial.chain), is_counted)
+    if not bool(is_match.any()) or bool(is_match.all()):
+        return None
+    curve = calibration.fit_logistic(distances, is_match)
+    return curve if curve.slope > 0 else None
+
+
+def half_of_labels(labels: Int64[Tensor, " query"], seed: int) -> Bool[Tensor, " query"]:
+    """Which queries belong to the first half of the labels, drawn by `seed`."""
+    known = labels.unique()
+    drawn = known[torch.randperm(len(known), generator=torch.Generator().manual_seed(seed))]
+    return torch.isin(labels, drawn[: len(known) // 2])

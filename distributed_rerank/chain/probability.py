@@ -1,0 +1,73 @@
+"""What the chain's output says as a probability, and how far that can be trusted. Layer 3.
+
+A logit and a fused distance order candidates; neither says how sure a match is. A logistic curve on the distances of
+the chain's output does. Its calibration error (ECE) is measured on labels that the curve was not fitted to, beside
+that of the raw sigmoid of the logit.
+"""
+
+import logging
+from typing import Any
+
+import torch
+from jaxtyping import Bool
+from torch import Tensor
+
+from distributed_rerank.chain.chain import Chain
+from distributed_rerank.chain.evidence import Evidence, Trial, fit_curve, scored_depth
+from distributed_rerank.tensors import calibration
+
+logger = logging.getLogger(__name__)
+
+
+def calibrate(evidence: Evidence, chosen: Trial, is_first_half: Bool[Tensor, " query"]) -> dict[str, Any]:
+    """The curve from the distances of the chain's output to the probability of a match, for chain.json.
+
+    `slope, intercept`: p = sigmoid(intercept - slope * distance), fitted to all labels. `ece`: its error where
+    either half of the labels is judged by the curve of the other; `ece_raw`: that of sigmoid(-logit), None without
+    logits. Both over the first candidates of each list, those that the pairwise step orders. {} where no curve can be
+    fitted.
+    """
+    curve = fit_curve(evidence, chosen)
+    halves = [fit_curve(evidence, chosen, is_first_half == is_first) for is_first in (True, False)]
+    if curve is None or halves[0] is None or halves[1] is None:
+        return {}
+    depth = scored_depth(evidence, chosen.chain)
+    found, truth = [], []
+    for fitted, rows in ((halves[0], ~is_first_half), (halves[1], is_first_half)):
+        distances, is_match = evidence.judged_pairs(chosen.lists, depth, rows)
+        found.append(calibration.probability(distances, fitted))
+        truth.append(is_match)
+    ece = calibration.expected_calibration_error(torch.cat(found), torch.cat(truth))
+    raw = raw_error(evidence)
+    logger.info(
+        "probability of a match: calibration error %.4f on labels the curve was not fitted to%s",
+        ece,
+        "" if raw is None else f", {raw:.4f} of the raw sigmoid of the logit",
+    )
+    return {
+        "slope": curve.slope,
+        "intercept": curve.intercept,
+        "ece": ece,
+        "ece_raw": raw,
+        "n_pairs": sum(len(part) for part in truth),
+    }
+
+
+def raw_error(evidence: Evidence) -> float | None:
+    """Calibration error of sigmoid(-logit), which nothing was fitted to; None without logits."""
+    if evidence.logits is None:
+        return None
+    depth = evidence.logits.shape[1]
+    lists = type(evidence.lists)(evidence.lists.items[:, :depth], evidence.logits)
+    logits, is_match = evidence.judged_pairs(lists, depth)
+    if not len(logits):
+        return None
+    return calibration.expected_calibration_error((-logits).double().sigmoid(), is_match)
+
+
+def probabilities(chain: Chain, distances: Tensor) -> Tensor | None:
+    """Probability of a match for distances of this chain's output; None where it has no calibration."""
+    if not chain.calibration:
+        return None
+    curve = calibration.Logistic(chain.calibration["slope"], chain.calibration["intercept"])
+    return calibration.probability(distances, curve)

@@ -1,0 +1,1 @@
+"""The generated catalogue of the demo: product designs in look-alike families, photographed by a simulated camera."""

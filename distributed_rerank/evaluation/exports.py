@@ -1,0 +1,118 @@
+"""An evaluation folder in formats that others read: TREC run and qrels, Markdown for a pull request. Layer 3."""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence, Set
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from distributed_rerank.data import artifacts, tables
+from distributed_rerank.data.candidates import CandidateLists, candidates_table
+from distributed_rerank.data.catalogue import Catalogue
+from distributed_rerank.data.exports import write_qrels, write_trec_run
+from distributed_rerank.errors import BadInput
+from distributed_rerank.report.formatting import count_of, fraction, metric_name, p_value, signed, verdict
+from distributed_rerank.reranking.external_candidates import external_candidates
+from distributed_rerank.tensors import sharding
+
+QUERIES_PER_BATCH = 1 << 12
+RUN_BEFORE, RUN_AFTER, QRELS = "first_stage.trec", "reranked.trec", "qrels.trec"
+
+
+def export_trec(folder: Path, catalogue: Catalogue, out: Path, candidates: Path | None = None) -> list[Path]:
+    """Write the evaluation `folder` as `first_stage.trec`, `reranked.trec` (if re-ranked) and `qrels.trec` into `out`.
+
+    `catalogue` is the one evaluated, restricted to its split; `candidates` the first stage's lists where these were
+    given to the evaluation. The files hold exactly the queries that were measured (those with a relevant item), without
+    rejected images, so any tool that averages over the judged queries finds our figures: cmc@k as success@k,
+    precision@k, recall@k, mrr, and map@k where no query has more than k relevant items (TREC divides by their number,
+    we by min(k, number)). Returns the files.
+
+    Raises BadInput for a catalogue of another digest and for missing first-stage lists.
+    """
+    made_with = artifacts.read_manifest(folder)["fingerprint"].get("catalogue")
+    if made_with != catalogue.digest():
+        raise BadInput(
+            f"{folder} was evaluated with catalogue {str(made_with)[:16]}, this one is {catalogue.digest()[:16]}; "
+            "give the same --catalogue and --split"
+        )
+    measured = tables.read_table(folder, "per_query").select(["query_id", "n_relevant"]).to_pandas()
+    rejected = set(tables.read_table(folder, "rejects")["id"].to_pylist())
+    if rejected:
+        catalogue = catalogue.take(np.flatnonzero([id not in rejected for id in catalogue.ids]))
+    out.mkdir(parents=True, exist_ok=True)
+    queries = measured["query_id"].tolist()
+    written = [out / RUN_BEFORE]
+    first_stage = _batches(_first_stage(folder, candidates), rejected, catalogue, queries)
+    write_trec_run(out / RUN_BEFORE, first_stage, "first_stage")
+    if (folder / "reranked.parquet").is_file():
+        after = _batches(folder / "reranked.parquet", rejected, catalogue, queries)
+        write_trec_run(out / RUN_AFTER, after, "reranked")
+        written.append(out / RUN_AFTER)
+    write_qrels(out / QRELS, relevant_ids(catalogue, queries, measured["n_relevant"].tolist()))
+    return [*written, out / QRELS]
+
+
+def relevant_ids(
+    catalogue: Catalogue, queries: Sequence[str], n_relevant: Sequence[int]
+) -> Iterator[tuple[str, list[str]]]:
+    """Each query and the ids relevant to it: gallery items of its label, not itself, not its sequence; in id order."""
+    gallery, labels, sequences = catalogue.gallery_items, catalogue.labels, catalogue.sequences
+    by_label = gallery[np.argsort(labels[gallery], kind="stable")]
+    ordered = labels[by_label]
+    for query, expected, item in zip(queries, n_relevant, catalogue.items_of(queries).tolist(), strict=True):
+        low, high = np.searchsorted(ordered, [labels[item], labels[item] + 1])
+        same = by_label[low:high]
+        own = (same == item) | ((sequences[item] >= 0) & (sequences[same] == sequences[item]))
+        found = catalogue.ids[same[~own]].tolist()
+        assert len(found) == expected, f"query {query!r} has {len(found)} relevant items, measured were {expected}"
+        yield query, found
+
+
+def _first_stage(folder: Path, candidates: Path | None) -> Path:
+    own = folder / "candidates"
+    if candidates is None and not own.is_dir():
+        raise BadInput(f"{folder} holds no first-stage lists, they were given to it; give the same --candidates")
+    return own if candidates is None else candidates
+
+
+def _batches(path: Path, rejected: Set[str], catalogue: Catalogue, queries: Sequence[str]) -> Iterator[pa.Table]:
+    """The lists at `path` as they were measured, in candidates tables of some queries each, by query id and rank."""
+    lists = external_candidates(catalogue, path, rejected)
+    wanted = np.flatnonzero(np.isin(lists.query_items, catalogue.items_of(queries)))
+    for start, stop in sharding.blocks(len(wanted), QUERIES_PER_BATCH):
+        rows = wanted[start:stop]
+        yield candidates_table(CandidateLists(*(array[rows] for array in lists)), catalogue.ids)
+
+
+def export_markdown(folder: Path, path: Path) -> None:
+    """Write `markdown_summary` of the evaluation `folder` to the file `path`."""
+    metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with artifacts.atomic_path(path) as temporary:
+        temporary.write_text(markdown_summary(metrics), encoding="utf-8")
+
+
+def markdown_summary(metrics: Mapping[str, Any]) -> str:
+    """What metrics.json says, for a pull request: the verdict, what was measured, a table with intervals."""
+    is_reranked = bool(metrics.get("reranked"))
+    told = verdict(metrics, is_reranked)
+    counts = f"{count_of(metrics['n_queries'])} queries, {count_of(metrics['n_gallery'])} gallery items"
+    for key, words in (("n_without_relevant", "queries without a relevant item"), ("n_rejected", "images rejected")):
+        if metrics.get(key):
+            counts += f", {count_of(metrics[key])} {words}"
+    chain = metrics.get("chain") or "first stage"
+    lines = [f"**{told.sentence}** {told.detail}".rstrip(), "", f"{counts}; chain: {chain}", ""]
+    if not is_reranked:
+        lines += ["| metric | first stage |", "|:--|--:|"]
+        lines += [f"| {metric_name(key)} | {fraction(value)} |" for key, value in metrics["first_stage"].items()]
+        return "\n".join(lines) + "\n"
+    lines += ["| metric | before | after | change | 95 % interval | p |", "|:--|--:|--:|--:|:-:|--:|"]
+    for key, before in metrics["first_stage"].items():
+        compared = metrics["difference"][key]
+        interval = " to ".join(signed(end) for end in compared["ci95"])
+        cells = [fraction(before), fraction(metrics["reranked"][key]), signed(compared["mean"])]
+        lines.append(f"| {' | '.join([metric_name(key), *cells, interval, p_value(compared['p_value'])])} |")
+    return "\n".join(lines) + "\n"

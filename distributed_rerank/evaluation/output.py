@@ -1,0 +1,102 @@
+"""What an evaluation leaves on disk: figures, a row per query, rejects, re-ranked lists, the report. Layer 3."""
+
+import platform
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import torch
+from torch import Tensor
+
+from distributed_rerank.data import artifacts, tables
+from distributed_rerank.data.candidates import CandidateLists, candidates_table
+from distributed_rerank.data.catalogue import Catalogue, ImageRef
+from distributed_rerank.report.page import build_report
+from distributed_rerank.report.query_examples import SHOWN_CANDIDATES, Candidate, Strip, choose_queries
+from distributed_rerank.tensors.knn import Ranking
+
+QUERIES_PER_BATCH = 1 << 12
+
+
+@dataclass(frozen=True)
+class Result:
+    """What is written: metrics, one row per query, and the rankings of the queries in item order."""
+
+    metrics: dict[str, Any]
+    per_query: pd.DataFrame
+    catalogue: Catalogue
+    query_items: Tensor
+    before: Ranking
+    after: Ranking | None
+
+
+def write(
+    folder: Path, result: Result, rejects: pd.DataFrame, settings: dict[str, Any], timings: dict[str, Any]
+) -> None:
+    """metrics.json, per_query.parquet, rejects.parquet, reranked.parquet where there was a re-ranking, report.html."""
+    artifacts.write_json(folder / "metrics.json", result.metrics)
+    per_query = pa.Table.from_pandas(result.per_query, preserve_index=False)
+    tables.write_table(folder / "per_query.parquet", per_query, "per_query")
+    tables.write_table(folder / "rejects.parquet", pa.Table.from_pandas(rejects, preserve_index=False), "rejects")
+    if result.after is not None:
+        tables.write_batches(folder / "reranked.parquet", _batches(result, result.after), "candidates")
+    build_report(
+        result.metrics,
+        result.per_query,
+        _strips(result),
+        settings | {"chain": result.metrics["chain"], "catalogue": result.catalogue.source},
+        _environment(),
+        folder / "report.html",
+        rejects,
+        timings,
+        _suspect_images(result),
+    )
+
+
+def _batches(result: Result, ranking: Ranking) -> Iterator[pa.Table]:
+    """The lists of all queries in candidates tables of some queries each."""
+    for rows in torch.arange(len(result.query_items)).split(QUERIES_PER_BATCH):
+        ranked = ranking[rows]
+        lists = CandidateLists(result.query_items[rows].numpy(), ranked.items.numpy(), ranked.distances.numpy())
+        yield candidates_table(lists, result.catalogue.ids)
+
+
+def _suspect_images(result: Result) -> list[tuple[ImageRef, ImageRef]]:
+    """The images of each pair whose labels are suspected."""
+    sides = [
+        result.catalogue.images(result.catalogue.items_of([pair[side] for pair in result.metrics["suspects"]]))
+        for side in ("query_id", "gallery_id")
+    ]
+    return list(zip(*sides, strict=True))
+
+
+def _strips(result: Result) -> list[Strip]:
+    """Image strips of the queries that the report shows."""
+    chosen = [id for group in choose_queries(result.per_query) for id in group]
+    rows = np.searchsorted(result.query_items.numpy(), result.catalogue.items_of(chosen))
+    return [_strip(result, row) for row in rows.tolist()]
+
+
+def _strip(result: Result, row: int) -> Strip:
+    catalogue, item = result.catalogue, int(result.query_items[row])
+
+    def side(ranking: Ranking | None) -> list[Candidate]:
+        if ranking is None:
+            return []
+        found = ranking[torch.tensor([row])]
+        items = found.items[0, :SHOWN_CANDIDATES]
+        items = items[items >= 0].numpy()
+        is_relevant = catalogue.labels[items] == catalogue.labels[item]
+        distances = found.distances[0, : len(items)].tolist()
+        refs = catalogue.images(items)
+        return [Candidate(*cells) for cells in zip(refs, is_relevant.tolist(), distances, strict=True)]
+
+    return Strip(catalogue.images(np.array([item]))[0], side(result.before), side(result.after))
+
+
+def _environment() -> dict[str, str]:
+    return {"python": platform.python_version(), "torch": torch.__version__, "machine": platform.machine()}

@@ -1,0 +1,136 @@
+"""An evaluation from catalogue to report: metrics.json, per_query.parquet, report.html and what they rest on.
+Layer 3.
+
+`metrics.json` and `per_query.parquet` hold nothing that depends on time, workers or interruptions. Seconds go
+into `timings.json`, counts of work actually done into the manifests of the stages.
+"""
+
+import json
+import logging
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from distributed_rerank.chain.chain import Chain, kind_of
+from distributed_rerank.data import artifacts
+from distributed_rerank.data.candidates import CandidateLists
+from distributed_rerank.data.catalogue import Catalogue
+from distributed_rerank.data.rejects import all_rejects
+from distributed_rerank.errors import BadInput
+from distributed_rerank.evaluation import measure as evaluation
+from distributed_rerank.evaluation import output as evaluation_output
+from distributed_rerank.evaluation.diagnostics import diagnose
+from distributed_rerank.evaluation.output import Result
+from distributed_rerank.evaluation.ranked import Ranked, rank
+from distributed_rerank.models.pairwise import PairwiseModel
+from distributed_rerank.reranking import run as ranking_run
+from distributed_rerank.reranking.config import EvaluationConfig, check_depth, input_digests, settings_of
+from distributed_rerank.reranking.first_stage import Executors, FirstStage, first_stage
+from distributed_rerank.reranking.run import Scored
+from distributed_rerank.runtime.progress import timed
+
+logger = logging.getLogger(__name__)
+
+
+def evaluate(
+    catalogue: Catalogue,
+    config: EvaluationConfig,
+    out: Path,
+    *,
+    model: PairwiseModel | None = None,
+    chain: Chain | None = None,
+    steps: Executors | None = None,
+    overwrite: bool = False,
+) -> dict[str, Any]:
+    """Evaluate the queries of `catalogue`; returns what metrics.json holds.
+
+    Without `model` and chain the first stage alone is measured. A finished `out` of the same inputs is not
+    computed again; a killed run continues with its unfinished blocks. Raises BadInput where the inputs do not
+    fit together.
+    """
+    steps, chain = steps or Executors(), chain or Chain()
+    for role, items in (("is_query", catalogue.query_items), ("is_gallery", catalogue.gallery_items)):
+        if not len(items):
+            raise BadInput(f"{catalogue.source}: no row of this split has {role}; set it or choose another --split")
+    check_depth(config, chain)
+    fingerprint = _fingerprint(catalogue, config, model, chain)
+    if artifacts.is_complete(out, fingerprint, overwrite):
+        logger.info("%s is complete: nothing to do", out)
+        return json.loads((out / "metrics.json").read_text())
+    timings: dict[str, float] = {}
+    with artifacts.stage(out, fingerprint) as staging:
+        first = first_stage(catalogue, config, staging.path, steps, timings)
+        scored = _score(first, config, model, chain, staging.path, steps, timings)
+        with timed(timings, "measure"):
+            ranked = rank(first, scored, chain, model is not None)
+            result, details = _measure(ranked, config, model, staging.path, steps)
+        rejects = all_rejects(first.rejects, scored.rejects)
+        result.metrics["n_rejected"] = len(rejects)
+        with timed(timings, "report"):
+            evaluation_output.write(staging.path, result, rejects, fingerprint["config"], details | timings)
+        artifacts.write_json(staging.path / "timings.json", {"seconds": timings, **details})
+        staging.finish({"n_rejected": len(rejects)}, rows=len(result.per_query))
+    return result.metrics
+
+
+def _fingerprint(
+    catalogue: Catalogue, config: EvaluationConfig, model: PairwiseModel | None, chain: Chain
+) -> dict[str, Any]:
+    return artifacts.make_fingerprint(
+        "evaluate",
+        config=settings_of(config),
+        catalogue=catalogue.digest(),
+        given=input_digests(config),
+        model=None if model is None else ranking_run.identify(model),
+        chain=[{"step": kind_of(step), **asdict(step)} for step in chain.steps],
+    )
+
+
+def _score(
+    first: FirstStage,
+    config: EvaluationConfig,
+    model: PairwiseModel | None,
+    chain: Chain,
+    folder: Path,
+    steps: Executors,
+    timings: dict[str, float],
+) -> Scored:
+    """The lists the chain works on, with their logits."""
+    with timed(timings, "score"):
+        lists = ranking_run.lists_for(chain, first, config.retrieval, folder / "all_candidates", steps)
+        if model is None or chain.pairwise is None:
+            return Scored(lists, None, [])
+        _log_cost(model, lists, chain.pairwise.top_n)
+        return ranking_run.score_lists(
+            lists,
+            first.catalogue,
+            model,
+            chain,
+            config.scoring,
+            folder / "pair_distances",
+            steps,
+            config.max_rejects,
+        )
+
+
+def _log_cost(model: PairwiseModel, lists: CandidateLists, top_n: int) -> None:
+    n_pairs = int((lists.items[:, :top_n] >= 0).sum())
+    gflop = model.gflop_per_pair()
+    logger.info(
+        "%d pairs, %.4g GFLOP each, %.4g TFLOP in all; %d bytes an image", n_pairs, gflop, n_pairs * gflop / 1000,
+        model.bytes_per_image,
+    )  # fmt: skip
+
+
+def _measure(
+    ranked: Ranked, config: EvaluationConfig, model: PairwiseModel | None, folder: Path, steps: Executors
+) -> tuple[Result, dict[str, Any]]:
+    """Metrics of the queries before and after with all that is found beside them, and the seconds of single parts."""
+    base = evaluation.measure(
+        ranked.catalogue, ranked.query_items, ranked.before, ranked.after, ks=config.ks, seed=config.seed
+    )
+    found = diagnose(ranked, base.metrics, base.per_query, config, model, folder, steps)
+    metrics = base.metrics | {"chain": ranked.chain.describe()} | found.figures
+    table = base.per_query.assign(**found.columns)
+    after = ranked.final if ranked.after else None
+    return Result(metrics, table, ranked.first.catalogue, ranked.query_items, ranked.before, after), found.timings

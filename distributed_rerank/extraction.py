@@ -1,0 +1,181 @@
+"""Images to embeddings: blocks of images through one extractor, and the resumable folder they end in. Layer
+3.
+
+Which images share a block and a micro-batch is fixed by the catalogue and the config, never by workers or
+order of completion, because a network's last bits may depend on what else is in its batch.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float32, UInt8
+from torch import Tensor
+
+from distributed_rerank.data import artifacts, tables
+from distributed_rerank.data.catalogue import Catalogue, ImageRef
+from distributed_rerank.data.decoding import decode, is_readable
+from distributed_rerank.data.embeddings import Embeddings, join_embeddings, read_embeddings
+from distributed_rerank.data.rejects import Reject, check_rejects, reject_table, rejects_of
+from distributed_rerank.errors import BadInput
+from distributed_rerank.models.extractor import Extractor, ExtractorConfig, build_extractor, weights_digest
+from distributed_rerank.runtime.devices import InferenceThreads, pick_device
+from distributed_rerank.runtime.progress import progress
+from distributed_rerank.tensors import sharding
+
+Block = tuple[int, Sequence[ImageRef]]
+"""Number and images of a block."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExtractionConfig:
+    """How embeddings are computed. All but the numbers of threads can change their last bits."""
+
+    extractor: ExtractorConfig
+    block_size: int = 256
+    """Images in a block, the unit of work."""
+    images_per_batch: int | None = None
+    """Images in one call of the network; None = 8 on a CPU, where small batches stay in the cache, and 256 on
+    a GPU."""
+    threads_per_worker: int = 1
+    """Parts of a block that the network computes at the same time, each with one thread."""
+    decode_threads: int = 1
+    """Threads that read images in one process."""
+
+    def __post_init__(self) -> None:
+        for name in ("block_size", "images_per_batch", "threads_per_worker", "decode_threads"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise BadInput(f"{name}={value} must be at least 1")
+
+    def fingerprint_settings(self) -> dict[str, Any]:
+        """The settings that can change a result, weights by their content."""
+        settings = asdict(self)
+        settings["extractor"]["weights"] = weights_digest(self.extractor)
+        return {name: value for name, value in settings.items() if name not in ("threads_per_worker", "decode_threads")}
+
+
+@dataclass(frozen=True)
+class EmbeddedBlock:
+    """The readable images of a block with their embeddings, and the others."""
+
+    ids: list[str]
+    embeddings: Float32[np.ndarray, "image dim"]
+    rejects: list[Reject]
+
+
+Extract = Callable[[Sequence[Block], ExtractionConfig], Iterator[tuple[int, EmbeddedBlock]]]
+"""A step: embedded blocks by number, in any order."""
+
+
+class Embedder:
+    """An extractor on the device of this process. A plain class: Ray Data makes its actors from it."""
+
+    def __init__(self, extractor: Extractor, config: ExtractionConfig) -> None:
+        self._device = pick_device()
+        self._extractor = extractor.prepare_for_inference(self._device)
+        self._lanes = InferenceThreads(config.threads_per_worker)
+        self._batch = config.images_per_batch or (8 if self._device.type == "cpu" else 256)
+
+    def embed(self, pixels: UInt8[Tensor, "image 3 height width"]) -> Float32[np.ndarray, "image dim"]:
+        """Embeddings of a block, in its order, a micro-batch at a time."""
+
+        def embed_part(part: tuple[int, int]) -> Float32[np.ndarray, "image dim"]:
+            return self._extractor(pixels[slice(*part)].to(self._device)).cpu().numpy()
+
+        parts = self._lanes.map(embed_part, sharding.blocks(len(pixels), self._batch))
+        return np.concatenate([np.empty((0, self._extractor.dim), np.float32), *parts])
+
+
+def plan(images: Sequence[ImageRef], block_size: int, first_number: int = 0) -> list[Block]:
+    """Cut `images` into numbered blocks of `block_size`; only the last may be shorter."""
+    cuts = sharding.blocks(len(images), block_size)
+    return [(first_number + number, images[start:stop]) for number, (start, stop) in enumerate(cuts)]
+
+
+def extract(blocks: Sequence[Block], config: ExtractionConfig) -> Iterator[tuple[int, EmbeddedBlock]]:
+    """The step in one process: decode and embed one block after the other."""
+    extractor = build_extractor(config.extractor)
+    embedder = Embedder(extractor, config)
+    for number, refs in blocks:
+        decoded = decode(refs, extractor.transform, threads=config.decode_threads)
+        ids = [refs[position].id for position in decoded.kept]
+        yield number, EmbeddedBlock(ids, embedder.embed(decoded.pixels), decoded.rejects)
+
+
+def embed(
+    catalogue: Catalogue,
+    config: ExtractionConfig,
+    out: str | Path,
+    *,
+    extract: Extract = extract,
+    overwrite: bool = False,
+    max_rejects: float = 0.001,
+) -> Embeddings:
+    """Embeddings of all images of the catalogue, kept in the folder `out`.
+
+    Only images that `out` does not have yet are computed; those of an earlier catalogue stay in it. A killed
+    run continues with the next block. Rejected images are tried again once they can be read. An explicit id
+    is taken for the same image whatever its path is.
+
+    Raises BadInput for a folder made with another extractor or config (`overwrite` recomputes it), and, after
+    all images were tried, when more than the share `max_rejects` of the catalogue cannot be read.
+    """
+    out = Path(out)
+    fingerprint = artifacts.make_fingerprint("embed", config=config.fingerprint_settings())
+    earlier = read_embeddings(out) if artifacts.is_complete(out, fingerprint, overwrite) else None
+    if earlier is not None and not _missing(catalogue, earlier):
+        _check(earlier, catalogue, max_rejects, out)
+        return earlier
+    with artifacts.stage(out, fingerprint) as staging:
+        done = join_embeddings([earlier, *_staged(staging)])
+        _compute(_missing(catalogue, done), config, staging, extract)
+        complete = join_embeddings([earlier, *_staged(staging)])
+        assert not _missing(catalogue, complete), f"images were lost: {_missing(catalogue, complete)[:3]}"
+        tables.write_embeddings(staging.path / "embeddings.parquet", complete.ids, complete.matrix)
+        rejects = reject_table(complete.rejects, "embed")
+        tables.write_table(staging.path / "rejects.parquet", rejects, "rejects")
+        _check(complete, catalogue, max_rejects, staging.path)
+        staging.finish({"n_rejected": len(complete.rejects)}, rows=len(complete.ids))
+    return complete
+
+
+def _missing(catalogue: Catalogue, done: Embeddings) -> list[ImageRef]:
+    """Images without an embedding, except those that were rejected and still cannot be read."""
+    rejected = {reject.id for reject in done.rejects}
+    refs = catalogue.images(np.flatnonzero(done.rows_of(catalogue.ids) < 0))
+    return [ref for ref in refs if ref.id not in rejected or is_readable(ref)]
+
+
+def _compute(refs: list[ImageRef], config: ExtractionConfig, staging: artifacts.Staging, extract: Extract) -> None:
+    """Embed `refs` and store their blocks; the rejects go first, so that a stored block is a complete one."""
+    if not refs:
+        return
+    embedded, rejected = staging.blocks("embeddings"), staging.blocks("rejects")
+    blocks = dict(plan(refs, config.block_size, max(embedded.done(), default=-1) + 1))
+    results = extract(list(blocks.items()), config)
+    for number, result in progress(results, total=len(blocks), title="embedding"):
+        expected = sorted(ref.id for ref in blocks.pop(number))
+        found = sorted([*result.ids, *(reject.id for reject in result.rejects)])
+        assert found == expected, f"block {number} came back with other images"
+        rejected.write(number, reject_table(result.rejects, "embed"))
+        ids = np.array(result.ids, dtype=object)
+        embedded.write(number, tables.embeddings_table(ids, result.embeddings))
+    assert not blocks, f"blocks {sorted(blocks)} never came back"
+
+
+def _staged(staging: artifacts.Staging) -> Iterator[Embeddings]:
+    embedded, rejected = staging.blocks("embeddings"), staging.blocks("rejects")
+    for number in sorted(embedded.done()):
+        table = embedded.read(number)
+        column = table["embedding"].combine_chunks()
+        matrix = column.flatten().to_numpy(zero_copy_only=False).reshape(len(table), column.type.list_size)
+        yield Embeddings(table["id"].to_numpy(), matrix, tuple(rejects_of(rejected.read(number))))
+
+
+def _check(embeddings: Embeddings, catalogue: Catalogue, max_rejects: float, folder: Path) -> None:
+    own = set(catalogue.ids)
+    rejects = [reject for reject in embeddings.rejects if reject.id in own]
+    check_rejects(rejects, len(catalogue), max_rejects, str(folder / "rejects.parquet"))

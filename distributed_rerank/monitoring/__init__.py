@@ -1,0 +1,1 @@
+"""A history of scheduled evaluations: comparisons, regressions, the trend page."""

@@ -1,0 +1,130 @@
+"""Two evaluations of one catalogue compared query by query. Layer 3.
+
+What is compared is each run's final ranking: the re-ranked one, or the first stage's where nothing was re-ranked.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+
+from distributed_rerank.data import artifacts, tables
+from distributed_rerank.errors import BadInput
+from distributed_rerank.evaluation import measure as evaluation
+from distributed_rerank.report.formatting import count_of, fraction, metric_name, signed
+
+NO_CATEGORY = "(none)"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """`summary` is plain JSON; `changes` has a row for every shared query: label, category, metrics' differences."""
+
+    summary: dict[str, Any]
+    changes: pd.DataFrame
+
+
+def compare_runs(baseline: Path, run: Path, *, seed: int = 0, n_resamples: int = 2000) -> Comparison:
+    """How the final ranking of the evaluation folder `run` differs from that of `baseline`, paired by query.
+
+    Differences are run - baseline, their intervals and p-values clustered by label (`statistics.compare`), over the
+    queries that both measured and the metrics that both have; within each category likewise. A query that one side
+    rejected is left out and counted. Raises BadInput for folders that are no evaluations, and, naming both digests, for
+    runs of different catalogues: their queries are not the same questions.
+    """
+    prints = [_fingerprint(folder) for folder in (baseline, run)]
+    require_same_catalogue(str(baseline), prints[0]["catalogue"], str(run), prints[1]["catalogue"])
+    sides = [_final_values(folder) for folder in (baseline, run)]
+    shared = sides[0].index.intersection(sides[1].index).sort_values()
+    metrics = [key for key in sides[0] if key in sides[1] and key not in ("label", "category")]
+    if shared.empty:
+        raise BadInput(f"{baseline} and {run} measured no query in common; compare runs of the same split")
+    before, after = (side.loc[shared] for side in sides)
+    labels = torch.from_numpy(np.unique(before["label"].astype(str), return_inverse=True)[1].astype(np.int64))
+    groups = {} if before["category"].isna().all() else _groups(before["category"].fillna(NO_CATEGORY).astype(str))
+
+    def within(rows: np.ndarray) -> dict[str, Any]:
+        values = [{key: torch.from_numpy(side[key].to_numpy()[rows]) for key in metrics} for side in (before, after)]
+        return {
+            "n_queries": len(rows),
+            "baseline": _means(values[0]),
+            "run": _means(values[1]),
+            "difference": evaluation.difference(values[0], values[1], labels[rows], seed, n_resamples),
+        }
+
+    summary = {
+        "catalogue": prints[0]["catalogue"],
+        "models": {"baseline": prints[0].get("model"), "run": prints[1].get("model")},
+        "n_only_in_baseline": len(sides[0]) - len(shared),
+        "n_only_in_run": len(sides[1]) - len(shared),
+        **within(np.arange(len(shared))),
+        "categories": {name: within(rows) for name, rows in groups.items()},
+    }
+    return Comparison(summary, before[["label", "category"]].join(after[metrics] - before[metrics]))
+
+
+def catalogue_of(folder: Path) -> str:
+    """Digest of the catalogue that an evaluation folder was made with. Raises BadInput where it is none."""
+    return _fingerprint(folder)["catalogue"]
+
+
+def require_same_catalogue(baseline: str, baseline_digest: str, run: str, run_digest: str) -> None:
+    """Raises BadInput naming both digests where they differ."""
+    if baseline_digest != run_digest:
+        raise BadInput(
+            f"{baseline} was evaluated on catalogue {baseline_digest[:16]}, {run} on {run_digest[:16]}: their queries "
+            "cannot be paired; evaluate both on one catalogue, or choose a baseline of this one"
+        )
+
+
+def comparison_in_text(summary: Mapping[str, Any]) -> str:
+    """The comparison as a table of metrics, then mAP@10 of every category, worst first."""
+    left_out = summary["n_only_in_baseline"] + summary["n_only_in_run"]
+    note = f", {count_of(left_out)} measured by one side only" if left_out else ""
+    lines = [f"{count_of(summary['n_queries'])} queries of catalogue {summary['catalogue'][:16]}{note}", ""]
+    lines.append(f"{'':14}{'baseline':>9}{'run':>9}{'change':>10}   95 % interval")
+    lines += [_line(metric_name(key), summary, key) for key in summary["difference"]]
+    categories = summary["categories"]
+    if categories:
+        lines += ["", "mAP@10 by category, worst first"]
+        worst_first = sorted(categories, key=lambda name: (categories[name]["difference"]["map@10"]["mean"], name))
+        lines += [_line(name, categories[name], "map@10") for name in worst_first]
+    return "\n".join(lines)
+
+
+def _line(name: str, part: Mapping[str, Any], key: str) -> str:
+    compared = part["difference"][key]
+    low, high = compared["ci95"]
+    values = f"{fraction(part['baseline'][key]):>9}{fraction(part['run'][key]):>9}{signed(compared['mean']):>10}"
+    return f"{name:14}{values}   {signed(low)} to {signed(high)}"
+
+
+def _fingerprint(folder: Path) -> dict[str, Any]:
+    fingerprint = artifacts.read_manifest(folder)["fingerprint"]
+    if fingerprint.get("stage") != "evaluate":
+        stage = fingerprint.get("stage")
+        raise BadInput(f"{folder} is an output of {stage!r}; give a folder that jobs/evaluate.py wrote")
+    return fingerprint
+
+
+def _final_values(folder: Path) -> pd.DataFrame:
+    """label, category and every metric of the final ranking, by query id."""
+    table = tables.read_table(folder, "per_query").to_pandas().set_index("query_id")
+    side = "_after" if "map@10_after" in table else "_before"
+    names = [name for name in table if str(name).endswith(side) and not str(name).startswith("first_hit")]
+    values = table[names].rename(columns=lambda name: str(name).removesuffix(side))
+    return table[["label", "category"]].join(values)
+
+
+def _groups(names: Sequence[str] | pd.Series) -> dict[str, np.ndarray]:
+    found, numbers = np.unique(np.asarray(names, dtype=str), return_inverse=True)
+    return {str(name): np.flatnonzero(numbers == position) for position, name in enumerate(found)}
+
+
+def _means(values: Mapping[str, torch.Tensor]) -> dict[str, float]:
+    return {key: math.fsum(column.tolist()) / len(column) for key, column in values.items()}

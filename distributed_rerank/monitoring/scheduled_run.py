@@ -1,0 +1,161 @@
+"""What a scheduled evaluation does around `evaluate`: checks before, then verdict, history and trend. Layer 3."""
+
+import json
+import logging
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+
+from distributed_rerank.data import artifacts
+from distributed_rerank.data.catalogue import Catalogue
+from distributed_rerank.errors import BadInput
+from distributed_rerank.monitoring.comparison import catalogue_of, compare_runs, require_same_catalogue
+from distributed_rerank.monitoring.history import append, read_history
+from distributed_rerank.monitoring.regression import describe, is_regression
+from distributed_rerank.monitoring.trend import write_page, write_trend
+from distributed_rerank.tensors import metrics
+
+logger = logging.getLogger(__name__)
+
+EXIT_REGRESSION = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScheduleConfig:
+    """Which run this is, and what it is compared with."""
+
+    history: Path
+    """Parquet file with one row for every run; made if absent. A page history.html is written beside it."""
+    runs: Path
+    """Folder of the runs; this one's evaluation is the folder runs/RUN_ID."""
+    run_id: str = field(default_factory=lambda: datetime.now(UTC).date().isoformat())
+    """Name of this run. Default: today's date (UTC)."""
+    baseline: Path | None = None
+    """Evaluation folder that every run is compared with, beside the previous run."""
+    metric: str = "map@10"
+    """The metric that decides."""
+    tolerance: float = 0.005
+    """A loss is a regression where its 95 % interval lies below 0 and its mean below -tolerance."""
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.:+-]*", self.run_id):
+            raise BadInput(f"run_id={self.run_id!r} cannot name a folder; use letters, digits and _ . : + -")
+        if not 0 <= self.tolerance < 1:
+            raise BadInput(f"tolerance={self.tolerance} must be at least 0 and below 1; metrics are fractions")
+
+    @property
+    def folder(self) -> Path:
+        """Where this run's evaluation lies."""
+        return self.runs / self.run_id
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """The exit code, and why in a sentence for each comparison."""
+
+    exit_code: int
+    verdict: str
+    reason: str
+
+
+def check(config: ScheduleConfig, catalogue: Catalogue, ks: Sequence[int]) -> None:
+    """Raises BadInput, before any work, for an unknown metric and for a baseline that cannot be compared."""
+    known = metrics.per_query(torch.zeros(1, 1, dtype=torch.bool), torch.ones(1, dtype=torch.int64), ks)
+    if config.metric not in known:
+        raise BadInput(f"--metric {config.metric} is not measured; choose one of {', '.join(known)}")
+    read_history(config.history)
+    if config.baseline is not None:
+        digest = catalogue_of(config.baseline)
+        require_same_catalogue(f"--baseline {config.baseline}", digest, "this run", catalogue.digest())
+
+
+def conclude(config: ScheduleConfig, *, seed: int = 0) -> Outcome:
+    """Compare the finished evaluation with the baseline and the previous run, and record it; once for each run id.
+
+    The row in the history is what makes a run done: a killed run compares again, a done one gives its outcome again.
+    The files written are `verdict.json` and `trend.svg` in the run's folder, the trend in its report, the row, and the
+    history's page. Raises BadInput as `compare_runs` does against the baseline.
+    """
+    history = read_history(config.history)
+    is_done = config.run_id in set(history["run_id"])
+    if not is_done:
+        _record(config, history, seed)
+        history = read_history(config.history)
+    position = history["run_id"].tolist().index(config.run_id)
+    row = history.iloc[position]
+    metric = str(row["metric"])
+    write_trend(config.folder, history.head(position + 1), metric)
+    write_page(config.history.with_suffix(".html"), history, metric, config.runs)
+    outcome = Outcome(int(row["exit_code"]), str(row["verdict"]), str(row["reason"]))
+    state = "was done before" if is_done else "is done"
+    logger.info("run %s %s: %s: %s", config.run_id, state, outcome.verdict, outcome.reason)
+    return outcome
+
+
+def _record(config: ScheduleConfig, history: pd.DataFrame, seed: int) -> None:
+    """Compare, write verdict.json, append the row."""
+    found: dict[str, Any] = {"baseline": None, "previous": None}
+    reasons = []
+    if config.baseline is not None:
+        found["baseline"] = _against(config, config.baseline, "the baseline", reasons, seed)
+    previous = None if history.empty else str(history["run_id"].iloc[-1])
+    obstacle = _obstacle(config, history)
+    if obstacle is None:
+        found["previous"] = _against(config, config.runs / str(previous), f"the previous run {previous}", reasons, seed)
+    else:
+        reasons.append(obstacle)
+    compared = {name: part["difference"][config.metric] for name, part in found.items() if part is not None}
+    is_worse = any(is_regression(difference, config.tolerance) for difference in compared.values())
+    fingerprint = artifacts.read_manifest(config.folder)["fingerprint"]
+    measured = json.loads((config.folder / "metrics.json").read_text(encoding="utf-8"))
+    row = {
+        "run_id": config.run_id,
+        "verdict": "regression" if is_worse else "no regression" if compared else "not compared",
+        "exit_code": EXIT_REGRESSION if is_worse else 0,
+        "reason": "; ".join(reasons),
+        "metric": config.metric,
+        "tolerance": config.tolerance,
+        "change_from_baseline": compared.get("baseline", {}).get("mean"),
+        "change_from_previous": compared.get("previous", {}).get("mean"),
+        "catalogue": fingerprint["catalogue"],
+        "model": model_digest(fingerprint["model"]),
+        "n_queries": measured["n_queries"],
+    }
+    artifacts.write_json(config.folder / "verdict.json", row | {"against": found, "previous_run_id": previous})
+    append(config.history, row, measured.get("reranked") or measured["first_stage"])
+
+
+def model_digest(identity: Any) -> str | None:
+    """One digest of what the fingerprint says about the pairwise model; None for the first stage alone."""
+    return identity if identity is None or isinstance(identity, str) else artifacts.json_digest(identity)
+
+
+def _against(config: ScheduleConfig, other: Path, name: str, reasons: list[str], seed: int) -> dict[str, Any]:
+    comparison = compare_runs(other, config.folder, seed=seed)
+    reasons.append(describe(comparison, config.metric, config.tolerance, name))
+    return comparison.summary
+
+
+def _obstacle(config: ScheduleConfig, history: pd.DataFrame) -> str | None:
+    """Why the previous run cannot be compared with this one; None where it can."""
+    if history.empty:
+        return "there is no previous run"
+    last = history.iloc[-1]
+    folder = config.runs / last["run_id"]
+    own = catalogue_of(config.folder)
+    if last["catalogue"] != own:
+        return (
+            f"cannot compare with the previous run {last['run_id']}: its catalogue is {last['catalogue'][:16]}, "
+            f"this one's {own[:16]}"
+        )
+    if not (folder / artifacts.MANIFEST).is_file():
+        return f"cannot compare with the previous run {last['run_id']}: its folder {folder} is gone"
+    if config.metric not in history or pd.isna(last[config.metric]):
+        return f"cannot compare with the previous run {last['run_id']}: it has no {config.metric}"
+    return None

@@ -1,1 +1,0 @@
-"""Layer 3. What re-ranking was worth: figures, the run from catalogue to report, and exports."""

@@ -1,1 +1,0 @@
-"""Whether a run is worse than an earlier one: comparison of runs, regression, history and its trend. Layer 3."""

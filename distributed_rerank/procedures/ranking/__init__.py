@@ -1,1 +1,0 @@
-"""Layer 3. From a catalogue to its rankings, with or without labels."""

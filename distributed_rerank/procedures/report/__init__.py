@@ -1,6 +1,0 @@
-"""The report of one evaluation: a single HTML file that opens from disk, with no network. Layer 3."""
-
-from distributed_rerank.procedures.report.page import build_report
-from distributed_rerank.procedures.report.strips import Candidate, ChosenQueries, Strip, choose_queries
-
-__all__ = ["Candidate", "ChosenQueries", "Strip", "build_report", "choose_queries"]

@@ -1,0 +1,1 @@
+"""From a catalogue to rankings: first stage, pair scores, chain; with and without labels."""

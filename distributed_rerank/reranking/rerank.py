@@ -1,0 +1,149 @@
+"""Candidate lists re-ordered without labels: own lists, or those that any vector database returned. Layer 3."""
+
+import logging
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+
+from distributed_rerank.chain.chain import Chain, kind_of
+from distributed_rerank.chain.probability import probabilities
+from distributed_rerank.data import artifacts, tables
+from distributed_rerank.data.candidates import CandidateLists
+from distributed_rerank.data.catalogue import Catalogue
+from distributed_rerank.data.rejects import all_rejects
+from distributed_rerank.models.pairwise import PairwiseModel
+from distributed_rerank.reranking import run as ranking_run
+from distributed_rerank.reranking.config import EvaluationConfig, check_depth, input_digests, settings_of
+from distributed_rerank.reranking.first_stage import Executors, FirstStage, first_stage
+from distributed_rerank.reranking.run import Scored
+from distributed_rerank.tensors.knn import Neighbours
+
+logger = logging.getLogger(__name__)
+
+
+def rerank(
+    catalogue: Catalogue,
+    config: EvaluationConfig,
+    out: Path,
+    *,
+    model: PairwiseModel,
+    chain: Chain,
+    steps: Executors | None = None,
+    overwrite: bool = False,
+) -> pa.Table:
+    """Re-order the candidate lists of the catalogue's queries; returns the table that reranked.parquet holds.
+
+    Its rows are ordered by query id and rank (from 1): `query_id, gallery_id, rank, distance` (the chain's;
+    small = same), `first_stage_rank, first_stage_distance, logit` (null behind the chain's top_n) and
+    `probability` of a match (null there too, and where the chain has no calibration). No labels are needed. A
+    finished `out` is not computed again, a killed run continues. Raises BadInput where the
+    inputs do not fit together, naming ids that the catalogue does not have.
+    """
+    steps = steps or Executors()
+    check_depth(config, chain)
+    fingerprint = artifacts.make_fingerprint(
+        "rerank",
+        config=settings_of(config),
+        catalogue=catalogue.digest(),
+        given=input_digests(config),
+        model=ranking_run.identify(model),
+        chain=[{"step": kind_of(step), **asdict(step)} for step in chain.steps],
+        calibration={name: chain.calibration.get(name) for name in ("slope", "intercept")},
+    )
+    if artifacts.is_complete(out, fingerprint, overwrite):
+        logger.info("%s is complete: nothing to do", out)
+        return pq.read_table(out / "reranked.parquet")
+    with artifacts.stage(out, fingerprint) as staging:
+        timings: dict[str, float] = {}
+        first = first_stage(catalogue, config, staging.path, steps, timings)
+        lists = ranking_run.lists_for(chain, first, config.retrieval, staging.path / "all_candidates", steps)
+        scored = ranking_run.score_lists(
+            lists,
+            first.catalogue,
+            model,
+            chain,
+            config.scoring,
+            staging.path / "pair_distances",
+            steps,
+            config.max_rejects,
+        )
+        table = _reranked_table(first.catalogue, first.lists, scored, chain, first)
+        rejects = all_rejects(first.rejects, scored.rejects)
+        tables.write_table(
+            staging.path / "rejects.parquet", pa.Table.from_pandas(rejects, preserve_index=False), "rejects"
+        )
+        with artifacts.atomic_path(staging.path / "reranked.parquet") as temporary:
+            pq.write_table(table, temporary)
+        artifacts.write_json(staging.path / "timings.json", {"seconds": timings})
+        staging.finish({"chain": chain.describe(), "n_rejected": len(rejects)}, rows=len(table))
+    return table
+
+
+def _reranked_table(
+    catalogue: Catalogue, before: CandidateLists, scored: Scored, chain: Chain, first: FirstStage
+) -> pa.Table:
+    query_items = torch.from_numpy(before.query_items)
+    if scored.rejects:
+        gone = torch.from_numpy(catalogue.items_of([reject.id for reject in scored.rejects]))
+        query_items = query_items[~torch.isin(query_items, gone)]
+    ranked = ranking_run.rankings(chain, scored, catalogue, first.embeddings, query_items, curve=())
+    after = next(iter(ranked.values()))[torch.arange(len(query_items))]
+    return _rows(catalogue, query_items, after, before, scored, chain)
+
+
+def _rows(
+    catalogue: Catalogue,
+    query_items: torch.Tensor,
+    after: Neighbours,
+    before: CandidateLists,
+    scored: Scored,
+    chain: Chain,
+) -> pa.Table:
+    items, distances = after.items.numpy(), after.distances.numpy()
+    row, column = np.nonzero(items >= 0)
+    queries, gallery = query_items.numpy()[row], items[row, column]
+    first_rank, first_distance = _look_up(before.query_items, before.items, before.distances, queries, gallery)
+    logit: Any = np.full(len(row), np.nan, np.float32)
+    if scored.logits is not None:
+        head = scored.lists.items[:, : scored.logits.shape[1]]
+        _, logit = _look_up(scored.lists.query_items, head, scored.logits, queries, gallery)
+    probability = probabilities(chain, after.distances[row, column])
+    no_probability = np.isnan(logit) if chain.pairwise is not None else np.zeros(len(row), bool)
+    names = pa.array(catalogue.ids, pa.string())
+    return pa.table(
+        {
+            "query_id": names.take(pa.array(queries)),
+            "gallery_id": names.take(pa.array(gallery)),
+            "rank": pa.array(column + 1, pa.int32()),
+            "distance": pa.array(distances[row, column], pa.float32()),
+            "first_stage_rank": pa.array(first_rank, pa.int32(), mask=first_rank < 1),
+            "first_stage_distance": pa.array(first_distance, pa.float32(), mask=np.isnan(first_distance)),
+            "logit": pa.array(logit, pa.float32(), mask=np.isnan(logit)),
+            "probability": pa.nulls(len(row), pa.float32())
+            if probability is None
+            else pa.array(probability.numpy().astype(np.float32), pa.float32(), mask=no_probability),
+        }
+    )
+
+
+def _look_up(
+    query_items: np.ndarray, items: np.ndarray, values: np.ndarray, queries: np.ndarray, gallery: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Rank (from 1; 0 = absent) and value (NaN = absent) of each (query, gallery item) in lists."""
+    row, column = np.nonzero(items >= 0)
+    n = int(max(items.max(initial=0), gallery.max(initial=0))) + 1
+    keys = query_items[row] * n + items[row, column]
+    order = np.argsort(keys)
+    wanted = queries * n + gallery
+    place = np.searchsorted(keys[order], wanted).clip(max=max(len(keys) - 1, 0))
+    if len(keys) == 0:
+        return np.zeros(len(wanted), np.int32), np.full(len(wanted), np.nan, np.float32)
+    at = order[place]
+    is_there = keys[at] == wanted
+    rank = np.where(is_there, column[at] + 1, 0).astype(np.int32)
+    return rank, np.where(is_there, values[row[at], column[at]], np.nan).astype(np.float32)

@@ -1,0 +1,166 @@
+"""The nearest gallery items of every query: blocks of queries against tiles of the gallery. Layer 3.
+
+A block of queries meets one tile after the other and keeps its best so far, so memory is bounded by a block
+and a tile, whatever the size of the gallery. The answer is exact and the same bits for any block size, tile
+size or worker count.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float32, Int64
+from torch import Tensor
+
+from distributed_rerank.data import artifacts, tables
+from distributed_rerank.data.candidate_files import read_candidates
+from distributed_rerank.data.candidates import CandidateLists, candidates_table
+from distributed_rerank.data.catalogue import Catalogue
+from distributed_rerank.data.embeddings import Embeddings
+from distributed_rerank.errors import BadInput
+from distributed_rerank.runtime.devices import InferenceThreads, pick_device, tensor_of
+from distributed_rerank.runtime.progress import progress
+from distributed_rerank.tensors import sharding
+from distributed_rerank.tensors.knn import search_tiles
+
+
+@dataclass(frozen=True, kw_only=True)
+class RetrievalConfig:
+    """How many neighbours are searched for, and in what portions. Only `n_items` changes the answer."""
+
+    n_items: int = 100
+    """Items retrieved for each query."""
+    queries_per_block: int = 1024
+    """Queries in a block, the unit of work."""
+    tile_size: int = 65_536
+    """Gallery items compared at a time."""
+    threads_per_worker: int = 1
+    """Threads that a worker computes with."""
+
+    def __post_init__(self) -> None:
+        for name in ("n_items", "queries_per_block", "tile_size", "threads_per_worker"):
+            if getattr(self, name) < 1:
+                raise BadInput(f"{name}={getattr(self, name)} must be at least 1")
+
+    def fingerprint_settings(self) -> dict[str, Any]:
+        """The settings that can change a result, or the blocks that an interrupted run has left."""
+        return {"n_items": self.n_items, "queries_per_block": self.queries_per_block}
+
+
+@dataclass(frozen=True)
+class SearchSide:
+    """Queries or gallery items with what the search needs to know about them."""
+
+    embeddings: Float32[np.ndarray, "item dim"]
+    items: Int64[np.ndarray, " item"]
+    sequences: Int64[np.ndarray, " item"]
+    """-1 = none."""
+
+    def part(self, start: int, stop: int) -> "SearchSide":
+        """The rows start to stop."""
+        return SearchSide(self.embeddings[start:stop], self.items[start:stop], self.sequences[start:stop])
+
+
+Block = tuple[int, tuple[int, int]]
+"""Number of a block and its (start, stop) among the queries."""
+Search = Callable[[Sequence[Block], SearchSide, SearchSide, RetrievalConfig], Iterator[tuple[int, CandidateLists]]]
+"""A step: the candidate lists of the blocks by number, in any order."""
+
+
+class Searcher:
+    """Searches the tiles that `tiles` yields anew for each block. A plain class: Ray makes actors of it."""
+
+    def __init__(self, tiles: Callable[[], Iterable[SearchSide]], config: RetrievalConfig) -> None:
+        self._tiles = tiles
+        self._config = config
+        self._device = pick_device()
+        self._lanes = InferenceThreads(config.threads_per_worker)
+
+    def search(self, queries: SearchSide) -> CandidateLists:
+        """The nearest items of each query by (distance, item), never itself nor its own sequence."""
+        n_rows = -(-len(queries.items) // self._config.threads_per_worker)
+        parts = [queries.part(start, stop) for start, stop in sharding.blocks(len(queries.items), max(1, n_rows))]
+        found = self._lanes.map(self._search_part, parts or [queries])
+        items, distances = (np.concatenate(columns) for columns in zip(*found, strict=True))
+        return CandidateLists(queries.items, items, distances)
+
+    def _search_part(self, queries: SearchSide) -> tuple[np.ndarray, np.ndarray]:
+        embeddings, items, sequences = self._tensors(queries)
+        found = search_tiles(
+            embeddings,
+            (self._tensors(tile) for tile in self._tiles()),
+            query_items=items,
+            query_sequences=sequences,
+            n_items=self._config.n_items,
+        )
+        return found.items.cpu().numpy(), found.distances.cpu().numpy()
+
+    def _tensors(self, side: SearchSide) -> tuple[Tensor, Tensor, Tensor]:
+        embeddings, items, sequences = map(tensor_of, (side.embeddings, side.items, side.sequences))
+        return embeddings.to(self._device), items.to(self._device), sequences.to(self._device)
+
+
+def search(
+    blocks: Sequence[Block], queries: SearchSide, gallery: SearchSide, config: RetrievalConfig
+) -> Iterator[tuple[int, CandidateLists]]:
+    """The step in one process: one block of queries after the other."""
+    searcher = Searcher(lambda: tiles_of(gallery, config.tile_size), config)
+    for number, (start, stop) in blocks:
+        yield number, searcher.search(queries.part(start, stop))
+
+
+def tiles_of(gallery: SearchSide, tile_size: int) -> Iterator[SearchSide]:
+    """The gallery in tiles of `tile_size` items, without a copy."""
+    for start, stop in sharding.blocks(len(gallery.items), tile_size):
+        yield gallery.part(start, stop)
+
+
+def retrieve(
+    catalogue: Catalogue,
+    embeddings: Embeddings,
+    config: RetrievalConfig,
+    out: str | Path,
+    *,
+    search: Search = search,
+    overwrite: bool = False,
+) -> CandidateLists:
+    """The `n_items` nearest gallery items of each query of the catalogue, kept as candidates.parquet in the
+    folder `out`.
+
+    Queries and gallery items without an embedding (rejects) take no part. Lists are shorter where fewer items
+    are possible; a query with none is not in the result. A killed run continues with the next block.
+
+    Raises BadInput for no query, no gallery item, and a folder made from other inputs (`overwrite` recomputes
+    it).
+    """
+    fingerprint = artifacts.make_fingerprint(
+        "retrieve", **config.fingerprint_settings(), catalogue=catalogue.digest(), embeddings=embeddings.digest
+    )
+    if artifacts.is_complete(out, fingerprint, overwrite):
+        return read_candidates(out, catalogue)
+    queries = _side(catalogue, embeddings, catalogue.query_items, "query")
+    gallery = _side(catalogue, embeddings, catalogue.gallery_items, "gallery item")
+    plan = dict(enumerate(sharding.blocks(len(queries.items), config.queries_per_block)))
+    with artifacts.stage(out, fingerprint) as staging:
+        store = staging.blocks("candidates")
+        todo = {number: block for number, block in plan.items() if number not in store.done()}
+        results = search(list(todo.items()), queries, gallery, config)
+        for number, lists in progress(results, total=len(todo), title="retrieval"):
+            expected = queries.part(*todo.pop(number)).items
+            assert np.array_equal(lists.query_items, expected), f"block {number} came back with other queries"
+            store.write(number, candidates_table(lists, catalogue.ids))
+        assert store.done() == plan.keys(), f"blocks {sorted(todo)} never came back"
+        in_order = (store.read(number) for number in sorted(store.done()))
+        rows = tables.write_batches(staging.path / "candidates.parquet", in_order, "candidates")
+        staging.finish(rows=rows)
+    return read_candidates(out, catalogue)
+
+
+def _side(catalogue: Catalogue, embeddings: Embeddings, items: np.ndarray, role: str) -> SearchSide:
+    rows = embeddings.rows_of(catalogue.ids[items])
+    items, rows = items[rows >= 0], rows[rows >= 0]
+    if len(items) == 0:
+        raise BadInput(f"{catalogue.source}: no {role} has an embedding; mark some rows or embed this catalogue first")
+    return SearchSide(embeddings.matrix[rows], items, catalogue.sequences[items])

@@ -1,0 +1,1 @@
+"""What a running process computes with and how it reports progress: device, threads, memory, progress lines."""

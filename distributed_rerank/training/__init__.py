@@ -1,0 +1,1 @@
+"""A catalogue and configs to a complete model folder: plan, epochs, checkpoints, model card."""

@@ -1,0 +1,139 @@
+"""What mining found, told before anything is trained: a table of figures, and pairs of images worth a look.
+Layer 3.
+
+mining.json in the model folder has the figures, suspects.parquet the pairs: images of different labels that lie
+nearer to each other than most images lie to the nearest one of their own label. Such a pair is one picture under two
+labels, or a wrong label, or two products that the first stage cannot tell apart; whoever sees the two images knows.
+"""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from jaxtyping import Int64
+from torch import Tensor
+
+from distributed_rerank.data import artifacts, tables
+from distributed_rerank.data.candidates import CandidateLists
+from distributed_rerank.data.catalogue import Catalogue
+from distributed_rerank.runtime.devices import tensor_of
+from distributed_rerank.tensors.candidate_mining import are_positive, filter_negatives, suspected_mislabels
+from distributed_rerank.tensors.knn import Neighbours
+from distributed_rerank.tensors.mining_statistics import mining_statistics
+from distributed_rerank.training.task import TrainingTask
+
+SUSPECT_NEIGHBOURS = 10
+"""Nearest images of each, of any label, among which suspects are looked for."""
+MAX_SUSPECTS = 1000
+"""Rows of the table at most, the nearest pairs first."""
+DUPLICATE_SHARE = 0.1
+"""Of the usual distance to the own label: images nearer than this are called the same picture."""
+
+
+def neighbours_of(lists: CandidateLists) -> Neighbours:
+    """The same lists as tensors."""
+    return Neighbours(tensor_of(lists.items), tensor_of(lists.distances))
+
+
+def labels_among(lists: CandidateLists, labels: Int64[np.ndarray, " item"]) -> Int64[Tensor, " item"]:
+    """Labels of the lists' own anchors; -1 for every other item, which is then neither positive nor negative."""
+    own = torch.full((len(labels),), -1)
+    items = tensor_of(lists.query_items)
+    own[items] = tensor_of(labels)[items]
+    return own
+
+
+def mining_figures(task: TrainingTask) -> dict[str, Any]:
+    """The figures of the lists that the last run, whose weights become the model's, is trained on."""
+    run = task.runs[-1]
+    anchors, lists = tensor_of(run.anchors.query_items), neighbours_of(run.anchors)
+    labels = labels_among(run.anchors, task.catalogue.labels)
+    allowed, dropped = filter_negatives(lists, anchors, labels, task.config.filters)
+    return asdict(mining_statistics(lists, anchors, labels, allowed, dropped))
+
+
+def find_suspects(lists: CandidateLists, catalogue: Catalogue) -> tuple[pa.Table, dict[str, Any]]:
+    """The table `suspects`, nearest pair first, and its figures; `lists` have every image's nearest of any label.
+
+    A pair is suspected at no more than the median distance of an image to the nearest one of its own label.
+    """
+    anchors, neighbours = tensor_of(lists.query_items), neighbours_of(lists)
+    labels = tensor_of(catalogue.labels)
+    is_own = are_positive(neighbours, anchors, labels)
+    nearest_own = torch.full((len(labels),), torch.inf)
+    if lists.items.shape[1]:
+        nearest_own[anchors] = torch.where(is_own, neighbours.distances, torch.inf).amin(dim=1)
+    known = nearest_own[nearest_own.isfinite()]
+    max_distance = float(known.median()) if len(known) else 0.0
+    pairs, distances = suspected_mislabels(neighbours, anchors, labels, max_distance)
+    is_duplicate = distances <= DUPLICATE_SHARE * max_distance
+    figures = {
+        "n_pairs": len(pairs),
+        "n_duplicates": int(is_duplicate.sum()),
+        "n_written": min(len(pairs), MAX_SUSPECTS),
+        "max_distance": max_distance,
+        "max_distance_of_duplicates": DUPLICATE_SHARE * max_distance,
+    }
+    rows = slice(0, MAX_SUSPECTS)
+    return suspects_table(pairs[rows], distances[rows], is_duplicate[rows], nearest_own, catalogue), figures
+
+
+def suspects_table(
+    pairs: Tensor, distances: Tensor, is_duplicate: Tensor, nearest_own: Tensor, catalogue: Catalogue
+) -> pa.Table:
+    """One row a pair; a distance to the own label is null where none of it is among the nearest."""
+    columns: dict[str, pa.Array] = {}
+    names = np.asarray(catalogue.label_names, dtype=object)
+    for prefix, items in zip(("", "other_"), pairs.T.numpy(), strict=True):
+        own = nearest_own[torch.from_numpy(items)].numpy()
+        columns[f"{prefix}id"] = pa.array(catalogue.ids[items], pa.string())
+        columns[f"{prefix}label"] = pa.array([str(name) for name in names[catalogue.labels[items]]], pa.string())
+        columns[f"{prefix}own_distance"] = pa.array(own, pa.float32(), mask=~np.isfinite(own))
+    columns["distance"] = pa.array(distances.numpy(), pa.float32())
+    columns["kind"] = pa.array(["duplicate" if is_same else "mislabel" for is_same in is_duplicate.tolist()])
+    return pa.table(columns)
+
+
+def write_mining(task: TrainingTask, nearest: CandidateLists, folder: Path) -> dict[str, Any]:
+    """Writes mining.json and suspects.parquet into `folder`; returns what mining.json holds.
+
+    `nearest` are the lists of all train images among themselves.
+    """
+    suspects, figures = find_suspects(nearest, task.catalogue)
+    content = {
+        "run": task.runs[-1].name,
+        "filters": asdict(task.config.filters),
+        "lists": mining_figures(task),
+        "suspects": figures,
+    }
+    artifacts.write_json(folder / "mining.json", content)
+    tables.write_table(folder / "suspects.parquet", suspects, "suspects")
+    return content
+
+
+def mining_in_text(content: dict[str, Any]) -> str:
+    """mining.json as the table that is logged."""
+    lists, suspects = content["lists"], content["suspects"]
+    n_duplicates = suspects["n_duplicates"]
+    lines = [
+        f"mining: {lists['n_anchors']:,} anchors, {lists['n_candidates']:,} candidates",
+        f"{'distances':26}{'n':>12}{'mean':>9}{'median':>9}{'smallest':>10}{'largest':>9}",
+    ]
+    for name in ("positive", "negative"):
+        found = lists[f"{name}_distances"]
+        cells = [found[key] for key in ("mean", "median", "smallest", "largest")]
+        shown = ["-" if value is None else f"{value:.3f}" for value in cells]
+        title = f"{name}s in the lists" if name == "positive" else "negatives not filtered out"
+        lines.append(f"{title:26}{found['n']:>12,}{shown[0]:>9}{shown[1]:>9}{shown[2]:>10}{shown[3]:>9}")
+    lines += [f"{'dropped by ' + name:26}{n:>12,}" for name, n in lists["dropped"].items() if n]
+    lines += [
+        f"{'anchors without positive':26}{lists['n_without_positive']:>12,}",
+        f"{'anchors without negative':26}{lists['n_without_negative']:>12,}",
+        f"{'hardest impostor used':26}{lists['share_of_hardest_used']:>12.1%}",
+        f"suspected across labels: {suspects['n_pairs'] - n_duplicates:,} mislabels, {n_duplicates:,} duplicates "
+        "(suspects.parquet)",
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,261 @@
+"""Training as one worker sees it: runs, epochs, validation figures, best weights, early stopping. Layer 3.
+
+`train_all` is the only loop. In one process it is called by `fit`; on a cluster `cluster.training.fit` calls
+it on every worker with another `Worker` and another way to keep the states.
+"""
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from distributed_rerank.chain.chain import Chain
+from distributed_rerank.chain.choice import fusion_figure, try_chain
+from distributed_rerank.errors import BadInput
+from distributed_rerank.models.pairwise import PairwiseModel
+from distributed_rerank.models.saving import load_model
+from distributed_rerank.runtime.devices import keep_freed_memory, pick_device, tensor_of, torch_threads
+from distributed_rerank.training import checkpoints, remining, tracking
+from distributed_rerank.training.config import TrainingConfig
+from distributed_rerank.training.encodings import FittedModel, encode_images, fit_start
+from distributed_rerank.training.epoch import Worker, train_epoch
+from distributed_rerank.training.features import MAX_PAIRS, CachedPairFeatures, FeatureModel
+from distributed_rerank.training.images import DecodedImages, EncodedImages
+from distributed_rerank.training.plan import plan_digest, seed_of
+from distributed_rerank.training.state import (
+    TrainingState,
+    build_optimizer,
+    freeze_encoder,
+    state_copy,
+)
+from distributed_rerank.training.task import Run, TrainingTask, evidence_of, plan_epoch
+from distributed_rerank.training.validation import encode_all, score_lists
+
+logger = logging.getLogger(__name__)
+
+State = dict[str, Any]
+Report = Callable[[State, dict[str, float]], None]
+Images = DecodedImages | EncodedImages | CachedPairFeatures
+HEAD_FIT_PAIRS = 4096
+HEAD_FIT_PAIRS_FROM_FILES = 512
+"""Where images must be decoded and encoded for it."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a worker finds images and starting weights, the same for all runs of a task."""
+
+    worker: Worker
+    images: DecodedImages | EncodedImages
+    model_folder: Path
+    folder: Path
+
+    def load(self, config: TrainingConfig) -> PairwiseModel:
+        """The model that a run starts from, with all frozen that the run may not change."""
+        model = load_model(self.model_folder).to(self.worker.device)
+        if self.images.is_encoded:
+            freeze_encoder(model)
+        elif config.backbone_lr == 0:
+            model.freeze_backbone()
+        elif config.gradient_checkpointing:
+            model.checkpoint_gradients()
+        return model
+
+
+def train_all(task: TrainingTask, folder: Path, worker: Worker, restored: State | None, report: Report) -> State:
+    """Trains the task's runs and returns the last state; `restored` is the state that a stopped training
+    left.
+
+    A state is {"finished": results of the runs before, "current": the state of the run it is in}. After each
+    epoch `report` gets it with the epoch's figures, on every worker. `folder` is shared by the workers and
+    takes encodings and TensorBoard files. Raises BadInput where the restored state was trained on another
+    plan.
+    """
+    state: State = restored or {"finished": [], "current": None}
+    keep_freed_memory()
+    with torch_threads(task.config.threads):
+        place = prepare(task, folder, worker)
+        for number in range(len(state["finished"]), len(task.runs)):
+            finished = state["finished"]
+
+            def report_run(current: State, figures: dict[str, float], finished: list[State] = finished) -> None:
+                report({"finished": finished, "current": current}, figures)
+
+            current = train_run(task, task.runs[number], place, state["current"], report_run)
+            state = {"finished": finished, "current": current}
+            if number + 1 < len(task.runs):
+                state = {"finished": [*finished, result_of(current)], "current": None}
+    return state
+
+
+def results(state: State) -> list[State]:
+    """Of each run in order: history and best (figure, epoch, model, logits)."""
+    return [*state["finished"], result_of(state["current"])]
+
+
+def result_of(state: State) -> State:
+    """What is kept of a finished run."""
+    return {"history": state["history"], "best": state["best"]}
+
+
+def prepare(task: TrainingTask, folder: Path, worker: Worker) -> Place:
+    """Encodings, where training cannot change them, else the image files."""
+    model = load_model(task.model_folder)
+    decoded = DecodedImages(task.catalogue, model.transform, task.config, worker.device)
+    if not task.config.keeps_encodings(model.encoding_dtype):
+        start = task.model_folder
+        if isinstance(model, FittedModel):
+            trained = task.runs[-1].anchors.query_items
+            start = fit_start(decoded, task.catalogue.labels, trained, start, folder / "encodings", worker)
+        return Place(worker, decoded, start, folder)
+    encoded, model_folder = encode_images(
+        decoded, task.catalogue.labels, task.half, task.model_folder, folder / "encodings", worker
+    )
+    return Place(worker, encoded, model_folder, folder)
+
+
+def train_run(task: TrainingTask, run: Run, place: Place, restored: State | None, report: Report) -> State:
+    """Trains one model until `is_over`; returns its last state."""
+    model = place.load(task.config)
+    if isinstance(model, FittedModel):
+        fit_head(model, task, run, place.images, place.worker.device)
+    images = known_pairs(model, task, run, place.images)
+    state = TrainingState(model, build_optimizer(model, task.config))
+    if restored is not None:
+        state.restore(restored)
+        check_plan(task, run, state)
+    trackers: list[tracking.Tracker] = []
+    if place.worker.rank == 0:
+        name = f"{task.run_name}-{run.name}"
+        trackers = tracking.open_trackers(place.folder / "tensorboard" / run.name, task.services, name, state.step)
+    while not is_over(state.history, task.config):
+        run_epoch(task, run, state, images, place.worker, trackers)
+        report(state.to_dict(), state.history[-1])
+    for tracker in trackers:
+        tracker.close()
+    return state.to_dict()
+
+
+def fit_head(model: Any, task: TrainingTask, run: Run, images: DecodedImages | EncodedImages, device: str) -> None:
+    """What the head normalises with, from a seeded sample of the run's pairs; the same on every worker."""
+    queries = tensor_of(run.anchors.query_items)[:, None].expand(run.anchors.items.shape)
+    items, distances = tensor_of(run.anchors.items), tensor_of(run.anchors.distances)
+    places = (items >= 0).nonzero()
+    generator = torch.Generator().manual_seed(seed_of(task.config.seed, HEAD_FIT_PAIRS))
+    n_pairs = HEAD_FIT_PAIRS if images.is_encoded else HEAD_FIT_PAIRS_FROM_FILES
+    chosen = torch.randperm(len(places), generator=generator)[:n_pairs].sort().values
+    rows, columns = places[chosen].T
+    with torch.no_grad():
+        query, gallery = (
+            encode_all(model, images, table[rows, columns], task.config, device).to(device)
+            for table in (queries, items)
+        )
+    model.fit_head(query, gallery, distances[rows, columns].to(device))
+
+
+def known_pairs(model: PairwiseModel, task: TrainingTask, run: Run, images: DecodedImages | EncodedImages) -> Images:
+    """Features of the run's pairs where they can be computed once and kept; else the images as they are."""
+    lists = [run.anchors] if run.validation is None else [run.anchors, run.validation]
+    n_pairs = sum(part.items.size for part in lists)
+    is_fixed = isinstance(images, EncodedImages) and task.config.views == 1 and n_pairs <= MAX_PAIRS
+    if is_fixed and isinstance(model, FeatureModel) and isinstance(images, EncodedImages):
+        return CachedPairFeatures(model, images, lists)
+    return images
+
+
+def is_over(history: list[dict[str, float]], config: TrainingConfig) -> bool:
+    """Whether a run ends after the epochs in `history`: all done, the time over, or no better figure for
+    long."""
+    if len(history) >= config.epochs:
+        return True
+    if config.minutes is not None and sum(entry["seconds"] for entry in history) >= 60 * config.minutes:
+        return True
+    figures = [entry["figure"] for entry in history if "figure" in entry]
+    since_best = len(figures) - 1 - figures.index(max(figures)) if figures else 0
+    return 0 < config.patience <= since_best
+
+
+def run_epoch(
+    task: TrainingTask,
+    run: Run,
+    state: TrainingState,
+    images: Images,
+    worker: Worker,
+    trackers: list[tracking.Tracker],
+) -> None:
+    """One epoch, its figures, and whether its weights are the ones to keep."""
+    started = time.monotonic()
+    if remining.is_due(state.epoch, task.config):
+        state.order = remining.mine_again(state.model, images, run.anchors, task.config, worker)
+    steps = plan_epoch(task, run, state.epoch, state.order)
+
+    def show(step: int, figures: dict[str, float]) -> None:
+        for tracker in trackers:
+            tracker.log({f"train/{name}": value for name, value in figures.items()}, step)
+
+    losses = train_epoch(state, steps, images, task.config, worker, show)
+    figures, logits = judge(task, run, state.model, images, worker)
+    # One clock decides for all workers when the time is over.
+    seconds = torch.tensor([time.monotonic() - started if worker.rank == 0 else 0.0], device=worker.device)
+    entry = {"loss": sum(losses) / len(losses), **figures, "seconds": float(worker.all_reduce(seconds)[0])}
+    state.history = [*state.history, entry]
+    state.plan_digest = plan_digest(steps)
+    if task.config.patience == 0 or not state.best or entry.get("figure", 1.0) > state.best["figure"]:
+        kept = {"model": state_copy(state.model), "logits": logits}
+        state.best = {"figure": entry.get("figure", 0.0), "epoch": state.epoch, **kept}
+    show_epoch(run, state, trackers, is_logging=worker.rank == 0)
+
+
+def judge(
+    task: TrainingTask, run: Run, model: PairwiseModel, images: Images, worker: Worker
+) -> tuple[dict[str, float], Tensor | None]:
+    """What the model would be worth if training ended now, and the logits that say so; nothing for an
+    unjudged run."""
+    if run.validation is None:
+        return {}, None
+    logits = score_lists(model, images, run.validation, task.config, worker)
+    evidence = evidence_of(task, run.validation, logits)
+    figures = fusion_figure(evidence)
+    first_stage = try_chain(evidence, Chain()).figures()["map@10"]
+    return {"figure": figures["map@10"], "cmc@1": figures["cmc@1"], "first_stage": first_stage}, logits
+
+
+def show_epoch(run: Run, state: TrainingState, trackers: list[tracking.Tracker], is_logging: bool) -> None:
+    """The last epoch's figures in the log and with the trackers."""
+    entry = state.history[-1]
+    for tracker in trackers:
+        tracker.log({f"epoch/{name}": value for name, value in entry.items()}, state.step)
+    if is_logging and "figure" in entry:
+        logger.info(
+            "%s, epoch %d: loss %.4f, mAP@10 on labels not trained on %.4f (first stage %.4f), %.1f s",
+            run.name, state.epoch, entry["loss"], entry["figure"], entry["first_stage"], entry["seconds"],
+        )  # fmt: skip
+    elif is_logging:
+        logger.info("%s, epoch %d: loss %.4f, %.1f s", run.name, state.epoch, entry["loss"], entry["seconds"])
+
+
+def check_plan(task: TrainingTask, run: Run, state: TrainingState) -> None:
+    """Raises BadInput where the epoch before the restored state would be planned otherwise today."""
+    if state.epoch and plan_digest(plan_epoch(task, run, state.epoch - 1, state.order)) != state.plan_digest:
+        raise BadInput(
+            f"the checkpoint of epoch {state.epoch} was trained on other pairs than are planned now; "
+            "remove the unfinished run's folder or choose another --out"
+        )
+
+
+def fit(task: TrainingTask, folder: Path) -> State:
+    """Trains in this process, with the states in `folder`/checkpoints; goes on from the last one that is
+    there."""
+    checkpoint_folder = folder / "checkpoints"
+
+    def report(state: State, figures: dict[str, float]) -> None:
+        n_epochs = state["current"]["epoch"] + sum(len(result["history"]) for result in state["finished"])
+        checkpoints.save_epoch(state, checkpoint_folder, n_epochs)
+
+    restored = checkpoints.load_latest(checkpoint_folder)
+    return train_all(task, folder, Worker(device=str(pick_device())), restored, report)

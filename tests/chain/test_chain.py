@@ -1,0 +1,123 @@
+"""The chain as a file that comes back equal or is refused by name, and applied to lists."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from chain_evidence import evidence
+
+from distributed_rerank.chain.apply import apply
+from distributed_rerank.chain.chain import (
+    AlphaQEStep,
+    Chain,
+    KReciprocalStep,
+    NeighbourhoodStep,
+    PairwiseStep,
+    QueryExpansionStep,
+    read_chain,
+    write_chain,
+)
+from distributed_rerank.errors import BadInput
+from distributed_rerank.tensors.knn import Neighbours
+
+
+def test_chain_file_comes_back_equal(tmp_path: Path) -> None:
+    chain = Chain(
+        (
+            PairwiseStep(50, "fuse", 2.0, 0.5),
+            KReciprocalStep(10, 3, 0.5),
+            NeighbourhoodStep(3.5, -1.0, "reciprocal", 12, 2, 0.7),
+            QueryExpansionStep(3.5, -1.0, 7, 2.0, 0.3),
+            AlphaQEStep(4, 2.0),
+        ),
+        {"n_labels": 7},
+        {"slope": 1.5},
+    )
+    write_chain(chain, tmp_path)
+    assert read_chain(tmp_path) == chain
+    assert read_chain(tmp_path / "chain.json") == chain
+
+
+@pytest.mark.parametrize(
+    ("entry", "named"),
+    [
+        ({"step": "magic"}, "magic"),
+        ({"step": "pairwise"}, "top_n"),
+        ({"step": "pairwise", "top_n": 1}, "top_n=1"),
+        ({"step": "pairwise", "top_n": 10, "temperature": 0}, "temperature=0"),
+        ({"step": "pairwise", "top_n": 10, "rule": "vote"}, "vote"),
+        ({"step": "pairwise", "top_n": "10"}, "top_n='10'"),
+        ({"step": "k_reciprocal", "k1": 3, "k2": 4}, "k2=4"),
+        ({"step": "k_reciprocal", "k3": 4}, "k3"),
+        ({"step": "neighbourhood", "k1": 4}, "slope, intercept"),
+        ({"step": "neighbourhood", "slope": -1.0, "intercept": 0.0}, "slope=-1.0"),
+        ({"step": "neighbourhood", "slope": 1.0, "intercept": 0.0, "kind": "both"}, "both"),
+        ({"step": "query_expansion", "slope": 1.0, "intercept": 0.0, "weight": 2}, "weight=2"),
+    ],
+)
+def test_chain_file_with_a_wrong_entry_is_refused_by_name(tmp_path: Path, entry: dict, named: str) -> None:
+    (tmp_path / "chain.json").write_text(json.dumps({"schema_version": 2, "steps": [entry]}))
+    with pytest.raises(BadInput, match=named):
+        read_chain(tmp_path)
+
+
+@pytest.mark.parametrize("content", [{"steps": []}, {"schema_version": 3, "steps": []}])
+def test_chain_file_of_another_version_is_refused_with_what_to_do(tmp_path: Path, content: dict) -> None:
+    (tmp_path / "chain.json").write_text(json.dumps(content))
+    with pytest.raises(BadInput, match=r"schema_version [13], this code reads 2; train the model again"):
+        read_chain(tmp_path)
+
+
+def test_chain_without_a_file_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match="does not exist"):
+        read_chain(tmp_path / "chain.json")
+
+
+def test_description_tells_steps_and_constants_to_four_digits() -> None:
+    chain = Chain(
+        (PairwiseStep(50, "fuse", 0.0, 32.639584), NeighbourhoodStep(11.0734, -0.27268, "direct", 20, 3, 0.3))
+    )
+    assert chain.describe() == (
+        "first stage -> pairwise(top_n=50, rule=fuse, weight=0, temperature=32.64)"
+        " -> neighbourhood(slope=11.07, intercept=-0.2727, kind=direct, k1=20, k2=3, weight=0.3)"
+    )
+
+
+def test_empty_chain_leaves_the_lists() -> None:
+    lists = evidence(1.0, None).lists
+    assert apply(Chain(), lists) is lists
+
+
+def test_replace_orders_the_head_by_logits_and_keeps_the_tail() -> None:
+    known = evidence(1.5, 0.1)
+    logits = known.logits[:, :10] if known.logits is not None else torch.empty(0, 0)
+    result = apply(Chain((PairwiseStep(10, "replace"),)), known.lists, logits)
+    expected = known.lists.items[:, :10].gather(1, logits.argsort(dim=1, stable=True))
+    assert torch.equal(result.items[:, :10], expected)
+    assert torch.equal(result.items[:, 10:], known.lists.items[:, 10:])
+
+
+@pytest.mark.parametrize("step", [NeighbourhoodStep(2.0, 3.0, "reciprocal", 20, 6), QueryExpansionStep(2.0, 3.0, 20)])
+@pytest.mark.parametrize("width", [0, 4])
+def test_probability_step_on_lists_shorter_than_its_constants_uses_them_whole(
+    step: NeighbourhoodStep | QueryExpansionStep, width: int
+) -> None:
+    known = evidence(1.5, None)
+    lists = Neighbours(known.lists.items[:, :width], known.lists.distances[:, :width])
+    result = apply(Chain((step,)), lists, embeddings=known.embeddings)
+    assert torch.equal(result.items.sort(dim=1).values, lists.items.sort(dim=1).values)
+    assert torch.equal(result.distances, result.distances.sort(dim=1).values)
+
+
+def test_alpha_qe_searches_anew_but_never_finds_the_own_sequence() -> None:
+    generator = torch.Generator().manual_seed(0)
+    embeddings = torch.nn.functional.normalize(torch.randn(12, 4, generator=generator), dim=1)
+    embeddings[1::2] = embeddings[::2] + 0.01  # the two of a sequence are the nearest of all
+    sequences = torch.arange(12) // 2
+    items = torch.tensor([[j for j in range(12) if j // 2 != i // 2][:6] for i in range(12)])
+    lists = Neighbours(items, torch.arange(6.0).expand(12, 6).clone())
+    found = apply(Chain((AlphaQEStep(2, 1.0),)), lists, embeddings=embeddings, sequences=sequences).items
+    assert not (sequences[found] == sequences[:, None]).any()
+    free = apply(Chain((AlphaQEStep(2, 1.0),)), lists, embeddings=embeddings).items
+    assert (sequences[free] == sequences[:, None]).any(), "the case shows nothing"

@@ -1,0 +1,135 @@
+"""A choice stays away from noise, takes what helps, and rests on labels that its constants have not seen."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from chain_evidence import N_LABELS, evidence
+from torch import Tensor
+
+from distributed_rerank.chain.chain import Chain, NeighbourhoodStep, QueryExpansionStep
+from distributed_rerank.chain.choice import choose, fusion_figure, outcome
+from distributed_rerank.chain.evidence import Evidence, half_of_labels, try_chain
+from distributed_rerank.chain.probability import probabilities
+from distributed_rerank.chain.trials import fusion_trials, neighbour_settings
+from distributed_rerank.tensors.calibration import expected_calibration_error
+
+
+def test_choice_on_shuffled_labels_does_no_harm_to_others() -> None:
+    chains = [choose(evidence(1.0, None, is_shuffled=True, seed=seed), seed) for seed in range(2)]
+    assert all(chain.pairwise is None for chain in chains)
+    assert any(chain.steps == () for chain in chains)
+    for seed, chain in enumerate(chains):
+        fresh = evidence(1.0, None, is_shuffled=True, seed=100 + seed)
+        change = try_chain(fresh, chain).figures()["map@10"] - try_chain(fresh, Chain()).figures()["map@10"]
+        assert change >= -0.003
+
+
+def test_choice_with_a_perfect_first_stage_is_the_first_stage() -> None:
+    assert choose(evidence(0.01, 1.0)).steps == ()
+
+
+def test_choice_takes_a_pairwise_model_that_helps() -> None:
+    known = evidence(1.5, 2.0)
+    chain = choose(known)
+    assert chain.pairwise is not None
+    assert chain.chosen_on["chosen"]["map@10"] > chain.chosen_on["first_stage"]["map@10"] + 0.05
+    assert chain.chosen_on["n_labels"] == N_LABELS
+    json.dumps(chain.chosen_on, allow_nan=False)
+
+
+@pytest.mark.parametrize(
+    ("is_taken", "p_value", "said"),
+    [
+        (True, 0.004, "taken"),
+        (False, 0.004, "not taken"),  # CMC@1 fell, say
+        (False, 0.012, "not taken, for mAP@10 + 2 CMC@1 may rise so by chance (p 0.012, not below 0.01)"),
+        (False, 0.01, "not taken, for mAP@10 + 2 CMC@1 may rise so by chance (p 0.010, not below 0.01)"),
+    ],
+)
+def test_a_step_left_out_for_chance_says_how_likely_that_is(is_taken: bool, p_value: float, said: str) -> None:
+    assert outcome({"taken": is_taken, "gain": {"objective": {"p_value": p_value}}}) == said
+
+
+def test_choice_leaves_a_pairwise_model_of_noise_out() -> None:
+    chain = choose(evidence(1.0, None))
+    assert chain.pairwise is None
+
+
+def test_choice_is_the_same_for_logits_of_another_scale() -> None:
+    known = evidence(1.5, 2.0)
+    assert known.logits is not None
+    scaled = Evidence(known.lists, known.labels, known.n_relevant, known.logits * 100, known.embeddings)
+    first, second = choose(known), choose(scaled)
+    assert first.pairwise is not None
+    assert second.pairwise is not None
+    assert first.pairwise.weight == second.pairwise.weight
+    assert second.pairwise.temperature == pytest.approx(100 * first.pairwise.temperature, rel=1e-4)
+
+
+def test_fusion_figure_of_true_logits_is_that_of_a_perfect_head() -> None:
+    known = evidence(1.5, 0.0)
+    found = first_hits(known)
+    assert fusion_figure(known)["cmc@1"] == pytest.approx(float(found.double().mean()))
+
+
+def test_choice_takes_neighbours_where_labels_are_clusters_and_logits_are_absent() -> None:
+    known = replace(evidence(0.7, None), logits=None)
+    chain = choose(known)
+    assert chain.pairwise is None
+    assert len(chain.neighbourhood) == 1
+    assert chain.chosen_on["chosen"]["map@10"] > chain.chosen_on["first_stage"]["map@10"] + 0.03
+    tried = {line["chain"].split(" -> ")[-1].split("(")[0] for line in chain.chosen_on["table"]}
+    assert tried == {"first stage", "neighbourhood", "query_expansion"}
+
+
+def test_settings_as_measured_while_choosing_are_the_steps_as_applied() -> None:
+    known = evidence(1.5, 2.0)
+    before = fusion_trials(known)[0]
+    is_first = half_of_labels(known.query_labels(), 0)
+    settings = neighbour_settings(known, before, is_first)
+    assert settings is not None
+    for kind in (NeighbourhoodStep, QueryExpansionStep):
+        number = next(n for n, chain in enumerate(settings.chains) if isinstance(chain.steps[-1], kind))
+        curves = [settings.measure(number, side) for side in (True, False)]
+        for key, values in settings.values[number].items():
+            assert torch.equal(values, torch.where(is_first, curves[0][key], curves[1][key]))
+        applied = try_chain(known, settings.chains[number])
+        assert applied.figures()["map@10"] == pytest.approx(float(settings.values[number]["map@10"].mean()), abs=0.02)
+
+
+def test_what_is_measured_with_the_curve_of_one_half_has_not_seen_the_other_halfs_labels() -> None:
+    known = evidence(1.5, 2.0)
+    is_first = half_of_labels(known.query_labels(), 0)
+    strangers = known.labels.clone()
+    generator = torch.Generator().manual_seed(1)
+    others = (~is_first).nonzero().squeeze(1)
+    strangers[others] = strangers[others][torch.randperm(len(others), generator=generator)]
+    found = []
+    for labels in (known.labels, strangers):
+        changed = replace(known, labels=labels)
+        settings = neighbour_settings(changed, fusion_trials(changed)[0], is_first)
+        assert settings is not None
+        found.append([settings.measure(number, True)["map@10"][is_first] for number in (0, 20, 60)])
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+
+
+def test_calibration_makes_probabilities_of_fresh_labels_honest() -> None:
+    known = evidence(1.5, 2.0)
+    assert known.logits is not None
+    chain = choose(replace(known, logits=3 * known.logits - 12))
+    assert chain.calibration["ece"] < 0.05 < chain.calibration["ece_raw"]
+    fresh = evidence(1.5, 2.0, seed=1)
+    assert fresh.logits is not None
+    trial = try_chain(replace(fresh, logits=3 * fresh.logits - 12), Chain(chain.steps))
+    distances, is_match = fresh.judged_pairs(trial.lists, fresh.logits.shape[1])
+    found = probabilities(chain, distances)
+    assert found is not None
+    assert expected_calibration_error(found, is_match) < 0.06
+    assert probabilities(Chain(chain.steps), distances) is None
+
+
+def first_hits(known: Evidence) -> Tensor:
+    """Whether any relevant candidate was retrieved at all: what a perfect head puts first."""
+    return (known.labels[known.lists.items] == known.labels[:, None]).any(dim=1)

@@ -1,0 +1,102 @@
+"""The evaluation as a whole in one process: what decides its folder, and given candidates."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from small_catalogue import EXTRACTOR, distance_model, make_catalogue
+
+from distributed_rerank.chain.chain import Chain, PairwiseStep
+from distributed_rerank.data.catalogue import Catalogue
+from distributed_rerank.errors import BadInput
+from distributed_rerank.evaluation.run import evaluate
+from distributed_rerank.extraction import ExtractionConfig
+from distributed_rerank.reranking.config import EvaluationConfig, check_depth, settings_of
+from distributed_rerank.retrieval import RetrievalConfig
+from distributed_rerank.scoring.score import ScoringConfig
+
+CONFIG = EvaluationConfig(extraction=ExtractionConfig(extractor=EXTRACTOR), retrieval=RetrievalConfig(n_items=5))
+
+
+@pytest.fixture(scope="module")
+def catalogue(tmp_path_factory: pytest.TempPathFactory) -> Catalogue:
+    return make_catalogue(tmp_path_factory.mktemp("photos"), 12)
+
+
+def test_settings_of_memory_threads_and_places_do_not_count() -> None:
+    same = replace(
+        CONFIG,
+        embeddings=Path("elsewhere"),
+        max_rejects=0.5,
+        retrieval=RetrievalConfig(n_items=5, tile_size=9, threads_per_worker=2),
+        scoring=ScoringConfig(encoding_gb=9.0, threads_per_worker=2, decode_threads=4, blocks_per_call=3),
+        extraction=ExtractionConfig(extractor=EXTRACTOR, threads_per_worker=2, decode_threads=4),
+    )
+    assert settings_of(same) == settings_of(CONFIG)
+    assert settings_of(replace(CONFIG, ks=(1,))) != settings_of(CONFIG)
+    assert settings_of(replace(CONFIG, scoring=ScoringConfig(pairs_per_batch=3))) != settings_of(CONFIG)
+    assert settings_of(EvaluationConfig(embeddings=Path("e")))["extraction"] is None
+    json.dumps(settings_of(CONFIG))
+
+
+def test_settings_of_content_of_the_weights_counts_not_their_path(tmp_path: Path) -> None:
+    for name, content in (("a.pth", b"one"), ("b.pth", b"one"), ("c.pth", b"two")):
+        (tmp_path / name).write_bytes(content)
+    extractors = [replace(EXTRACTOR, weights=str(tmp_path / name)) for name in ("a.pth", "b.pth", "c.pth")]
+    configs = [replace(CONFIG, extraction=ExtractionConfig(extractor=extractor)) for extractor in extractors]
+    a, b, c = map(settings_of, configs)
+    assert a == b != c
+
+
+@pytest.mark.parametrize("wrong", [{"ks": ()}, {"ks": (0, 1)}, {"max_rejects": 2.0}, {"extraction": None}])
+def test_config_wrong_values_are_refused(wrong: dict) -> None:
+    with pytest.raises(BadInput):
+        replace(CONFIG, **wrong)
+
+
+def test_check_depth_counts_what_is_searched_for() -> None:
+    with pytest.raises(BadInput, match="top_n=6 exceeds the 5 retrieved"):
+        check_depth(CONFIG, Chain((PairwiseStep(top_n=6),)))
+    check_depth(CONFIG, Chain((PairwiseStep(top_n=5),)))
+    check_depth(replace(CONFIG, candidates=Path("lists.csv")), Chain((PairwiseStep(top_n=6),)))
+
+
+def test_evaluate_same_model_other_bias_is_another_folder(catalogue: Catalogue, tmp_path: Path) -> None:
+    model, chain = distance_model(), Chain((PairwiseStep(top_n=3, rule="replace"),))
+    metrics = evaluate(catalogue, CONFIG, tmp_path / "e", model=model, chain=chain)
+    assert metrics == json.loads((tmp_path / "e" / "metrics.json").read_text())
+    assert evaluate(catalogue, CONFIG, tmp_path / "e", model=model, chain=chain) == metrics
+    model.config = replace(model.config, output_bias=0.5)
+    with pytest.raises(BadInput, match="output_bias"):
+        evaluate(catalogue, CONFIG, tmp_path / "e", model=model, chain=chain)
+
+
+def test_evaluate_given_lists_lose_query_and_gaps(catalogue: Catalogue, tmp_path: Path) -> None:
+    ids = catalogue.ids
+    rows = [(ids[0], ids[n], 0.1 * n) for n in (0, 1, 2)] + [(ids[5], ids[4], 0.2)]
+    pd.DataFrame(rows, columns=["query_id", "gallery_id", "distance"]).to_parquet(tmp_path / "lists.parquet")
+    config = EvaluationConfig(candidates=tmp_path / "lists.parquet")
+    metrics = evaluate(catalogue, config, tmp_path / "e")
+    table = pd.read_parquet(tmp_path / "e" / "per_query.parquet").set_index("query_id")
+    assert metrics["n_queries"] == 12, "a query without a list found nothing, it is not left out"
+    assert table["cmc@1_before"][[ids[0], ids[5]]].tolist() == [1, 1]
+    assert table["first_hit_before"].notna().sum() == 2
+    assert metrics["first_stage"]["cmc@1"] == pytest.approx(2 / 12)
+
+
+def test_evaluate_query_that_is_none_is_named(catalogue: Catalogue, tmp_path: Path) -> None:
+    partial = Catalogue(catalogue.table.assign(is_query=np.arange(12) > 0), "photos.csv")
+    rows = [(catalogue.ids[0], catalogue.ids[1], 0.1)]
+    pd.DataFrame(rows, columns=["query_id", "gallery_id", "distance"]).to_csv(tmp_path / "lists.csv", index=False)
+    with pytest.raises(BadInput, match=r"1 queries are not marked is_query.*picture_000\.png"):
+        evaluate(partial, EvaluationConfig(candidates=tmp_path / "lists.csv"), tmp_path / "e")
+
+
+def test_evaluate_without_queries_is_refused(catalogue: Catalogue, tmp_path: Path) -> None:
+    partial = Catalogue(catalogue.table.assign(is_query=False), "photos.csv")
+    with pytest.raises(BadInput, match="is_query"):
+        evaluate(partial, CONFIG, tmp_path / "e")
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,74 @@
+"""Re-ranking without labels in one process."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from small_catalogue import EXTRACTOR, distance_model, make_catalogue
+
+from distributed_rerank.chain.chain import Chain, KReciprocalStep, PairwiseStep
+from distributed_rerank.extraction import ExtractionConfig
+from distributed_rerank.reranking.config import EvaluationConfig
+from distributed_rerank.reranking.rerank import rerank
+from distributed_rerank.retrieval import RetrievalConfig
+
+CONFIG = EvaluationConfig(
+    extraction=ExtractionConfig(extractor=EXTRACTOR), retrieval=RetrievalConfig(n_items=6), max_rejects=0.2
+)
+
+
+def test_rerank_broken_image_leaves_all_lists(tmp_path: Path) -> None:
+    catalogue = make_catalogue(tmp_path / "photos", 10, broken=(4,))
+    chain = Chain((PairwiseStep(top_n=3, rule="replace"),))
+    rerank(catalogue, CONFIG, tmp_path / "o", model=distance_model(), chain=chain)
+    table = pd.read_parquet(tmp_path / "o" / "reranked.parquet")
+    assert len(table) == 9 * 6
+    assert catalogue.ids[4] not in {*table["query_id"], *table["gallery_id"]}
+    assert pd.read_parquet(tmp_path / "o" / "rejects.parquet")["id"].tolist() == [catalogue.ids[4]]
+
+
+def test_rerank_image_broken_between_stages_leaves_lists_with_one_less(tmp_path: Path) -> None:
+    catalogue = make_catalogue(tmp_path / "photos", 10)
+    config = replace(CONFIG, embeddings=tmp_path / "first" / "embeddings")
+    rerank(catalogue, CONFIG, tmp_path / "first", model=distance_model(), chain=Chain((PairwiseStep(top_n=2),)))
+    (tmp_path / "photos" / "picture_004.png").write_bytes(b"broken since")
+    table = rerank(
+        catalogue, config, tmp_path / "o", model=distance_model(), chain=Chain((PairwiseStep(top_n=3),))
+    ).to_pandas()
+    assert "picture_004.png" not in {*table["query_id"], *table["gallery_id"]}
+    candidates = pd.read_parquet(tmp_path / "o" / "candidates" / "candidates.parquet")
+    expected = candidates[
+        (candidates["query_id"] != "picture_004.png") & (candidates["gallery_id"] != "picture_004.png")
+    ]
+    assert len(table) == len(expected)
+    is_scored = table["logit"].notna()
+    assert is_scored.sum() == (expected["rank"] <= 3).sum()
+    for _, rows in table.groupby("query_id"):
+        assert rows["logit"].notna().tolist() == sorted(rows["logit"].notna(), reverse=True), (
+            "unscored ones stay behind"
+        )
+        assert rows["rank"].tolist() == list(range(1, len(rows) + 1))
+
+
+def test_rerank_without_pairwise_step_has_no_logits(tmp_path: Path) -> None:
+    catalogue = make_catalogue(tmp_path / "photos", 10)
+    table = rerank(
+        catalogue, CONFIG, tmp_path / "o", model=distance_model(), chain=Chain((KReciprocalStep(k1=3, k2=2),))
+    ).to_pandas()
+    assert table["logit"].isna().all()
+    assert table["probability"].isna().all()
+    assert not (tmp_path / "o" / "pair_distances").exists()
+    assert set(table.groupby("query_id").size()) == {6}
+    assert table["distance"].groupby(table["query_id"]).is_monotonic_increasing.all()
+    first = table["first_stage_rank"].groupby(table["query_id"]).apply(sorted)
+    assert all(ranks == list(range(1, 7)) for ranks in first)
+
+
+def test_rerank_by_a_calibrated_chain_gives_the_probability_of_its_own_distance(tmp_path: Path) -> None:
+    catalogue = make_catalogue(tmp_path / "photos", 10)
+    chain = Chain((PairwiseStep(top_n=4),), calibration={"slope": 0.5, "intercept": 1.0})
+    table = rerank(catalogue, CONFIG, tmp_path / "o", model=distance_model(), chain=chain).to_pandas()
+    scored = table[table["rank"] <= 4]
+    np.testing.assert_allclose(scored["probability"], 1 / (1 + np.exp(0.5 * scored["distance"] - 1.0)), rtol=1e-5)
+    assert table.loc[table["rank"] > 4, "probability"].isna().all()

@@ -1,0 +1,53 @@
+"""InferenceThreads compute the same bits in order, whatever their number, and leave the caller's threads alone."""
+
+import platform
+import threading
+
+import pytest
+import torch
+
+from distributed_rerank.runtime.devices import InferenceThreads, keep_freed_memory, torch_threads
+
+LAYER = torch.nn.Sequential(torch.nn.Linear(64, 256), torch.nn.GELU(), torch.nn.Linear(256, 8)).requires_grad_(False)
+PARTS = torch.randn(9, 33, 64, generator=torch.Generator().manual_seed(0)).unbind()
+
+
+@pytest.mark.parametrize("number", [2, 3])
+def test_lanes_any_number_gives_the_bits_of_one(number):
+    assert torch.equal(
+        torch.stack(InferenceThreads(number).map(LAYER, PARTS)), torch.stack(InferenceThreads(1).map(LAYER, PARTS))
+    )
+
+
+def test_lanes_compute_with_one_thread_each_in_inference_mode():
+    lanes = InferenceThreads(2)
+    meet = threading.Barrier(2, timeout=30)
+
+    def look(part: int) -> tuple[int, bool, int]:
+        meet.wait()  # passes only if two lanes are at work
+        return torch.get_num_threads(), torch.is_inference_mode_enabled(), part
+
+    with torch_threads(2):
+        assert lanes.map(look, range(4)) == [(1, True, part) for part in range(4)]
+        assert torch.get_num_threads() == 2
+        assert not torch.is_inference_mode_enabled()
+
+
+def test_lanes_error_of_a_part_reaches_the_caller():
+    for number in (1, 2):
+        with pytest.raises(ZeroDivisionError):
+            InferenceThreads(number).map(lambda part: 1 // part, [1, 0])
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc is told")
+def test_freed_memory_is_kept():
+    """A tensor as large as the one freed before it costs no fresh pages."""
+    import resource
+
+    assert keep_freed_memory()
+    torch.ones(5_000_000)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(20):
+        torch.ones(5_000_000)
+    pages = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+    assert pages < 20 * 20_000_000 / 4096 / 10, f"{pages} pages were fresh"

@@ -1,0 +1,134 @@
+"""A teacher's logits: the right ones, for the right pairs, and a student that follows them."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional
+from training_examples import BACKBONE, EXTRACTION, SMALL, TOKENS, build_task, draw_catalogue
+
+from distributed_rerank.chain.chain import Chain, PairwiseStep, write_chain
+from distributed_rerank.errors import BadInput
+from distributed_rerank.models.distance_siamese import DistanceSiamese, DistanceSiameseConfig
+from distributed_rerank.models.saving import save_model
+from distributed_rerank.scoring.score import score
+from distributed_rerank.training.distillation import (
+    Teacher,
+    TeacherLogits,
+    check_teachable,
+    read_teacher,
+    score_by_teacher,
+)
+from distributed_rerank.training.losses import teacher_loss
+from distributed_rerank.training.plan import Step
+from distributed_rerank.training.run import fit
+from distributed_rerank.training.stage import train
+from distributed_rerank.training.task import TrainingTask, plan_epoch
+
+RANDOM = DistanceSiameseConfig(extractor=BACKBONE, identity_init=False, seed=7)
+
+
+@pytest.fixture(scope="module")
+def task(tmp_path_factory: pytest.TempPathFactory) -> TrainingTask:
+    """The judged labels are the trained ones here: what is asked is whether the student follows its teacher."""
+    found = build_task(tmp_path_factory.mktemp("task"), TOKENS, epochs=6, steps_per_epoch=12, lr=2e-2)
+    run = found.runs[0]
+    return replace(found, runs=(replace(run, judged=run.anchors),))
+
+
+@pytest.fixture(scope="module")
+def taught(task: TrainingTask, tmp_path_factory: pytest.TempPathFactory) -> TeacherLogits:
+    folder = tmp_path_factory.mktemp("teacher")
+    return score_by_teacher(Teacher(DistanceSiamese(RANDOM)), task.catalogue, task.runs[0].anchors, folder / "l", score)
+
+
+def test_logits_of_a_step_are_those_of_its_pairs_and_nan_for_others() -> None:
+    teacher = TeacherLogits(torch.tensor([2, 13, 31]), torch.tensor([0.5, -1.0, 2.0]), 10)
+    step = Step(
+        torch.tensor([3, 0, 1]), torch.tensor([1, 3, 3]), torch.tensor([False, True, True]), torch.tensor([0, 0, 0]),
+        torch.ones(3),
+    )  # fmt: skip
+    assert teacher.of(step).columns()["teacher_logits"].nan_to_num(9.0).tolist() == [2.0, 9.0, -1.0]
+
+
+def test_all_pairs_of_the_lists_are_scored_and_every_planned_step_has_its_part(
+    task: TrainingTask, taught: TeacherLogits
+) -> None:
+    assert len(taught.keys) == (task.runs[0].anchors.items >= 0).sum()
+    steps = plan_epoch(replace(task, teacher=taught), task.runs[0], 0)
+    for step in steps:
+        logits = step.columns()["teacher_logits"]
+        assert logits[step.is_negative].isfinite().all()
+        assert torch.equal(step.take(3, 8).columns()["teacher_logits"].isnan(), logits[3:8].isnan())
+
+
+def test_student_follows_a_teacher_that_contradicts_the_labels(
+    task: TrainingTask, taught: TeacherLogits, tmp_path: Path
+) -> None:
+    contrary = replace(taught, logits=-2 * (taught.logits - taught.logits.mean()) / taught.logits.std())
+    lists = task.runs[0].anchors
+    place = torch.searchsorted(
+        taught.keys, torch.from_numpy(lists.query_items)[:, None] * taught.n_items + torch.from_numpy(lists.items)
+    )
+    wanted = contrary.logits[place]
+    agreement = {}
+    for share in (0.0, 1.0):
+        config = replace(task.config, teacher_share=share)
+        state = fit(replace(task, config=config, teacher=contrary), tmp_path / str(share))
+        agreement[share] = order_agreement(state["current"]["best"]["logits"], wanted)
+    assert agreement[0.0] < 0.3
+    assert agreement[1.0] > 0.7
+
+
+def order_agreement(logits: Tensor, wanted: Tensor) -> float:
+    """Share of the candidate pairs of a list that both order alike."""
+    own, other = ((x[:, :, None] < x[:, None, :]) for x in (logits, wanted))
+    upper = torch.triu(torch.ones(logits.shape[1], logits.shape[1], dtype=torch.bool), 1)
+    return float((own == other)[:, upper].float().mean())
+
+
+def test_teacher_loss_is_the_divergence_over_what_is_known_and_nothing_where_too_little_is() -> None:
+    table = torch.tensor([[0.3, -1.0, 2.0], [0.5, 0.1, 0.0], [1.0, 2.0, 3.0]], requires_grad=True)
+    teacher = torch.tensor([[1.0, torch.nan, -2.0], [torch.nan, torch.nan, 0.0], [torch.nan] * 3])
+    is_present = torch.tensor([[True, True, True], [True, True, False], [True, True, True]])
+    loss = teacher_loss(table, teacher, is_present, 2.0, 3)
+    own, other = (functional.log_softmax(-x[0, [0, 2]] / 2.0, dim=0) for x in (table, teacher))
+    expected = 4 * (other.exp() * (other - own)).sum() / 3
+    torch.testing.assert_close(loss, expected)
+    loss.backward()
+    assert table.grad is not None
+    assert table.grad.isfinite().all()
+    assert not table.grad[1:].any()
+    assert table.grad[0, 1] == 0
+
+
+def test_teacher_fuses_as_its_chain_does(tmp_path: Path) -> None:
+    save_model(DistanceSiamese(RANDOM), tmp_path)
+    assert read_teacher(tmp_path).fusion is None
+    write_chain(Chain((PairwiseStep(10, "fuse", 2.0, 0.5),)), tmp_path)
+    teacher = read_teacher(tmp_path)
+    logits, distances = np.array([1.0, -1.0], np.float32), np.array([0.25, 3.0], np.float32)
+    # weight * distance + logit / temperature, times the temperature
+    assert teacher.fuse(logits, distances).tolist() == [1.25, 2.0]
+
+
+def test_stage_with_a_teacher_says_so_in_its_fingerprint(tmp_path: Path) -> None:
+    catalogue = draw_catalogue(tmp_path / "images")
+    config = replace(SMALL, epochs=1)
+    teacher = Teacher(DistanceSiamese(RANDOM))
+    train(catalogue, EXTRACTION, TOKENS, config, tmp_path / "model", teacher=teacher)
+    manifest: dict[str, Any] = json.loads((tmp_path / "model" / "manifest.json").read_text())
+    assert manifest["fingerprint"]["teacher"] == teacher.fingerprint()
+    with pytest.raises(BadInput, match="teacher"):
+        train(catalogue, EXTRACTION, TOKENS, config, tmp_path / "model")
+
+
+@pytest.mark.parametrize("changes", [{"loss": "bce"}, {"mining": "whole_batch"}])
+def test_teacher_without_lists_is_refused(changes: dict[str, Any]) -> None:
+    with pytest.raises(BadInput, match="leave --teacher out"):
+        check_teachable(replace(SMALL, **changes))
