@@ -3,8 +3,9 @@
 import argparse
 from pathlib import Path
 
+from distributed_rerank.config.extractor import ExtractorConfig
+from distributed_rerank.config.literals import parse_named_values
 from distributed_rerank.demo.catalogue import write_demo_catalogue
-from distributed_rerank.models.extractor import ExtractorConfig, parse_args
 
 
 def add_catalogue_flags(parser: argparse.ArgumentParser) -> None:
@@ -39,7 +40,7 @@ def extractor_of(arguments: argparse.Namespace) -> ExtractorConfig:
     return ExtractorConfig(
         name=arguments.extractor,
         weights=arguments.extractor_weights,
-        args=parse_args(arguments.extractor_args),
+        args=parse_named_values(arguments.extractor_args),
         image_size=arguments.image_size,
         resize="square",
         interpolation=arguments.interpolation,

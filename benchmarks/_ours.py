@@ -20,22 +20,25 @@ import torch
 
 from distributed_rerank import extraction, retrieval
 from distributed_rerank.cluster.executors import executors_on
-from distributed_rerank.cluster.session import ClusterConfig, connect
+from distributed_rerank.cluster.session import connect
+from distributed_rerank.config.cluster import ClusterConfig
+from distributed_rerank.config.extractor import ExtractorConfig
+from distributed_rerank.config.pairwise import ConcatSiameseConfig
+from distributed_rerank.config.training import TrainingConfig
+from distributed_rerank.config.work import WorkConfig
 from distributed_rerank.data.candidates import CandidateLists
 from distributed_rerank.data.catalogue import Catalogue, read_catalogue
 from distributed_rerank.data.decoding import decode
 from distributed_rerank.data.gathering import gather_lists
 from distributed_rerank.data.transforms import IMAGENET_MEAN, IMAGENET_STD, Augmentation
-from distributed_rerank.extraction import Embedder, ExtractionConfig
-from distributed_rerank.models.concat_siamese import ConcatSiamese, ConcatSiameseConfig
-from distributed_rerank.models.extractor import ExtractorConfig, build_extractor
-from distributed_rerank.reranking.first_stage import Executors
-from distributed_rerank.retrieval import RetrievalConfig, SearchSide
+from distributed_rerank.executors import Executors
+from distributed_rerank.extraction import Embedder
+from distributed_rerank.models.concat_siamese import ConcatSiamese
+from distributed_rerank.models.extractor import build_extractor
+from distributed_rerank.retrieval import SearchSide
 from distributed_rerank.runtime.devices import torch_threads
-from distributed_rerank.scoring.score import ScoringConfig
 from distributed_rerank.scoring.stage import score_candidates
 from distributed_rerank.tensors import metrics, oml_metrics
-from distributed_rerank.training.config import TrainingConfig
 from distributed_rerank.training.epoch import Worker, train_epoch
 from distributed_rerank.training.images import DecodedImages
 from distributed_rerank.training.plan import Step, plan_batches
@@ -62,7 +65,9 @@ def extractor_config(weights: str, precision: Any) -> ExtractorConfig:
 
 def load_siamese(weights: Path, precision: str) -> ConcatSiamese:
     """OML's ConcatSiamese with OML's weights."""
-    return ConcatSiamese(ConcatSiameseConfig(extractor=extractor_config("none", precision), weights=str(weights)))
+    return ConcatSiamese(
+        ConcatSiameseConfig(extractor=extractor_config("none", precision), pairwise_weights=str(weights))
+    )
 
 
 def backbone_weights(siamese: Path, folder: Path) -> str:
@@ -84,19 +89,21 @@ def oml_pairs(catalogue: Catalogue, table: pd.DataFrame, oml: Path) -> tuple[Can
     return lists, np.searchsorted(lists.query_items, catalogue.items_of(paths[query])), rank - 1
 
 
-def time_embedding(catalogue: Catalogue, config: ExtractionConfig) -> tuple[float, np.ndarray]:
+def time_embedding(catalogue: Catalogue, config: ExtractorConfig, work: WorkConfig) -> tuple[float, np.ndarray]:
     """Images per second of decoding and embedding in this process, and the embeddings."""
-    embedder = Embedder(extractor := build_extractor(config.extractor), config)
+    embedder = Embedder(extractor := build_extractor(config), work)
     started, parts = time.perf_counter(), []
-    for _, refs in extraction.plan(catalogue.images(), config.block_size):
-        parts.append(embedder.embed(decode(refs, extractor.transform, threads=config.decode_threads).pixels))
+    for _, refs in extraction.plan(catalogue.images(), work.images_per_block):
+        parts.append(embedder.embed(decode(refs, extractor.transform, threads=work.decode_threads).pixels))
     return len(catalogue) / (time.perf_counter() - started), np.concatenate(parts)
 
 
-def time_embedding_stage(catalogue: Catalogue, config: ExtractionConfig, folder: Path, steps: Executors) -> float:
+def time_embedding_stage(
+    catalogue: Catalogue, config: ExtractorConfig, work: WorkConfig, folder: Path, steps: Executors
+) -> float:
     """Images per second of the embedding stage, its folder included."""
     started = time.perf_counter()
-    extraction.embed(catalogue, config, folder, extract=steps.extract)
+    extraction.embed(catalogue, config, folder, work=work, extract=steps.extract)
     return len(catalogue) / (time.perf_counter() - started)
 
 
@@ -104,13 +111,14 @@ def time_reranking(
     catalogue: Catalogue,
     lists: CandidateLists,
     model: ConcatSiamese,
-    config: ScoringConfig,
+    top_n: int,
+    work: WorkConfig,
     folder: Path,
     steps: Executors,
 ) -> tuple[float, np.ndarray]:
     """Pairs per second of the scoring stage, from image files to its folder, and the logits."""
     started = time.perf_counter()
-    scored = score_candidates(catalogue, lists, model, config, folder, score=steps.score)
+    scored = score_candidates(catalogue, lists, model, top_n, folder, work=work, score=steps.score)
     return scored.n_pairs / (time.perf_counter() - started), scored.logits
 
 
@@ -145,10 +153,10 @@ def time_search(threads: int) -> tuple[dict[str, float], np.ndarray]:
     searched_for, searched_in = (
         SearchSide(e.numpy(), i.numpy(), np.full(len(i), -1)) for e, i in ((queries, own), (gallery, others))
     )
-    config = RetrievalConfig(n_items=100, threads_per_worker=threads)
+    work = WorkConfig(threads_per_worker=threads)
     with torch_threads(threads):
         started = time.perf_counter()
-        ((_, lists),) = retrieval.search([(0, (0, 10_000))], searched_for, searched_in, config)
+        ((_, lists),) = retrieval.search([(0, (0, 10_000))], searched_for, searched_in, 100, work)
         searched = time.perf_counter()
         found = torch.from_numpy(lists.items)
         is_relevant = metrics.relevance(found, query_labels, gallery_labels)
@@ -170,22 +178,21 @@ def measure(arguments: argparse.Namespace, folder: Path, steps: Executors) -> di
     threads, is_on_ray = arguments.threads, arguments.workers > 0
     weights = arguments.oml / "concat_siamese.pth"
     model = load_siamese(weights, arguments.precision)
-    portions = ExtractionConfig(
-        extractor=extractor_config(backbone_weights(weights, folder), arguments.precision),
-        block_size=16 if is_on_ray else 256,
+    extractor = extractor_config(backbone_weights(weights, folder), arguments.precision)
+    work = WorkConfig(
+        images_per_block=16 if is_on_ray else 256,
         threads_per_worker=1 if is_on_ray else threads,
         decode_threads=1 if is_on_ray else threads,
     )
-    scoring = ScoringConfig(
-        top_n=arguments.top_n, threads_per_worker=portions.threads_per_worker, decode_threads=portions.decode_threads
-    )
     figures: dict[str, float] = {}
-    figures["rerank_pairs_per_s"], logits = time_reranking(catalogue, lists, model, scoring, folder / "pairs", steps)
+    figures["rerank_pairs_per_s"], logits = time_reranking(
+        catalogue, lists, model, arguments.top_n, work, folder / "pairs", steps
+    )
     arrays = {"pair_distances": torch.from_numpy(logits[row, column]).sigmoid().numpy()}
     if is_on_ray:
-        figures["embed_images_per_s"] = time_embedding_stage(catalogue, portions, folder / "embeddings", steps)
+        figures["embed_images_per_s"] = time_embedding_stage(catalogue, extractor, work, folder / "embeddings", steps)
     else:
-        figures["embed_images_per_s"], embeddings = time_embedding(catalogue, portions)
+        figures["embed_images_per_s"], embeddings = time_embedding(catalogue, extractor, work)
         trained = load_siamese(weights, arguments.precision)
         figures["train_pairs_per_s"] = time_training(catalogue, embeddings, trained, arguments.train_steps, threads)
     if arguments.search:

@@ -21,7 +21,13 @@ from PIL import Image
 from distributed_rerank import retrieval
 from distributed_rerank.chain.chain import Chain, PairwiseStep
 from distributed_rerank.cluster.executors import executors_on
-from distributed_rerank.cluster.session import ClusterConfig, connect
+from distributed_rerank.cluster.session import connect
+from distributed_rerank.config.cluster import ClusterConfig
+from distributed_rerank.config.evaluation import FirstStageConfig, MeasureConfig
+from distributed_rerank.config.extractor import ExtractorConfig
+from distributed_rerank.config.pairwise import ConcatSiameseConfig
+from distributed_rerank.config.training import TrainingConfig
+from distributed_rerank.config.work import WorkConfig
 from distributed_rerank.data import tables
 from distributed_rerank.data.artifacts import read_manifest
 from distributed_rerank.data.candidates import CandidateLists, candidates_table
@@ -29,21 +35,17 @@ from distributed_rerank.data.catalogue import Catalogue, read_catalogue
 from distributed_rerank.data.decoding import decode
 from distributed_rerank.evaluation import measure as evaluation
 from distributed_rerank.evaluation.run import evaluate
-from distributed_rerank.models.concat_siamese import ConcatSiamese, ConcatSiameseConfig
-from distributed_rerank.models.extractor import ExtractorConfig
+from distributed_rerank.executors import Executors
+from distributed_rerank.models.concat_siamese import ConcatSiamese
 from distributed_rerank.reranking import run as ranking_run
-from distributed_rerank.reranking.config import EvaluationConfig
 from distributed_rerank.reranking.external_candidates import external_candidates
-from distributed_rerank.reranking.first_stage import Executors
 from distributed_rerank.reranking.lists import ranking_of
 from distributed_rerank.reranking.run import Scored
-from distributed_rerank.retrieval import RetrievalConfig, SearchSide
+from distributed_rerank.retrieval import SearchSide
 from distributed_rerank.runtime.devices import InferenceThreads
 from distributed_rerank.scoring import plan as scoring_plan
-from distributed_rerank.scoring.score import ScoringConfig
 from distributed_rerank.scoring.stage import score_candidates
 from distributed_rerank.tensors import sharding
-from distributed_rerank.training.config import TrainingConfig
 from distributed_rerank.training.mining import mining_figures
 from distributed_rerank.training.task import Run, TrainingTask, plan_epoch
 
@@ -89,8 +91,7 @@ def score(
     """The scoring stage, from image files to its folder; with `is_measured` also the metrics for every n."""
     catalogue = write_photos(folder, n_images, n_queries)
     lists, model = random_lists(catalogue, n_queries, top_n), make_model(name, size)
-    config = ScoringConfig(
-        top_n=top_n,
+    work = WorkConfig(
         encoding_gb=encoding_gb,
         queries_per_block=queries_per_block,
         blocks_per_call=blocks_per_call,
@@ -99,7 +100,7 @@ def score(
     with PeakMemory() as memory, session as connected:
         steps = executors_on(connected) if connected is not None else Executors()
         started = time.perf_counter()
-        scored = score_candidates(catalogue, lists, model, config, folder / "out", score=steps.score)
+        scored = score_candidates(catalogue, lists, model, top_n, folder / "out", work=work, score=steps.score)
         seconds = time.perf_counter() - started
     manifest = read_manifest(folder / "out")
     answer = {
@@ -164,10 +165,10 @@ def search(folder: Path, n_queries: int, n_gallery: int, dim: int, n_items: int,
 
     gallery = side(n_gallery, 0)
     queries = gallery.part(0, n_queries) if is_one_set else side(n_queries, n_gallery)
-    config = RetrievalConfig(n_items=n_items)
-    blocks = list(enumerate(sharding.blocks(n_queries, config.queries_per_block)))
+    work = WorkConfig()
+    blocks = list(enumerate(sharding.blocks(n_queries, work.queries_per_search_block)))
     started = time.perf_counter()
-    found = sum(len(lists.query_items) for _, lists in retrieval.search(blocks, queries, gallery, config))
+    found = sum(len(lists.query_items) for _, lists in retrieval.search(blocks, queries, gallery, n_items, work))
     return {"seconds": time.perf_counter() - started, "queries": found}
 
 
@@ -184,13 +185,13 @@ def mine(
     embeddings = torch.nn.functional.normalize(embeddings + torch.randn(n_images, dim, generator=generator), dim=1)
     side = SearchSide(embeddings.numpy(), np.arange(n_images), np.full(n_images, -1))
     training = TrainingConfig(n_items=n_items, top_n=n_items, steps_per_epoch=None)
-    config = RetrievalConfig(n_items=n_items, threads_per_worker=threads)
-    blocks = list(enumerate(sharding.blocks(n_images, config.queries_per_block)))
+    work = WorkConfig(threads_per_worker=threads)
+    blocks = list(enumerate(sharding.blocks(n_images, work.queries_per_search_block)))
     session = connect(ClusterConfig(num_workers=workers, use_gpu=False)) if workers else nullcontext()
     with PeakMemory() as memory, session as connected:
         search_blocks = retrieval.search if connected is None else executors_on(connected).search
         started = time.perf_counter()
-        found = dict(search_blocks(blocks, side, side, config))
+        found = dict(search_blocks(blocks, side, side, n_items, work))
         parts = [found.pop(number) for number, _ in blocks]
         lists = CandidateLists(*(np.concatenate(columns) for columns in zip(*parts, strict=True)))
         searched = time.perf_counter() - started
@@ -216,7 +217,8 @@ def evaluate_lists(folder: Path, n_queries: int, depth: int) -> Answer:
     table, candidates = write_planted(folder, n_queries, depth)
     started = time.perf_counter()
     catalogue = read_catalogue(str(table), purpose="evaluation").restrict("validation")
-    evaluate(catalogue, EvaluationConfig(candidates=candidates, baselines=False), folder / "out")
+    measure = MeasureConfig(baselines=False)
+    evaluate(catalogue, FirstStageConfig(candidates=candidates), folder / "out", measure=measure)
     return {"seconds": time.perf_counter() - started, "queries": n_queries}
 
 

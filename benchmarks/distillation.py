@@ -22,14 +22,14 @@ from _catalogue import add_catalogue_flags, extractor_of, generate_quick_catalog
 from _measuring import Row, add_common_flags, compared, describe_machine, finish, rate, say
 
 from distributed_rerank.chain.chain import Chain
+from distributed_rerank.config.evaluation import FirstStageConfig, MeasureConfig
+from distributed_rerank.config.pairwise import TokenSiameseConfig
+from distributed_rerank.config.training import TrainingConfig
 from distributed_rerank.data.catalogue import Catalogue, read_catalogue
 from distributed_rerank.evaluation.run import evaluate
-from distributed_rerank.extraction import ExtractionConfig, embed
+from distributed_rerank.extraction import embed
 from distributed_rerank.models.saving import load_model
-from distributed_rerank.models.token_siamese import TokenSiameseConfig
-from distributed_rerank.reranking.config import EvaluationConfig
 from distributed_rerank.scoring.plan import pairs_per_batch
-from distributed_rerank.training.config import TrainingConfig
 from distributed_rerank.training.distillation import Teacher, read_teacher
 from distributed_rerank.training.stage import train
 
@@ -62,21 +62,20 @@ class Trial:
         training, validation = (read_catalogue(arguments.catalogue, purpose=p) for p in ("training", "evaluation"))
         self.training = first_labels(training.restrict("train"), arguments.labels)
         self.validation = first_labels(validation.restrict("validation"), arguments.labels)
-        embed(self.validation, ExtractionConfig(extractor=self.extractor), work / "embeddings")
+        embed(self.validation, self.extractor, work / "embeddings")
 
     def run(self, name: str, shape: dict[str, Any], teacher: Teacher | None = None) -> Result:
         """Trains a TokenSiamese of this shape and measures its pairwise step."""
         started = time.perf_counter()
         chain = train(
-            self.training, ExtractionConfig(extractor=self.extractor),
-            TokenSiameseConfig(extractor=self.extractor, **shape), self.config, self.work / name,
+            self.training, TokenSiameseConfig(extractor=self.extractor, **shape), self.config, self.work / name,
             embeddings_folder=self.work / "train-embeddings", teacher=teacher,
         )  # fmt: skip
         seconds = time.perf_counter() - started
         steps = Chain(() if chain.pairwise is None else (chain.pairwise,))
-        config = EvaluationConfig(embeddings=self.work / "embeddings", baselines=False)
+        config = FirstStageConfig(embeddings=self.work / "embeddings")
         out, model = self.work / f"{name}-evaluation", load_model(self.work / name)
-        found = evaluate(self.validation, config, out, model=model, chain=steps)
+        found = evaluate(self.validation, config, out, model=model, chain=steps, measure=MeasureConfig(baselines=False))
         result = Result(found["first_stage"], found.get("reranked", found["first_stage"]), seconds)
         say(f"{name}: {', '.join(f'{key} {result.gain(key):+.2f}' for key in METRICS)}, {seconds:.0f} s")
         return result

@@ -21,16 +21,23 @@ import numpy as np
 import torch
 from _measuring import Row, add_common_flags, describe_machine, finish, matmul_peak, rate, run_child, say, synchronise
 
-from distributed_rerank.models.concat_siamese import ConcatSiamese, ConcatSiameseConfig
-from distributed_rerank.models.distance_siamese import DistanceSiamese, DistanceSiameseConfig
-from distributed_rerank.models.extractor import ExtractorConfig
+from distributed_rerank.config.extractor import ExtractorConfig
+from distributed_rerank.config.pairwise import (
+    ConcatSiameseConfig,
+    DistanceSiameseConfig,
+    SplitSiameseConfig,
+    TokenSiameseConfig,
+)
+from distributed_rerank.config.work import WorkConfig
+from distributed_rerank.models.concat_siamese import ConcatSiamese
+from distributed_rerank.models.distance_siamese import DistanceSiamese
 from distributed_rerank.models.packing import PackedLinear
 from distributed_rerank.models.pairwise import PairwiseModel
-from distributed_rerank.models.split_siamese import SplitSiamese, SplitSiameseConfig
-from distributed_rerank.models.token_siamese import TokenSiamese, TokenSiameseConfig
+from distributed_rerank.models.split_siamese import SplitSiamese
+from distributed_rerank.models.token_siamese import TokenSiamese
 from distributed_rerank.runtime.devices import array_of, keep_freed_memory, pick_device
 from distributed_rerank.scoring import plan as scoring_plan
-from distributed_rerank.scoring.score import PairTask, Scorer, ScoringConfig
+from distributed_rerank.scoring.score import PairTask, Scorer
 from distributed_rerank.tensors.hardware import bf16_support
 
 MODELS = ("concat", "split-8", "split-10", "token", "distance")
@@ -98,14 +105,14 @@ def measure_model(name: str, precision: str, arguments: argparse.Namespace) -> d
 
 
 def measure_scorer(model: PairwiseModel, encoded: torch.Tensor, n_pairs: int, arguments: argparse.Namespace) -> float:
-    """Pairs per second of procedures.scoring.Scorer on blocks of `n_pairs`, encodings given as arrays."""
-    config = ScoringConfig(threads_per_worker=arguments.threads, pairs_per_batch=arguments.batch)
-    scorer = Scorer(model, config)
+    """Pairs per second of scoring.score.Scorer on blocks of `n_pairs`, encodings given as arrays."""
+    work = WorkConfig(threads_per_worker=arguments.threads, pairs_per_batch=arguments.batch)
+    scorer = Scorer(model, work)
     array, rng = array_of(encoded), np.random.default_rng(0)
     query, candidate = rng.integers(len(array), size=(2, n_pairs))
     rows = np.arange(len(array))
     task = PairTask(np.zeros_like(rows), rows, query, candidate, np.ones(n_pairs, np.float32))
-    tasks = [task] * config.blocks_of_call(scorer.device.type == "cuda")
+    tasks = [task] * work.score_blocks_per_call(scorer.device.type == "cuda")
     return rate(lambda: sum(map(len, scorer.score(tasks, array))), arguments.seconds, encoded.device)
 
 

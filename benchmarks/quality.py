@@ -24,25 +24,18 @@ from _catalogue import add_catalogue_flags, extractor_of, generate_quick_catalog
 from _measuring import Row, add_common_flags, describe_machine, finish
 
 from distributed_rerank.chain.chain import AlphaQEStep, Chain, KReciprocalStep, PairwiseStep
+from distributed_rerank.config.evaluation import FirstStageConfig, MeasureConfig
+from distributed_rerank.config.pairwise import (
+    PAIRWISE_CONFIGS,
+)
+from distributed_rerank.config.training import TrainingConfig, defaults_for
 from distributed_rerank.data.catalogue import Catalogue, read_catalogue
 from distributed_rerank.errors import BadInput
 from distributed_rerank.evaluation.run import evaluate
-from distributed_rerank.extraction import ExtractionConfig, embed
-from distributed_rerank.models.concat_siamese import ConcatSiameseConfig
-from distributed_rerank.models.distance_siamese import DistanceSiameseConfig
+from distributed_rerank.extraction import embed
 from distributed_rerank.models.saving import load_model
-from distributed_rerank.models.split_siamese import SplitSiameseConfig
-from distributed_rerank.models.token_siamese import TokenSiameseConfig
-from distributed_rerank.reranking.config import EvaluationConfig
-from distributed_rerank.training.config import TrainingConfig, defaults_for
 from distributed_rerank.training.stage import train
 
-CONFIGS = {
-    "token": TokenSiameseConfig,
-    "concat": ConcatSiameseConfig,
-    "split": SplitSiameseConfig,
-    "distance": DistanceSiameseConfig,
-}
 WITHOUT_TRAINING = {
     "k-reciprocal (20, 6, 0.3)": Chain((KReciprocalStep(),)),
     "alpha-QE + DBA (5, 3)": Chain((AlphaQEStep(),)),
@@ -81,26 +74,32 @@ class Trial:
         self.arguments = arguments
         self.work = work
         self.extractor = extractor_of(arguments)
-        self.extraction = ExtractionConfig(extractor=self.extractor)
         self.training: Catalogue = read_catalogue(arguments.catalogue, purpose="training")
         whole = read_catalogue(arguments.catalogue, purpose="evaluation")
         self.validation = whole.restrict("validation")
-        embed(self.validation, self.extraction, work / "embeddings")
-        self.config = EvaluationConfig(embeddings=work / "embeddings", baselines=False)
+        embed(self.validation, self.extractor, work / "embeddings")
+        self.config = FirstStageConfig(embeddings=work / "embeddings")
 
     def evaluate(self, name: str, chain: Chain, model: Path | None = None) -> dict[str, Any]:
         """Metrics of a chain on the validation split."""
         loaded = None if model is None else load_model(model)
-        return evaluate(self.validation, self.config, self.work / name, model=loaded, chain=chain)
+        return evaluate(
+            self.validation,
+            self.config,
+            self.work / name,
+            model=loaded,
+            chain=chain,
+            measure=MeasureConfig(baselines=False),
+        )
 
     def train(self, name: str, model: str, config: TrainingConfig, seed: int) -> tuple[Path, Chain, float]:
         """A trained model's folder, its chain, and the seconds that training took with everything around it."""
         folder, started = self.work / f"{name}-{seed}", time.perf_counter()
         if self.arguments.quick:
             config = replace(config, epochs=1, steps_per_epoch=2, n_labels=4, n_instances=2, lists_per_step=4)
-        model_config = CONFIGS[model](extractor=self.extractor, seed=seed)
+        model_config = PAIRWISE_CONFIGS[model](extractor=self.extractor, head_seed=seed)
         chain = train(
-            self.training, self.extraction, model_config, replace(config, seed=seed), folder,
+            self.training, model_config, replace(config, seed=seed), folder,
             embeddings_folder=self.work / "train-embeddings",
         )  # fmt: skip
         return folder, chain, time.perf_counter() - started
@@ -206,7 +205,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_common_flags(parser)
     add_catalogue_flags(parser)
-    parser.add_argument("--models", nargs="*", choices=tuple(CONFIGS), default=("token", "concat", "distance"))
+    parser.add_argument("--models", nargs="*", choices=tuple(PAIRWISE_CONFIGS), default=("token", "concat", "distance"))
     parser.add_argument("--minutes", type=float, default=10.0, help="of training, at most, for each method and seed")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--oml-seeds", type=int, help="seeds of OML's recipe, 0 leaves it out; default: as --seeds")

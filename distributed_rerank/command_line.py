@@ -1,190 +1,191 @@
-"""What every job's command line shares: parsing into a frozen dataclass, logging, one-line errors and exit
-codes.
+"""The command `distributed-rerank JOB ...`: parse, check, import what the job needs, run it, end with its exit code.
 
-Above the procedures, below nothing but `jobs/`. Exit codes: 0 good, 2 bad input, 3 regression, 130
-interrupted, anything else a failure (the traceback is shown, because it is ours to mend).
+Nothing here imports torch, timm or ray, so that help, a typo, a missing file and a broken catalogue are answered at
+once. Exit codes: 0 good, 2 bad input, 3 regression, 130 interrupted, anything else a failure (the traceback is shown,
+because it is ours to mend).
 """
 
 import contextlib
 import dataclasses
 import difflib
+import importlib
+import inspect
 import io
 import logging
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+import textwrap
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import MISSING, is_dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any
 
 import tyro
 
+from distributed_rerank import __version__
+from distributed_rerank.config.jobs import JOBS
+from distributed_rerank.config.options import Option, configs_in, flags_in, options_of
+from distributed_rerank.config.pairwise import PAIRWISE_CONFIGS
+from distributed_rerank.config.training import EXTRACTOR_DEFAULTS, defaults_for
 from distributed_rerank.errors import BadInput
-from distributed_rerank.extraction import ExtractionConfig
-from distributed_rerank.models.concat_siamese import ConcatSiameseConfig
-from distributed_rerank.models.distance_siamese import DistanceSiameseConfig
-from distributed_rerank.models.extractor import ExtractorConfig, parse_args
-from distributed_rerank.models.split_siamese import SplitSiameseConfig
-from distributed_rerank.models.token_siamese import TokenSiameseConfig
-from distributed_rerank.retrieval import RetrievalConfig
-from distributed_rerank.scoring.score import ScoringConfig
-from distributed_rerank.training.config import defaults_for
 
-Arguments = TypeVar("Arguments")
-logger = logging.getLogger(__name__)
+PROGRAM = "distributed-rerank"
+FIRST_OPTIONS: Mapping[str, str] = {
+    "embed": "catalogue out extractor extractor-weights extractor-args image-size split num-workers overwrite",
+    "train": "catalogue out extractor extractor-weights image-size pairwise-model embeddings epochs minutes overwrite",
+    "train-extractor": "catalogue out extractor extractor-weights image-size epochs backbone-lr minutes num-workers",
+    "evaluate": "catalogue out model extractor extractor-weights image-size embeddings candidates split num-workers",
+    "rerank": "catalogue candidates model out query-catalogue embeddings extractor top-n num-workers overwrite",
+    "scheduled-evaluation": "catalogue model history runs run-id baseline metric tolerance extractor num-workers",
+    "submit": "submission-id address working-dir",
+    "demo": "out num-workers",
+}  # fmt: skip
+"""The options that most people need first, shown by --help; --help-all shows the rest."""
+_TYRO = (tyro.conf.AvoidSubcommands,)
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ExtractorArguments:
-    """Which model turns an image into an embedding, and what it sees."""
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the job that `argv` (default: the process's words) names, and end the process with its exit code."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    configure_logging()
+    try:
+        sys.exit(run(words) or 0)
+    except BadInput as error:
+        # Ray re-raises a worker's error as a subclass whose text is the whole traceback; the cause is the plain line.
+        sys.stderr.write(f"error: {getattr(error, 'cause', error)}\n")
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted: finished blocks are kept, the same command continues from them\n")
+        sys.exit(130)
 
-    extractor: str | None = None
-    """Any timm model, `hf-hub:` id or `local-dir:` folder, e.g. vit_small_patch16_224.dino."""
-    extractor_weights: str | None = None
-    """A .safetensors or .pth file; `none` for an untrained model. Default: timm's pretrained weights from the hub."""
-    extractor_args: tuple[str, ...] = ()
-    """Further arguments of timm.create_model, as name=value, e.g. pad_type=same."""
-    image_size: int | None = None
-    """Side of the square image in pixels. Default: the model's own."""
-    resize: Literal["square", "crop"] = "square"
-    """square: the whole image, squashed (as open-metric-learning does). crop: timm's shorter side and centre crop."""
-    interpolation: Literal["bilinear", "bicubic"] | None = None
-    """Default: the model's own."""
-    mean: tuple[float, float, float] | None = None
-    """Mean of each colour channel, 0 to 1. Default: the model's own."""
-    std: tuple[float, float, float] | None = None
-    """Standard deviation of each colour channel. Default: the model's own."""
-    normalise: bool = True
-    """Scale embeddings to length one, so that L2 order is cosine order."""
-    extractor_precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """auto: bf16 where the hardware multiplies it natively, fp32 elsewhere."""
-    images_per_block: int = 256
-    """Images that are embedded as one unit of work; a killed run repeats unfinished blocks only."""
-    images_per_batch: int | None = None
-    """Images in one call of the extractor. Default: 8 on a CPU, 256 on a GPU."""
-    threads_per_worker: int = 1
-    """Threads that each worker computes with; give --cpus-per-worker as many."""
-    decode_threads: int = 1
-    """Threads that read images in each process."""
 
-    def config(self) -> ExtractorConfig:
-        """The extractor's own configuration. Raises BadInput where none is named or an argument is not name=value."""
-        if self.extractor is None:
-            raise BadInput("no extractor is named; give --extractor, e.g. --extractor vit_small_patch16_224.dino")
-        if self.extractor_weights not in (None, "none") and not Path(self.extractor_weights).is_file():
-            raise BadInput(f"--extractor-weights {self.extractor_weights} does not exist; give a file, or none")
-        own = {field.name for field in dataclasses.fields(ExtractorConfig)}
-        same = {name: value for name, value in dataclasses.asdict(self).items() if name in own}
-        return ExtractorConfig(
-            name=self.extractor,
-            weights=self.extractor_weights,
-            args=parse_args(self.extractor_args),
-            precision=self.extractor_precision,
-            **same,
+def run(words: Sequence[str]) -> int | None:
+    """Run the job named by the first word with the others; returns its exit code, None for 0."""
+    name, *argv = words or ["--help"]
+    if name in ("-h", "--help", "--help-all"):
+        sys.stdout.write(overview())
+        return 0
+    if name == "--version":
+        sys.stdout.write(f"{PROGRAM} {__version__}\n")
+        return 0
+    name = name.replace("_", "-")
+    if name not in JOBS:
+        close = difflib.get_close_matches(name, JOBS, n=1)
+        raise BadInput(
+            f"there is no job {name!r}; "
+            + (f"perhaps you meant {close[0]}" if close else f"jobs are {', '.join(JOBS)}")
         )
-
-    def extraction(self) -> ExtractionConfig:
-        """How the extractor is applied. Raises BadInput as `config` does."""
-        return ExtractionConfig(
-            extractor=self.config(),
-            block_size=self.images_per_block,
-            images_per_batch=self.images_per_batch,
-            threads_per_worker=self.threads_per_worker,
-            decode_threads=self.decode_threads,
-        )
+    if {"-h", "--help"} & set(argv):
+        sys.stdout.write(short_help(name))
+        return 0
+    job = parse(name, argv)
+    inputs = importlib.import_module("distributed_rerank.jobs.inputs").read_inputs(job)
+    return importlib.import_module(f"distributed_rerank.jobs.{name.replace('-', '_')}").main(job, *inputs)
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class PairwiseArguments:
-    """Which pairwise model is trained; its backbone is the extractor's network."""
-
-    pairwise_model: Literal["token", "concat", "split", "distance"] = "token"
-    """token: correlation of cached local tokens; concat: open-metric-learning's ConcatSiamese; split: a ViT
-    whose first
-    blocks run per image; distance: L2 distance of embeddings."""
-    pairwise_weights: str | None = None
-    """State dict of a ConcatSiamese (ours or OML's) that concat and split start from."""
-    split_at: int = 8
-    """split: how many blocks run per image."""
-    both_orders: bool = False
-    """concat and split: score both orders of a pair and average, at twice the cost."""
-
-    def config(self, extractor: ExtractorConfig) -> Any:
-        """The config of that model. Raises BadInput for an option that it does not have."""
-        stacked = {"both_orders": self.both_orders, "weights": self.pairwise_weights}
-        if self.pairwise_model == "concat":
-            return ConcatSiameseConfig(extractor=extractor, **stacked)
-        if self.pairwise_model == "split":
-            return SplitSiameseConfig(extractor=extractor, split_at=self.split_at, **stacked)
-        if any(stacked.values()):
-            raise BadInput(
-                f"--pairwise-model {self.pairwise_model} has no --both-orders and no --pairwise-weights; leave them out"
-            )
-        kind = TokenSiameseConfig if self.pairwise_model == "token" else DistanceSiameseConfig
-        return kind(extractor=extractor)
+def configure_logging() -> None:
+    """Log lines with time and level on standard error, the same in the driver as in the workers; once per process."""
+    root = logging.getLogger()
+    if not root.handlers:
+        logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S")
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class FirstStageArguments(ExtractorArguments):
-    """Where the candidates that are re-ranked come from."""
-
-    embeddings: Path | None = None
-    """Embeddings made earlier (a folder of jobs/embed.py, or Parquet with id and embedding); images stay closed."""
-    candidates: Path | None = None
-    """Candidate lists of any system: Parquet, CSV (query_id, gallery_id, distance or score) or a TREC run."""
-    n_items: int = 100
-    """Items that exact search retrieves for each query."""
-
-    queries_per_block: int | None = None
-    """Queries that are searched for, or scored, as one unit of work. Default: 1024, and a few seconds of scoring."""
-    pairs_per_batch: int | None = None
-    """Pairs in one call of the pairwise model. Default: from the cost of a pair."""
-    encoding_gb: float = 2.0
-    """Memory for the encodings of images; beyond it they are computed in several rounds."""
-
-    def parts(self) -> dict[str, Any]:
-        """The fields of an EvaluationConfig that say where candidates come from and how pairs are scored."""
-        threads = {"threads_per_worker": self.threads_per_worker}
-        searched = {} if self.queries_per_block is None else {"queries_per_block": self.queries_per_block}
-        return {
-            "extraction": None if self.extractor is None else self.extraction(),
-            "embeddings": self.embeddings,
-            "candidates": self.candidates,
-            "retrieval": RetrievalConfig(n_items=self.n_items, **searched, **threads),
-            "scoring": ScoringConfig(
-                queries_per_block=self.queries_per_block,
-                pairs_per_batch=self.pairs_per_batch,
-                decode_threads=self.decode_threads,
-                encoding_gb=self.encoding_gb,
-                **threads,
-            ),
-        }
+def overview() -> str:
+    """One line for each job."""
+    lines = [f"  {name:<22}{inspect.getdoc(kind).splitlines()[0]}" for name, kind in JOBS.items()]  # pyright: ignore
+    return "\n".join([f"{PROGRAM} JOB --help explains a job:", "", *lines, ""])
 
 
-Defaults = Callable[[list[str]], Any]
-"""Fields whose default depends on the rest of the command line, by name."""
+def short_help(name: str) -> str:
+    """The manual of a job and its first options."""
+    by_flag = {option.flag: option for option in options_of(job_type(name))}
+    shown = [by_flag[flag] for flag in FIRST_OPTIONS[name].split()]
+    lines = [line for option in shown for line in _help_lines(option)]
+    n_others = len(by_flag) - len(shown)
+    last = [f"{n_others} more options: {PROGRAM} {name} --help-all"] if n_others > 0 else []
+    return "\n".join([inspect.getdoc(JOBS[name]) or "", "", *lines, "", *last, ""])
 
 
-def parse(
-    arguments: type[Arguments], manual: str, argv: list[str] | None = None, defaults: Defaults | None = None
-) -> Arguments:
-    """`argv` (default: the process's) as `arguments`.
+def parse(name: str, argv: Sequence[str]) -> Any:
+    """The job with the settings on its command line.
 
-    A wrong command line is BadInput in one line, with a suggestion.
+    Raises BadInput, in one line with a suggestion, for a wrong command line and for a flag that would have no effect.
     """
-    argv = sys.argv[1:] if argv is None else argv
-    config = (tyro.conf.AvoidSubcommands,)
+    is_help = "--help-all" in argv
+    argv = ["--help" if word == "--help-all" else word for word in argv]
     said = io.StringIO()
     try:
-        with _wide_terminal(bool({"-h", "--help"} & set(argv))), contextlib.redirect_stderr(said):
-            if defaults is None:
-                return tyro.cli(arguments, description=manual, args=argv, config=config)
-            default = _with_missing(arguments, defaults(argv))
-            return tyro.cli(arguments, description=manual, args=argv, config=config, default=default)
+        with _wide_terminal(is_help), contextlib.redirect_stderr(said):
+            job = tyro.cli(job_type(name, argv), prog=f"{PROGRAM} {name}", args=argv, config=_TYRO)
     except SystemExit as stop:
         if stop.code in (0, None):
             raise
-        raise BadInput(_one_line(said.getvalue())) from stop
+        raise BadInput(_of_another_model(name, argv) or _one_line(said.getvalue())) from stop
+    check_effect(job, argv)
+    return job
+
+
+def job_type(name: str, argv: Sequence[str] = ()) -> type:
+    """The class of the job, with defaults of its own: those of the pairwise model that `argv` names, for `train`."""
+    if name == "demo":
+        defaults: dict[str, Any] = {"out": Path("out/demo")}
+    elif name == "train-extractor":
+        defaults = {"training": EXTRACTOR_DEFAULTS}
+    elif name == "train":
+        model = pairwise_model_of(argv)
+        defaults = {"pairwise": PAIRWISE_CONFIGS[model](), "training": defaults_for(model)}
+    else:
+        return JOBS[name]
+    hints = typing.get_type_hints(JOBS[name], include_extras=True)
+    if "pairwise" in defaults:
+        hints["pairwise"] = tyro.conf.OmitArgPrefixes[type(defaults["pairwise"])]
+    changed = [(key, hints[key], dataclasses.field(default=value)) for key, value in defaults.items()]
+    kind = dataclasses.make_dataclass(JOBS[name].__name__, changed, bases=(JOBS[name],), frozen=True, kw_only=True)
+    kind.__doc__ = JOBS[name].__doc__
+    return kind
+
+
+def pairwise_model_of(argv: Sequence[str]) -> str:
+    """The pairwise model that a command line names; the default where it names none, or one that there is not."""
+    model = "token"
+    for flag, value in zip(argv, [*argv[1:], ""], strict=False):
+        if flag.partition("=")[0] in ("--pairwise-model", "--pairwise_model"):
+            model = flag.partition("=")[2] or value
+    return model if model in PAIRWISE_CONFIGS else "token"
+
+
+def check_effect(job: Any, argv: Sequence[str]) -> None:
+    """Raises BadInput for a flag on the command line that the other settings make meaningless."""
+    given = {flag.replace("_", "-").partition(".")[0] for flag in flags_in(argv)}
+    for config in configs_in(job):
+        for field, fix in config.without_effect().items() if hasattr(config, "without_effect") else ():
+            flag = field.replace("_", "-")
+            if flag in given:
+                raise BadInput(f"--{flag} has no effect with these settings; leave it out, or add {fix}")
+
+
+def _of_another_model(name: str, argv: Sequence[str]) -> str | None:
+    """The message for a flag that another pairwise model has and the chosen one has not."""
+    if name != "train":
+        return None
+    chosen, own = pairwise_model_of(argv), {option.flag for option in options_of(job_type(name, argv))}
+    for flag in (word.replace("_", "-") for word in flags_in(argv)):
+        models = [key for key, kind in PAIRWISE_CONFIGS.items() if flag in {option.flag for option in options_of(kind)}]
+        if flag not in own and models:
+            return f"--{flag} is an option of --pairwise-model {' or '.join(models)}; {chosen} has none, leave it out"
+    return None
+
+
+def _help_lines(option: Option) -> list[str]:
+    head = f"  --{option.flag} {option.values}".rstrip()
+    text = option.text
+    if option.default is MISSING:
+        text += " (required)"
+    elif option.default not in (None, (), False, True) and not is_dataclass(option.default):
+        text += f" (default: {option.default})"
+    return [head, *textwrap.wrap(text, 100, initial_indent="      ", subsequent_indent="      ")]
 
 
 @contextlib.contextmanager
@@ -199,27 +200,6 @@ def _wide_terminal(is_help: bool) -> Iterator[None]:
         if not is_help:
             os.environ.pop("COLUMNS")
             os.environ.update({} if before is None else {"COLUMNS": before})
-
-
-def _with_missing(arguments: type[Arguments], given: dict[str, Any]) -> Arguments:
-    """An instance of `arguments` with these fields; required ones stay required."""
-    required = {
-        field.name: tyro.MISSING
-        for field in dataclasses.fields(arguments)  # pyright: ignore[reportArgumentType]
-        if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
-    }
-    return arguments(**{**required, **given})
-
-
-def training_defaults(argv: list[str]) -> dict[str, Any]:
-    """The training defaults of the pairwise model that the command line names."""
-    name = PairwiseArguments().pairwise_model
-    for flag, value in zip(argv, [*argv[1:], ""], strict=True):
-        if flag == "--pairwise-model":
-            name = value
-        elif flag.startswith("--pairwise-model="):
-            name = flag.partition("=")[2]
-    return {"training": defaults_for(name)}
 
 
 def _one_line(box: str) -> str:
@@ -260,24 +240,3 @@ def _misspelt(required: Sequence[str], sections: Sequence[Sequence[str]]) -> str
         if close := difflib.get_close_matches(flag.removeprefix("--"), names, n=1):
             return f"Unrecognized options: {flag}; perhaps you meant --{close[0]}"
     return None
-
-
-def run(
-    job: Callable[[Arguments], int | None],
-    arguments: type[Arguments],
-    manual: str,
-    defaults: Defaults | None = None,
-    argv: list[str] | None = None,
-) -> None:
-    """Parse the command line, run `job`, end the process with the exit code that its outcome means."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
-    try:
-        sys.exit(job(parse(arguments, manual, argv, defaults)) or 0)
-    except BadInput as error:
-        # Ray re-raises a worker's error as a subclass whose text is the whole traceback; the cause is the plain line.
-        line = str(getattr(error, "cause", error))
-        sys.stderr.write(f"error: {line}\n")
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.stderr.write("interrupted: finished blocks are kept, the same command continues from them\n")
-        sys.exit(130)

@@ -14,47 +14,20 @@ import numpy as np
 from jaxtyping import Float32, UInt8
 from torch import Tensor
 
+from distributed_rerank.config.extractor import ExtractorConfig
+from distributed_rerank.config.work import WorkConfig
 from distributed_rerank.data import artifacts, tables
 from distributed_rerank.data.catalogue import Catalogue, ImageRef
 from distributed_rerank.data.decoding import decode, is_readable
 from distributed_rerank.data.embeddings import Embeddings, join_embeddings, read_embeddings
 from distributed_rerank.data.rejects import Reject, check_rejects, reject_table, rejects_of
-from distributed_rerank.errors import BadInput
-from distributed_rerank.models.extractor import Extractor, ExtractorConfig, build_extractor, weights_digest
+from distributed_rerank.models.extractor import Extractor, build_extractor, weights_digest
 from distributed_rerank.runtime.devices import InferenceThreads, pick_device
 from distributed_rerank.runtime.progress import progress
 from distributed_rerank.tensors import sharding
 
 Block = tuple[int, Sequence[ImageRef]]
 """Number and images of a block."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ExtractionConfig:
-    """How embeddings are computed. All but the numbers of threads can change their last bits."""
-
-    extractor: ExtractorConfig
-    block_size: int = 256
-    """Images in a block, the unit of work."""
-    images_per_batch: int | None = None
-    """Images in one call of the network; None = 8 on a CPU, where small batches stay in the cache, and 256 on
-    a GPU."""
-    threads_per_worker: int = 1
-    """Parts of a block that the network computes at the same time, each with one thread."""
-    decode_threads: int = 1
-    """Threads that read images in one process."""
-
-    def __post_init__(self) -> None:
-        for name in ("block_size", "images_per_batch", "threads_per_worker", "decode_threads"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise BadInput(f"{name}={value} must be at least 1")
-
-    def fingerprint_settings(self) -> dict[str, Any]:
-        """The settings that can change a result, weights by their content."""
-        settings = asdict(self)
-        settings["extractor"]["weights"] = weights_digest(self.extractor)
-        return {name: value for name, value in settings.items() if name not in ("threads_per_worker", "decode_threads")}
 
 
 @dataclass(frozen=True)
@@ -66,18 +39,18 @@ class EmbeddedBlock:
     rejects: list[Reject]
 
 
-Extract = Callable[[Sequence[Block], ExtractionConfig], Iterator[tuple[int, EmbeddedBlock]]]
+Extract = Callable[[Sequence[Block], ExtractorConfig, WorkConfig], Iterator[tuple[int, EmbeddedBlock]]]
 """A step: embedded blocks by number, in any order."""
 
 
 class Embedder:
     """An extractor on the device of this process. A plain class: Ray Data makes its actors from it."""
 
-    def __init__(self, extractor: Extractor, config: ExtractionConfig) -> None:
+    def __init__(self, extractor: Extractor, work: WorkConfig) -> None:
         self._device = pick_device()
         self._extractor = extractor.prepare_for_inference(self._device)
-        self._lanes = InferenceThreads(config.threads_per_worker)
-        self._batch = config.images_per_batch or (8 if self._device.type == "cpu" else 256)
+        self._lanes = InferenceThreads(work.threads_per_worker)
+        self._batch = work.images_per_batch or (8 if self._device.type == "cpu" else 256)
 
     def embed(self, pixels: UInt8[Tensor, "image 3 height width"]) -> Float32[np.ndarray, "image dim"]:
         """Embeddings of a block, in its order, a micro-batch at a time."""
@@ -95,24 +68,24 @@ def plan(images: Sequence[ImageRef], block_size: int, first_number: int = 0) -> 
     return [(first_number + number, images[start:stop]) for number, (start, stop) in enumerate(cuts)]
 
 
-def extract(blocks: Sequence[Block], config: ExtractionConfig) -> Iterator[tuple[int, EmbeddedBlock]]:
-    """The step in one process: decode and embed one block after the other."""
-    extractor = build_extractor(config.extractor)
-    embedder = Embedder(extractor, config)
+def extract(blocks: Sequence[Block], config: ExtractorConfig, work: WorkConfig) -> Iterator[tuple[int, EmbeddedBlock]]:
+    """Embed in this process: decode and embed one block after the other."""
+    extractor = build_extractor(config)
+    embedder = Embedder(extractor, work)
     for number, refs in blocks:
-        decoded = decode(refs, extractor.transform, threads=config.decode_threads)
+        decoded = decode(refs, extractor.transform, threads=work.decode_threads)
         ids = [refs[position].id for position in decoded.kept]
         yield number, EmbeddedBlock(ids, embedder.embed(decoded.pixels), decoded.rejects)
 
 
 def embed(
     catalogue: Catalogue,
-    config: ExtractionConfig,
+    config: ExtractorConfig,
     out: str | Path,
     *,
+    work: WorkConfig | None = None,
     extract: Extract = extract,
     overwrite: bool = False,
-    max_rejects: float = 0.001,
 ) -> Embeddings:
     """Embeddings of all images of the catalogue, kept in the folder `out`.
 
@@ -121,23 +94,23 @@ def embed(
     is taken for the same image whatever its path is.
 
     Raises BadInput for a folder made with another extractor or config (`overwrite` recomputes it), and, after
-    all images were tried, when more than the share `max_rejects` of the catalogue cannot be read.
+    all images were tried, when more than the share `work.max_rejects` of the catalogue cannot be read.
     """
-    out = Path(out)
-    fingerprint = artifacts.make_fingerprint("embed", config=config.fingerprint_settings())
+    out, work = Path(out), work or WorkConfig()
+    fingerprint = artifacts.make_fingerprint("embed", config=embedding_settings(config, work))
     earlier = read_embeddings(out) if artifacts.is_complete(out, fingerprint, overwrite) else None
     if earlier is not None and not _missing(catalogue, earlier):
-        _check(earlier, catalogue, max_rejects, out)
+        _check(earlier, catalogue, work.max_rejects, out)
         return earlier
     with artifacts.stage(out, fingerprint) as staging:
         done = join_embeddings([earlier, *_staged(staging)])
-        _compute(_missing(catalogue, done), config, staging, extract)
+        _compute(_missing(catalogue, done), config, work, staging, extract)
         complete = join_embeddings([earlier, *_staged(staging)])
         assert not _missing(catalogue, complete), f"images were lost: {_missing(catalogue, complete)[:3]}"
         tables.write_embeddings(staging.path / "embeddings.parquet", complete.ids, complete.matrix)
         rejects = reject_table(complete.rejects, "embed")
         tables.write_table(staging.path / "rejects.parquet", rejects, "rejects")
-        _check(complete, catalogue, max_rejects, staging.path)
+        _check(complete, catalogue, work.max_rejects, staging.path)
         staging.finish({"n_rejected": len(complete.rejects)}, rows=len(complete.ids))
     return complete
 
@@ -149,13 +122,20 @@ def _missing(catalogue: Catalogue, done: Embeddings) -> list[ImageRef]:
     return [ref for ref in refs if ref.id not in rejected or is_readable(ref)]
 
 
-def _compute(refs: list[ImageRef], config: ExtractionConfig, staging: artifacts.Staging, extract: Extract) -> None:
+def embedding_settings(config: ExtractorConfig, work: WorkConfig) -> dict[str, Any]:
+    """All settings that can change an embedding; weights by their content."""
+    return {"extractor": asdict(config) | {"weights": weights_digest(config)}, **work.fingerprint_settings("embed")}
+
+
+def _compute(
+    refs: list[ImageRef], config: ExtractorConfig, work: WorkConfig, staging: artifacts.Staging, extract: Extract
+) -> None:
     """Embed `refs` and store their blocks; the rejects go first, so that a stored block is a complete one."""
     if not refs:
         return
     embedded, rejected = staging.blocks("embeddings"), staging.blocks("rejects")
-    blocks = dict(plan(refs, config.block_size, max(embedded.done(), default=-1) + 1))
-    results = extract(list(blocks.items()), config)
+    blocks = dict(plan(refs, work.images_per_block, max(embedded.done(), default=-1) + 1))
+    results = extract(list(blocks.items()), config, work)
     for number, result in progress(results, total=len(blocks), title="embedding"):
         expected = sorted(ref.id for ref in blocks.pop(number))
         found = sorted([*result.ids, *(reject.id for reject in result.rejects)])

@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Float32, Int64
 from torch import Tensor
 
+from distributed_rerank.config.work import WorkConfig
 from distributed_rerank.data import artifacts, tables
 from distributed_rerank.data.candidate_files import read_candidates
 from distributed_rerank.data.candidates import CandidateLists, candidates_table
@@ -24,29 +25,6 @@ from distributed_rerank.runtime.devices import InferenceThreads, pick_device, te
 from distributed_rerank.runtime.progress import progress
 from distributed_rerank.tensors import sharding
 from distributed_rerank.tensors.knn import search_tiles
-
-
-@dataclass(frozen=True, kw_only=True)
-class RetrievalConfig:
-    """How many neighbours are searched for, and in what portions. Only `n_items` changes the answer."""
-
-    n_items: int = 100
-    """Items retrieved for each query."""
-    queries_per_block: int = 1024
-    """Queries in a block, the unit of work."""
-    tile_size: int = 65_536
-    """Gallery items compared at a time."""
-    threads_per_worker: int = 1
-    """Threads that a worker computes with."""
-
-    def __post_init__(self) -> None:
-        for name in ("n_items", "queries_per_block", "tile_size", "threads_per_worker"):
-            if getattr(self, name) < 1:
-                raise BadInput(f"{name}={getattr(self, name)} must be at least 1")
-
-    def fingerprint_settings(self) -> dict[str, Any]:
-        """The settings that can change a result, or the blocks that an interrupted run has left."""
-        return {"n_items": self.n_items, "queries_per_block": self.queries_per_block}
 
 
 @dataclass(frozen=True)
@@ -65,22 +43,23 @@ class SearchSide:
 
 Block = tuple[int, tuple[int, int]]
 """Number of a block and its (start, stop) among the queries."""
-Search = Callable[[Sequence[Block], SearchSide, SearchSide, RetrievalConfig], Iterator[tuple[int, CandidateLists]]]
+Search = Callable[[Sequence[Block], SearchSide, SearchSide, int, WorkConfig], Iterator[tuple[int, CandidateLists]]]
 """A step: the candidate lists of the blocks by number, in any order."""
 
 
 class Searcher:
     """Searches the tiles that `tiles` yields anew for each block. A plain class: Ray makes actors of it."""
 
-    def __init__(self, tiles: Callable[[], Iterable[SearchSide]], config: RetrievalConfig) -> None:
+    def __init__(self, tiles: Callable[[], Iterable[SearchSide]], n_items: int, n_threads: int) -> None:
         self._tiles = tiles
-        self._config = config
+        self._n_items = n_items
+        self._n_threads = n_threads
         self._device = pick_device()
-        self._lanes = InferenceThreads(config.threads_per_worker)
+        self._lanes = InferenceThreads(n_threads)
 
     def search(self, queries: SearchSide) -> CandidateLists:
         """The nearest items of each query by (distance, item), never itself nor its own sequence."""
-        n_rows = -(-len(queries.items) // self._config.threads_per_worker)
+        n_rows = -(-len(queries.items) // self._n_threads)
         parts = [queries.part(start, stop) for start, stop in sharding.blocks(len(queries.items), max(1, n_rows))]
         found = self._lanes.map(self._search_part, parts or [queries])
         items, distances = (np.concatenate(columns) for columns in zip(*found, strict=True))
@@ -93,7 +72,7 @@ class Searcher:
             (self._tensors(tile) for tile in self._tiles()),
             query_items=items,
             query_sequences=sequences,
-            n_items=self._config.n_items,
+            n_items=self._n_items,
         )
         return found.items.cpu().numpy(), found.distances.cpu().numpy()
 
@@ -103,10 +82,10 @@ class Searcher:
 
 
 def search(
-    blocks: Sequence[Block], queries: SearchSide, gallery: SearchSide, config: RetrievalConfig
+    blocks: Sequence[Block], queries: SearchSide, gallery: SearchSide, n_items: int, work: WorkConfig
 ) -> Iterator[tuple[int, CandidateLists]]:
     """The step in one process: one block of queries after the other."""
-    searcher = Searcher(lambda: tiles_of(gallery, config.tile_size), config)
+    searcher = Searcher(lambda: tiles_of(gallery, work.tile_size), n_items, work.threads_per_worker)
     for number, (start, stop) in blocks:
         yield number, searcher.search(queries.part(start, stop))
 
@@ -120,9 +99,10 @@ def tiles_of(gallery: SearchSide, tile_size: int) -> Iterator[SearchSide]:
 def retrieve(
     catalogue: Catalogue,
     embeddings: Embeddings,
-    config: RetrievalConfig,
+    n_items: int,
     out: str | Path,
     *,
+    work: WorkConfig | None = None,
     search: Search = search,
     overwrite: bool = False,
 ) -> CandidateLists:
@@ -135,18 +115,19 @@ def retrieve(
     Raises BadInput for no query, no gallery item, and a folder made from other inputs (`overwrite` recomputes
     it).
     """
+    work = work or WorkConfig()
     fingerprint = artifacts.make_fingerprint(
-        "retrieve", **config.fingerprint_settings(), catalogue=catalogue.digest(), embeddings=embeddings.digest
+        "retrieve", **retrieval_settings(n_items, work), catalogue=catalogue.digest(), embeddings=embeddings.digest
     )
     if artifacts.is_complete(out, fingerprint, overwrite):
         return read_candidates(out, catalogue)
     queries = _side(catalogue, embeddings, catalogue.query_items, "query")
     gallery = _side(catalogue, embeddings, catalogue.gallery_items, "gallery item")
-    plan = dict(enumerate(sharding.blocks(len(queries.items), config.queries_per_block)))
+    plan = dict(enumerate(sharding.blocks(len(queries.items), work.queries_per_search_block)))
     with artifacts.stage(out, fingerprint) as staging:
         store = staging.blocks("candidates")
         todo = {number: block for number, block in plan.items() if number not in store.done()}
-        results = search(list(todo.items()), queries, gallery, config)
+        results = search(list(todo.items()), queries, gallery, n_items, work)
         for number, lists in progress(results, total=len(todo), title="retrieval"):
             expected = queries.part(*todo.pop(number)).items
             assert np.array_equal(lists.query_items, expected), f"block {number} came back with other queries"
@@ -156,6 +137,11 @@ def retrieve(
         rows = tables.write_batches(staging.path / "candidates.parquet", in_order, "candidates")
         staging.finish(rows=rows)
     return read_candidates(out, catalogue)
+
+
+def retrieval_settings(n_items: int, work: WorkConfig) -> dict[str, Any]:
+    """All settings that can change a candidate list, or the blocks that an interrupted search has left."""
+    return {"n_items": n_items, **work.fingerprint_settings("retrieve")}
 
 
 def _side(catalogue: Catalogue, embeddings: Embeddings, items: np.ndarray, role: str) -> SearchSide:

@@ -5,11 +5,12 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from distributed_rerank.config.extractor import ExtractorConfig
+from distributed_rerank.config.pairwise import ConcatSiameseConfig, DistanceSiameseConfig
 from distributed_rerank.data.candidates import CandidateLists
 from distributed_rerank.data.catalogue import Catalogue, read_catalogue
-from distributed_rerank.models.concat_siamese import ConcatSiamese, ConcatSiameseConfig
-from distributed_rerank.models.distance_siamese import DistanceSiamese, DistanceSiameseConfig
-from distributed_rerank.models.extractor import ExtractorConfig
+from distributed_rerank.models.concat_siamese import ConcatSiamese
+from distributed_rerank.models.distance_siamese import DistanceSiamese
 
 EXTRACTOR = ExtractorConfig(
     name="resnet10t", weights="none", image_size=32, resize="square", precision="fp32", normalise=False

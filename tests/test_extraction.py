@@ -7,28 +7,30 @@ import pytest
 import torch
 
 from distributed_rerank import extraction
+from distributed_rerank.config.extractor import ExtractorConfig
+from distributed_rerank.config.work import WorkConfig
 from distributed_rerank.data import tables
 from distributed_rerank.data.artifacts import read_manifest
 from distributed_rerank.data.images import read_image
 from distributed_rerank.errors import BadInput
-from distributed_rerank.extraction import Block, EmbeddedBlock, ExtractionConfig, embed
+from distributed_rerank.extraction import Block, EmbeddedBlock, embed
 from distributed_rerank.models.extractor import build_extractor
 from tests.small_catalogue import EXTRACTOR, make_catalogue, save_picture
 
-CONFIG = ExtractionConfig(extractor=EXTRACTOR, block_size=3, images_per_batch=2)
+WORK = WorkConfig(images_per_block=3, images_per_batch=2)
 
 
 def _file(folder: Path) -> bytes:
     return (folder / "embeddings.parquet").read_bytes()
 
 
-def _backwards(blocks: list[Block], config: ExtractionConfig) -> Iterator[tuple[int, EmbeddedBlock]]:
-    yield from reversed(list(extraction.extract(blocks, config)))
+def _backwards(blocks: list[Block], config: ExtractorConfig, work: WorkConfig) -> Iterator[tuple[int, EmbeddedBlock]]:
+    yield from reversed(list(extraction.extract(blocks, config, work)))
 
 
 def test_embed_any_image_equals_the_extractor_on_it_alone(tmp_path: Path) -> None:
     catalogue = make_catalogue(tmp_path / "images", 7)
-    embeddings = embed(catalogue, CONFIG, tmp_path / "out")
+    embeddings = embed(catalogue, EXTRACTOR, tmp_path / "out", work=WORK)
     extractor = build_extractor(EXTRACTOR)
     pixels = torch.stack([extractor.transform(read_image(ref)) for ref in catalogue.images()])
     with torch.no_grad():
@@ -39,67 +41,67 @@ def test_embed_any_image_equals_the_extractor_on_it_alone(tmp_path: Path) -> Non
 
 def test_embed_blocks_in_any_order_give_the_same_bytes(tmp_path: Path) -> None:
     catalogue = make_catalogue(tmp_path / "images", 8)
-    embed(catalogue, CONFIG, tmp_path / "forwards")
-    embed(catalogue, CONFIG, tmp_path / "backwards", extract=_backwards)
+    embed(catalogue, EXTRACTOR, tmp_path / "forwards", work=WORK)
+    embed(catalogue, EXTRACTOR, tmp_path / "backwards", work=WORK, extract=_backwards)
     assert _file(tmp_path / "forwards") == _file(tmp_path / "backwards")
     assert read_manifest(tmp_path / "forwards")["rows"] == 8
 
 
 def test_embed_grown_catalogue_computes_only_what_is_missing(tmp_path: Path) -> None:
-    embed(make_catalogue(tmp_path / "images", 5), CONFIG, tmp_path / "out")
+    embed(make_catalogue(tmp_path / "images", 5), EXTRACTOR, tmp_path / "out", work=WORK)
     asked: list[str] = []
 
-    def spy(blocks: list[Block], config: ExtractionConfig) -> Iterator[tuple[int, EmbeddedBlock]]:
+    def spy(blocks: list[Block], config: ExtractorConfig, work: WorkConfig) -> Iterator[tuple[int, EmbeddedBlock]]:
         asked.extend(ref.id for _, refs in blocks for ref in refs)
-        yield from extraction.extract(blocks, config)
+        yield from extraction.extract(blocks, config, work)
 
-    grown = embed(make_catalogue(tmp_path / "images", 9), CONFIG, tmp_path / "out", extract=spy)
+    grown = embed(make_catalogue(tmp_path / "images", 9), EXTRACTOR, tmp_path / "out", work=WORK, extract=spy)
     assert asked == [f"picture_{number:03d}.png" for number in range(5, 9)]
     assert len(grown.ids) == 9
-    smaller = embed(make_catalogue(tmp_path / "images", 2), CONFIG, tmp_path / "out", extract=spy)
+    smaller = embed(make_catalogue(tmp_path / "images", 2), EXTRACTOR, tmp_path / "out", work=WORK, extract=spy)
     assert len(smaller.ids) == 9
     assert len(asked) == 4
 
 
 def test_embed_killed_after_two_blocks_continues_to_the_same_bytes(tmp_path: Path) -> None:
     catalogue = make_catalogue(tmp_path / "images", 11)
-    embed(catalogue, CONFIG, tmp_path / "whole")
+    embed(catalogue, EXTRACTOR, tmp_path / "whole", work=WORK)
 
-    def dies(blocks: list[Block], config: ExtractionConfig) -> Iterator[tuple[int, EmbeddedBlock]]:
-        results = list(extraction.extract(blocks, config))
+    def dies(blocks: list[Block], config: ExtractorConfig, work: WorkConfig) -> Iterator[tuple[int, EmbeddedBlock]]:
+        results = list(extraction.extract(blocks, config, work))
         yield results[0]
         yield results[2]
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        embed(catalogue, CONFIG, tmp_path / "killed", extract=dies)
+        embed(catalogue, EXTRACTOR, tmp_path / "killed", work=WORK, extract=dies)
     assert not (tmp_path / "killed").exists()
-    embed(catalogue, CONFIG, tmp_path / "killed")
+    embed(catalogue, EXTRACTOR, tmp_path / "killed", work=WORK)
     assert _file(tmp_path / "killed") == _file(tmp_path / "whole")
     # two stores, embeddings and rejects, of which two blocks each were there
     assert read_manifest(tmp_path / "killed")["blocks"] == {"computed": 4, "reused": 4}
 
 
 def test_embed_lost_block_is_an_error(tmp_path: Path) -> None:
-    def loses(blocks: list[Block], config: ExtractionConfig) -> Iterator[tuple[int, EmbeddedBlock]]:
-        yield from list(extraction.extract(blocks, config))[1:]
+    def loses(blocks: list[Block], config: ExtractorConfig, work: WorkConfig) -> Iterator[tuple[int, EmbeddedBlock]]:
+        yield from list(extraction.extract(blocks, config, work))[1:]
 
     with pytest.raises(AssertionError, match="never came back"):
-        embed(make_catalogue(tmp_path / "images", 7), CONFIG, tmp_path / "out", extract=loses)
+        embed(make_catalogue(tmp_path / "images", 7), EXTRACTOR, tmp_path / "out", work=WORK, extract=loses)
 
 
 def test_embed_lost_image_is_an_error(tmp_path: Path) -> None:
-    def loses(blocks: list[Block], config: ExtractionConfig) -> Iterator[tuple[int, EmbeddedBlock]]:
-        for number, block in extraction.extract(blocks, config):
+    def loses(blocks: list[Block], config: ExtractorConfig, work: WorkConfig) -> Iterator[tuple[int, EmbeddedBlock]]:
+        for number, block in extraction.extract(blocks, config, work):
             yield number, EmbeddedBlock(block.ids[1:], block.embeddings[1:], block.rejects)
 
     with pytest.raises(AssertionError, match="other images"):
-        embed(make_catalogue(tmp_path / "images", 7), CONFIG, tmp_path / "out", extract=loses)
+        embed(make_catalogue(tmp_path / "images", 7), EXTRACTOR, tmp_path / "out", work=WORK, extract=loses)
 
 
 def test_embed_broken_image_becomes_a_reject_with_its_reason(tmp_path: Path) -> None:
     catalogue = make_catalogue(tmp_path / "images", 6, broken=(4,))
-    embeddings = embed(catalogue, CONFIG, tmp_path / "out", max_rejects=0.2)
+    embeddings = embed(catalogue, EXTRACTOR, tmp_path / "out", work=replace(WORK, max_rejects=0.2))
     (row,) = tables.read_table(tmp_path / "out" / "rejects.parquet", "rejects").to_pylist()
     assert row["id"] == "picture_004.png"
     assert row["stage"] == "embed"
@@ -110,19 +112,19 @@ def test_embed_broken_image_becomes_a_reject_with_its_reason(tmp_path: Path) -> 
 def test_embed_too_many_rejects_fails_and_goes_on_once_they_are_repaired(tmp_path: Path) -> None:
     catalogue = make_catalogue(tmp_path / "images", 6, broken=(1, 4))
     with pytest.raises(BadInput, match=r"2 of 6 images .*picture_001.*rejects\.parquet"):
-        embed(catalogue, CONFIG, tmp_path / "out")
+        embed(catalogue, EXTRACTOR, tmp_path / "out", work=WORK)
     save_picture(tmp_path / "images" / "picture_001.png", 1)
     save_picture(tmp_path / "images" / "picture_004.png", 4)
-    repaired = embed(catalogue, CONFIG, tmp_path / "out")
+    repaired = embed(catalogue, EXTRACTOR, tmp_path / "out", work=WORK)
     assert repaired.ids.tolist() == catalogue.ids.tolist()
     assert repaired.rejects == ()
 
 
 def test_embed_other_config_in_the_same_folder_is_refused(tmp_path: Path) -> None:
     catalogue = make_catalogue(tmp_path / "images", 3)
-    embed(catalogue, CONFIG, tmp_path / "out")
-    other = replace(CONFIG, extractor=replace(EXTRACTOR, image_size=48))
+    embed(catalogue, EXTRACTOR, tmp_path / "out", work=WORK)
+    other = replace(EXTRACTOR, image_size=48)
     with pytest.raises(BadInput, match="image_size"):
         embed(catalogue, other, tmp_path / "out")
     changed = embed(catalogue, other, tmp_path / "out", overwrite=True)
-    assert changed.digest != embed(catalogue, CONFIG, tmp_path / "first").digest
+    assert changed.digest != embed(catalogue, EXTRACTOR, tmp_path / "first", work=WORK).digest

@@ -6,16 +6,17 @@ import numpy as np
 import pytest
 
 from distributed_rerank import retrieval
+from distributed_rerank.config.work import WorkConfig
 from distributed_rerank.data import tables
 from distributed_rerank.data.artifacts import read_manifest
 from distributed_rerank.data.candidates import CandidateLists
 from distributed_rerank.data.catalogue import Catalogue
 from distributed_rerank.data.embeddings import Embeddings
 from distributed_rerank.errors import BadInput
-from distributed_rerank.retrieval import Block, RetrievalConfig, SearchSide, retrieve
+from distributed_rerank.retrieval import Block, SearchSide, retrieve
 from tests.small_catalogue import make_catalogue
 
-CONFIG = RetrievalConfig(n_items=4, queries_per_block=5, tile_size=6)
+WORK = WorkConfig(queries_per_block=5, tile_size=6)
 
 
 def _embeddings(catalogue: Catalogue, dim: int = 8) -> Embeddings:
@@ -47,8 +48,8 @@ def test_retrieve_any_blocks_equals_a_full_sort(
     catalogue = _with_sequences(make_catalogue(tmp_path / "images", 27))
     embeddings = _embeddings(catalogue)
     embeddings.matrix[20] = embeddings.matrix[3]
-    config = replace(CONFIG, queries_per_block=queries_per_block, tile_size=tile_size, threads_per_worker=threads)
-    found = retrieve(catalogue, embeddings, config, tmp_path / "out")
+    work = replace(WORK, queries_per_block=queries_per_block, tile_size=tile_size, threads_per_worker=threads)
+    found = retrieve(catalogue, embeddings, 4, tmp_path / "out", work=work)
     assert found.items.tolist() == _literal(embeddings.matrix, catalogue.sequences, 4)
     assert found.query_items.tolist() == list(range(27))
 
@@ -57,7 +58,7 @@ def test_retrieve_items_without_embedding_take_no_part(tmp_path: Path) -> None:
     catalogue = make_catalogue(tmp_path / "images", 12)
     embeddings = _embeddings(catalogue)
     without = Embeddings(np.delete(embeddings.ids, 5), np.delete(embeddings.matrix, 5, axis=0))
-    found = retrieve(catalogue, without, replace(CONFIG, n_items=20), tmp_path / "out")
+    found = retrieve(catalogue, without, 20, tmp_path / "out", work=WORK)
     assert 5 not in found.query_items
     assert 5 not in found.items
     assert found.items.shape == (11, 10)
@@ -66,17 +67,17 @@ def test_retrieve_items_without_embedding_take_no_part(tmp_path: Path) -> None:
 def test_retrieve_killed_continues_to_the_same_bytes(tmp_path: Path) -> None:
     catalogue = make_catalogue(tmp_path / "images", 23)
     embeddings = _embeddings(catalogue)
-    retrieve(catalogue, embeddings, CONFIG, tmp_path / "whole")
+    retrieve(catalogue, embeddings, 4, tmp_path / "whole", work=WORK)
 
     def dies(
-        blocks: list[Block], queries: SearchSide, gallery: SearchSide, config: RetrievalConfig
+        blocks: list[Block], queries: SearchSide, gallery: SearchSide, n_items: int, work: WorkConfig
     ) -> Iterator[tuple[int, CandidateLists]]:
-        yield from list(retrieval.search(blocks, queries, gallery, config))[3:]
+        yield from list(retrieval.search(blocks, queries, gallery, n_items, work))[3:]
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        retrieve(catalogue, embeddings, CONFIG, tmp_path / "killed", search=dies)
-    retrieve(catalogue, embeddings, CONFIG, tmp_path / "killed")
+        retrieve(catalogue, embeddings, 4, tmp_path / "killed", work=WORK, search=dies)
+    retrieve(catalogue, embeddings, 4, tmp_path / "killed", work=WORK)
     name = "candidates.parquet"
     assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
     assert read_manifest(tmp_path / "killed")["blocks"] == {"computed": 3, "reused": 2}
@@ -87,24 +88,24 @@ def test_retrieve_lost_block_is_an_error(tmp_path: Path) -> None:
     catalogue = make_catalogue(tmp_path / "images", 23)
 
     def loses(
-        blocks: list[Block], queries: SearchSide, gallery: SearchSide, config: RetrievalConfig
+        blocks: list[Block], queries: SearchSide, gallery: SearchSide, n_items: int, work: WorkConfig
     ) -> Iterator[tuple[int, CandidateLists]]:
-        yield from list(retrieval.search(blocks, queries, gallery, config))[:-1]
+        yield from list(retrieval.search(blocks, queries, gallery, n_items, work))[:-1]
 
     with pytest.raises(AssertionError, match="never came back"):
-        retrieve(catalogue, _embeddings(catalogue), CONFIG, tmp_path / "out", search=loses)
+        retrieve(catalogue, _embeddings(catalogue), 4, tmp_path / "out", work=WORK, search=loses)
 
 
 def test_retrieve_other_embeddings_in_the_same_folder_are_refused(tmp_path: Path) -> None:
     catalogue = make_catalogue(tmp_path / "images", 6)
     embeddings = _embeddings(catalogue)
-    retrieve(catalogue, embeddings, CONFIG, tmp_path / "out")
+    retrieve(catalogue, embeddings, 4, tmp_path / "out", work=WORK)
     with pytest.raises(BadInput, match="embeddings"):
-        retrieve(catalogue, Embeddings(embeddings.ids, embeddings.matrix * 2), CONFIG, tmp_path / "out")
+        retrieve(catalogue, Embeddings(embeddings.ids, embeddings.matrix * 2), 4, tmp_path / "out", work=WORK)
 
 
 def test_retrieve_no_embedded_query_is_bad_input(tmp_path: Path) -> None:
     catalogue = make_catalogue(tmp_path / "images", 6)
     nothing = Embeddings(np.array(["somebody else"], dtype=object), np.ones((1, 8), np.float32))
     with pytest.raises(BadInput, match="no query"):
-        retrieve(catalogue, nothing, CONFIG, tmp_path / "out")
+        retrieve(catalogue, nothing, 4, tmp_path / "out", work=WORK)

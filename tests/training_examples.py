@@ -7,20 +7,19 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw
 
+from distributed_rerank.config.extractor import ExtractorConfig
+from distributed_rerank.config.pairwise import TokenSiameseConfig
+from distributed_rerank.config.training import TrainingConfig
 from distributed_rerank.data.catalogue import Catalogue, read_catalogue
-from distributed_rerank.extraction import ExtractionConfig, embed
-from distributed_rerank.models.extractor import ExtractorConfig
-from distributed_rerank.models.token_siamese import TokenSiameseConfig
+from distributed_rerank.extraction import embed
 from distributed_rerank.retrieval import search
-from distributed_rerank.training.config import TrainingConfig
 from distributed_rerank.training.stage import make_task
 from distributed_rerank.training.task import TrainingTask
 
 BACKBONE = ExtractorConfig(name="test_resnet", weights="none", image_size=32, resize="square", precision="fp32")
 TOKENS = TokenSiameseConfig(
-    extractor=BACKBONE, depths=(-2, -1), grid=3, token_dim=16, pools=(1, 2), global_dim=16, dropout=0.0
+    extractor=BACKBONE, depths=(-2, -1), grid=3, token_dim=16, pools=(1, 2), global_dim=16, head_dropout=0.0
 )
-EXTRACTION = ExtractionConfig(extractor=BACKBONE)
 SMALL = TrainingConfig(
     epochs=3,
     steps_per_epoch=None,
@@ -61,5 +60,5 @@ def draw_catalogue(folder: Path, n_labels: int = 10, n_images: int = 4, seed: in
 def build_task(folder: Path, model_config: Any = TOKENS, **changes: Any) -> TrainingTask:
     """A task on a drawn catalogue under `folder`, with `SMALL` changed as given."""
     catalogue = draw_catalogue(folder / "images").restrict("train").as_query_and_gallery()
-    embeddings = embed(catalogue, EXTRACTION, folder / "embeddings")
+    embeddings = embed(catalogue, BACKBONE, folder / "embeddings")
     return make_task(catalogue, embeddings, model_config, replace(SMALL, **changes), folder, search)

@@ -4,11 +4,15 @@ import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
-from distributed_rerank.cluster import extraction, retrieval, scoring
-from distributed_rerank.cluster.session import ClusterConfig, Session, connect
-from distributed_rerank.extraction import Block, EmbeddedBlock, ExtractionConfig
+from distributed_rerank.cluster import extraction, retrieval, scoring, training
+from distributed_rerank.cluster.session import Session, connect
+from distributed_rerank.config.cluster import ClusterConfig, RetryConfig
+from distributed_rerank.config.extractor import ExtractorConfig
+from distributed_rerank.config.work import WorkConfig
+from distributed_rerank.executors import Executors
+from distributed_rerank.extraction import Block, EmbeddedBlock
 from distributed_rerank.models.extractor import build_extractor
-from distributed_rerank.reranking.first_stage import Executors
+from distributed_rerank.training.stage import Fit
 
 
 @contextmanager
@@ -27,12 +31,19 @@ def executors_on(session: Session | Callable[[], Session]) -> Executors:
     def connected() -> Session:
         return session() if callable(session) else session
 
-    def extract(blocks: Sequence[Block], config: ExtractionConfig) -> Iterator[tuple[int, EmbeddedBlock]]:
-        build_extractor(config.extractor)  # a wrong name or wrong weights shall not cost a start of Ray
-        return extraction.extract(blocks, config, session=connected())
+    def extract(
+        blocks: Sequence[Block], config: ExtractorConfig, work: WorkConfig
+    ) -> Iterator[tuple[int, EmbeddedBlock]]:
+        build_extractor(config)  # a wrong name or wrong weights must not cost a start of Ray
+        return extraction.extract(blocks, config, work, session=connected())
 
     return Executors(
         extract=extract,
         search=lambda *given: retrieval.search(*given, session=connected()),
         score=lambda *given: scoring.score(*given, session=connected()),
     )
+
+
+def fit_on(session: Callable[[], Session], retry: RetryConfig) -> Fit:
+    """Training on the workers of the session."""
+    return lambda task, folder: training.fit(task, folder, session=session(), retry=retry)

@@ -18,9 +18,11 @@ import ray.data
 
 from distributed_rerank.cluster.decode_rows import as_binary, decode_row, manifest
 from distributed_rerank.cluster.session import Session
+from distributed_rerank.config.extractor import ExtractorConfig
+from distributed_rerank.config.work import WorkConfig
 from distributed_rerank.data.rejects import Reject
 from distributed_rerank.errors import BadInput
-from distributed_rerank.extraction import Block, EmbeddedBlock, Embedder, ExtractionConfig
+from distributed_rerank.extraction import Block, EmbeddedBlock, Embedder
 from distributed_rerank.models.extractor import build_extractor
 from distributed_rerank.runtime.devices import tensor_of
 
@@ -29,7 +31,7 @@ _NO_PROGRESS_SECONDS = 600
 
 
 def extract(
-    blocks: Sequence[Block], config: ExtractionConfig, *, session: Session
+    blocks: Sequence[Block], config: ExtractorConfig, work: WorkConfig, *, session: Session
 ) -> Iterator[tuple[int, EmbeddedBlock]]:
     """`procedures.extraction.extract` on Ray Data, blocks as they complete.
 
@@ -37,9 +39,9 @@ def extract(
     decoding.
     """
     embedders, decoders = pool_sizes(session, len(blocks))
-    extractor = build_extractor(config.extractor)
+    extractor = build_extractor(config)
     shipped = ray.put(extractor)
-    decode = functools.partial(decode_row, transform=extractor.transform, threads=config.decode_threads)
+    decode = functools.partial(decode_row, transform=extractor.transform, threads=work.decode_threads)
     with ray.data.DataContext.current(_data_context()):
         dataset = (
             ray.data.from_arrow(manifest(blocks))
@@ -55,7 +57,7 @@ def extract(
             .repartition(target_num_rows_per_block=1)
             .map_batches(
                 _EmbedRow,
-                fn_constructor_kwargs={"extractor": [shipped], "config": config},
+                fn_constructor_kwargs={"extractor": [shipped], "work": work},
                 batch_size=1,
                 batch_format="pyarrow",
                 num_cpus=session.cpus_per_worker,
@@ -92,10 +94,10 @@ class _EmbedRow:
     Or the message of a BadInput: raised, Ray Data would log its trace and count it as an actor that died.
     """
 
-    def __init__(self, extractor: list[ray.ObjectRef], config: ExtractionConfig) -> None:
+    def __init__(self, extractor: list[ray.ObjectRef], work: WorkConfig) -> None:
         self._refusal = ""
         try:
-            self._embedder = Embedder(ray.get(extractor[0]), config)
+            self._embedder = Embedder(ray.get(extractor[0]), work)
         except BadInput as error:
             self._refusal = str(error)
 

@@ -10,6 +10,7 @@ import ray
 from distributed_rerank.cluster.fan_out import Worker, fan_out, start_workers
 from distributed_rerank.cluster.monitoring import with_prometheus_counters
 from distributed_rerank.cluster.session import Session
+from distributed_rerank.config.work import WorkConfig
 from distributed_rerank.models.pairwise import PairwiseModel
 from distributed_rerank.scoring.plan import ScorePlan
 from distributed_rerank.scoring.score import (
@@ -20,7 +21,6 @@ from distributed_rerank.scoring.score import (
     PairTask,
     ScoredBlock,
     Scorer,
-    ScoringConfig,
     ScoringCounters,
     run_rounds,
 )
@@ -34,21 +34,21 @@ def score(
     numbers: Sequence[int],
     images: Images,
     model: PairwiseModel,
-    config: ScoringConfig,
+    work: WorkConfig,
     counters: ScoringCounters,
     *,
     session: Session,
 ) -> Iterator[tuple[int, ScoredBlock]]:
     """`procedures.scoring.score` on the session's workers, blocks as they complete."""
     shipped = ray.put(copy.deepcopy(model).cpu())
-    with start_workers(session, Scorer, shipped, config) as workers:
+    with start_workers(session, Scorer, shipped, work) as workers:
         store = int(session.object_store_bytes * _SHARE_OF_STORE)
         backend = Backend(
             encode=lambda tasks: _encode(workers, tasks),
             score=lambda calls: _score(workers, calls),
             n_workers=len(workers),
-            max_bytes=min(int(config.encoding_gb * 10**9), store),
-            blocks_per_call=config.blocks_of_call(session.use_gpu),
+            max_bytes=min(int(work.encoding_gb * 10**9), store),
+            blocks_per_call=work.score_blocks_per_call(session.use_gpu),
         )
         blocks = run_rounds(plan, numbers, images, model.bytes_per_image, backend, counters)
         yield from with_prometheus_counters(blocks, counters)

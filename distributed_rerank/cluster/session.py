@@ -25,6 +25,7 @@ from ray.autoscaler.sdk import request_resources
 from ray.exceptions import AuthenticationError
 
 from distributed_rerank.cluster.quiet import quieten
+from distributed_rerank.config.cluster import ClusterConfig
 from distributed_rerank.errors import BadInput
 
 logger = logging.getLogger(__name__)
@@ -34,32 +35,6 @@ _LOCK = "lock"
 _MIN_LOGICAL_CPUS = 8
 """A small machine declares more CPUs than it has: Ray Data hangs where actors hold every CPU (ray issue
 44687)."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ClusterConfig:
-    """Which part of the cluster a job may use."""
-
-    num_workers: int | None = None
-    """Ray workers; default: one per GPU, or one per CPU core where there is no GPU."""
-    cpus_per_worker: int = 1
-    """CPUs reserved for each worker."""
-    use_gpu: bool | None = None
-    """Give each worker a GPU; default: where the cluster has any."""
-    object_store_gb: float | None = None
-    """Shared memory of a Ray started here, in GB; default: Ray's (30 % of the memory)."""
-    wait_s: float = 0.0
-    """How long to wait for an autoscaling cluster to start the nodes that the workers need."""
-
-    def __post_init__(self) -> None:
-        if self.num_workers is not None and self.num_workers < 1:
-            raise BadInput(f"num_workers={self.num_workers}: at least one worker is needed; give 1 or more")
-        if self.cpus_per_worker < 1:
-            raise BadInput(f"cpus_per_worker={self.cpus_per_worker}: give 1 or more")
-        if self.object_store_gb is not None and self.object_store_gb < 0.1:
-            raise BadInput(f"object_store_gb={self.object_store_gb} is too small for image blocks; give 0.1 or more")
-        if self.wait_s < 0:
-            raise BadInput(f"wait_s={self.wait_s} is negative; give 0 or more seconds")
 
 
 @dataclass(frozen=True, kw_only=True)

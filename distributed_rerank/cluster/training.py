@@ -10,7 +10,6 @@ import functools
 import logging
 import os
 import tempfile
-from dataclasses import dataclass
 from pathlib import Path
 
 import ray.train
@@ -21,6 +20,7 @@ from torch import Tensor
 
 from distributed_rerank.cluster.quiet import quieten
 from distributed_rerank.cluster.session import Session, configure_logging
+from distributed_rerank.config.cluster import RetryConfig
 from distributed_rerank.errors import BadInput
 from distributed_rerank.training import checkpoints
 from distributed_rerank.training.epoch import Worker
@@ -30,39 +30,6 @@ from distributed_rerank.training.task import TrainingTask
 logger = logging.getLogger(__name__)
 
 STATE = "state.pt"
-
-
-@dataclass(frozen=True, kw_only=True)
-class RetryConfig:
-    """How much a run puts up with before it ends with an error."""
-
-    max_failures: int = 3
-    """Worker failures after which the run gives up; each costs the epoch it happened in."""
-    controller_failure_limit: int = 3
-    """Times that the resources of the workers may not be had."""
-    min_workers: int | None = None
-    """Training goes on with as few workers while a node is away, and with all again once it is back; default: it
-    waits for all."""
-    resize_check_s: float = 60.0
-    """How often more workers are looked for (min_workers)."""
-    timeout_s: int = 1800
-    """How long workers wait for each other: longer than the slowest share of the encodings or of the
-    validation."""
-
-    def __post_init__(self) -> None:
-        for name in ("max_failures", "controller_failure_limit"):
-            if getattr(self, name) < 0:
-                raise BadInput(f"{name}={getattr(self, name)} has no end; give 0 or more")
-        if self.min_workers is not None and self.min_workers < 1:
-            raise BadInput(f"min_workers={self.min_workers} trains nothing; give at least 1")
-
-    def workers(self, most: int) -> int | tuple[int, int]:
-        """Ray's num_workers for up to `most`. Raises BadInput where fewer than `min_workers` were asked for."""
-        if self.min_workers is None or self.min_workers == most:
-            return most
-        if self.min_workers > most:
-            raise BadInput(f"min_workers={self.min_workers} exceeds num_workers={most}; lower it or raise num_workers")
-        return (self.min_workers, most)
 
 
 def all_reduce(tensor: Tensor) -> Tensor:

@@ -17,9 +17,10 @@ from jaxtyping import UInt8
 from PIL import Image, ImageEnhance
 from torch import Tensor
 
+from distributed_rerank.config.extractor import Interpolation
+from distributed_rerank.config.training import Augmentation
 from distributed_rerank.errors import BadInput
 
-Interpolation = Literal["nearest", "bilinear", "bicubic", "lanczos"]
 _MODES = {name: Image.Resampling[name.upper()] for name in ("nearest", "bilinear", "bicubic", "lanczos")}
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -65,30 +66,15 @@ class InferenceTransform:
 
 
 @dataclass(frozen=True)
-class Augmentation:
-    """The random transform of training: OML's `get_augs_torch` with a colour jitter that does something.
+class TrainingTransform:
+    """The random transform of training: crop, squash to `size`, mirror, then colour changes in random order."""
 
-    Crop (of at least `min_scale` of the area; 1 = none), squash resize to `size`, mirror with probability
-    `flip`, then brightness, contrast, saturation and hue in random order, each by a factor in 1 +- its
-    strength (hue: +- turns).
-    """
-
+    augmentation: Augmentation
     size: tuple[int, int] = (224, 224)
     interpolation: Interpolation = "bilinear"
-    min_scale: float = 1.0
-    flip: float = 0.5
-    brightness: float = 0.3
-    contrast: float = 0.3
-    saturation: float = 0.3
-    hue: float = 0.05
 
     def __post_init__(self) -> None:
         _check_size_and_interpolation(self.size, self.interpolation)
-        if not 0 < self.min_scale <= 1:
-            raise BadInput(f"min_scale={self.min_scale} is not in (0, 1]; 1 switches the random crop off")
-        for name, top in (("flip", 1), ("brightness", 1), ("contrast", 1), ("saturation", 1), ("hue", 0.5)):
-            if not 0 <= getattr(self, name) <= top:
-                raise BadInput(f"{name}={getattr(self, name)} is not in [0, {top}]; 0 switches it off")
 
     def __call__(self, image: Image.Image, generator: torch.Generator) -> UInt8[Tensor, "3 height width"]:
         """The tensor of an RGB picture; the same state of `generator` gives the same bytes.
@@ -97,15 +83,20 @@ class Augmentation:
         settings.
         """
         draws = torch.rand(13, generator=generator, dtype=torch.float64).tolist()
-        if self.min_scale < 1:
-            image = image.crop(_random_box(image.size, self.min_scale, draws[:4]))
+        if self.augmentation.min_scale < 1:
+            image = image.crop(_random_box(image.size, self.augmentation.min_scale, draws[:4]))
         image = _squash(image, self.size, self.interpolation)
-        if draws[4] < self.flip:
+        if draws[4] < self.augmentation.flip:
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         return _to_tensor(self._jitter(image, draws[5:9], draws[9:13]))
 
     def _jitter(self, image: Image.Image, strengths: list[float], order: list[float]) -> Image.Image:
-        limits = (self.brightness, self.contrast, self.saturation, self.hue)
+        limits = (
+            self.augmentation.brightness,
+            self.augmentation.contrast,
+            self.augmentation.saturation,
+            self.augmentation.hue,
+        )
         changes = [limit * (2 * strength - 1) for limit, strength in zip(limits, strengths, strict=True)]
         steps = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)
         for position in sorted(range(len(limits)), key=order.__getitem__):

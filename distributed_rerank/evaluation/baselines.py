@@ -18,15 +18,15 @@ from torch import Tensor
 
 from distributed_rerank import retrieval
 from distributed_rerank.chain.chain import AlphaQEStep, Chain, KReciprocalStep, PairwiseStep
+from distributed_rerank.config.work import WorkConfig
 from distributed_rerank.data.candidates import CandidateLists
 from distributed_rerank.evaluation.measure import LabelledQueries, difference, measure_ranking
 from distributed_rerank.evaluation.ranked import Ranked
+from distributed_rerank.executors import Executors
 from distributed_rerank.models.maxsim import maxsim_of
 from distributed_rerank.models.pairwise import PairwiseModel
 from distributed_rerank.models.token_siamese import TokenSiamese
 from distributed_rerank.reranking import run as ranking_run
-from distributed_rerank.reranking.config import EvaluationConfig
-from distributed_rerank.reranking.first_stage import Executors
 from distributed_rerank.reranking.lists import neighbours, only_gallery, rows_of
 from distributed_rerank.reranking.run import Scored
 from distributed_rerank.retrieval import SearchSide
@@ -67,22 +67,19 @@ def measure_baselines(
     queries: LabelledQueries,
     first_stage: PerQuery,
     reranked: PerQuery | None,
-    config: EvaluationConfig,
-    model: PairwiseModel | None,
-    folder: Path,
-    steps: Executors,
+    seed: int,
+    sources: "Sources",
     *,
     n_resamples: int = 2000,
 ) -> BaselineResults:
     """Every baseline against the first stage and, where there is one, against the re-ranked order.
 
     `first_stage` and `reranked` are metrics of the labelled queries, of which `KEYS` are taken. The lists of all items
-    are kept in `folder`, resumable. A baseline's entry holds what it follows (`after`), its constants, `metrics`,
+    are kept by `sources`, resumable. A baseline's entry holds what it follows (`after`), its constants, `metrics`,
     `difference` to the first stage and `against_reranked` (baseline - re-ranked), or `skipped`, the reason.
     """
     found = BaselineResults()
     n_items = len(ranked.first.catalogue)
-    sources = _Sources(ranked, config, model, folder, steps)
     keys = [key for key in KEYS if key in first_stage]
     for name, after, constants, make in _plan(sources):
         entry: dict[str, Any] = {"after": after, "constants": constants}
@@ -100,9 +97,9 @@ def measure_baselines(
         measured = measure_ranking(queries, ranking, (1, 10))
         values = {key: measured.values[key] for key in keys}
         entry["metrics"] = metrics.means(values)
-        entry["difference"] = difference(first_stage, values, queries.labels, config.seed, n_resamples)
+        entry["difference"] = difference(first_stage, values, queries.labels, seed, n_resamples)
         if reranked is not None:
-            entry["against_reranked"] = difference(reranked, values, queries.labels, config.seed, n_resamples)
+            entry["against_reranked"] = difference(reranked, values, queries.labels, seed, n_resamples)
         found.figures[name], found.per_query[name] = entry, values
         logger.info("%s: mAP@10 %.4f in %.1f s", name, entry["metrics"]["map@10"], seconds)
     return found
@@ -115,7 +112,7 @@ class Skipped(Exception):
 Make = Callable[[], Ranking]
 
 
-def _plan(sources: "_Sources") -> Iterator[tuple[str, str, dict[str, Any], Make]]:
+def _plan(sources: "Sources") -> Iterator[tuple[str, str, dict[str, Any], Make]]:
     """Name, what it follows, constants and the work of each baseline."""
     k_reciprocal, expansion = asdict(K_RECIPROCAL), asdict(EXPANSION)
     yield "k_reciprocal", "first_stage", k_reciprocal, lambda: sources.k_reciprocal(False)
@@ -135,18 +132,24 @@ def _plan(sources: "_Sources") -> Iterator[tuple[str, str, dict[str, Any], Make]
     yield "pairwise+both_expansions", PAIRWISE, expansion, lambda: sources.expand(True, True, True)
 
 
-class _Sources:
+class Sources:
     """The lists and embeddings that baselines start from, each made once."""
 
     def __init__(
-        self, ranked: Ranked, config: EvaluationConfig, model: PairwiseModel | None, folder: Path, steps: Executors
+        self,
+        ranked: Ranked,
+        model: PairwiseModel | None,
+        n_items: int,
+        work: WorkConfig,
+        folder: Path,
+        executors: Executors,
     ) -> None:
         self.ranked = ranked
         self.model = model
-        self._config = config.retrieval
-        self._scoring = config.scoring
+        self._n_items = n_items
+        self._work = work
         self._folder = folder
-        self._steps = steps
+        self._executors = executors
         self._all: CandidateLists | None = None
 
     def pairwise(self) -> Ranking:
@@ -169,9 +172,9 @@ class _Sources:
         if n_images > MAX_ENCODED:
             raise Skipped(f"encodes every image a second time, which is done for up to {MAX_ENCODED:,}")
         lists = CandidateLists(ranked.query_items.numpy(), own.items.numpy(), own.distances.numpy())
-        config = replace(self._scoring, top_n=self.top_n)
+        work = replace(self._work, max_rejects=1.0)
         scored = score_candidates(
-            ranked.first.catalogue, lists, maxsim_of(self.model), config, self._folder / "maxsim_pairs", max_rejects=1.0
+            ranked.first.catalogue, lists, maxsim_of(self.model), self.top_n, self._folder / "maxsim_pairs", work=work
         )
         return ranking_run.by_logits(PairwiseStep(self.top_n, "replace"), own, torch.from_numpy(scored.logits))
 
@@ -212,10 +215,10 @@ class _Sources:
 
     def _search(self, queries: SearchSide, gallery: SearchSide) -> Neighbours:
         """Exact search, so where it is done changes no bit of the answer on one kind of processor."""
-        work = len(queries.items) * len(gallery.items) * queries.embeddings.shape[1]
-        search = retrieval.search if work <= SMALL_SEARCH else self._steps.search
-        blocks = list(enumerate(sharding.blocks(len(queries.items), self._config.queries_per_block)))
-        found = dict(search(blocks, queries, gallery, self._config))
+        n_products = len(queries.items) * len(gallery.items) * queries.embeddings.shape[1]
+        search = retrieval.search if n_products <= SMALL_SEARCH else self._executors.search
+        blocks = list(enumerate(sharding.blocks(len(queries.items), self._work.queries_per_search_block)))
+        found = dict(search(blocks, queries, gallery, self._n_items, self._work))
         assert len(found) == len(blocks), "a block of queries never came back"
         parts = [neighbours(found[number]) for number in sorted(found)]
         return Neighbours(torch.cat([part.items for part in parts]), torch.cat([part.distances for part in parts]))
@@ -236,7 +239,12 @@ class _Sources:
         if ranked.first.embeddings is None:
             raise Skipped("needs the lists of gallery items; give --embeddings or --extractor")
         lists = ranking_run.lists_for(
-            Chain((K_RECIPROCAL,)), ranked.first, self._config, self._folder / "all_candidates", self._steps
+            Chain((K_RECIPROCAL,)),
+            ranked.first,
+            self._n_items,
+            self._work,
+            self._folder / "all_candidates",
+            self._executors.search,
         )
         cleared = Scored(lists, None, ranked.scored.rejects)
         return ranking_run.without_rejected(cleared, ranked.first.catalogue).lists

@@ -14,12 +14,13 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from distributed_rerank.config.evaluation import MeasureConfig
+from distributed_rerank.config.work import WorkConfig
 from distributed_rerank.evaluation import adaptive, baselines, cost, distances
 from distributed_rerank.evaluation.measure import LabelledQueries, count_relevant, difference_to_json, measure_ranking
 from distributed_rerank.evaluation.ranked import Ranked
+from distributed_rerank.executors import Executors
 from distributed_rerank.models.pairwise import PairwiseModel
-from distributed_rerank.reranking.config import EvaluationConfig
-from distributed_rerank.reranking.first_stage import Executors
 from distributed_rerank.tensors import statistics
 from distributed_rerank.tensors.metrics import PerQuery
 
@@ -40,10 +41,12 @@ def diagnose(
     ranked: Ranked,
     measured: dict[str, Any],
     per_query: pd.DataFrame,
-    config: EvaluationConfig,
+    n_items: int,
+    config: MeasureConfig,
+    work: WorkConfig,
     model: PairwiseModel | None,
     folder: Path,
-    steps: Executors,
+    executors: Executors,
 ) -> Diagnostics:
     """Everything that is found from the rankings, beside what `measure` says. `measured` is its metrics; its curve gets
     the cost of each point."""
@@ -57,14 +60,23 @@ def diagnose(
         found.figures["distances"]["reranked"] = distances.separation(ranked.final, queries, top_n)
     found.figures["suspects"] = distances.suspects(ranked)
     if after is not None:
-        found.figures["categories"] = _compared(measured["categories"], per_query, queries, before, after, config.seed)
+        found.figures["categories"] = _compared(
+            measured["categories"], per_query, queries, before, after, config.resampling_seed
+        )
     found.figures["cost"] = cost.total_cost(ranked.scored, model)
     if ranked.chain.pairwise is not None and ranked.scored.logits is not None:
         assert after is not None, "a pairwise step re-ranks"
         _look_at_pairs(found, ranked, queries, measured, before, after, config, folder)
     if config.baselines:
         start = time.perf_counter()
-        compared = baselines.measure_baselines(ranked, queries, before, after, config, model, folder, steps)
+        compared = baselines.measure_baselines(
+            ranked,
+            queries,
+            before,
+            after,
+            config.resampling_seed,
+            baselines.Sources(ranked, model, n_items, work, folder, executors),
+        )
         found.figures["baselines"] = compared.figures
         found.columns |= baselines.columns(compared)
         found.timings["baselines"] = compared.seconds
@@ -100,7 +112,7 @@ def _look_at_pairs(
     measured: dict[str, Any],
     before: PerQuery,
     after: PerQuery,
-    config: EvaluationConfig,
+    config: MeasureConfig,
     folder: Path,
 ) -> None:
     """What scored pairs cost, and how many of them could be saved."""
@@ -118,7 +130,7 @@ def _look_at_pairs(
         pairwise = _pairwise_values(ranked, queries)
         found.columns[f"{adaptive.METRIC}_{baselines.PAIRWISE}"] = pairwise.numpy()
     found.figures["adaptive"], columns = adaptive.measure_adaptive(
-        ranked, queries, before[adaptive.METRIC], pairwise, seed=config.seed
+        ranked, queries, before[adaptive.METRIC], pairwise, seed=config.resampling_seed
     )
     found.columns |= columns
 

@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from distributed_rerank.chain.chain import Chain, kind_of
+from distributed_rerank.config.evaluation import FirstStageConfig, MeasureConfig
+from distributed_rerank.config.work import WorkConfig
 from distributed_rerank.data import artifacts
 from distributed_rerank.data.candidates import CandidateLists
 from distributed_rerank.data.catalogue import Catalogue
@@ -22,10 +24,17 @@ from distributed_rerank.evaluation import output as evaluation_output
 from distributed_rerank.evaluation.diagnostics import diagnose
 from distributed_rerank.evaluation.output import Result
 from distributed_rerank.evaluation.ranked import Ranked, rank
+from distributed_rerank.executors import Executors
 from distributed_rerank.models.pairwise import PairwiseModel
+from distributed_rerank.models.saving import identify
 from distributed_rerank.reranking import run as ranking_run
-from distributed_rerank.reranking.config import EvaluationConfig, check_depth, input_digests, settings_of
-from distributed_rerank.reranking.first_stage import Executors, FirstStage, first_stage
+from distributed_rerank.reranking.first_stage import (
+    FirstStage,
+    check_depth,
+    first_stage,
+    first_stage_settings,
+    input_digests,
+)
 from distributed_rerank.reranking.run import Scored
 from distributed_rerank.runtime.progress import timed
 
@@ -34,12 +43,14 @@ logger = logging.getLogger(__name__)
 
 def evaluate(
     catalogue: Catalogue,
-    config: EvaluationConfig,
+    config: FirstStageConfig,
     out: Path,
     *,
     model: PairwiseModel | None = None,
     chain: Chain | None = None,
-    steps: Executors | None = None,
+    measure: MeasureConfig | None = None,
+    work: WorkConfig | None = None,
+    executors: Executors | None = None,
     overwrite: bool = False,
 ) -> dict[str, Any]:
     """Evaluate the queries of `catalogue`; returns what metrics.json holds.
@@ -48,22 +59,23 @@ def evaluate(
     computed again; a killed run continues with its unfinished blocks. Raises BadInput where the inputs do not
     fit together.
     """
-    steps, chain = steps or Executors(), chain or Chain()
+    chain, measure = chain or Chain(), measure or MeasureConfig()
+    work, executors = work or WorkConfig(), executors or Executors()
     for role, items in (("is_query", catalogue.query_items), ("is_gallery", catalogue.gallery_items)):
         if not len(items):
             raise BadInput(f"{catalogue.source}: no row of this split has {role}; set it or choose another --split")
     check_depth(config, chain)
-    fingerprint = _fingerprint(catalogue, config, model, chain)
+    fingerprint = _fingerprint(catalogue, config, measure, work, model, chain)
     if artifacts.is_complete(out, fingerprint, overwrite):
         logger.info("%s is complete: nothing to do", out)
         return json.loads((out / "metrics.json").read_text())
     timings: dict[str, float] = {}
     with artifacts.stage(out, fingerprint) as staging:
-        first = first_stage(catalogue, config, staging.path, steps, timings)
-        scored = _score(first, config, model, chain, staging.path, steps, timings)
+        first = first_stage(catalogue, config, work, staging.path, executors, timings)
+        scored = _score(first, config.n_items, work, model, chain, staging.path, executors, timings)
         with timed(timings, "measure"):
             ranked = rank(first, scored, chain, model is not None)
-            result, details = _measure(ranked, config, model, staging.path, steps)
+            result, details = _measure(ranked, config.n_items, measure, work, model, staging.path, executors)
         rejects = all_rejects(first.rejects, scored.rejects)
         result.metrics["n_rejected"] = len(rejects)
         with timed(timings, "report"):
@@ -74,30 +86,36 @@ def evaluate(
 
 
 def _fingerprint(
-    catalogue: Catalogue, config: EvaluationConfig, model: PairwiseModel | None, chain: Chain
+    catalogue: Catalogue,
+    config: FirstStageConfig,
+    measure: MeasureConfig,
+    work: WorkConfig,
+    model: PairwiseModel | None,
+    chain: Chain,
 ) -> dict[str, Any]:
     return artifacts.make_fingerprint(
         "evaluate",
-        config=settings_of(config),
+        config=first_stage_settings(config, work) | {"scoring": work.fingerprint_settings("score")} | asdict(measure),
         catalogue=catalogue.digest(),
         given=input_digests(config),
-        model=None if model is None else ranking_run.identify(model),
+        model=None if model is None else identify(model),
         chain=[{"step": kind_of(step), **asdict(step)} for step in chain.steps],
     )
 
 
 def _score(
     first: FirstStage,
-    config: EvaluationConfig,
+    n_items: int,
+    work: WorkConfig,
     model: PairwiseModel | None,
     chain: Chain,
     folder: Path,
-    steps: Executors,
+    executors: Executors,
     timings: dict[str, float],
 ) -> Scored:
     """The lists the chain works on, with their logits."""
     with timed(timings, "score"):
-        lists = ranking_run.lists_for(chain, first, config.retrieval, folder / "all_candidates", steps)
+        lists = ranking_run.lists_for(chain, first, n_items, work, folder / "all_candidates", executors.search)
         if model is None or chain.pairwise is None:
             return Scored(lists, None, [])
         _log_cost(model, lists, chain.pairwise.top_n)
@@ -106,10 +124,9 @@ def _score(
             first.catalogue,
             model,
             chain,
-            config.scoring,
+            work,
             folder / "pair_distances",
-            steps,
-            config.max_rejects,
+            executors.score,
         )
 
 
@@ -123,13 +140,19 @@ def _log_cost(model: PairwiseModel, lists: CandidateLists, top_n: int) -> None:
 
 
 def _measure(
-    ranked: Ranked, config: EvaluationConfig, model: PairwiseModel | None, folder: Path, steps: Executors
+    ranked: Ranked,
+    n_items: int,
+    config: MeasureConfig,
+    work: WorkConfig,
+    model: PairwiseModel | None,
+    folder: Path,
+    executors: Executors,
 ) -> tuple[Result, dict[str, Any]]:
     """Metrics of the queries before and after with all that is found beside them, and the seconds of single parts."""
     base = evaluation.measure(
-        ranked.catalogue, ranked.query_items, ranked.before, ranked.after, ks=config.ks, seed=config.seed
+        ranked.catalogue, ranked.query_items, ranked.before, ranked.after, ks=config.ks, seed=config.resampling_seed
     )
-    found = diagnose(ranked, base.metrics, base.per_query, config, model, folder, steps)
+    found = diagnose(ranked, base.metrics, base.per_query, n_items, config, work, model, folder, executors)
     metrics = base.metrics | {"chain": ranked.chain.describe()} | found.figures
     table = base.per_query.assign(**found.columns)
     after = ranked.final if ranked.after else None

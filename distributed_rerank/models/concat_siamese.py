@@ -6,35 +6,18 @@ unchanged.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 import torch
 from jaxtyping import Float, Float32, UInt8
 from torch import Tensor, nn
 from torch.nn import functional
 
+from distributed_rerank.config.pairwise import ConcatSiameseConfig
 from distributed_rerank.errors import BadInput
 from distributed_rerank.models import weights
-from distributed_rerank.models.extractor import ExtractorConfig, build_extractor
+from distributed_rerank.models.extractor import build_extractor
 from distributed_rerank.models.pairwise import PairwiseModel
-
-
-@dataclass(frozen=True, kw_only=True)
-class ConcatSiameseConfig:
-    """How a ConcatSiamese is built."""
-
-    extractor: ExtractorConfig = field(default_factory=ExtractorConfig)
-    """The backbone; its `image_size` is that of one image, the network sees twice the height."""
-    hidden_dims: tuple[int, ...] = (100,)
-    dropout: float = 0.5
-    both_orders: bool = False
-    """Average the probabilities of both orders of stacking in evaluation, as OML's use_tta: twice the cost,
-    symmetric."""
-    weights: str | None = None
-    """State dict of a ConcatSiamese, OML's or ours, to start from; the extractor's own weights are then not
-    needed."""
-    seed: int = 0
-    """Of the head."""
 
 
 class ConcatSiamese(PairwiseModel):
@@ -44,13 +27,13 @@ class ConcatSiamese(PairwiseModel):
     encoding_dtype = torch.uint8
 
     def __init__(self, config: ConcatSiameseConfig) -> None:
-        backbone = replace(config.extractor, weights="none") if config.weights else config.extractor
+        backbone = replace(config.extractor, weights="none") if config.pairwise_weights else config.extractor
         extractor = build_extractor(backbone, stacked=2)
         super().__init__(replace(config, extractor=extractor.config), extractor)
         self.encoding_shape = (3, *self.transform.size)
-        self.head = mlp_head(extractor.dim, config.hidden_dims, config.dropout, config.seed)
-        if config.weights:
-            load_siamese_weights(self, config.weights)
+        self.head = mlp_head(extractor.dim, config.hidden_dims, config.dropout, config.head_seed)
+        if config.pairwise_weights:
+            load_siamese_weights(self, config.pairwise_weights)
         self.eval()
 
     def encode(self, pixels: UInt8[Tensor, "image 3 height width"]) -> UInt8[Tensor, "image 3 height width"]:

@@ -5,28 +5,15 @@ TrivialDistanceSiamese is `linear=False`; LinearTrivialDistanceSiamese is `linea
 no bias both reproduce the distances and the order of a first stage made with the same extractor.
 """
 
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 import torch
 from jaxtyping import Float, Float32, UInt8
 from torch import Tensor, nn
 
-from distributed_rerank.models.extractor import ExtractorConfig, build_extractor
+from distributed_rerank.config.pairwise import DistanceSiameseConfig
+from distributed_rerank.models.extractor import build_extractor
 from distributed_rerank.models.pairwise import PairwiseModel
-
-
-@dataclass(frozen=True, kw_only=True)
-class DistanceSiameseConfig:
-    """How a DistanceSiamese is built."""
-
-    extractor: ExtractorConfig = field(default_factory=ExtractorConfig)
-    linear: bool = True
-    """Whether a square matrix without bias is applied to embeddings before the distance."""
-    identity_init: bool = True
-    """Whether that matrix starts as the identity; else at random from `seed`."""
-    output_bias: float = 0.0
-    """Added to the distance."""
-    seed: int = 0
 
 
 class DistanceSiamese(PairwiseModel):
@@ -59,7 +46,7 @@ class DistanceSiamese(PairwiseModel):
 
 def _square_map(dim: int, config: DistanceSiameseConfig) -> nn.Linear:
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
+        torch.manual_seed(config.head_seed)
         linear = nn.Linear(dim, dim, bias=False)
     if config.identity_init:
         nn.init.eye_(linear.weight)

@@ -4,13 +4,11 @@ The transform of the images is part of the extractor (timm's data config of the 
 overridable), and normalising by mean and deviation happens on the device, so that images travel as bytes.
 """
 
-import ast
 import difflib
 import json
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import timm
 import timm.data
@@ -20,38 +18,13 @@ from timm.models import load_model_config_from_hf
 from torch import Tensor, nn
 from torch.nn import functional
 
-from distributed_rerank.data.transforms import InferenceTransform, Interpolation
+from distributed_rerank.config.extractor import ExtractorConfig
+from distributed_rerank.config.literals import python_literal
+from distributed_rerank.data.transforms import InferenceTransform
 from distributed_rerank.errors import BadInput
 from distributed_rerank.models import inference, vit, weights
-from distributed_rerank.models.precision import Precision, computing_in, resolve_precision
+from distributed_rerank.models.precision import computing_in, resolve_precision
 from distributed_rerank.tensors.hardware import bf16_support
-
-
-@dataclass(frozen=True, kw_only=True)
-class ExtractorConfig:
-    """Which network turns an image into an embedding, and what it is shown. None means: as timm's data config
-    says."""
-
-    name: str = "vit_small_patch16_224.dino"
-    """A timm model, `hf-hub:owner/model` or `local-dir:folder`."""
-    weights: str | None = None
-    """None = the weights timm names, fetched from the hub; "none" = untrained; else a .safetensors, .pth or
-    .pt file."""
-    args: Mapping[str, Any] = field(default_factory=dict)
-    """Extra arguments of timm.create_model; text values are read as Python literals where they are some."""
-    image_size: int | tuple[int, int] | None = None
-    """Side, or (height, width), in pixels of the image the network sees."""
-    resize: Literal["square", "crop"] | None = None
-    """square = squash the image to the size; crop = shorter side to size / crop_pct, then the centre."""
-    crop_pct: float | None = None
-    interpolation: Interpolation | None = None
-    mean: tuple[float, float, float] | None = None
-    std: tuple[float, float, float] | None = None
-    normalise: bool = True
-    """Whether embeddings have L2 norm 1."""
-    precision: Precision = "auto"
-    seed: int = 0
-    """Of the untrained weights."""
 
 
 class Extractor(nn.Module):
@@ -149,36 +122,15 @@ def weights_digest(config: ExtractorConfig) -> str:
     return weights.digest_of_state(_create(config).state_dict())
 
 
-def parse_args(pairs: Iterable[str]) -> dict[str, Any]:
-    """`["pad_type=same", "depth=2"]` -> {"pad_type": "same", "depth": 2}; BadInput for anything that is not
-    NAME=VALUE."""
-    parsed = {}
-    for pair in pairs:
-        name, separator, value = pair.partition("=")
-        if not separator or not name.isidentifier():
-            raise BadInput(f"extractor argument {pair!r} must have the form NAME=VALUE, such as pad_type=same")
-        parsed[name] = _literal(value)
-    return parsed
-
-
-def _literal(value: Any) -> Any:
-    if not isinstance(value, str):
-        return value
-    try:
-        return ast.literal_eval(value)
-    except (ValueError, SyntaxError):
-        return value
-
-
 def _create(config: ExtractorConfig) -> nn.Module:
     """The timm model without classifier, with hub weights if config.weights is None, else initialised from
     the seed."""
-    _check_name(config.name)
-    args = {name: _literal(value) for name, value in config.args.items()}
+    _check_name(config.network)
+    args = {name: python_literal(value) for name, value in config.args.items()}
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
+        torch.manual_seed(config.extractor_seed)
         try:
-            model = timm.create_model(config.name, pretrained=False, num_classes=0, **args)
+            model = timm.create_model(config.network, pretrained=False, num_classes=0, **args)
         except (TypeError, ValueError, AssertionError, RuntimeError, KeyError, OSError) as error:
             raise BadInput(
                 f"extractor {config.name} with arguments {args} is refused by timm: {_line(error)}"
@@ -186,7 +138,7 @@ def _create(config: ExtractorConfig) -> nn.Module:
         if config.weights is not None:
             return model
         try:
-            return timm.create_model(config.name, pretrained=True, num_classes=0, **args)
+            return timm.create_model(config.network, pretrained=True, num_classes=0, **args)
         except (OSError, RuntimeError) as error:
             raise BadInput(
                 f"the weights of extractor {config.name} could not be fetched ({_line(error)}); "
@@ -245,7 +197,7 @@ def _native_size(model: Any) -> tuple[int, int]:
 
 def _resolve(config: ExtractorConfig, model: Any, transform: InferenceTransform) -> ExtractorConfig:
     """The config with the transform written out and a name that timm knows without asking the hub."""
-    name, args = config.name, dict(config.args)
+    name, args = config.network, dict(config.args)
     source, _, identifier = name.partition(":")
     if identifier:
         if source == "local-dir":

@@ -6,15 +6,13 @@ and results do not depend on how busy a machine was.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Literal
 
 import torch
 from torch import nn
 
+from distributed_rerank.config.extractor import Precision
 from distributed_rerank.errors import BadInput
 from distributed_rerank.tensors.hardware import bf16_support
-
-Precision = Literal["auto", "fp32", "bf16"]
 
 
 def resolve_precision(precision: Precision, device: torch.device, *, has_narrow_maps: bool = False) -> torch.dtype:

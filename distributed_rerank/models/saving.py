@@ -16,27 +16,48 @@ import safetensors
 import safetensors.torch
 from torch import nn
 
+from distributed_rerank.config.extractor import ExtractorConfig
+from distributed_rerank.config.pairwise import PAIRWISE_CONFIGS, PairwiseConfig, pairwise_name
 from distributed_rerank.errors import BadInput
 from distributed_rerank.models import weights
-from distributed_rerank.models.concat_siamese import ConcatSiamese, ConcatSiameseConfig
-from distributed_rerank.models.distance_siamese import DistanceSiamese, DistanceSiameseConfig
-from distributed_rerank.models.extractor import Extractor, ExtractorConfig
+from distributed_rerank.models.concat_siamese import ConcatSiamese
+from distributed_rerank.models.distance_siamese import DistanceSiamese
+from distributed_rerank.models.extractor import Extractor
 from distributed_rerank.models.pairwise import PairwiseModel
-from distributed_rerank.models.split_siamese import SplitSiamese, SplitSiameseConfig
-from distributed_rerank.models.token_siamese import TokenSiamese, TokenSiameseConfig
+from distributed_rerank.models.split_siamese import SplitSiamese
+from distributed_rerank.models.token_siamese import TokenSiamese
 
-SCHEMA_VERSION = 1
-MODELS: Mapping[str, tuple[Any, type]] = {
-    "concat": (ConcatSiamese, ConcatSiameseConfig),
-    "split": (SplitSiamese, SplitSiameseConfig),
-    "token": (TokenSiamese, TokenSiameseConfig),
-    "distance": (DistanceSiamese, DistanceSiameseConfig),
+SCHEMA_VERSION = 2
+MODELS: Mapping[str, type[PairwiseModel]] = {
+    "concat": ConcatSiamese,
+    "split": SplitSiamese,
+    "token": TokenSiamese,
+    "distance": DistanceSiamese,
 }
+"""By the name on the command line and in config.json."""
+
+
+def build_model(config: PairwiseConfig) -> PairwiseModel:
+    """The untrained model of `config`."""
+    kind: Any = MODELS[pairwise_name(config)]
+    return kind(config)
 
 
 def model_name(model: nn.Module) -> str:
-    """The name of the model's class in config.json and on the command line."""
-    return next(name for name, (kind, _) in MODELS.items() if type(model) is kind)
+    """The model's name in config.json and on the command line. Raises BadInput for a class that is not ours."""
+    for name, kind in MODELS.items():
+        if type(model) is kind:
+            return name
+    raise BadInput(f"{type(model).__name__} is no pairwise model that can be saved; known are {', '.join(MODELS)}")
+
+
+def identify(model: PairwiseModel) -> dict[str, Any]:
+    """All that decides a model's logits: kind, config and weights by content, without the paths they came from."""
+    config: Any = dataclasses.asdict(model.config)
+    if "pairwise_weights" in config:
+        config["pairwise_weights"] = None
+    config["extractor"]["weights"] = None
+    return {"kind": type(model).__name__, "config": config, "weights": weights.digest_of_state(model.state_dict())}
 
 
 def save_model(model: PairwiseModel, folder: str | Path) -> Path:
@@ -91,8 +112,7 @@ def load_model(folder: str | Path) -> PairwiseModel:
         raise BadInput(
             f"{path / 'config.json'} names the model {content.get('model')!r}; known are {', '.join(MODELS)}"
         )
-    kind, config_kind = MODELS[content["model"]]
-    model = kind(config_from_json(config_kind, content["config"]))
+    model = build_model(config_from_json(PAIRWISE_CONFIGS[content["model"]], content["config"]))
     weights.load_exactly(model, weights.read_state_dict(path / "model.safetensors"), str(path / "model.safetensors"))
     return model.eval()
 
@@ -107,8 +127,10 @@ def config_from_json(kind: type, values: Mapping[str, Any]) -> Any:
     plain: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
     if "extractor" in plain:
         plain["extractor"] = config_from_json(ExtractorConfig, plain["extractor"])
-    if "weights" in known:
-        plain["weights"] = "none" if kind is ExtractorConfig else None
+    if kind is ExtractorConfig:
+        plain["weights"] = "none"
+    elif "pairwise_weights" in known:
+        plain["pairwise_weights"] = None
     return kind(**plain)
 
 

@@ -9,39 +9,21 @@ of the upper or lower half. That costs no second encoding and no parameter. The 
 are averaged at the join (they are equal at k = 0).
 """
 
-from dataclasses import dataclass, field, replace
-from typing import Literal
+from dataclasses import replace
 
 import torch
 from jaxtyping import Float, Float32, UInt8
 from torch import Tensor, nn
 
+from distributed_rerank.config.pairwise import SplitSiameseConfig
 from distributed_rerank.errors import BadInput
 from distributed_rerank.models import vit
 from distributed_rerank.models.concat_siamese import load_siamese_weights, logit_of_mean_probability, mlp_head
-from distributed_rerank.models.extractor import ExtractorConfig, build_extractor
+from distributed_rerank.models.extractor import build_extractor
 from distributed_rerank.models.pairwise import PairwiseModel
 from distributed_rerank.models.precision import computing_in
 
 STORAGE = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-
-
-@dataclass(frozen=True, kw_only=True)
-class SplitSiameseConfig:
-    """How a SplitSiamese is built."""
-
-    extractor: ExtractorConfig = field(default_factory=ExtractorConfig)
-    """The backbone, a plain vision transformer; `image_size` is that of one image."""
-    split_at: int = 8
-    """Blocks run per image; the rest see both images."""
-    hidden_dims: tuple[int, ...] = (100,)
-    dropout: float = 0.5
-    both_orders: bool = False
-    storage: Literal["fp32", "fp16", "bf16"] = "bf16"
-    """Number format of the cached tokens."""
-    weights: str | None = None
-    """State dict of a ConcatSiamese or SplitSiamese to start from."""
-    seed: int = 0
 
 
 class SplitSiamese(PairwiseModel):
@@ -50,17 +32,17 @@ class SplitSiamese(PairwiseModel):
     config: SplitSiameseConfig
 
     def __init__(self, config: SplitSiameseConfig) -> None:
-        backbone = replace(config.extractor, weights="none") if config.weights else config.extractor
+        backbone = replace(config.extractor, weights="none") if config.pairwise_weights else config.extractor
         extractor = build_extractor(backbone, stacked=2)
         super().__init__(replace(config, extractor=extractor.config), extractor)
-        _check_splittable(extractor.model, extractor.is_plain_vit, extractor.config.name, config.split_at)
+        _check_splittable(extractor.model, extractor.is_plain_vit, extractor.config.network, config.split_at)
         self.encoding_dtype = STORAGE[config.storage]
         self.grid = vit.patch_grid(extractor.model, *self.transform.size)
         n_tokens = self.grid[0] * self.grid[1] + extractor.model.num_prefix_tokens
         self.encoding_shape = (n_tokens, extractor.dim)
-        self.head = mlp_head(extractor.dim, config.hidden_dims, config.dropout, config.seed)
-        if config.weights:
-            load_siamese_weights(self, config.weights)
+        self.head = mlp_head(extractor.dim, config.hidden_dims, config.dropout, config.head_seed)
+        if config.pairwise_weights:
+            load_siamese_weights(self, config.pairwise_weights)
         self.eval()
 
     def encode(self, pixels: UInt8[Tensor, "image 3 height width"]) -> Float[Tensor, "image token dim"]:

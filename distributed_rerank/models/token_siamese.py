@@ -10,47 +10,23 @@ image is the query.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
-from typing import Literal
+from dataclasses import replace
 
 import torch
 from jaxtyping import Float, Float16, Float32, Int64, Num, UInt8
 from torch import Tensor, nn
 from torch.nn import functional
 
+from distributed_rerank.config.pairwise import TokenSiameseConfig
 from distributed_rerank.errors import BadInput
 from distributed_rerank.models import vit
-from distributed_rerank.models.extractor import Extractor, ExtractorConfig, build_extractor
+from distributed_rerank.models.extractor import Extractor, build_extractor
 from distributed_rerank.models.pairwise import PairwiseModel
 from distributed_rerank.models.precision import computing_in
 from distributed_rerank.models.whitening import Projection
 
 STORAGE = {"float32": torch.float32, "float16": torch.float16, "int8": torch.int8}
 INT8_STEPS = 127
-
-
-@dataclass(frozen=True, kw_only=True)
-class TokenSiameseConfig:
-    """How a TokenSiamese is built; an image's encoding takes `bytes_per_image`, mostly depths x grid^2 x
-    token_dim numbers."""
-
-    extractor: ExtractorConfig = field(default_factory=ExtractorConfig)
-    depths: tuple[int, ...] = (-2, -1)
-    """Which feature maps give tokens: stages of a CNN, blocks of a ViT; negative = counted from the end."""
-    grid: int = 5
-    """Feature maps are pooled to grid x grid tokens."""
-    token_dim: int = 96
-    pools: tuple[int, ...] = (1, 2, 3)
-    """Each depth gives one global vector for each of these coarser grids."""
-    global_dim: int = 200
-    storage: Literal["float32", "float16", "int8"] = "float16"
-    """Number format of cached encodings."""
-    shrinkage: float = 0.05
-    """Of the covariance within labels towards a multiple of the identity."""
-    hidden_dim: int = 64
-    dropout: float = 0.1
-    seed: int = 0
-    """Of the projections until they are fitted, and of the head."""
 
 
 class TokenSiamese(PairwiseModel):
@@ -69,14 +45,14 @@ class TokenSiamese(PairwiseModel):
         n_tokens, n_depths = config.grid**2, len(self.channels)
         self.n_token_numbers = n_depths * n_tokens * config.token_dim
         self.encoding_shape = (self.n_token_numbers + self.n_globals * config.global_dim,)
-        self.encoding_dtype = STORAGE[config.storage]
+        self.encoding_dtype = STORAGE[config.token_storage]
         n_features = 1 + self.n_globals + n_depths * (n_tokens + 2)
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(config.seed)
+            torch.manual_seed(config.head_seed)
             self.token_projections = nn.ModuleList(Projection(c, config.token_dim) for c in self.channels)
             sizes = [c * pool**2 for c in self.channels for pool in config.pools] + [extractor.dim]
             self.global_projections = nn.ModuleList(Projection(size, config.global_dim) for size in sizes)
-            self.head = PairHead(n_features, config.hidden_dim, config.dropout)
+            self.head = PairHead(n_features, config.hidden_dim, config.head_dropout)
         self.register_buffer("feature_mean", torch.zeros(n_features))
         self.register_buffer("feature_std", torch.ones(n_features))
         self.eval()

@@ -2,16 +2,15 @@
 
 import json
 import logging
-import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import torch
 
+from distributed_rerank.config.schedule import ScheduleConfig
 from distributed_rerank.data import artifacts
 from distributed_rerank.data.catalogue import Catalogue
 from distributed_rerank.errors import BadInput
@@ -24,35 +23,6 @@ from distributed_rerank.tensors import metrics
 logger = logging.getLogger(__name__)
 
 EXIT_REGRESSION = 3
-
-
-@dataclass(frozen=True, kw_only=True)
-class ScheduleConfig:
-    """Which run this is, and what it is compared with."""
-
-    history: Path
-    """Parquet file with one row for every run; made if absent. A page history.html is written beside it."""
-    runs: Path
-    """Folder of the runs; this one's evaluation is the folder runs/RUN_ID."""
-    run_id: str = field(default_factory=lambda: datetime.now(UTC).date().isoformat())
-    """Name of this run. Default: today's date (UTC)."""
-    baseline: Path | None = None
-    """Evaluation folder that every run is compared with, beside the previous run."""
-    metric: str = "map@10"
-    """The metric that decides."""
-    tolerance: float = 0.005
-    """A loss is a regression where its 95 % interval lies below 0 and its mean below -tolerance."""
-
-    def __post_init__(self) -> None:
-        if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.:+-]*", self.run_id):
-            raise BadInput(f"run_id={self.run_id!r} cannot name a folder; use letters, digits and _ . : + -")
-        if not 0 <= self.tolerance < 1:
-            raise BadInput(f"tolerance={self.tolerance} must be at least 0 and below 1; metrics are fractions")
-
-    @property
-    def folder(self) -> Path:
-        """Where this run's evaluation lies."""
-        return self.runs / self.run_id
 
 
 @dataclass(frozen=True)

@@ -2,29 +2,24 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from distributed_rerank import extraction, retrieval
+from distributed_rerank.chain.chain import Chain
+from distributed_rerank.config.evaluation import FirstStageConfig
+from distributed_rerank.config.extractor import ExtractorConfig
+from distributed_rerank.config.work import WorkConfig
+from distributed_rerank.data import artifacts
 from distributed_rerank.data.candidates import CandidateLists
 from distributed_rerank.data.catalogue import Catalogue
 from distributed_rerank.data.embeddings import Embeddings, read_embeddings
 from distributed_rerank.data.rejects import Reject, check_rejects
 from distributed_rerank.errors import BadInput
-from distributed_rerank.extraction import ExtractionConfig
-from distributed_rerank.reranking.config import EvaluationConfig
+from distributed_rerank.executors import Executors
 from distributed_rerank.reranking.external_candidates import external_candidates
 from distributed_rerank.runtime.progress import timed
-from distributed_rerank.scoring import score as scoring
-
-
-@dataclass(frozen=True)
-class Executors:
-    """Who does the work that many devices can share; by default this process."""
-
-    extract: extraction.Extract = extraction.extract
-    search: retrieval.Search = retrieval.search
-    score: scoring.Score = scoring.score
 
 
 @dataclass(frozen=True)
@@ -38,16 +33,21 @@ class FirstStage:
 
 
 def first_stage(
-    catalogue: Catalogue, config: EvaluationConfig, folder: Path, steps: Executors, timings: dict[str, float]
+    catalogue: Catalogue,
+    config: FirstStageConfig,
+    work: WorkConfig,
+    folder: Path,
+    executors: Executors,
+    timings: dict[str, float],
 ) -> FirstStage:
     """The readable part of the catalogue and the candidate lists of its queries."""
     readable, embeddings = catalogue, None
     with timed(timings, "embed"):
         if config.embeddings is not None:
-            readable, embeddings = read_for(catalogue, config.embeddings, config.max_rejects)
-        elif config.extraction is not None:
+            readable, embeddings = read_for(catalogue, config.embeddings, work.max_rejects)
+        elif config.extractor.name is not None:
             readable, embeddings = embed_readable(
-                catalogue, config.extraction, folder / "embeddings", steps, config.max_rejects
+                catalogue, config.extractor, work, folder / "embeddings", executors.extract
             )
     own = set(catalogue.ids)
     rejects = [] if embeddings is None else [reject for reject in embeddings.rejects if reject.id in own]
@@ -57,16 +57,16 @@ def first_stage(
         else:
             assert embeddings is not None, "a search needs embeddings"
             lists = retrieval.retrieve(
-                readable, embeddings, config.retrieval, folder / "candidates", search=steps.search
+                readable, embeddings, config.n_items, folder / "candidates", work=work, search=executors.search
             )
     return FirstStage(readable, lists, embeddings, rejects)
 
 
 def embed_readable(
-    catalogue: Catalogue, config: ExtractionConfig, out: Path, steps: Executors, max_rejects: float
+    catalogue: Catalogue, config: ExtractorConfig, work: WorkConfig, out: Path, extract: extraction.Extract
 ) -> tuple[Catalogue, Embeddings]:
     """Embeddings of the catalogue, and the catalogue without the images that cannot be read."""
-    embeddings = extraction.embed(catalogue, config, out, extract=steps.extract, max_rejects=max_rejects)
+    embeddings = extraction.embed(catalogue, config, out, work=work, extract=extract)
     return catalogue.take(np.flatnonzero(embeddings.rows_of(catalogue.ids) >= 0)), embeddings
 
 
@@ -88,3 +88,33 @@ def read_for(catalogue: Catalogue, folder: Path, max_rejects: float) -> tuple[Ca
     rejects = [reject for reject in embeddings.rejects if reject.id in own]
     check_rejects(rejects, len(catalogue), max_rejects, str(folder / "rejects.parquet"))
     return catalogue.take(np.flatnonzero(has)), embeddings
+
+
+def check_depth(config: FirstStageConfig, chain: Chain) -> None:
+    """Raises BadInput where the chain re-ranks more candidates than are searched for; given lists may be shorter."""
+    if config.candidates is None and chain.pairwise is not None and chain.pairwise.top_n > config.n_items:
+        raise BadInput(
+            f"top_n={chain.pairwise.top_n} exceeds the {config.n_items} retrieved items per query; "
+            "raise --n-items or lower --top-n"
+        )
+
+
+def first_stage_settings(config: FirstStageConfig, work: WorkConfig) -> dict[str, Any]:
+    """All settings that can change the candidate lists: not where files lie, nor memory, threads, limits."""
+    return {
+        "extraction": None if config.extractor.name is None else extraction.embedding_settings(config.extractor, work),
+        "retrieval": retrieval.retrieval_settings(config.n_items, work),
+    }
+
+
+def input_digests(config: FirstStageConfig) -> dict[str, str | None]:
+    """Digests of the embeddings and candidates that were given."""
+    paths = {"embeddings": config.embeddings, "candidates": config.candidates}
+    return {name: None if path is None else _digest_of_input(path) for name, path in paths.items()}
+
+
+def _digest_of_input(path: Path) -> str:
+    if not path.exists():
+        raise BadInput(f"{path} does not exist; check the path")
+    files = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
+    return artifacts.json_digest([artifacts.file_digest(file) for file in files])

@@ -12,14 +12,23 @@ import torch
 
 from distributed_rerank.chain.chain import Chain, kind_of
 from distributed_rerank.chain.probability import probabilities
+from distributed_rerank.config.evaluation import FirstStageConfig
+from distributed_rerank.config.work import WorkConfig
 from distributed_rerank.data import artifacts, tables
 from distributed_rerank.data.candidates import CandidateLists
 from distributed_rerank.data.catalogue import Catalogue
 from distributed_rerank.data.rejects import all_rejects
+from distributed_rerank.executors import Executors
 from distributed_rerank.models.pairwise import PairwiseModel
+from distributed_rerank.models.saving import identify
 from distributed_rerank.reranking import run as ranking_run
-from distributed_rerank.reranking.config import EvaluationConfig, check_depth, input_digests, settings_of
-from distributed_rerank.reranking.first_stage import Executors, FirstStage, first_stage
+from distributed_rerank.reranking.first_stage import (
+    FirstStage,
+    check_depth,
+    first_stage,
+    first_stage_settings,
+    input_digests,
+)
 from distributed_rerank.reranking.run import Scored
 from distributed_rerank.tensors.knn import Neighbours
 
@@ -28,12 +37,13 @@ logger = logging.getLogger(__name__)
 
 def rerank(
     catalogue: Catalogue,
-    config: EvaluationConfig,
+    config: FirstStageConfig,
     out: Path,
     *,
     model: PairwiseModel,
     chain: Chain,
-    steps: Executors | None = None,
+    work: WorkConfig | None = None,
+    executors: Executors | None = None,
     overwrite: bool = False,
 ) -> pa.Table:
     """Re-order the candidate lists of the catalogue's queries; returns the table that reranked.parquet holds.
@@ -44,14 +54,14 @@ def rerank(
     finished `out` is not computed again, a killed run continues. Raises BadInput where the
     inputs do not fit together, naming ids that the catalogue does not have.
     """
-    steps = steps or Executors()
+    work, executors = work or WorkConfig(), executors or Executors()
     check_depth(config, chain)
     fingerprint = artifacts.make_fingerprint(
         "rerank",
-        config=settings_of(config),
+        config=first_stage_settings(config, work) | {"scoring": work.fingerprint_settings("score")},
         catalogue=catalogue.digest(),
         given=input_digests(config),
-        model=ranking_run.identify(model),
+        model=identify(model),
         chain=[{"step": kind_of(step), **asdict(step)} for step in chain.steps],
         calibration={name: chain.calibration.get(name) for name in ("slope", "intercept")},
     )
@@ -60,17 +70,18 @@ def rerank(
         return pq.read_table(out / "reranked.parquet")
     with artifacts.stage(out, fingerprint) as staging:
         timings: dict[str, float] = {}
-        first = first_stage(catalogue, config, staging.path, steps, timings)
-        lists = ranking_run.lists_for(chain, first, config.retrieval, staging.path / "all_candidates", steps)
+        first = first_stage(catalogue, config, work, staging.path, executors, timings)
+        lists = ranking_run.lists_for(
+            chain, first, config.n_items, work, staging.path / "all_candidates", executors.search
+        )
         scored = ranking_run.score_lists(
             lists,
             first.catalogue,
             model,
             chain,
-            config.scoring,
+            work,
             staging.path / "pair_distances",
-            steps,
-            config.max_rejects,
+            executors.score,
         )
         table = _reranked_table(first.catalogue, first.lists, scored, chain, first)
         rejects = all_rejects(first.rejects, scored.rejects)

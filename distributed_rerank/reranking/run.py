@@ -6,9 +6,8 @@ argument.
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -17,19 +16,19 @@ from torch import Tensor
 from distributed_rerank import retrieval
 from distributed_rerank.chain import apply as chain_apply
 from distributed_rerank.chain.chain import Chain, PairwiseStep, read_chain
+from distributed_rerank.config.evaluation import RerankerConfig
+from distributed_rerank.config.work import WorkConfig
 from distributed_rerank.data.candidates import CandidateLists
 from distributed_rerank.data.catalogue import Catalogue
 from distributed_rerank.data.embeddings import Embeddings
 from distributed_rerank.data.rejects import Reject
 from distributed_rerank.errors import BadInput
 from distributed_rerank.models.pairwise import PairwiseModel
-from distributed_rerank.models.saving import load_model, local_folder, model_name
-from distributed_rerank.models.weights import digest_of_state
-from distributed_rerank.reranking.first_stage import Executors, FirstStage
+from distributed_rerank.models.saving import load_model, local_folder
+from distributed_rerank.reranking.first_stage import FirstStage
 from distributed_rerank.reranking.lists import LazyRanking, neighbours, only_gallery, rows_of
-from distributed_rerank.retrieval import RetrievalConfig
+from distributed_rerank.scoring import score as scoring
 from distributed_rerank.scoring import stage as scoring_run
-from distributed_rerank.scoring.score import ScoringConfig
 from distributed_rerank.tensors.knn import Neighbours, Ranking
 
 CURVE = (2, 5, 10, 20, 50, 100, 200, 500)
@@ -47,16 +46,14 @@ class Scored:
     n_images: int = 0
 
 
-def load_model_and_chain(
-    folder: str | None, chain: str | Path, top_n: int | None
-) -> tuple[PairwiseModel | None, Chain]:
+def load_model_and_chain(config: RerankerConfig) -> tuple[PairwiseModel | None, Chain]:
     """A pairwise model and how its logits become an order.
 
-    `chain` is "model" (the folder's chain.json; without one OML's rule), "replace" (OML's rule),
-    "first_stage" (no step) or the path of a chain.json. `top_n` overrides the chain's; the default of OML's
-    rule is 10. Raises BadInput for a top_n that the chain has no use for, and as `load_model` and
-    `read_chain` do.
+    The chain is the model folder's chain.json (without one OML's rule), OML's rule, no step, or a chain.json of its
+    own. `top_n` overrides the chain's; the default of OML's rule is 10. Raises BadInput for a top_n that the chain has
+    no use for, and as `load_model` and `read_chain` do.
     """
+    folder, chain, top_n = config.model, config.chain, config.top_n
     if folder is None:
         if chain not in ("model", "first_stage"):
             raise BadInput(f"--chain {chain} needs a pairwise model; give --model")
@@ -80,26 +77,23 @@ def load_model_and_chain(
     return model, replace(found, steps=steps)
 
 
-def identify(model: PairwiseModel) -> dict[str, Any]:
-    """What decides a model's logits: kind, config and weights, not the paths that its weights once came from."""
-    config: Any = asdict(model.config) | {"weights": None}
-    config["extractor"]["weights"] = None
-    return {"kind": model_name(model), "config": config, "weights": digest_of_state(model.state_dict())}
-
-
 def is_one_against_rest(catalogue: Catalogue) -> bool:
     """Whether every item is both query and gallery item, so that the queries' lists are those of all items."""
     return len(catalogue.query_items) == len(catalogue.gallery_items) == len(catalogue)
 
 
-def lists_for(chain: Chain, first: FirstStage, config: RetrievalConfig, out: Path, steps: Executors) -> CandidateLists:
+def lists_for(
+    chain: Chain, first: FirstStage, n_items: int, work: WorkConfig, out: Path, search: retrieval.Search
+) -> CandidateLists:
     """The lists that the chain works on: the queries' own, or those of all items where it looks at neighbourhoods."""
     catalogue = first.catalogue
     if not chain.neighbourhood or is_one_against_rest(catalogue):
         return first.lists
     if first.embeddings is None:
         raise BadInput("this chain looks at neighbourhoods and needs embeddings; give --embeddings or --extractor")
-    return retrieval.retrieve(catalogue.as_query_and_gallery(), first.embeddings, config, out, search=steps.search)
+    return retrieval.retrieve(
+        catalogue.as_query_and_gallery(), first.embeddings, n_items, out, work=work, search=search
+    )
 
 
 def score_lists(
@@ -107,18 +101,14 @@ def score_lists(
     catalogue: Catalogue,
     model: PairwiseModel,
     chain: Chain,
-    config: ScoringConfig,
+    work: WorkConfig,
     out: Path,
-    steps: Executors,
-    max_rejects: float,
+    score: scoring.Score,
 ) -> Scored:
     """Logits of the first candidates, if the chain wants any; images that cannot be read leave the lists."""
     if chain.pairwise is None:
         return Scored(lists, None, [])
-    config = replace(config, top_n=chain.pairwise.top_n)
-    result = scoring_run.score_candidates(
-        catalogue, lists, model, config, out, score=steps.score, max_rejects=max_rejects
-    )
+    result = scoring_run.score_candidates(catalogue, lists, model, chain.pairwise.top_n, out, work=work, score=score)
     scored = Scored(lists, result.logits, list(result.rejects), result.n_pairs, result.n_images)
     return without_rejected(scored, catalogue)
 

@@ -6,64 +6,13 @@ an earlier run finished, so an encoding has the same bits in every run.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Float32, Int64
 
 from distributed_rerank.data.candidates import CandidateLists
-from distributed_rerank.errors import BadInput
 from distributed_rerank.tensors import sharding
-
-
-@dataclass(frozen=True, kw_only=True)
-class ScoringConfig:
-    """How pairs are scored. All but calls, memory and threads can change the last bits of logits."""
-
-    top_n: int = 10
-    """Candidates of each query that are scored."""
-    queries_per_block: int | None = None
-    """Queries in a block, the unit of work; None = a few seconds of work, from the cost of a pair, and less at the
-    end."""
-    pairs_per_batch: int | None = None
-    """Pairs in one call of the model; None = from the cost of a pair."""
-    images_per_batch: int = 16
-    """Images in one call of the model's encode."""
-    blocks_per_call: int | None = None
-    """Blocks that a worker is given at a time; None = 1, and 16 for a GPU, which is through with one in some hundredths
-    of a second."""
-    threads_per_worker: int = 1
-    """Parts that the model computes at the same time, each with one thread."""
-    decode_threads: int = 1
-    """Threads that read images in one worker."""
-    encoding_gb: float = 2.0
-    """Memory for encodings, in GB; images beyond it are encoded in several rounds, shared ones then more than
-    once."""
-
-    def __post_init__(self) -> None:
-        for name in (
-            "top_n",
-            "queries_per_block",
-            "pairs_per_batch",
-            "images_per_batch",
-            "blocks_per_call",
-            "threads_per_worker",
-        ):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise BadInput(f"{name}={value} must be at least 1")
-        if self.encoding_gb <= 0:
-            raise BadInput(f"encoding_gb={self.encoding_gb} must be above 0")
-
-    def fingerprint_settings(self) -> dict[str, Any]:
-        """The settings that can change a result."""
-        free = ("blocks_per_call", "threads_per_worker", "decode_threads", "encoding_gb")
-        return {name: value for name, value in asdict(self).items() if name not in free}
-
-    def blocks_of_call(self, is_gpu: bool) -> int:
-        """`blocks_per_call` with its default written out."""
-        return self.blocks_per_call or (16 if is_gpu else 1)
 
 
 @dataclass(frozen=True)

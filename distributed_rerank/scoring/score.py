@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Bool, Float32, Int64
 from torch import Tensor
 
+from distributed_rerank.config.work import WorkConfig
 from distributed_rerank.data.catalogue import ImageRef
 from distributed_rerank.data.decoding import decode
 from distributed_rerank.data.rejects import Reject
@@ -23,7 +24,7 @@ from distributed_rerank.errors import BadInput
 from distributed_rerank.models.pairwise import PairwiseModel
 from distributed_rerank.runtime.devices import InferenceThreads, array_of, pick_device, tensor_of
 from distributed_rerank.scoring import plan as scoring_plan
-from distributed_rerank.scoring.plan import ScoreBlock, ScorePlan, ScoringConfig
+from distributed_rerank.scoring.plan import ScoreBlock, ScorePlan
 from distributed_rerank.tensors import sharding
 
 _BYTES_PER_TASK = 32 * 2**20
@@ -110,14 +111,14 @@ class ScoringCounters:
 class Scorer:
     """A pairwise model on the device of this process. A plain class: Ray makes actors from it."""
 
-    def __init__(self, model: PairwiseModel, config: ScoringConfig) -> None:
+    def __init__(self, model: PairwiseModel, work: WorkConfig) -> None:
         """Takes the model over: it is moved, and its backbone cast to the format it computes in."""
         self.device = pick_device()
-        self._config = config
+        self._work = work
         is_gpu = self.device.type == "cuda"
-        self._batch = config.pairs_per_batch or scoring_plan.pairs_per_batch(model.gflop_per_pair(), is_gpu)
+        self._batch = work.pairs_per_batch or scoring_plan.pairs_per_batch(model.gflop_per_pair(), is_gpu)
         self._model = model.prepare_for_inference(self.device)
-        self._lanes = InferenceThreads(max(config.threads_per_worker, _LANES_OF_GPU if is_gpu else 1))
+        self._lanes = InferenceThreads(max(work.threads_per_worker, _LANES_OF_GPU if is_gpu else 1))
 
     def encode(self, task: EncodeTask) -> tuple[np.ndarray, Encoded]:
         """Encodings of the readable images of the task, one array row each, and which images they are."""
@@ -128,7 +129,7 @@ class Scorer:
 
     def _encode_batch(self, batch: tuple[range, list[ImageRef]]) -> tuple[np.ndarray, Encoded]:
         places, refs = batch
-        decoded = decode(refs, self._model.transform, threads=self._config.decode_threads)
+        decoded = decode(refs, self._model.transform, threads=self._work.decode_threads)
         unreadable = sorted(set(range(len(refs))) - set(decoded.kept))
         rejects = {places[at]: reject for at, reject in zip(unreadable, decoded.rejects, strict=True)}
         if decoded.kept:
@@ -192,7 +193,7 @@ class Backend:
 
 Images = Callable[[np.ndarray], list[ImageRef]]
 Score = Callable[
-    [ScorePlan, Sequence[int], Images, PairwiseModel, ScoringConfig, ScoringCounters], Iterator[tuple[int, ScoredBlock]]
+    [ScorePlan, Sequence[int], Images, PairwiseModel, WorkConfig, ScoringCounters], Iterator[tuple[int, ScoredBlock]]
 ]
 """A step: the named blocks of the plan, scored, in any order; images are looked up by item number."""
 
@@ -202,17 +203,17 @@ def score(
     numbers: Sequence[int],
     images: Images,
     model: PairwiseModel,
-    config: ScoringConfig,
+    work: WorkConfig,
     counters: ScoringCounters,
 ) -> Iterator[tuple[int, ScoredBlock]]:
     """The step in one process."""
-    scorer = Scorer(copy.deepcopy(model), config)
+    scorer = Scorer(copy.deepcopy(model), work)
     backend = Backend(
         encode=lambda tasks: (scorer.encode(task) for task in tasks),
         score=lambda calls: ((number, scorer.score(tasks, *arrays)) for number, (tasks, arrays) in calls),
         n_workers=1,
-        max_bytes=int(config.encoding_gb * 10**9),
-        blocks_per_call=config.blocks_of_call(scorer.device.type == "cuda"),
+        max_bytes=int(work.encoding_gb * 10**9),
+        blocks_per_call=work.score_blocks_per_call(scorer.device.type == "cuda"),
     )
     yield from run_rounds(plan, numbers, images, model.bytes_per_image, backend, counters)
 

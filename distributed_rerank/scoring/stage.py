@@ -5,7 +5,6 @@ Finished score blocks survive a kill. Rejects are stored with the block that met
 reports the same ones as an uninterrupted run.
 """
 
-import dataclasses
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,17 +15,18 @@ import numpy as np
 import pyarrow as pa
 from jaxtyping import Float32
 
+from distributed_rerank.config.work import WorkConfig
 from distributed_rerank.data import artifacts, tables
 from distributed_rerank.data.candidates import CandidateLists, aligned_logits, pairs_table
 from distributed_rerank.data.catalogue import Catalogue
 from distributed_rerank.data.decoding import is_readable
 from distributed_rerank.data.rejects import Reject, check_rejects, reject_table, rejects_of
 from distributed_rerank.models.pairwise import PairwiseModel
-from distributed_rerank.models.weights import digest_of_state
+from distributed_rerank.models.saving import identify
 from distributed_rerank.runtime.progress import progress
 from distributed_rerank.scoring import plan as scoring_plan
 from distributed_rerank.scoring.plan import ScoreBlock, ScorePlan
-from distributed_rerank.scoring.score import Score, ScoredBlock, ScoringConfig, ScoringCounters, score
+from distributed_rerank.scoring.score import Score, ScoredBlock, ScoringCounters, score
 
 
 @dataclass(frozen=True)
@@ -52,57 +52,61 @@ def score_candidates(
     catalogue: Catalogue,
     lists: CandidateLists,
     model: PairwiseModel,
-    config: ScoringConfig,
+    top_n: int,
     out: str | Path,
     *,
+    work: WorkConfig | None = None,
     score: Score = score,
     overwrite: bool = False,
-    max_rejects: float = 0.001,
 ) -> PairLogits:
     """Logits of the first `top_n` candidates of each query, kept as pair_distances.parquet in the folder
     `out`.
 
     A killed run continues with the unfinished blocks; the manifest counts blocks, images and pairs of the
     last run. Raises BadInput for a folder made from other inputs (`overwrite` recomputes it), for logits that
-    are not finite, and, after all pairs were tried, when more than the share `max_rejects` of the images
+    are not finite, and, after all pairs were tried, when more than the share `work.max_rejects` of the images
     cannot be read.
     """
-    out = Path(out)
-    top_n = config.top_n
+    out, work = Path(out), work or WorkConfig()
     lists = CandidateLists(lists.query_items, lists.items[:, :top_n], lists.distances[:, :top_n])
-    plan = _plan(lists, model, config)
-    fingerprint = _fingerprint(catalogue, lists, model, config, plan)
+    plan = _plan(lists, model, work)
+    fingerprint = _fingerprint(catalogue, lists, model, top_n, work, plan)
     if artifacts.is_complete(out, fingerprint, overwrite):
         return _read(out, catalogue, lists, plan)
     with artifacts.stage(out, fingerprint) as staging:
         counters = ScoringCounters()
-        _compute(catalogue, lists, plan, model, config, staging, score, counters)
+        _compute(catalogue, lists, plan, model, work, staging, score, counters)
         logits = _reduce(staging, catalogue, lists, plan)
         rejects = _write(staging, catalogue, lists, logits)
-        check_rejects(rejects, len(plan.items), max_rejects, str(staging.path / "rejects.parquet"))
+        check_rejects(rejects, len(plan.items), work.max_rejects, str(staging.path / "rejects.parquet"))
         extra = {"n_rejected": len(rejects), "counts": counters.counts(), "seconds": counters.seconds()}
         staging.finish(extra, rows=int(np.isfinite(logits).sum()))
     return _read(out, catalogue, lists, plan)
 
 
-def _plan(lists: CandidateLists, model: PairwiseModel, config: ScoringConfig) -> ScorePlan:
+def _plan(lists: CandidateLists, model: PairwiseModel, work: WorkConfig) -> ScorePlan:
     top_n = max(1, lists.items.shape[1])
     return scoring_plan.make_plan(
         lists,
         top_n=top_n,
-        queries_per_block=config.queries_per_block or scoring_plan.queries_per_block(top_n, model.gflop_per_pair()),
-        images_per_batch=config.images_per_batch,
-        tapers=config.queries_per_block is None,
+        queries_per_block=work.queries_per_block or scoring_plan.queries_per_block(top_n, model.gflop_per_pair()),
+        images_per_batch=work.encode_batch,
+        tapers=work.queries_per_block is None,
     )
 
 
 def _fingerprint(
-    catalogue: Catalogue, lists: CandidateLists, model: PairwiseModel, config: ScoringConfig, plan: ScorePlan
+    catalogue: Catalogue,
+    lists: CandidateLists,
+    model: PairwiseModel,
+    top_n: int,
+    work: WorkConfig,
+    plan: ScorePlan,
 ) -> dict[str, Any]:
     candidates = hashlib.sha256()
     for array in lists:
         candidates.update(np.ascontiguousarray(array).data)
-    settings = config.fingerprint_settings()
+    settings = {"top_n": top_n, **work.fingerprint_settings("score")}
     settings["queries_per_block"] = max((len(block.rows) for block in plan.blocks), default=0)
     settings["blocks"] = len(plan.blocks)
     return artifacts.make_fingerprint(
@@ -110,20 +114,8 @@ def _fingerprint(
         config=settings,
         catalogue=catalogue.digest(),
         candidates=candidates.hexdigest(),
-        model={"kind": type(model).__name__, "config": _settings(model.config), "weights": _digest(model)},
+        model=identify(model),
     )
-
-
-def _settings(config: Any) -> Any:
-    """A model's config as plain values, without the paths its weights once came from."""
-    if dataclasses.is_dataclass(config):
-        fields = [field.name for field in dataclasses.fields(config) if field.name != "weights"]
-        return {name: _settings(getattr(config, name)) for name in fields}
-    return dict(config) if hasattr(config, "items") else config
-
-
-def _digest(model: PairwiseModel) -> str:
-    return digest_of_state(model.state_dict())
 
 
 def _compute(
@@ -131,7 +123,7 @@ def _compute(
     lists: CandidateLists,
     plan: ScorePlan,
     model: PairwiseModel,
-    config: ScoringConfig,
+    work: WorkConfig,
     staging: artifacts.Staging,
     score: Score,
     counters: ScoringCounters,
@@ -144,7 +136,7 @@ def _compute(
     if not todo:
         return
     open_blocks = set(todo)
-    results = score(plan, todo, catalogue.images, model, config, counters)
+    results = score(plan, todo, catalogue.images, model, work, counters)
     for number, result in progress(results, total=len(todo), title="scoring pairs"):
         assert number in open_blocks, f"block {number} came twice or was not asked for"
         open_blocks.remove(number)

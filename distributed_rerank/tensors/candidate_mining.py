@@ -12,31 +12,9 @@ import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
+from distributed_rerank.config.training import NegativeFilters
 from distributed_rerank.errors import BadInput
 from distributed_rerank.tensors.knn import Neighbours
-
-
-@dataclass(frozen=True)
-class NegativeFilters:
-    """Which candidates of other labels may serve as negatives; applied in the order of the fields."""
-
-    absolute_margin: float | None = None
-    """Drop those nearer than the furthest positive of the list plus this."""
-    relative_margin: float | None = None
-    """Drop those nearer than the furthest positive of the list times (1 + this)."""
-    min_distance: float | None = None
-    """Drop those nearer than this (sentence-transformers' `max_score`)."""
-    range_min: int = 0
-    """Drop this many of the nearest that are left."""
-    range_max: int | None = None
-    """Drop all after this many of the nearest that are left, counted before `range_min` drops any."""
-
-    def __post_init__(self) -> None:
-        if self.range_min < 0 or (self.range_max is not None and self.range_max <= self.range_min):
-            raise BadInput(
-                f"range_min={self.range_min}, range_max={self.range_max} leave no negatives; "
-                "use 0 <= range_min < range_max"
-            )
 
 
 @dataclass(frozen=True)

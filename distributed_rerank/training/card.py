@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 
 from distributed_rerank.chain.chain import Chain
+from distributed_rerank.config.training import defaults_for
 from distributed_rerank.data.catalogue import Catalogue
 from distributed_rerank.models.saving import model_name
-from distributed_rerank.training.config import defaults_for
 from distributed_rerank.training.task import TrainingTask
 
 CARD = "README.md"

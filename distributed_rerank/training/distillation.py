@@ -15,6 +15,8 @@ from jaxtyping import Float, Float32, Int64
 from torch import Tensor
 
 from distributed_rerank.chain.chain import PairwiseStep, read_chain
+from distributed_rerank.config.training import TrainingConfig
+from distributed_rerank.config.work import WorkConfig
 from distributed_rerank.data.candidates import CandidateLists
 from distributed_rerank.data.catalogue import Catalogue
 from distributed_rerank.errors import BadInput
@@ -22,10 +24,8 @@ from distributed_rerank.models.pairwise import PairwiseModel
 from distributed_rerank.models.saving import load_model, local_folder
 from distributed_rerank.models.weights import digest_of_state
 from distributed_rerank.runtime.devices import tensor_of
-from distributed_rerank.scoring.plan import ScoringConfig
 from distributed_rerank.scoring.score import Score
 from distributed_rerank.scoring.stage import score_candidates
-from distributed_rerank.training.config import TrainingConfig
 from distributed_rerank.training.plan import Step, is_list_loss
 
 
@@ -87,12 +87,14 @@ def score_by_teacher(
     catalogue: Catalogue,
     lists: CandidateLists,
     folder: Path,
+    work: WorkConfig,
     score: Score,
-    max_rejects: float = 0.001,
 ) -> TeacherLogits:
     """The teacher's logits of all pairs of the lists, kept in `folder`."""
-    config = ScoringConfig(top_n=lists.items.shape[1])
-    found = score_candidates(catalogue, lists, teacher.model, config, folder, score=score, max_rejects=max_rejects)
+    # The teacher's logits decide the weights, so blocks and batches are the defaults whatever the job's are.
+    work = WorkConfig(max_rejects=work.max_rejects, encoding_gb=work.encoding_gb, decode_threads=work.decode_threads)
+    top_n = lists.items.shape[1]
+    found = score_candidates(catalogue, lists, teacher.model, top_n, folder, work=work, score=score)
     is_scored = np.isfinite(found.logits)
     query = np.broadcast_to(lists.query_items[:, None], lists.items.shape)[is_scored]
     logits = teacher.fuse(found.logits[is_scored], lists.distances[is_scored])

@@ -15,9 +15,9 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from distributed_rerank.config.training import TrainingConfig
 from distributed_rerank.errors import BadInput
 from distributed_rerank.models.pairwise import PairwiseModel
-from distributed_rerank.training.config import TrainingConfig
 from distributed_rerank.training.features import CachedPairFeatures
 from distributed_rerank.training.losses import step_loss
 from distributed_rerank.training.plan import Step, is_list_loss, seed_of, share_of

@@ -6,18 +6,17 @@ encoded by one of them, and a run that goes on after a kill finds the finished b
 """
 
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from pathlib import Path
 
 import torch
 from jaxtyping import Int64, UInt8
 from torch import Tensor
 
+from distributed_rerank.config.training import TrainingConfig
 from distributed_rerank.data.catalogue import Catalogue
 from distributed_rerank.data.images import read_image
-from distributed_rerank.data.transforms import Augmentation, InferenceTransform
+from distributed_rerank.data.transforms import InferenceTransform, TrainingTransform
 from distributed_rerank.tensors import sharding
-from distributed_rerank.training.config import TrainingConfig
 from distributed_rerank.training.plan import seed_of
 
 
@@ -34,15 +33,15 @@ class DecodedImages:
         self.config = config
         self.device = device
         self.transform = transform
-        self.augmentation = config.augmentation and replace(
-            config.augmentation, size=self.transform.size, interpolation=self.transform.interpolation
+        self.augment = config.augmentation and TrainingTransform(
+            config.augmentation, transform.size, transform.interpolation
         )
         self.pool = ThreadPoolExecutor(config.loader_workers) if config.loader_workers else None
 
     def fetch(self, items: Tensor, epoch: int, step: int) -> UInt8[Tensor, "item 3 height width"]:
         """The items' pixels, augmented by a seed of (seed, epoch, step, item)."""
         seeds = [seed_of(self.config.seed, epoch, step, item) for item in items.tolist()]
-        return self._read(items, self.augmentation, seeds)
+        return self._read(items, self.augment, seeds)
 
     def plain(self, items: Tensor) -> UInt8[Tensor, "item 3 height width"]:
         """The items' pixels as at inference."""
@@ -52,14 +51,14 @@ class DecodedImages:
         """View 0 is the plain image, every other one an augmented one of its own."""
         if view == 0:
             return self.plain(items)
-        return self._read(items, self.augmentation, [seed_of(self.config.seed, view, item) for item in items.tolist()])
+        return self._read(items, self.augment, [seed_of(self.config.seed, view, item) for item in items.tolist()])
 
-    def _read(self, items: Tensor, augmentation: Augmentation | None, seeds: list[int]) -> Tensor:
+    def _read(self, items: Tensor, augment: TrainingTransform | None, seeds: list[int]) -> Tensor:
         def one(ref_and_seed: tuple) -> Tensor:
             image = read_image(ref_and_seed[0])
-            if augmentation is None:
+            if augment is None:
                 return self.transform(image)
-            return augmentation(image, torch.Generator().manual_seed(ref_and_seed[1]))
+            return augment(image, torch.Generator().manual_seed(ref_and_seed[1]))
 
         wanted = list(zip(self.catalogue.images(items.numpy()), seeds, strict=True))
         pixels = torch.stack(list(self.pool.map(one, wanted) if self.pool else map(one, wanted)))

@@ -4,8 +4,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from distributed_rerank.config.training import TrainingConfig
 from distributed_rerank.tensors import losses
-from distributed_rerank.training.config import TrainingConfig
 from distributed_rerank.training.plan import Step
 
 

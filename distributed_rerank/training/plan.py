@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
+from distributed_rerank.config.training import TrainingConfig
 from distributed_rerank.data.candidates import CandidateLists
 from distributed_rerank.data.samplers import BalanceSampler
 from distributed_rerank.errors import BadInput
@@ -23,7 +24,6 @@ from distributed_rerank.tensors.distances import exact_pair_distances
 from distributed_rerank.tensors.knn import Neighbours
 from distributed_rerank.tensors.mining import hard_pairs
 from distributed_rerank.tensors.sharding import rank_share
-from distributed_rerank.training.config import TrainingConfig
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,9 @@ import torch
 from jaxtyping import Int64
 from torch import Tensor
 
+from distributed_rerank.config.training import TrainingConfig
 from distributed_rerank.data.candidates import CandidateLists
 from distributed_rerank.models.pairwise import PairwiseModel
-from distributed_rerank.training.config import TrainingConfig
 from distributed_rerank.training.epoch import Worker
 from distributed_rerank.training.features import CachedPairFeatures
 from distributed_rerank.training.images import DecodedImages, EncodedImages

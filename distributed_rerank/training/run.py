@@ -16,12 +16,12 @@ from torch import Tensor
 
 from distributed_rerank.chain.chain import Chain
 from distributed_rerank.chain.choice import fusion_figure, try_chain
+from distributed_rerank.config.training import TrainingConfig
 from distributed_rerank.errors import BadInput
 from distributed_rerank.models.pairwise import PairwiseModel
 from distributed_rerank.models.saving import load_model
 from distributed_rerank.runtime.devices import keep_freed_memory, pick_device, tensor_of, torch_threads
 from distributed_rerank.training import checkpoints, remining, tracking
-from distributed_rerank.training.config import TrainingConfig
 from distributed_rerank.training.encodings import FittedModel, encode_images, fit_start
 from distributed_rerank.training.epoch import Worker, train_epoch
 from distributed_rerank.training.features import MAX_PAIRS, CachedPairFeatures, FeatureModel
@@ -107,7 +107,8 @@ def prepare(task: TrainingTask, folder: Path, worker: Worker) -> Place:
     """Encodings, where training cannot change them, else the image files."""
     model = load_model(task.model_folder)
     decoded = DecodedImages(task.catalogue, model.transform, task.config, worker.device)
-    if not task.config.keeps_encodings(model.encoding_dtype):
+    # Encodings are kept where the backbone stays as it is and they are more than the pixels.
+    if task.config.backbone_lr > 0 or model.encoding_dtype == torch.uint8:
         start = task.model_folder
         if isinstance(model, FittedModel):
             trained = task.runs[-1].anchors.query_items

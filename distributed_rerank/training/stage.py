@@ -20,21 +20,21 @@ from distributed_rerank import extraction, retrieval
 from distributed_rerank.chain import choice as chain_choice
 from distributed_rerank.chain.chain import Chain, read_chain, write_chain
 from distributed_rerank.chain.choice import Evidence
+from distributed_rerank.config.jobs import TrackingService
+from distributed_rerank.config.pairwise import PairwiseConfig, pairwise_name
+from distributed_rerank.config.training import TrainingConfig
+from distributed_rerank.config.work import WorkConfig
 from distributed_rerank.data import artifacts
 from distributed_rerank.data.candidates import CandidateLists
 from distributed_rerank.data.catalogue import Catalogue
 from distributed_rerank.data.embeddings import Embeddings
-from distributed_rerank.extraction import ExtractionConfig
+from distributed_rerank.executors import Executors
 from distributed_rerank.models.distance_siamese import DistanceSiamese
-from distributed_rerank.models.pairwise import PairwiseModel
-from distributed_rerank.models.saving import MODELS, load_model, save_extractor, save_model
-from distributed_rerank.retrieval import RetrievalConfig
+from distributed_rerank.models.saving import build_model, load_model, save_extractor, save_model
 from distributed_rerank.runtime.devices import tensor_of
-from distributed_rerank.scoring.score import Score, score
 from distributed_rerank.training import mining, tracking
 from distributed_rerank.training import run as training_run
 from distributed_rerank.training.card import CARD, model_card
-from distributed_rerank.training.config import TrainingConfig
 from distributed_rerank.training.distillation import Teacher, check_teachable, score_by_teacher
 from distributed_rerank.training.encodings import FittedModel
 from distributed_rerank.training.run import State
@@ -53,19 +53,16 @@ Fit = Callable[[TrainingTask, Path], State]
 
 def train(
     catalogue: Catalogue,
-    extraction_config: ExtractionConfig,
-    model_config: Any,
+    model_config: PairwiseConfig,
     config: TrainingConfig,
     out: str | Path,
     *,
-    extract: extraction.Extract = extraction.extract,
-    search: retrieval.Search = retrieval.search,
+    work: WorkConfig | None = None,
+    executors: Executors | None = None,
     fit: Fit = training_run.fit,
-    score: Score = score,
     teacher: Teacher | None = None,
     embeddings_folder: str | Path | None = None,
-    services: Sequence[tracking.Service] = (),
-    max_rejects: float = 0.001,
+    services: Sequence[TrackingService] = (),
     overwrite: bool = False,
 ) -> Chain:
     """Trains a pairwise model on the train split and chooses its chain; returns the chain.
@@ -80,41 +77,42 @@ def train(
     Raises BadInput for a catalogue that cannot be trained on, a folder made otherwise, a tracker not
     installed.
     """
+    work, executors = work or WorkConfig(), executors or Executors()
     tracking.check_services(services)
     if teacher is not None:
         check_teachable(config)
     images = catalogue.restrict("train").as_query_and_gallery()
-    fingerprint = fingerprint_of(images, extraction_config, model_config, config, teacher)
+    fingerprint = fingerprint_of(images, work, model_config, config, teacher)
     if artifacts.is_complete(out, fingerprint, overwrite):
         logger.info("%s is complete", out)
         return read_chain(Path(out))
     with artifacts.stage(out, fingerprint) as staging:
-        work = staging.path / "work"
+        scratch = staging.path / "work"
         embeddings = extraction.embed(
             images,
-            extraction_config,
-            embeddings_folder or work / "embeddings",
-            extract=extract,
-            max_rejects=max_rejects,
+            model_config.extractor,
+            embeddings_folder or scratch / "embeddings",
+            work=work,
+            extract=executors.extract,
         )
-        task = make_task(images, embeddings, model_config, config, work, search)
-        log_mining_report(task, embeddings, work, staging.path, search)
+        task = make_task(images, embeddings, model_config, config, scratch, executors.search)
+        log_mining_report(task, embeddings, scratch, staging.path, executors.search)
         if teacher is not None:
             lists = task.runs[-1].anchors
-            logits = score_by_teacher(teacher, task.catalogue, lists, work / "teacher", score, max_rejects)
+            logits = score_by_teacher(teacher, task.catalogue, lists, scratch / "teacher", work, executors.score)
             task = replace(task, teacher=logits)
         run_name = f"{Path(out).name}-{artifacts.json_digest(fingerprint)[:8]}"
-        state = fit(replace(task, services=tuple(services), run_name=run_name), work / "run")
-        chain = write_model(task, state, work / "run", staging.path)
-        shutil.rmtree(work)
+        state = fit(replace(task, services=tuple(services), run_name=run_name), scratch / "run")
+        chain = write_model(task, state, scratch / "run", staging.path)
+        shutil.rmtree(scratch)
         staging.finish({"chain": chain.describe(), "runs": [run.name for run in task.runs]}, rows=len(task.catalogue))
     return chain
 
 
 def fingerprint_of(
     images: Catalogue,
-    extraction_config: ExtractionConfig,
-    model_config: Any,
+    work: WorkConfig,
+    model_config: PairwiseConfig,
     config: TrainingConfig,
     teacher: Teacher | None,
 ) -> dict[str, Any]:
@@ -122,8 +120,8 @@ def fingerprint_of(
     return artifacts.make_fingerprint(
         "train",
         catalogue=images.digest(),
-        extraction=asdict(extraction_config),
-        model={"name": name_of(model_config), **asdict(model_config)},
+        extraction=extraction.embedding_settings(model_config.extractor, work),
+        model={"name": pairwise_name(model_config), **asdict(model_config)},
         training=config.fingerprint(),
         **({} if teacher is None else {"teacher": teacher.fingerprint()}),
     )
@@ -132,7 +130,7 @@ def fingerprint_of(
 def make_task(
     images: Catalogue,
     embeddings: Embeddings,
-    model_config: Any,
+    model_config: PairwiseConfig,
     config: TrainingConfig,
     work: Path,
     search: retrieval.Search,
@@ -186,7 +184,7 @@ def retrieve_among(
     found = retrieval.retrieve(
         images.take(items).as_query_and_gallery(),
         embeddings,
-        RetrievalConfig(n_items=n_items),
+        n_items,
         folder,
         search=search,
     )
@@ -245,13 +243,3 @@ def evidence_of_runs(task: TrainingTask, results: Sequence[State]) -> Evidence:
     padded = [pad(logits, (0, width - logits.shape[1]), value=torch.nan) for _, logits in judged]
     order = tensor_of(np.argsort(np.concatenate([lists.query_items for lists, _ in judged])))
     return evidence_of(task, join_lists([lists for lists, _ in judged]), torch.cat(padded)[order])
-
-
-def name_of(model_config: Any) -> str:
-    """The name of the pairwise model that this config builds."""
-    return next(name for name, (_, kind) in MODELS.items() if type(model_config) is kind)
-
-
-def build_model(model_config: Any) -> PairwiseModel:
-    """The untrained model of this config."""
-    return MODELS[name_of(model_config)][0](model_config)

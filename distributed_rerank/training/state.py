@@ -6,9 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from distributed_rerank.config.training import TrainingConfig
 from distributed_rerank.errors import BadInput
 from distributed_rerank.models.pairwise import PairwiseModel
-from distributed_rerank.training.config import TrainingConfig
 
 PROGRESS = ("epoch", "step", "history", "best", "plan_digest", "order")
 """Fields of a state beside its model and optimizer."""

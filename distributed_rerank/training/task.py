@@ -10,16 +10,16 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from distributed_rerank.chain.choice import Evidence
+from distributed_rerank.config.jobs import TrackingService
+from distributed_rerank.config.training import TrainingConfig
 from distributed_rerank.data.candidates import CandidateLists
 from distributed_rerank.data.catalogue import Catalogue
 from distributed_rerank.runtime.devices import tensor_of
 from distributed_rerank.tensors import metrics
 from distributed_rerank.tensors.knn import Neighbours
-from distributed_rerank.training.config import TrainingConfig
 from distributed_rerank.training.distillation import TeacherLogits
 from distributed_rerank.training.plan import Step, plan_batches, plan_lists, plan_whole_batches
 from distributed_rerank.training.remining import reorder
-from distributed_rerank.training.tracking import Service
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class TrainingTask:
     """One after the other; the last one's weights become the model's."""
     half: Int64[np.ndarray, " item"] | None = None
     """Of each item, where a model's projections are cross-fitted (`training_encodings`)."""
-    services: tuple[Service, ...] = ()
+    services: tuple[TrackingService, ...] = ()
     run_name: str = "train"
     teacher: TeacherLogits | None = None
     """What a slow model says of the mined pairs."""

@@ -9,13 +9,12 @@ import importlib
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
+from distributed_rerank.config.jobs import TrackingService
 from distributed_rerank.errors import BadInput
 
 logger = logging.getLogger(__name__)
-
-Service = Literal["mlflow", "wandb"]
 
 
 @runtime_checkable
@@ -85,14 +84,14 @@ class WandbTracker:
         self.run.finish()
 
 
-def check_services(services: Sequence[Service]) -> None:
+def check_services(services: Sequence[TrackingService]) -> None:
     """Raises BadInput, before any work is done, for a service that is asked for and not installed."""
     for service in services:
         imported(service)
 
 
 def open_trackers(
-    folder: Path, services: Sequence[Service] = (), run_name: str = "", first_step: int = 0
+    folder: Path, services: Sequence[TrackingService] = (), run_name: str = "", first_step: int = 0
 ) -> list[Tracker]:
     """TensorBoard under `folder` and the services asked for; a resumed run names its first new step."""
     make: dict[str, Callable[[str], Tracker]] = {"mlflow": MlflowTracker, "wandb": WandbTracker}

@@ -5,11 +5,11 @@ import torch
 from jaxtyping import Float, Float32, Int64
 from torch import Tensor
 
+from distributed_rerank.config.training import TrainingConfig
 from distributed_rerank.data.candidates import CandidateLists
 from distributed_rerank.models.pairwise import PairwiseModel
 from distributed_rerank.runtime.devices import tensor_of
 from distributed_rerank.tensors.sharding import rank_share
-from distributed_rerank.training.config import TrainingConfig
 from distributed_rerank.training.epoch import Worker
 from distributed_rerank.training.features import CachedPairFeatures
 from distributed_rerank.training.images import DecodedImages, EncodedImages

@@ -11,11 +11,12 @@ import numpy as np
 import pandas as pd
 import pytest
 from PIL import Image
-from training_examples import EXTRACTION, SMALL, TOKENS
+from training_examples import BACKBONE, SMALL, TOKENS
 
 from distributed_rerank.chain.chain import Chain
+from distributed_rerank.config.evaluation import FirstStageConfig
 from distributed_rerank.data.catalogue import read_catalogue
-from distributed_rerank.evaluation.run import EvaluationConfig, evaluate
+from distributed_rerank.evaluation.run import evaluate
 from distributed_rerank.models.saving import load_model
 from distributed_rerank.training.stage import train
 
@@ -55,13 +56,13 @@ def shuffle_labels(table: Path, splits: tuple[str, ...], seed: int) -> Path:
 def trained(table: Path, folder: Path, seed: int) -> Chain:
     """Trains a model into `folder`; returns the chain that it chose."""
     config = replace(CONFIG, seed=seed)
-    return train(read_catalogue(str(table), purpose="training"), EXTRACTION, TOKENS, config, folder)
+    return train(read_catalogue(str(table), purpose="training"), TOKENS, config, folder)
 
 
 def figures(table: Path, model: Path, chain: Chain) -> tuple[dict[str, Any], dict[str, Any]]:
     """First stage and chain on the validation photos."""
     validation = read_catalogue(str(table), purpose="evaluation").restrict("validation")
-    config = EvaluationConfig(extraction=EXTRACTION)
+    config = FirstStageConfig(extractor=BACKBONE)
     out = model.with_name(f"evaluation-{table.stem}")
     metrics = evaluate(validation, config, out, model=load_model(model), chain=chain)
     return metrics["first_stage"], metrics["reranked"]

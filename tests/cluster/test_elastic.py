@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from distributed_rerank.cluster.training import RetryConfig
+from distributed_rerank.config.cluster import RetryConfig
 from distributed_rerank.errors import BadInput
 
 TESTS = Path(__file__).resolve().parents[1]

@@ -1,4 +1,5 @@
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -6,24 +7,26 @@ import pytest
 
 from distributed_rerank.cluster import extraction as on_ray
 from distributed_rerank.cluster.session import Session
+from distributed_rerank.config.extractor import ExtractorConfig
+from distributed_rerank.config.work import WorkConfig
 from distributed_rerank.data import tables
 from distributed_rerank.data.artifacts import read_manifest
 from distributed_rerank.errors import BadInput
-from distributed_rerank.extraction import Block, EmbeddedBlock, ExtractionConfig, embed
+from distributed_rerank.extraction import Block, EmbeddedBlock, embed
 from tests.small_catalogue import EXTRACTOR, make_catalogue
 
 SessionOf = Callable[[int], Session]
 
-CONFIG = ExtractionConfig(extractor=EXTRACTOR, block_size=3, images_per_batch=2)
+WORK = WorkConfig(images_per_block=3, images_per_batch=2)
 
 
 @pytest.mark.ray
 def test_embed_three_workers_give_the_bytes_of_one_process(session_of: SessionOf, tmp_path: Path) -> None:
     catalogue = make_catalogue(tmp_path / "images", 3 * 3 + 1, broken=(4,))
-    embed(catalogue, CONFIG, tmp_path / "local", max_rejects=0.1)
+    embed(catalogue, EXTRACTOR, tmp_path / "local", work=replace(WORK, max_rejects=0.1))
     n = 3  # 1, 2 and 3 workers through all stages: tests/jobs/test_same_bytes.py
     extract = partial(on_ray.extract, session=session_of(n))
-    embed(catalogue, CONFIG, tmp_path / str(n), extract=extract, max_rejects=0.1)
+    embed(catalogue, EXTRACTOR, tmp_path / str(n), work=replace(WORK, max_rejects=0.1), extract=extract)
     for name in ("embeddings.parquet", "rejects.parquet"):
         assert (tmp_path / str(n) / name).read_bytes() == (tmp_path / "local" / name).read_bytes()
     (row,) = tables.read_table(tmp_path / "3" / "rejects.parquet", "rejects").to_pylist()
@@ -34,17 +37,17 @@ def test_embed_three_workers_give_the_bytes_of_one_process(session_of: SessionOf
 @pytest.mark.ray
 def test_embed_interrupted_on_ray_continues_to_the_same_bytes(session_of: SessionOf, tmp_path: Path) -> None:
     catalogue = make_catalogue(tmp_path / "images", 13)
-    embed(catalogue, CONFIG, tmp_path / "local")
+    embed(catalogue, EXTRACTOR, tmp_path / "local", work=WORK)
 
-    def dies(blocks: list[Block], config: ExtractionConfig) -> Iterator[tuple[int, EmbeddedBlock]]:
-        for done, result in enumerate(on_ray.extract(blocks, config, session=session_of(1))):
+    def dies(blocks: list[Block], config: ExtractorConfig, work: WorkConfig) -> Iterator[tuple[int, EmbeddedBlock]]:
+        for done, result in enumerate(on_ray.extract(blocks, config, work, session=session_of(1))):
             if done == 2:
                 raise KeyboardInterrupt
             yield result
 
     with pytest.raises(KeyboardInterrupt):
-        embed(catalogue, CONFIG, tmp_path / "killed", extract=dies)
-    embed(catalogue, CONFIG, tmp_path / "killed", extract=partial(on_ray.extract, session=session_of(2)))
+        embed(catalogue, EXTRACTOR, tmp_path / "killed", work=WORK, extract=dies)
+    embed(catalogue, EXTRACTOR, tmp_path / "killed", work=WORK, extract=partial(on_ray.extract, session=session_of(2)))
     killed, local = (tmp_path / name / "embeddings.parquet" for name in ("killed", "local"))
     assert killed.read_bytes() == local.read_bytes()
     assert read_manifest(tmp_path / "killed")["blocks"]["reused"] == 2 * 2
@@ -64,7 +67,7 @@ def test_embed_in_a_precision_that_workers_lack_is_one_line(
     monkeypatch.setattr(on_ray, "build_extractor", lambda config: extractor)
     extract = partial(on_ray.extract, session=session_of(1))
     with pytest.raises(BadInput, match=r"^precision=bf16 is only emulated here; use auto or fp32$"):
-        embed(make_catalogue(tmp_path, 2), CONFIG, tmp_path / "out", extract=extract)
+        embed(make_catalogue(tmp_path, 2), EXTRACTOR, tmp_path / "out", work=WORK, extract=extract)
 
 
 @pytest.mark.parametrize(

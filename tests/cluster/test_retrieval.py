@@ -7,15 +7,16 @@ import pytest
 
 from distributed_rerank.cluster.retrieval import search
 from distributed_rerank.cluster.session import Session
+from distributed_rerank.config.work import WorkConfig
 from distributed_rerank.data.embeddings import Embeddings
 from distributed_rerank.errors import BadInput
-from distributed_rerank.retrieval import RetrievalConfig, retrieve
+from distributed_rerank.retrieval import retrieve
 from tests.small_catalogue import make_catalogue
 
 pytestmark = pytest.mark.ray
 SessionOf = Callable[[int], Session]
 
-CONFIG = RetrievalConfig(n_items=4, queries_per_block=4, tile_size=5)
+WORK = WorkConfig(queries_per_block=4, tile_size=5)
 
 
 def test_retrieve_three_workers_give_the_bytes_of_one_process(session_of: SessionOf, tmp_path: Path) -> None:
@@ -23,10 +24,10 @@ def test_retrieve_three_workers_give_the_bytes_of_one_process(session_of: Sessio
     matrix = np.random.default_rng(0).standard_normal((13, 8)).astype(np.float32)
     matrix[7] = matrix[2]
     embeddings = Embeddings(catalogue.ids, matrix)
-    retrieve(catalogue, embeddings, CONFIG, tmp_path / "local")
+    retrieve(catalogue, embeddings, 4, tmp_path / "local", work=WORK)
     n = 3  # 1, 2 and 3 workers through all stages: tests/jobs/test_same_bytes.py
     on_ray = partial(search, session=session_of(n))
-    retrieve(catalogue, embeddings, CONFIG, tmp_path / str(n), search=on_ray)
+    retrieve(catalogue, embeddings, 4, tmp_path / str(n), work=WORK, search=on_ray)
     found, expected = (tmp_path / name / "candidates.parquet" for name in (str(n), "local"))
     assert found.read_bytes() == expected.read_bytes()
 
@@ -37,14 +38,14 @@ def test_retrieve_embedding_that_is_not_finite_is_bad_input_on_the_driver(
     catalogue = make_catalogue(tmp_path / "images", 6)  # two blocks: one alone is searched by the driver
     embeddings = Embeddings(catalogue.ids, np.full((6, 4), np.nan, np.float32))
     with pytest.raises(BadInput, match="not finite"):
-        retrieve(catalogue, embeddings, CONFIG, tmp_path / "out", search=partial(search, session=session_of(1)))
+        retrieve(catalogue, embeddings, 4, tmp_path / "out", work=WORK, search=partial(search, session=session_of(1)))
 
 
 def test_retrieve_one_small_block_starts_no_worker(tmp_path: Path) -> None:
     catalogue = make_catalogue(tmp_path / "images", 4)
     embeddings = Embeddings(catalogue.ids, np.random.default_rng(0).standard_normal((4, 8)).astype(np.float32))
     no_cluster = Session(num_workers=10**6)  # whose workers could never be placed
-    found = retrieve(catalogue, embeddings, CONFIG, tmp_path / "ray", search=partial(search, session=no_cluster))
-    expected = retrieve(catalogue, embeddings, CONFIG, tmp_path / "local")
+    found = retrieve(catalogue, embeddings, 4, tmp_path / "ray", work=WORK, search=partial(search, session=no_cluster))
+    expected = retrieve(catalogue, embeddings, 4, tmp_path / "local", work=WORK)
     assert np.array_equal(found.items, expected.items)
     assert np.array_equal(found.distances, expected.distances)

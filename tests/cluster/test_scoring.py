@@ -11,16 +11,17 @@ from torch import Tensor
 
 from distributed_rerank.cluster import scoring as on_ray
 from distributed_rerank.cluster.session import Session
+from distributed_rerank.config.work import WorkConfig
 from distributed_rerank.data.artifacts import read_manifest
 from distributed_rerank.models.concat_siamese import ConcatSiamese
-from distributed_rerank.scoring.score import ScoredBlock, ScoringConfig
+from distributed_rerank.scoring.score import ScoredBlock
 from distributed_rerank.scoring.stage import score_candidates
 from tests.small_catalogue import concat_model, make_catalogue, make_lists
 
 pytestmark = pytest.mark.ray
 SessionOf = Callable[[int], Session]
 
-CONFIG = ScoringConfig(top_n=5, queries_per_block=4, pairs_per_batch=6, images_per_batch=3)
+WORK = WorkConfig(queries_per_block=4, pairs_per_batch=6, encode_batch=3)
 FILES = ("pair_distances.parquet", "rejects.parquet")
 
 
@@ -31,11 +32,13 @@ def _files(folder: Path) -> list[bytes]:
 def test_score_three_workers_give_the_bytes_of_one_process(session_of: SessionOf, tmp_path: Path) -> None:
     catalogue, model = make_catalogue(tmp_path / "images", 5 * 4 + 1, broken=(3,)), concat_model()
     lists = make_lists(catalogue, 5)
-    score_candidates(catalogue, lists, model, CONFIG, tmp_path / "local", max_rejects=0.1)
+    score_candidates(catalogue, lists, model, 5, tmp_path / "local", work=replace(WORK, max_rejects=0.1))
     n = 3  # 1, 2 and 3 workers through all stages: tests/jobs/test_same_bytes.py
     score = partial(on_ray.score, session=session_of(n))
-    two_blocks = replace(CONFIG, blocks_per_call=2)  # as on GPUs; all else here has one
-    score_candidates(catalogue, lists, model, two_blocks, tmp_path / str(n), score=score, max_rejects=0.1)
+    two_blocks = replace(WORK, blocks_per_call=2, max_rejects=0.1)  # as on GPUs; all else here has one
+    score_candidates(
+        catalogue, lists, model, 5, tmp_path / str(n), work=replace(two_blocks, max_rejects=0.1), score=score
+    )
     assert _files(tmp_path / str(n)) == _files(tmp_path / "local")
     counts = read_manifest(tmp_path / str(n))["counts"]
     assert (counts["images_decoded"], counts["encodings_computed"]) == (21, 20)
@@ -44,10 +47,10 @@ def test_score_three_workers_give_the_bytes_of_one_process(session_of: SessionOf
 def test_score_in_rounds_gives_the_same_bytes(session_of: SessionOf, tmp_path: Path) -> None:
     catalogue, model = make_catalogue(tmp_path / "images", 17), concat_model()
     lists = make_lists(catalogue, 5)
-    score_candidates(catalogue, lists, model, CONFIG, tmp_path / "local")
-    small = replace(CONFIG, encoding_gb=12 * model.bytes_per_image / 10**9)
+    score_candidates(catalogue, lists, model, 5, tmp_path / "local", work=WORK)
+    small = replace(WORK, encoding_gb=12 * model.bytes_per_image / 10**9)
     score = partial(on_ray.score, session=session_of(2))
-    score_candidates(catalogue, lists, model, small, tmp_path / "rounds", score=score)
+    score_candidates(catalogue, lists, model, 5, tmp_path / "rounds", work=small, score=score)
     assert _files(tmp_path / "rounds") == _files(tmp_path / "local")
     counts = read_manifest(tmp_path / "rounds")["counts"]
     assert counts["encodings_computed"] - counts["encodings_repeated"] == 17
@@ -75,8 +78,8 @@ def test_score_killed_worker_changes_no_byte(session_of: SessionOf, tmp_path: Pa
 
     catalogue, model = make_catalogue(tmp_path / "images", 60), Telltale(concat_model().config)
     lists = make_lists(catalogue, 5)
-    score_candidates(catalogue, lists, model, CONFIG, tmp_path / "local")
-    score_candidates(catalogue, lists, model, CONFIG, tmp_path / "killed", score=score)
+    score_candidates(catalogue, lists, model, 5, tmp_path / "local", work=WORK)
+    score_candidates(catalogue, lists, model, 5, tmp_path / "killed", work=WORK, score=score)
     assert len(pids()) == 3
     assert _files(tmp_path / "killed") == _files(tmp_path / "local")
 
@@ -84,7 +87,7 @@ def test_score_killed_worker_changes_no_byte(session_of: SessionOf, tmp_path: Pa
 def test_score_interrupted_on_ray_continues_to_the_same_bytes(session_of: SessionOf, tmp_path: Path) -> None:
     catalogue, model = make_catalogue(tmp_path / "images", 17), concat_model()
     lists = make_lists(catalogue, 5)
-    score_candidates(catalogue, lists, model, CONFIG, tmp_path / "local")
+    score_candidates(catalogue, lists, model, 5, tmp_path / "local", work=WORK)
 
     def dies(*arguments: Any) -> Iterator[tuple[int, ScoredBlock]]:
         for done, result in enumerate(on_ray.score(*arguments, session=session_of(2))):
@@ -93,9 +96,9 @@ def test_score_interrupted_on_ray_continues_to_the_same_bytes(session_of: Sessio
             yield result
 
     with pytest.raises(KeyboardInterrupt):
-        score_candidates(catalogue, lists, model, CONFIG, tmp_path / "killed", score=dies)
+        score_candidates(catalogue, lists, model, 5, tmp_path / "killed", work=WORK, score=dies)
     score = partial(on_ray.score, session=session_of(1))
-    score_candidates(catalogue, lists, model, CONFIG, tmp_path / "killed", score=score)
+    score_candidates(catalogue, lists, model, 5, tmp_path / "killed", work=WORK, score=score)
     assert _files(tmp_path / "killed") == _files(tmp_path / "local")
     assert read_manifest(tmp_path / "killed")["blocks"] == {"computed": 2 * 3, "reused": 2 * 2}
 
@@ -107,4 +110,6 @@ def test_score_lost_block_is_an_error_on_the_driver(session_of: SessionOf, tmp_p
         yield from list(on_ray.score(*arguments, session=session_of(1)))[1:]
 
     with pytest.raises(AssertionError, match="never came back"):
-        score_candidates(catalogue, make_lists(catalogue, 3), concat_model(), CONFIG, tmp_path / "out", score=loses)
+        score_candidates(
+            catalogue, make_lists(catalogue, 3), concat_model(), 5, tmp_path / "out", work=WORK, score=loses
+        )

@@ -11,7 +11,8 @@ import pytest
 import ray
 
 from distributed_rerank.cluster import session as sessions
-from distributed_rerank.cluster.session import ClusterConfig, connect, make_session
+from distributed_rerank.cluster.session import connect, make_session
+from distributed_rerank.config.cluster import ClusterConfig
 from distributed_rerank.errors import BadInput
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -63,7 +64,7 @@ def test_session_on_a_cluster_without_cpus_is_bad_input() -> None:
 
 
 @pytest.mark.parametrize(
-    "values", [{"num_workers": 0}, {"cpus_per_worker": 0}, {"wait_s": -1.0}, {"object_store_gb": 0.0}]
+    "values", [{"num_workers": -1}, {"cpus_per_worker": 0}, {"wait_s": -1.0}, {"object_store_gb": 0.0}]
 )
 def test_cluster_config_impossible_value_is_named(values: dict[str, float]) -> None:
     with pytest.raises(BadInput, match=next(iter(values))):
@@ -108,7 +109,8 @@ print(ray.is_initialized())
 def test_connect_local_starts_a_private_ray_twice_and_leaves_nothing_behind(tmp_path: Path) -> None:
     code = """
 import os, pathlib, ray
-from distributed_rerank.cluster.session import ClusterConfig, connect
+from distributed_rerank.config.cluster import ClusterConfig
+from distributed_rerank.cluster.session import connect
 for num_workers in (12, 3):
     with connect(ClusterConfig(num_workers=num_workers, object_store_gb=0.2)) as session:
         folder = pathlib.Path(ray._private.worker._global_node.get_session_dir_path())

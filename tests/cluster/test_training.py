@@ -30,7 +30,8 @@ import functools, sys
 from pathlib import Path
 from training_examples import build_task
 from distributed_rerank.cluster import training
-from distributed_rerank.cluster.session import ClusterConfig, connect
+from distributed_rerank.config.cluster import ClusterConfig
+from distributed_rerank.cluster.session import connect
 
 folder = Path(sys.argv[1])
 task = build_task(folder / "task", epochs=6)

@@ -1,5 +1,3 @@
-import dataclasses
-
 import numpy as np
 import pytest
 import torch
@@ -7,7 +5,8 @@ from PIL import Image
 from timm.data.transforms_factory import create_transform
 from torchvision import transforms
 
-from distributed_rerank.data.transforms import Augmentation, InferenceTransform
+from distributed_rerank.config.training import Augmentation
+from distributed_rerank.data.transforms import InferenceTransform, TrainingTransform
 from distributed_rerank.errors import BadInput
 
 
@@ -45,8 +44,12 @@ def test_crop_equals_timms_evaluation_transform(size: tuple[int, int], photo: tu
     assert torch.allclose((pixels - mean) / std, timms(_photo(*photo)), atol=1e-6)
 
 
+def transform_of(size: tuple[int, int], **settings: float) -> TrainingTransform:
+    return TrainingTransform(Augmentation(**settings), size)
+
+
 def test_augmentation_same_seed_same_bytes_and_no_global_randomness() -> None:
-    augment = Augmentation(size=(48, 48), min_scale=0.5)
+    augment = transform_of((48, 48), min_scale=0.5)
     torch.manual_seed(1)
     np.random.seed(1)
     states = torch.get_rng_state(), np.random.get_state()[1].copy()
@@ -62,10 +65,12 @@ def test_augmentation_same_seed_same_bytes_and_no_global_randomness() -> None:
 
 
 def test_augmentation_with_everything_off_is_the_squash_resize() -> None:
-    still = Augmentation(size=(40, 56), flip=0.0, brightness=0.0, contrast=0.0, saturation=0.0, hue=0.0)
+    still = transform_of((40, 56), flip=0.0, brightness=0.0, contrast=0.0, saturation=0.0, hue=0.0)
     plain = InferenceTransform(size=(40, 56))(_photo())
     assert torch.equal(still(_photo(), _generator()), plain)
-    mirrored = dataclasses.replace(still, flip=1.0)(_photo(), _generator())
+    mirrored = transform_of((40, 56), flip=1.0, brightness=0.0, contrast=0.0, saturation=0.0, hue=0.0)(
+        _photo(), _generator()
+    )
     assert torch.equal(mirrored, plain.flip(2))
 
 
@@ -73,14 +78,14 @@ def test_augmentation_with_everything_off_is_the_squash_resize() -> None:
 def test_every_jitter_alone_changes_pixels(name: str) -> None:
     off = {"flip": 0.0, "brightness": 0.0, "contrast": 0.0, "saturation": 0.0, "hue": 0.0}
     strength = {"hue": 0.2}.get(name, 0.5)
-    still = Augmentation(size=(48, 48), **off)(_photo(), _generator()).float()  # type: ignore[arg-type]
-    jittered = Augmentation(size=(48, 48), **{**off, name: strength})(_photo(), _generator()).float()  # type: ignore[arg-type]
+    still = transform_of((48, 48), **off)(_photo(), _generator()).float()  # type: ignore[arg-type]
+    jittered = transform_of((48, 48), **{**off, name: strength})(_photo(), _generator()).float()  # type: ignore[arg-type]
     assert (still - jittered).abs().mean() > 1
 
 
 def test_default_jitter_is_on_and_about_neutral_on_average() -> None:
     still = InferenceTransform(size=(32, 32))(_photo()).float()
-    augment = Augmentation(size=(32, 32), flip=0.0)
+    augment = transform_of((32, 32), flip=0.0)
     generator = _generator()
     many = torch.stack([augment(_photo(), generator).float() for _ in range(200)])
     assert all(not torch.equal(one, still) for one in many)
@@ -90,9 +95,7 @@ def test_default_jitter_is_on_and_about_neutral_on_average() -> None:
 
 def test_random_crop_keeps_at_least_the_asked_share() -> None:
     ramp = np.broadcast_to(np.arange(200, dtype=np.uint8)[None, :, None], (100, 200, 3))
-    augment = Augmentation(
-        size=(50, 50), min_scale=0.3, flip=0.0, brightness=0.0, contrast=0.0, saturation=0.0, hue=0.0
-    )
+    augment = transform_of((50, 50), min_scale=0.3, flip=0.0, brightness=0.0, contrast=0.0, saturation=0.0, hue=0.0)
     generator = _generator()
     widths = []
     for _ in range(100):

@@ -11,23 +11,25 @@ from small_catalogue import EXTRACTOR, make_catalogue, make_lists
 
 from distributed_rerank.chain.apply import apply_k_reciprocal
 from distributed_rerank.chain.chain import Chain, KReciprocalStep, PairwiseStep
+from distributed_rerank.config.pairwise import TokenSiameseConfig
+from distributed_rerank.config.work import WorkConfig
 from distributed_rerank.data.candidates import CandidateLists
 from distributed_rerank.data.catalogue import Catalogue, read_catalogue
 from distributed_rerank.data.images import read_image
 from distributed_rerank.evaluation import baselines
 from distributed_rerank.evaluation.measure import count_relevant
 from distributed_rerank.evaluation.ranked import Ranked, rank
+from distributed_rerank.executors import Executors
 from distributed_rerank.extraction import Embeddings
-from distributed_rerank.models.token_siamese import TokenSiamese, TokenSiameseConfig
-from distributed_rerank.reranking.config import EvaluationConfig
-from distributed_rerank.reranking.first_stage import Executors, FirstStage
+from distributed_rerank.models.token_siamese import TokenSiamese
+from distributed_rerank.reranking.first_stage import FirstStage
 from distributed_rerank.reranking.lists import neighbours
 from distributed_rerank.reranking.run import Scored
-from distributed_rerank.retrieval import RetrievalConfig, retrieve
+from distributed_rerank.retrieval import retrieve
 from distributed_rerank.tensors import metrics
 
 N_ITEMS, N_QUERIES, N_LISTED = 60, 20, 40
-CONFIG = RetrievalConfig(n_items=N_LISTED, queries_per_block=7)
+WORK = WorkConfig(queries_per_block=7)
 ALONE = {"k_reciprocal", "query_expansion", "database_augmentation", "both_expansions"}
 
 
@@ -54,7 +56,7 @@ def embeddings_of(catalogue: Catalogue) -> Embeddings:
 def ranked_of(folder: Path, is_split: bool, chain: Chain | None = None) -> Ranked:
     catalogue = catalogue_of(folder, is_split)
     embeddings = embeddings_of(catalogue)
-    lists = retrieve(catalogue, embeddings, CONFIG, folder / "candidates")
+    lists = retrieve(catalogue, embeddings, N_LISTED, folder / "candidates", work=WORK)
     first = FirstStage(catalogue, lists, embeddings, [])
     logits = None
     if chain is not None and chain.pairwise is not None:
@@ -70,10 +72,8 @@ def found_in(ranked: Ranked, folder: Path) -> baselines.BaselineResults:
         for name, ranking in (("before", ranked.before), ("after", ranked.final))
     }
     after = values["after"] if ranked.after else None
-    evaluation = EvaluationConfig(candidates=folder, retrieval=CONFIG)
-    return baselines.measure_baselines(
-        ranked, judged, values["before"], after, evaluation, None, folder, Executors(), n_resamples=50
-    )
+    sources = baselines.Sources(ranked, None, N_LISTED, WORK, folder, Executors())
+    return baselines.measure_baselines(ranked, judged, values["before"], after, 0, sources, n_resamples=50)
 
 
 def expanded(matrix: np.ndarray, items: np.ndarray, lists: dict[int, list[int]]) -> np.ndarray:
@@ -117,7 +117,7 @@ def test_expansions_equal_a_dense_search(tmp_path: Path, is_split: bool) -> None
     figures = found_in(ranked, tmp_path).figures
     catalogue, embeddings = ranked.catalogue, ranked.first.embeddings
     assert embeddings is not None
-    everyone = retrieve(catalogue.as_query_and_gallery(), embeddings, CONFIG, tmp_path / "everyone")
+    everyone = retrieve(catalogue.as_query_and_gallery(), embeddings, N_LISTED, tmp_path / "everyone", work=WORK)
     lists = lists_of(everyone, catalogue.gallery_items)
     matrix = embeddings.matrix
     queries, gallery = ranked.query_items.numpy(), catalogue.gallery_items
@@ -135,7 +135,9 @@ def test_k_reciprocal_sees_the_lists_of_gallery_items_too(tmp_path: Path) -> Non
     ranked = ranked_of(tmp_path, is_split=True)
     found = found_in(ranked, tmp_path)
     assert ranked.first.embeddings is not None
-    everyone = retrieve(ranked.catalogue.as_query_and_gallery(), ranked.first.embeddings, CONFIG, tmp_path / "everyone")
+    everyone = retrieve(
+        ranked.catalogue.as_query_and_gallery(), ranked.first.embeddings, N_LISTED, tmp_path / "everyone", work=WORK
+    )
     whole = apply_k_reciprocal(KReciprocalStep(), neighbours(everyone))
     cmc = []
     for query in ranked.query_items.tolist():
@@ -183,12 +185,10 @@ def test_maxsim_orders_the_first_candidates_by_their_tokens(tmp_path: Path, monk
     ranked = rank(FirstStage(catalogue, lists, None, []), Scored(lists, None, []), Chain(), has_model=False)
     judged = count_relevant(catalogue, ranked.query_items)
     before = metrics.per_query(judged.relevance(ranked.before), judged.n_relevant)
-    config = EvaluationConfig(candidates=tmp_path)
+    sources = baselines.Sources(ranked, model, 100, WorkConfig(), tmp_path, Executors())
 
     def measured() -> baselines.BaselineResults:
-        return baselines.measure_baselines(
-            ranked, judged, before, None, config, model, tmp_path, Executors(), n_resamples=10
-        )
+        return baselines.measure_baselines(ranked, judged, before, None, 0, sources, n_resamples=10)
 
     found = measured().per_query["maxsim"]["cmc@1"].tolist()
     with torch.inference_mode():

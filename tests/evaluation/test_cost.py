@@ -10,7 +10,6 @@ from distributed_rerank.data import artifacts
 from distributed_rerank.data.candidates import CandidateLists
 from distributed_rerank.evaluation.cost import cost_of_each, read_pace, seconds_of_each, total_cost
 from distributed_rerank.reranking.run import Scored
-from distributed_rerank.scoring.plan import ScoringConfig
 from distributed_rerank.scoring.stage import score_candidates
 
 
@@ -48,7 +47,7 @@ def test_nothing_scored_costs_nothing() -> None:
 
 def test_pace_of_a_continued_run_is_that_of_what_it_scored(tmp_path: Path) -> None:
     catalogue = make_catalogue(tmp_path / "photos", 9)
-    score_candidates(catalogue, make_lists(catalogue, 4), concat_model(), ScoringConfig(top_n=4), tmp_path / "out")
+    score_candidates(catalogue, make_lists(catalogue, 4), concat_model(), 4, tmp_path / "out")
     pace = read_pace(tmp_path / "out")
     assert pace is not None
     assert pace["n_workers"] == 1

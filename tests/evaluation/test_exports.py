@@ -11,13 +11,12 @@ from ranx import evaluate as ranx_evaluate
 from small_catalogue import EXTRACTOR, concat_model, make_catalogue
 
 from distributed_rerank.chain.chain import Chain, PairwiseStep
+from distributed_rerank.config.evaluation import FirstStageConfig
+from distributed_rerank.config.work import WorkConfig
 from distributed_rerank.data.catalogue import read_catalogue
 from distributed_rerank.errors import BadInput
 from distributed_rerank.evaluation.exports import export_markdown, export_trec, relevant_ids
 from distributed_rerank.evaluation.run import evaluate
-from distributed_rerank.extraction import ExtractionConfig
-from distributed_rerank.reranking.config import EvaluationConfig
-from distributed_rerank.retrieval import RetrievalConfig
 
 OURS_TO_IR_MEASURES = {
     "cmc@1": "Success@1", "cmc@5": "Success@5", "precision@5": "P@5", "recall@10": "R@10", "mrr": "RR",
@@ -71,10 +70,9 @@ def test_ranx_of_the_export_gives_our_figures(
 
 def test_export_of_a_real_evaluation_with_an_unreadable_image_gives_its_figures(tmp_path: Path) -> None:
     catalogue = make_catalogue(tmp_path / "pictures", 12, broken=(5,))
-    extraction = ExtractionConfig(extractor=EXTRACTOR)
-    config = EvaluationConfig(extraction=extraction, retrieval=RetrievalConfig(n_items=8), max_rejects=0.5)
+    config, work = FirstStageConfig(extractor=EXTRACTOR, n_items=8), WorkConfig(max_rejects=0.5)
     chain = Chain((PairwiseStep(top_n=4, rule="replace"),))
-    metrics = evaluate(catalogue, config, tmp_path / "run", model=concat_model(), chain=chain)
+    metrics = evaluate(catalogue, config, tmp_path / "run", model=concat_model(), chain=chain, work=work)
     assert metrics["n_rejected"] == 1
     export_trec(tmp_path / "run", catalogue, tmp_path / "trec")
     qrels = list(ir_measures.read_trec_qrels(str(tmp_path / "trec" / "qrels.trec")))

@@ -10,15 +10,14 @@ import pytest
 from small_catalogue import EXTRACTOR, distance_model, make_catalogue
 
 from distributed_rerank.chain.chain import Chain, PairwiseStep
+from distributed_rerank.config.evaluation import FirstStageConfig, MeasureConfig
+from distributed_rerank.config.work import WorkConfig
 from distributed_rerank.data.catalogue import Catalogue
 from distributed_rerank.errors import BadInput
 from distributed_rerank.evaluation.run import evaluate
-from distributed_rerank.extraction import ExtractionConfig
-from distributed_rerank.reranking.config import EvaluationConfig, check_depth, settings_of
-from distributed_rerank.retrieval import RetrievalConfig
-from distributed_rerank.scoring.score import ScoringConfig
+from distributed_rerank.reranking.first_stage import check_depth, first_stage_settings
 
-CONFIG = EvaluationConfig(extraction=ExtractionConfig(extractor=EXTRACTOR), retrieval=RetrievalConfig(n_items=5))
+CONFIG = FirstStageConfig(extractor=EXTRACTOR, n_items=5)
 
 
 @pytest.fixture(scope="module")
@@ -27,34 +26,44 @@ def catalogue(tmp_path_factory: pytest.TempPathFactory) -> Catalogue:
 
 
 def test_settings_of_memory_threads_and_places_do_not_count() -> None:
-    same = replace(
-        CONFIG,
-        embeddings=Path("elsewhere"),
-        max_rejects=0.5,
-        retrieval=RetrievalConfig(n_items=5, tile_size=9, threads_per_worker=2),
-        scoring=ScoringConfig(encoding_gb=9.0, threads_per_worker=2, decode_threads=4, blocks_per_call=3),
-        extraction=ExtractionConfig(extractor=EXTRACTOR, threads_per_worker=2, decode_threads=4),
+    settings = first_stage_settings(CONFIG, WorkConfig())
+    free = WorkConfig(
+        max_rejects=0.5, tile_size=9, threads_per_worker=2, encoding_gb=9.0, decode_threads=4, blocks_per_call=3
     )
-    assert settings_of(same) == settings_of(CONFIG)
-    assert settings_of(replace(CONFIG, ks=(1,))) != settings_of(CONFIG)
-    assert settings_of(replace(CONFIG, scoring=ScoringConfig(pairs_per_batch=3))) != settings_of(CONFIG)
-    assert settings_of(EvaluationConfig(embeddings=Path("e")))["extraction"] is None
-    json.dumps(settings_of(CONFIG))
+    assert first_stage_settings(replace(CONFIG, embeddings=Path("elsewhere")), free) == settings
+    assert free.fingerprint_settings("score") == WorkConfig().fingerprint_settings("score")
+    assert first_stage_settings(CONFIG, WorkConfig(images_per_batch=3)) != settings
+    assert WorkConfig(pairs_per_batch=3).fingerprint_settings("score") != WorkConfig().fingerprint_settings("score")
+    assert first_stage_settings(FirstStageConfig(embeddings=Path("e")), WorkConfig())["extraction"] is None
+    json.dumps(settings)
 
 
 def test_settings_of_content_of_the_weights_counts_not_their_path(tmp_path: Path) -> None:
     for name, content in (("a.pth", b"one"), ("b.pth", b"one"), ("c.pth", b"two")):
         (tmp_path / name).write_bytes(content)
     extractors = [replace(EXTRACTOR, weights=str(tmp_path / name)) for name in ("a.pth", "b.pth", "c.pth")]
-    configs = [replace(CONFIG, extraction=ExtractionConfig(extractor=extractor)) for extractor in extractors]
-    a, b, c = map(settings_of, configs)
+    a, b, c = (first_stage_settings(replace(CONFIG, extractor=e), WorkConfig()) for e in extractors)
     assert a == b != c
 
 
-@pytest.mark.parametrize("wrong", [{"ks": ()}, {"ks": (0, 1)}, {"max_rejects": 2.0}, {"extraction": None}])
-def test_config_wrong_values_are_refused(wrong: dict) -> None:
-    with pytest.raises(BadInput):
-        replace(CONFIG, **wrong)
+@pytest.mark.parametrize(
+    ("kind", "wrong"),
+    [
+        (MeasureConfig, {"ks": ()}),
+        (MeasureConfig, {"ks": (0, 1)}),
+        (WorkConfig, {"max_rejects": 2.0}),
+        (WorkConfig, {"images_per_batch": 0}),
+        (FirstStageConfig, {"n_items": 0}),
+    ],
+)
+def test_config_wrong_values_are_refused(kind: type, wrong: dict) -> None:
+    with pytest.raises(BadInput, match=next(iter(wrong))):
+        kind(**wrong)
+
+
+def test_config_without_anything_to_search_with_is_refused() -> None:
+    with pytest.raises(BadInput, match="--extractor, --embeddings or --candidates"):
+        FirstStageConfig().check_files()
 
 
 def test_check_depth_counts_what_is_searched_for() -> None:
@@ -78,7 +87,7 @@ def test_evaluate_given_lists_lose_query_and_gaps(catalogue: Catalogue, tmp_path
     ids = catalogue.ids
     rows = [(ids[0], ids[n], 0.1 * n) for n in (0, 1, 2)] + [(ids[5], ids[4], 0.2)]
     pd.DataFrame(rows, columns=["query_id", "gallery_id", "distance"]).to_parquet(tmp_path / "lists.parquet")
-    config = EvaluationConfig(candidates=tmp_path / "lists.parquet")
+    config = FirstStageConfig(candidates=tmp_path / "lists.parquet")
     metrics = evaluate(catalogue, config, tmp_path / "e")
     table = pd.read_parquet(tmp_path / "e" / "per_query.parquet").set_index("query_id")
     assert metrics["n_queries"] == 12, "a query without a list found nothing, it is not left out"
@@ -92,7 +101,7 @@ def test_evaluate_query_that_is_none_is_named(catalogue: Catalogue, tmp_path: Pa
     rows = [(catalogue.ids[0], catalogue.ids[1], 0.1)]
     pd.DataFrame(rows, columns=["query_id", "gallery_id", "distance"]).to_csv(tmp_path / "lists.csv", index=False)
     with pytest.raises(BadInput, match=r"1 queries are not marked is_query.*picture_000\.png"):
-        evaluate(partial, EvaluationConfig(candidates=tmp_path / "lists.csv"), tmp_path / "e")
+        evaluate(partial, FirstStageConfig(candidates=tmp_path / "lists.csv"), tmp_path / "e")
 
 
 def test_evaluate_without_queries_is_refused(catalogue: Catalogue, tmp_path: Path) -> None:

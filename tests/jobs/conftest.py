@@ -1,6 +1,5 @@
 """A tiny catalogue, saved models, and the jobs themselves: in this process, or as processes of their own."""
 
-import importlib.util
 import json
 import logging
 import os
@@ -13,7 +12,6 @@ import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import pandas as pd
@@ -22,11 +20,11 @@ import ray
 from PIL import Image, ImageDraw
 
 from distributed_rerank import command_line
-from distributed_rerank.models.concat_siamese import ConcatSiamese, ConcatSiameseConfig
-from distributed_rerank.models.distance_siamese import DistanceSiamese, DistanceSiameseConfig
-from distributed_rerank.models.extractor import ExtractorConfig
+from distributed_rerank.config.extractor import ExtractorConfig
+from distributed_rerank.config.pairwise import ConcatSiameseConfig, DistanceSiameseConfig
+from distributed_rerank.models.concat_siamese import ConcatSiamese
+from distributed_rerank.models.distance_siamese import DistanceSiamese
 from distributed_rerank.models.saving import save_model
-from distributed_rerank.reranking.first_stage import Executors
 
 ROOT = Path(__file__).resolve().parents[2]
 N_LABELS, N_IMAGES = 12, 4
@@ -116,39 +114,20 @@ def local_ray() -> Iterator[None]:
 
 @pytest.fixture
 def run_job(capsys: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
-    """`run_job("evaluate", "--catalogue", ...)` in this process, as its script does it.
+    """`run_job("evaluate", "--catalogue", ...)`: that command in this process.
 
-    The work is done by the one-process steps; `on_ray=True` does it on the shared Ray, as the script. That
-    both give the same bytes is test_same_bytes.py.
+    The work is done without Ray (`--num-workers 0`); `on_ray=True` does it on the shared Ray. That both give the same
+    bytes is test_same_bytes.py.
     """
 
     def run(name: str, *arguments: object, on_ray: bool = False) -> Outcome:
-        job = load_job(name)
-        if not on_ray:
-            vars(job)["executors_on"] = lambda session: Executors()
-        defaults = command_line.training_defaults if name == "train" else None
+        words = [name, *map(str, arguments)]
         capsys.readouterr()
         with pytest.raises(SystemExit) as stop:
-            command_line.run(job.main, job.Arguments, job.__doc__ or "", defaults, [str(a) for a in arguments])
+            command_line.main(words if on_ray else [*words, "--num-workers", "0"])
         return Outcome(int(stop.value.code or 0), capsys.readouterr().err)
 
     return run
-
-
-@pytest.fixture
-def load() -> Callable[[str], ModuleType]:
-    """A job's script as a module."""
-    return load_job
-
-
-def load_job(name: str) -> ModuleType:
-    specification = importlib.util.spec_from_file_location(f"jobs_{name}", ROOT / "jobs" / f"{name}.py")
-    assert specification is not None
-    assert specification.loader is not None
-    module = importlib.util.module_from_spec(specification)
-    sys.modules[module.__name__] = module
-    specification.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture

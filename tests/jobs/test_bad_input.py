@@ -1,9 +1,8 @@
 """Wrong input ends in one clear line on standard error and exit code 2, and is found before Ray starts."""
 
-import contextlib
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pandas as pd
@@ -12,27 +11,22 @@ import torch
 from job_files import EXTRACTOR
 
 from distributed_rerank import command_line
-
-
-@contextlib.contextmanager
-def no_ray(config: object) -> Iterator[Callable[[], None]]:
-    def refuse() -> None:
-        raise AssertionError("Ray would have been started")
-
-    yield refuse
+from distributed_rerank.cluster import executors
 
 
 @pytest.fixture
-def fail(capsys: pytest.CaptureFixture[str], load: Callable) -> Callable[..., str]:
+def fail(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
     """`fail("evaluate", ...)`: the one line that this job ends with, without having asked for Ray."""
 
+    def refuse(config: object) -> None:
+        raise AssertionError("Ray would have been started")
+
+    monkeypatch.setattr(executors, "connect", refuse)
+
     def run(name: str, *arguments: object) -> str:
-        job = load(name)
-        vars(job)["connect_when_needed"] = no_ray
-        defaults = command_line.training_defaults if name == "train" else None
         capsys.readouterr()
         with pytest.raises(SystemExit) as stop:
-            command_line.run(job.main, job.Arguments, job.__doc__ or "", defaults, [str(a) for a in arguments])
+            command_line.main([name, *map(str, arguments)])
         said = capsys.readouterr().err
         assert stop.value.code == 2, said
         errors = [line for line in said.splitlines() if line.startswith("error: ")]
@@ -135,7 +129,7 @@ ARGUMENTS = {
     "unknown flag of train": ("train", ["--epoch", "5"], ["--epoch", "perhaps you meant --epochs"]),
     "invalid choice": ("train", ["--pairwise-model", "tokn"], ["'tokn'", "'token'"]),
     "no number": ("evaluate", ["--top-n", "ten"], ["--top-n", "ten"]),
-    "no worker": ("evaluate", ["--num-workers", "0"], ["num_workers=0", "give 1 or more"]),
+    "no worker": ("evaluate", ["--num-workers=-1"], ["num_workers=-1", "give 1 or more"]),
 }
 
 
@@ -157,7 +151,8 @@ def test_wrong_argument_is_one_line(
 def test_missing_arguments_are_named(fail: Callable[..., str]) -> None:
     assert "--catalogue" in fail("evaluate", "--out", "x")
     line = fail("rerank")
-    assert all(name in line for name in ("--catalogue", "--out", "--model"))
+    assert all(name in line for name in ("--catalogue", "--out"))
+    assert "--model" in fail("rerank", "--catalogue", "x.csv", "--out", "x")
 
 
 def test_no_extractor_is_one_line(catalogue_path: Path, fail: Callable[..., str], tmp_path: Path) -> None:

@@ -11,7 +11,8 @@ import torch
 from job_files import EXTRACTOR
 from PIL import Image
 
-from distributed_rerank.models.extractor import ExtractorConfig, build_extractor
+from distributed_rerank.config.extractor import ExtractorConfig
+from distributed_rerank.models.extractor import build_extractor
 
 
 def test_embeddings_equal_the_extractor_on_each_image(catalogue_path: Path, run_job: Callable, tmp_path: Path) -> None:

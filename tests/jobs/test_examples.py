@@ -11,12 +11,11 @@ from typing import Any
 import jsonschema
 import pytest
 import yaml
-from loaded_job import JOBS, load_job
 
 from distributed_rerank import command_line
 from distributed_rerank.errors import BadInput
 
-EXAMPLES = JOBS / "examples"
+EXAMPLES = Path(__file__).resolve().parents[2] / "jobs" / "examples"
 FIELDS = (("minute", 0, 59), ("hour", 0, 23), ("day", 1, 31), ("month", 1, 12), ("weekday", 0, 7))
 OF_UNIT = {
     "Unit": {"Description", "Documentation", "Wants", "After", "StartLimitIntervalSec", "StartLimitBurst"},
@@ -33,8 +32,7 @@ def parsed(command: list[str]) -> Any:
     """The arguments of `... python [folder/]jobs/NAME.py ...` as that job reads them."""
     script = next(position for position, word in enumerate(command) if re.search(r"(^|/)jobs/\w+\.py$", word))
     assert Path(command[script - 1]).name == "python"
-    job = load_job(Path(command[script]).stem)
-    return command_line.parse(job.Arguments, "", command[script + 1 :])
+    return command_line.parse(Path(command[script]).stem.replace("_", "-"), command[script + 1 :])
 
 
 def crontab_entries() -> tuple[dict[str, str], list[tuple[list[str], str]]]:
@@ -220,7 +218,7 @@ def test_ray_job_manifest_fits_the_schema_and_its_entrypoint_the_job(manifests: 
 
 
 def test_ray_job_manifest_names_the_ray_that_is_pinned(manifests: dict[str, Any]) -> None:
-    pinned = (JOBS.parent / "constraints.txt").read_text()
+    pinned = (EXAMPLES.parents[1] / "constraints.txt").read_text()
     assert f"ray=={manifests['RayJob']['spec']['rayClusterSpec']['rayVersion']}\n" in pinned
 
 

@@ -19,10 +19,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-from loaded_job import load_job
 from ray.job_submission import JobDetails, JobStatus, JobType
 
 from distributed_rerank import command_line
+from distributed_rerank.cluster.submit import exit_code, main
+from distributed_rerank.config.jobs import SubmitJob
 from distributed_rerank.errors import BadInput
 
 
@@ -42,21 +43,19 @@ from distributed_rerank.errors import BadInput
 )
 def test_exit_code_tells_how_the_job_ended(status: JobStatus, driver: int | None, expected: int) -> None:
     job = JobDetails(type=JobType.SUBMISSION, entrypoint="true", status=status, driver_exit_code=driver)
-    assert load_job("submit").exit_code(job) == expected
+    assert exit_code(job) == expected
 
 
 def test_arguments_after_the_dashes_stay_as_they_are() -> None:
-    job = load_job("submit")
     command = ["python", "jobs/evaluate.py", "--address", "x", "--ks", "1", "5"]
-    given = command_line.parse(job.Arguments, "", ["--submission-id", "a", "--", *command])
+    given = command_line.parse("submit", ["--submission-id", "a", "--", *command])
     assert list(given.command) == command
     assert given.address == "http://127.0.0.1:8265"
 
 
 def test_submission_without_a_command_is_refused() -> None:
-    job = load_job("submit")
     with pytest.raises(BadInput, match="no command to submit; give it after --"):
-        job.main(job.Arguments(command=(), submission_id="a"))
+        main(SubmitJob(command=(), submission_id="a"))
 
 
 class Head(NamedTuple):

@@ -8,7 +8,8 @@ import torch
 from job_files import EXTRACTOR
 from safetensors.torch import load_file
 
-from distributed_rerank.models.extractor import ExtractorConfig, build_extractor
+from distributed_rerank.config.extractor import ExtractorConfig
+from distributed_rerank.models.extractor import build_extractor
 from distributed_rerank.models.saving import load_model
 
 SMALL = ["--epochs", "2", "--n-labels", "4", "--n-instances", "3", "--n-items", "10", "--top-n", "8",

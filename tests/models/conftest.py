@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from distributed_rerank.models.extractor import ExtractorConfig
+from distributed_rerank.config.extractor import ExtractorConfig
 
 
 @pytest.fixture(scope="session")

@@ -9,16 +9,12 @@ import timm
 import torch
 from torch import Tensor, nn
 
+from distributed_rerank.config.extractor import ExtractorConfig
+from distributed_rerank.config.pairwise import ConcatSiameseConfig
 from distributed_rerank.data.catalogue import ImageRef
 from distributed_rerank.data.images import read_image
 from distributed_rerank.errors import BadInput
-from distributed_rerank.models.concat_siamese import (
-    ConcatSiamese,
-    ConcatSiameseConfig,
-    logit_of_mean_probability,
-    mlp_head,
-)
-from distributed_rerank.models.extractor import ExtractorConfig
+from distributed_rerank.models.concat_siamese import ConcatSiamese, logit_of_mean_probability, mlp_head
 
 IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 
@@ -71,7 +67,7 @@ def test_concat_siamese_random_state_of_oml_gives_oml_logits(tmp_path, vit_confi
     state = {k: 0.3 * torch.randn(v.shape, generator=generator) for k, v in model.state_dict().items()}
     torch.save({"state_dict": {f"model.{k}": v for k, v in state.items()}}, tmp_path / "oml.ckpt")
     weights = str(tmp_path / "oml.ckpt")
-    loaded = ConcatSiamese(ConcatSiameseConfig(extractor=vit_config, hidden_dims=(8,), weights=weights))
+    loaded = ConcatSiamese(ConcatSiameseConfig(extractor=vit_config, hidden_dims=(8,), pairwise_weights=weights))
     images = loaded.extractor.normalise_pixels(pixels)
     expected = oml_forward(state, images[:3], images[3:], heads=2)
     with torch.inference_mode():
@@ -134,10 +130,10 @@ def test_concat_siamese_weights_with_another_head_are_refused(tmp_path, vit_conf
     small = ConcatSiamese(ConcatSiameseConfig(extractor=vit_config, hidden_dims=(8,)))
     torch.save(small.state_dict(), tmp_path / "small.pth")
     with pytest.raises(BadInput, match=r"small\.pth .*head\.0\.weight is \(8, 64\) in place of \(100, 64\)"):
-        ConcatSiamese(ConcatSiameseConfig(extractor=vit_config, weights=str(tmp_path / "small.pth")))
+        ConcatSiamese(ConcatSiameseConfig(extractor=vit_config, pairwise_weights=str(tmp_path / "small.pth")))
     torch.save(small.head.state_dict(), tmp_path / "head.pth")
     with pytest.raises(BadInput, match="hold no 'extractor"):
-        ConcatSiamese(ConcatSiameseConfig(extractor=vit_config, weights=str(tmp_path / "head.pth")))
+        ConcatSiamese(ConcatSiameseConfig(extractor=vit_config, pairwise_weights=str(tmp_path / "head.pth")))
 
 
 def test_concat_siamese_training_step_lowers_the_loss(vit_config, pixels):
@@ -174,7 +170,7 @@ def test_concat_siamese_scores_the_pairs_of_oml_alike(precision, tolerance):
         precision=precision or "fp32",
         **IMAGENET,
     )
-    model = ConcatSiamese(ConcatSiameseConfig(extractor=extractor, weights=str(root / "concat_siamese.pth")))
+    model = ConcatSiamese(ConcatSiameseConfig(extractor=extractor, pairwise_weights=str(root / "concat_siamese.pth")))
     if precision is not None:
         model.prepare_for_inference("cpu")
     table, scored = pd.read_csv(root / "df.csv"), np.load(root / "candidates.npz")

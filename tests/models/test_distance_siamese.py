@@ -1,6 +1,7 @@
 import torch
 
-from distributed_rerank.models.distance_siamese import DistanceSiamese, DistanceSiameseConfig
+from distributed_rerank.config.pairwise import DistanceSiameseConfig
+from distributed_rerank.models.distance_siamese import DistanceSiamese
 from distributed_rerank.models.extractor import build_extractor
 
 

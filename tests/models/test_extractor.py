@@ -8,17 +8,14 @@ import safetensors.torch
 import timm
 import torch
 
+from distributed_rerank.config.extractor import ExtractorConfig
+from distributed_rerank.config.literals import parse_named_values
 from distributed_rerank.data.transforms import InferenceTransform
 from distributed_rerank.errors import BadInput
 from distributed_rerank.models import extractor as extractor_module
 from distributed_rerank.models import precision as precision_module
 from distributed_rerank.models import vit
-from distributed_rerank.models.extractor import (
-    ExtractorConfig,
-    build_extractor,
-    parse_args,
-    weights_digest,
-)
+from distributed_rerank.models.extractor import build_extractor, weights_digest
 
 CPU = torch.device("cpu")
 
@@ -158,7 +155,7 @@ def test_extractor_transform_every_field_can_be_overridden():
 
 
 def test_extractor_transform_without_overrides_is_timms_data_config():
-    extractor = build_extractor(ExtractorConfig(name="mobilenetv2_100", weights="none"))
+    extractor = build_extractor(ExtractorConfig(name="mobilenetv2_100", weights="none", resize="crop"))
     data = timm.data.resolve_data_config({}, model=timm.create_model("mobilenetv2_100"))
     assert extractor.transform.size == data["input_size"][1:]
     assert extractor.transform.resize == "crop"
@@ -173,7 +170,7 @@ def test_build_extractor_untrained_is_decided_by_the_seed_and_leaves_global_stat
     first, second = weights_digest(vit_config), weights_digest(vit_config)
     assert torch.equal(torch.get_rng_state(), state)
     assert first == second
-    assert first != weights_digest(dataclasses.replace(vit_config, seed=1))
+    assert first != weights_digest(dataclasses.replace(vit_config, extractor_seed=1))
 
 
 def test_weights_digest_of_a_file_is_its_sha256(tmp_path, cnn_config):
@@ -247,15 +244,15 @@ def test_build_extractor_local_dir_is_resolved_to_a_name_that_needs_no_folder(tm
     assert torch.equal(again(pixels), extractor(pixels))
 
 
-def test_parse_args_reads_literals_and_keeps_words():
-    assert parse_args(["pad_type=same", "depth=2", "size=(64, 32)", "flag=True"]) == {
+def test_parse_named_values_reads_literals_and_keeps_words():
+    assert parse_named_values(["pad_type=same", "depth=2", "size=(64, 32)", "flag=True"]) == {
         "pad_type": "same",
         "depth": 2,
         "size": (64, 32),
         "flag": True,
     }
     with pytest.raises(BadInput, match="'pad_type'"):
-        parse_args(["pad_type"])
+        parse_named_values(["pad_type"])
 
 
 def test_build_extractor_real_weights_separate_real_photos(shared_data):

@@ -7,7 +7,8 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from distributed_rerank.models.extractor import ExtractorConfig, build_extractor
+from distributed_rerank.config.extractor import ExtractorConfig
+from distributed_rerank.models.extractor import build_extractor
 from distributed_rerank.models.folding import fold_batch_norms
 
 PROBE = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))

@@ -7,9 +7,11 @@ import pytest
 import timm
 import torch
 
+from distributed_rerank.config.extractor import ExtractorConfig
+from distributed_rerank.config.pairwise import ConcatSiameseConfig
 from distributed_rerank.models import packing, vit
-from distributed_rerank.models.concat_siamese import ConcatSiamese, ConcatSiameseConfig
-from distributed_rerank.models.extractor import ExtractorConfig, build_extractor
+from distributed_rerank.models.concat_siamese import ConcatSiamese
+from distributed_rerank.models.extractor import build_extractor
 from distributed_rerank.tensors.hardware import bf16_support
 
 pytestmark = pytest.mark.skipif(not packing.can_pack(), reason="torch has no oneDNN for x86 here")

@@ -5,10 +5,16 @@ import pytest
 import torch
 from torch import nn
 
-from distributed_rerank.models.concat_siamese import ConcatSiamese, ConcatSiameseConfig
-from distributed_rerank.models.distance_siamese import DistanceSiamese, DistanceSiameseConfig
-from distributed_rerank.models.split_siamese import SplitSiamese, SplitSiameseConfig
-from distributed_rerank.models.token_siamese import TokenSiamese, TokenSiameseConfig
+from distributed_rerank.config.pairwise import (
+    ConcatSiameseConfig,
+    DistanceSiameseConfig,
+    SplitSiameseConfig,
+    TokenSiameseConfig,
+)
+from distributed_rerank.models.concat_siamese import ConcatSiamese
+from distributed_rerank.models.distance_siamese import DistanceSiamese
+from distributed_rerank.models.split_siamese import SplitSiamese
+from distributed_rerank.models.token_siamese import TokenSiamese
 
 BUILDERS = {
     "concat": lambda c: ConcatSiamese(ConcatSiameseConfig(extractor=c)),

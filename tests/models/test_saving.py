@@ -5,12 +5,19 @@ import pytest
 import torch
 
 from distributed_rerank.chain.chain import Chain, PairwiseStep, write_chain
+from distributed_rerank.config.evaluation import RerankerConfig
+from distributed_rerank.config.pairwise import (
+    ConcatSiameseConfig,
+    DistanceSiameseConfig,
+    SplitSiameseConfig,
+    TokenSiameseConfig,
+)
 from distributed_rerank.errors import BadInput
-from distributed_rerank.models.concat_siamese import ConcatSiamese, ConcatSiameseConfig
-from distributed_rerank.models.distance_siamese import DistanceSiamese, DistanceSiameseConfig
+from distributed_rerank.models.concat_siamese import ConcatSiamese
+from distributed_rerank.models.distance_siamese import DistanceSiamese
 from distributed_rerank.models.saving import load_model, save_model
-from distributed_rerank.models.split_siamese import SplitSiamese, SplitSiameseConfig
-from distributed_rerank.models.token_siamese import TokenSiamese, TokenSiameseConfig
+from distributed_rerank.models.split_siamese import SplitSiamese
+from distributed_rerank.models.token_siamese import TokenSiamese
 from distributed_rerank.reranking.run import load_model_and_chain
 
 
@@ -27,7 +34,9 @@ def test_load_model_gives_the_same_logits_and_config(tmp_path, vit_config, pixel
         ),
         "distance": lambda: DistanceSiamese(DistanceSiameseConfig(extractor=vit_config, output_bias=0.5)),
         "split": lambda: SplitSiamese(SplitSiameseConfig(extractor=vit_config, split_at=2, storage="fp16")),
-        "token": lambda: TokenSiamese(TokenSiameseConfig(extractor=vit_config, depths=(0, -1), grid=3, storage="int8")),
+        "token": lambda: TokenSiamese(
+            TokenSiameseConfig(extractor=vit_config, depths=(0, -1), grid=3, token_storage="int8")
+        ),
     }[name]
     model = build()
     with torch.no_grad():
@@ -51,7 +60,7 @@ def test_load_model_gives_the_same_logits_and_config(tmp_path, vit_config, pixel
 def test_load_model_needs_no_weights_file_of_the_extractor(tmp_path, vit_config, pixels):
     first = ConcatSiamese(ConcatSiameseConfig(extractor=vit_config))
     torch.save(first.state_dict(), tmp_path / "start.pth")
-    model = ConcatSiamese(ConcatSiameseConfig(extractor=vit_config, weights=str(tmp_path / "start.pth")))
+    model = ConcatSiamese(ConcatSiameseConfig(extractor=vit_config, pairwise_weights=str(tmp_path / "start.pth")))
     save_model(model, tmp_path / "model")
     (tmp_path / "start.pth").unlink()
     loaded = load_model(tmp_path / "model")
@@ -114,6 +123,6 @@ def test_load_model_of_a_hub_id_reads_the_copy_at_hand_with_its_chain(saved, tmp
     saved.rename(repository / "snapshots" / ("0" * 40))
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    model, chain = load_model_and_chain("hf-hub:me/shoes", "model", None)
+    model, chain = load_model_and_chain(RerankerConfig(model="hf-hub:me/shoes"))
     assert isinstance(model, DistanceSiamese)
     assert chain.pairwise == PairwiseStep(top_n=7)

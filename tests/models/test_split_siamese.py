@@ -3,9 +3,10 @@ import dataclasses
 import pytest
 import torch
 
+from distributed_rerank.config.pairwise import ConcatSiameseConfig, SplitSiameseConfig
 from distributed_rerank.errors import BadInput
-from distributed_rerank.models.concat_siamese import ConcatSiamese, ConcatSiameseConfig
-from distributed_rerank.models.split_siamese import SplitSiamese, SplitSiameseConfig
+from distributed_rerank.models.concat_siamese import ConcatSiamese
+from distributed_rerank.models.split_siamese import SplitSiamese
 
 
 @pytest.fixture
@@ -28,7 +29,7 @@ def score(model, pixels):
 
 def test_split_siamese_at_0_is_concat_siamese(vit_config, pixels, concat):
     model, path = concat
-    split = SplitSiamese(SplitSiameseConfig(extractor=vit_config, split_at=0, storage="fp32", weights=path))
+    split = SplitSiamese(SplitSiameseConfig(extractor=vit_config, split_at=0, storage="fp32", pairwise_weights=path))
     assert split.state_dict().keys() == model.state_dict().keys()
     expected = score(model, pixels)
     assert (expected - score(model, pixels.roll(3, dims=0))).abs().min() > 1e-3
@@ -37,7 +38,7 @@ def test_split_siamese_at_0_is_concat_siamese(vit_config, pixels, concat):
 
 def test_split_siamese_later_split_costs_less_and_starts_near(vit_config, pixels, concat):
     models = [
-        SplitSiamese(SplitSiameseConfig(extractor=vit_config, split_at=k, storage="fp32", weights=concat[1]))
+        SplitSiamese(SplitSiameseConfig(extractor=vit_config, split_at=k, storage="fp32", pairwise_weights=concat[1]))
         for k in range(3)
     ]
     costs = [model.gflop_per_pair() for model in models]

@@ -1,9 +1,10 @@
 import pytest
 import torch
 
+from distributed_rerank.config.pairwise import TokenSiameseConfig
 from distributed_rerank.errors import BadInput
 from distributed_rerank.models.maxsim import maxsim_of
-from distributed_rerank.models.token_siamese import TokenSiamese, TokenSiameseConfig
+from distributed_rerank.models.token_siamese import TokenSiamese
 
 SMALL = {"grid": 3, "token_dim": 16, "global_dim": 24, "pools": (1, 2)}
 
@@ -35,7 +36,7 @@ def test_token_siamese_scaled_but_untrained_keeps_the_first_stage_order(cnn_conf
 
 
 def test_token_siamese_pair_features_are_the_stated_ones(cnn_config, pixels):
-    model = TokenSiamese(TokenSiameseConfig(extractor=cnn_config, storage="float32", **SMALL))
+    model = TokenSiamese(TokenSiameseConfig(extractor=cnn_config, token_storage="float32", **SMALL))
     with torch.inference_mode():
         a, b = model.encode(pixels)[:2]
         found = model.pair_features(a[None], b[None], torch.tensor([0.7]))[0]
@@ -56,8 +57,8 @@ def test_token_siamese_pair_features_are_the_stated_ones(cnn_config, pixels):
     ("storage", "size", "tolerance"), [("float32", 4, 1e-6), ("float16", 2, 1e-3), ("int8", 1, 5e-3)]
 )
 def test_token_siamese_storage_changes_bytes_and_hardly_the_encoding(cnn_config, pixels, storage, size, tolerance):
-    exact = TokenSiamese(TokenSiameseConfig(extractor=cnn_config, storage="float32", **SMALL))
-    stored = TokenSiamese(TokenSiameseConfig(extractor=cnn_config, storage=storage, **SMALL))
+    exact = TokenSiamese(TokenSiameseConfig(extractor=cnn_config, token_storage="float32", **SMALL))
+    stored = TokenSiamese(TokenSiameseConfig(extractor=cnn_config, token_storage=storage, **SMALL))
     assert stored.bytes_per_image == (2 * 9 * 16 + 5 * 24) * size
     with torch.inference_mode():
         found = stored.encode(pixels).float() / (127 if storage == "int8" else 1)
@@ -98,7 +99,7 @@ def test_token_siamese_fit_encoder_is_deterministic_and_brings_labels_together(c
 
 
 def test_token_siamese_head_learns_and_the_encoder_has_nothing_to_learn(cnn_config, pixels):
-    model = TokenSiamese(TokenSiameseConfig(extractor=cnn_config, dropout=0.0, **SMALL)).freeze_backbone().train()
+    model = TokenSiamese(TokenSiameseConfig(extractor=cnn_config, head_dropout=0.0, **SMALL)).freeze_backbone().train()
     with torch.no_grad():
         encoded = model.encode(pixels)
     query, gallery = encoded[[0, 1, 2, 0, 1, 2]], encoded[[0, 1, 2, 3, 4, 5]]
@@ -121,7 +122,7 @@ def test_token_siamese_depth_that_does_not_exist_is_refused(cnn_config):
 
 
 def test_maxsim_is_the_mean_best_match_of_tokens_in_both_directions(cnn_config, pixels):
-    model = TokenSiamese(TokenSiameseConfig(extractor=cnn_config, storage="float32", **SMALL))
+    model = TokenSiamese(TokenSiameseConfig(extractor=cnn_config, token_storage="float32", **SMALL))
     with torch.inference_mode():
         encoded = model.encode(pixels)
         found = maxsim_of(model)(encoded[:3], encoded[3:], torch.zeros(3))

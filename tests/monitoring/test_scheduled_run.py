@@ -9,9 +9,10 @@ import pandas as pd
 import pytest
 from planted_runs import planted_catalogue, planted_ranking, write_run
 
+from distributed_rerank.config.schedule import ScheduleConfig
 from distributed_rerank.data.catalogue import Catalogue
 from distributed_rerank.errors import BadInput
-from distributed_rerank.monitoring.scheduled_run import Outcome, ScheduleConfig, check, conclude
+from distributed_rerank.monitoring.scheduled_run import Outcome, check, conclude
 
 GOOD = {"books": 0.1, "cups": 0.1, "toys": 0.1}
 WORSE = {"books": 0.1, "cups": 0.1, "toys": 0.6}

@@ -8,20 +8,18 @@ import pandas as pd
 from small_catalogue import EXTRACTOR, distance_model, make_catalogue
 
 from distributed_rerank.chain.chain import Chain, KReciprocalStep, PairwiseStep
-from distributed_rerank.extraction import ExtractionConfig
-from distributed_rerank.reranking.config import EvaluationConfig
+from distributed_rerank.config.evaluation import FirstStageConfig
+from distributed_rerank.config.work import WorkConfig
 from distributed_rerank.reranking.rerank import rerank
-from distributed_rerank.retrieval import RetrievalConfig
 
-CONFIG = EvaluationConfig(
-    extraction=ExtractionConfig(extractor=EXTRACTOR), retrieval=RetrievalConfig(n_items=6), max_rejects=0.2
-)
+CONFIG = FirstStageConfig(extractor=EXTRACTOR, n_items=6)
+WORK = WorkConfig(max_rejects=0.2)
 
 
 def test_rerank_broken_image_leaves_all_lists(tmp_path: Path) -> None:
     catalogue = make_catalogue(tmp_path / "photos", 10, broken=(4,))
     chain = Chain((PairwiseStep(top_n=3, rule="replace"),))
-    rerank(catalogue, CONFIG, tmp_path / "o", model=distance_model(), chain=chain)
+    rerank(catalogue, CONFIG, tmp_path / "o", work=WORK, model=distance_model(), chain=chain)
     table = pd.read_parquet(tmp_path / "o" / "reranked.parquet")
     assert len(table) == 9 * 6
     assert catalogue.ids[4] not in {*table["query_id"], *table["gallery_id"]}
@@ -31,10 +29,12 @@ def test_rerank_broken_image_leaves_all_lists(tmp_path: Path) -> None:
 def test_rerank_image_broken_between_stages_leaves_lists_with_one_less(tmp_path: Path) -> None:
     catalogue = make_catalogue(tmp_path / "photos", 10)
     config = replace(CONFIG, embeddings=tmp_path / "first" / "embeddings")
-    rerank(catalogue, CONFIG, tmp_path / "first", model=distance_model(), chain=Chain((PairwiseStep(top_n=2),)))
+    rerank(
+        catalogue, CONFIG, tmp_path / "first", work=WORK, model=distance_model(), chain=Chain((PairwiseStep(top_n=2),))
+    )
     (tmp_path / "photos" / "picture_004.png").write_bytes(b"broken since")
     table = rerank(
-        catalogue, config, tmp_path / "o", model=distance_model(), chain=Chain((PairwiseStep(top_n=3),))
+        catalogue, config, tmp_path / "o", work=WORK, model=distance_model(), chain=Chain((PairwiseStep(top_n=3),))
     ).to_pandas()
     assert "picture_004.png" not in {*table["query_id"], *table["gallery_id"]}
     candidates = pd.read_parquet(tmp_path / "o" / "candidates" / "candidates.parquet")
@@ -54,7 +54,12 @@ def test_rerank_image_broken_between_stages_leaves_lists_with_one_less(tmp_path:
 def test_rerank_without_pairwise_step_has_no_logits(tmp_path: Path) -> None:
     catalogue = make_catalogue(tmp_path / "photos", 10)
     table = rerank(
-        catalogue, CONFIG, tmp_path / "o", model=distance_model(), chain=Chain((KReciprocalStep(k1=3, k2=2),))
+        catalogue,
+        CONFIG,
+        tmp_path / "o",
+        work=WORK,
+        model=distance_model(),
+        chain=Chain((KReciprocalStep(k1=3, k2=2),)),
     ).to_pandas()
     assert table["logit"].isna().all()
     assert table["probability"].isna().all()
@@ -68,7 +73,7 @@ def test_rerank_without_pairwise_step_has_no_logits(tmp_path: Path) -> None:
 def test_rerank_by_a_calibrated_chain_gives_the_probability_of_its_own_distance(tmp_path: Path) -> None:
     catalogue = make_catalogue(tmp_path / "photos", 10)
     chain = Chain((PairwiseStep(top_n=4),), calibration={"slope": 0.5, "intercept": 1.0})
-    table = rerank(catalogue, CONFIG, tmp_path / "o", model=distance_model(), chain=chain).to_pandas()
+    table = rerank(catalogue, CONFIG, tmp_path / "o", work=WORK, model=distance_model(), chain=chain).to_pandas()
     scored = table[table["rank"] <= 4]
     np.testing.assert_allclose(scored["probability"], 1 / (1 + np.exp(0.5 * scored["distance"] - 1.0)), rtol=1e-5)
     assert table.loc[table["rank"] > 4, "probability"].isna().all()

@@ -10,17 +10,17 @@ import torch
 from small_catalogue import distance_model, make_catalogue
 
 from distributed_rerank.chain.chain import Chain, KReciprocalStep, PairwiseStep
+from distributed_rerank.config.evaluation import RerankerConfig
 from distributed_rerank.data.candidates import CandidateLists
 from distributed_rerank.data.catalogue import Catalogue
 from distributed_rerank.data.rejects import Reject
 from distributed_rerank.data.tables import write_embeddings
 from distributed_rerank.errors import BadInput
-from distributed_rerank.models.saving import save_model
+from distributed_rerank.models.saving import identify, save_model
 from distributed_rerank.reranking.first_stage import read_for
 from distributed_rerank.reranking.run import (
     Scored,
     by_logits,
-    identify,
     load_model_and_chain,
     neighbours,
     only_gallery,
@@ -140,18 +140,20 @@ def test_only_gallery_drops_others_and_keeps_the_order(catalogue: Catalogue) -> 
 
 
 def test_load_model_and_chain_folder_without_chain_means_omls_rule(model_folder: Path) -> None:
-    model, chain = load_model_and_chain(str(model_folder), "model", None)
+    model, chain = load_model_and_chain(RerankerConfig(model=str(model_folder)))
     assert model is not None
     assert chain.steps == (PairwiseStep(top_n=10, rule="replace"),)
-    assert load_model_and_chain(str(model_folder), "replace", 4)[1].steps == (PairwiseStep(top_n=4, rule="replace"),)
-    assert load_model_and_chain(str(model_folder), "first_stage", None)[1].steps == ()
-    assert load_model_and_chain(None, "model", None) == (None, Chain())
+    assert load_model_and_chain(RerankerConfig(model=str(model_folder), chain="replace", top_n=4))[1].steps == (
+        PairwiseStep(top_n=4, rule="replace"),
+    )
+    assert load_model_and_chain(RerankerConfig(model=str(model_folder), chain="first_stage"))[1].steps == ()
+    assert load_model_and_chain(RerankerConfig()) == (None, Chain())
 
 
 def test_load_model_and_chain_file_is_read_and_top_n_overrides(model_folder: Path, tmp_path: Path) -> None:
     steps = [{"step": "pairwise", "top_n": 7, "weight": 0.5}, {"step": "k_reciprocal", "k1": 5, "k2": 2}]
     (tmp_path / "mine.json").write_text(json.dumps({"schema_version": 2, "steps": steps}))
-    chain = load_model_and_chain(str(model_folder), tmp_path / "mine.json", 4)[1]
+    chain = load_model_and_chain(RerankerConfig(model=str(model_folder), chain=tmp_path / "mine.json", top_n=4))[1]
     assert chain.steps == (PairwiseStep(top_n=4, weight=0.5), KReciprocalStep(k1=5, k2=2))
 
 
@@ -168,7 +170,7 @@ def test_load_model_and_chain_useless_arguments_are_refused(
     model_folder: Path, has_model: bool, chain: str, top_n: int | None, message: str
 ) -> None:
     with pytest.raises(BadInput, match=message):
-        load_model_and_chain(str(model_folder) if has_model else None, chain, top_n)
+        load_model_and_chain(RerankerConfig(model=str(model_folder) if has_model else None, chain=chain, top_n=top_n))
 
 
 def test_identify_sees_config_and_weights_not_paths() -> None:

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from distributed_rerank.config.work import WorkConfig
 from distributed_rerank.data import tables
 from distributed_rerank.data.artifacts import read_manifest
 from distributed_rerank.data.candidates import CandidateLists
@@ -15,11 +16,11 @@ from distributed_rerank.errors import BadInput
 from distributed_rerank.models.pairwise import PairwiseModel
 from distributed_rerank.scoring import plan as scoring_plan
 from distributed_rerank.scoring import score as scoring
-from distributed_rerank.scoring.score import ScoredBlock, ScoringConfig
+from distributed_rerank.scoring.score import ScoredBlock
 from distributed_rerank.scoring.stage import score_candidates
 from tests.small_catalogue import concat_model, distance_model, make_catalogue, make_lists, save_picture
 
-CONFIG = ScoringConfig(top_n=5, queries_per_block=4, pairs_per_batch=6, images_per_batch=3)
+WORK = WorkConfig(queries_per_block=4, pairs_per_batch=6, encode_batch=3)
 NAME = "pair_distances.parquet"
 
 
@@ -27,7 +28,7 @@ NAME = "pair_distances.parquet"
 def test_score_every_pair_equals_the_model_on_it_alone(tmp_path: Path, model: PairwiseModel) -> None:
     catalogue = make_catalogue(tmp_path / "images", 9)
     lists = make_lists(catalogue, 6)
-    found = score_candidates(catalogue, lists, model, CONFIG, tmp_path / "out")
+    found = score_candidates(catalogue, lists, model, 5, tmp_path / "out", work=WORK)
     pixels = torch.stack([model.transform(read_image(ref)) for ref in catalogue.images()])
     with torch.no_grad():
         encoded = [model.encode(one[None]) for one in pixels]
@@ -44,9 +45,9 @@ def test_score_every_pair_equals_the_model_on_it_alone(tmp_path: Path, model: Pa
 def test_score_in_rounds_gives_the_same_bytes_and_counts_what_is_repeated(tmp_path: Path) -> None:
     catalogue, model = make_catalogue(tmp_path / "images", 17), concat_model()
     lists = make_lists(catalogue, 5)
-    score_candidates(catalogue, lists, model, CONFIG, tmp_path / "one")
-    small = replace(CONFIG, encoding_gb=12 * model.bytes_per_image / 10**9)
-    score_candidates(catalogue, lists, model, small, tmp_path / "many")
+    score_candidates(catalogue, lists, model, 5, tmp_path / "one", work=WORK)
+    small = replace(WORK, encoding_gb=12 * model.bytes_per_image / 10**9)
+    score_candidates(catalogue, lists, model, 5, tmp_path / "many", work=small)
     assert (tmp_path / "one" / NAME).read_bytes() == (tmp_path / "many" / NAME).read_bytes()
     one, many = (read_manifest(tmp_path / name)["counts"] for name in ("one", "many"))
     n_pairs = int((lists.items >= 0).sum())
@@ -64,7 +65,7 @@ def test_score_several_blocks_in_a_call_gives_the_same_bytes(
     """As on a GPU; blocks share images, and the candidates of one cannot be read."""
     catalogue, model = make_catalogue(tmp_path / "images", 17, broken=(3,)), concat_model()
     lists = make_lists(catalogue, 5)
-    score_candidates(catalogue, lists, model, CONFIG, tmp_path / "one", max_rejects=0.1)
+    score_candidates(catalogue, lists, model, 5, tmp_path / "one", work=replace(WORK, max_rejects=0.1))
     calls: list[int] = []
 
     class Counted(scoring.Scorer):
@@ -73,8 +74,8 @@ def test_score_several_blocks_in_a_call_gives_the_same_bytes(
             return super().score(tasks, *encodings)
 
     monkeypatch.setattr(scoring, "Scorer", Counted)
-    as_on_gpu = replace(CONFIG, blocks_per_call=n_blocks, threads_per_worker=2)
-    score_candidates(catalogue, lists, model, as_on_gpu, tmp_path / "several", max_rejects=0.1)
+    as_on_gpu = replace(WORK, blocks_per_call=n_blocks, threads_per_worker=2)
+    score_candidates(catalogue, lists, model, 5, tmp_path / "several", work=replace(as_on_gpu, max_rejects=0.1))
     for name in (NAME, "rejects.parquet"):
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "several" / name).read_bytes()
     assert calls == {2: [2, 2, 1], 3: [3, 2], 99: [5]}[n_blocks]
@@ -83,15 +84,15 @@ def test_score_several_blocks_in_a_call_gives_the_same_bytes(
 def test_score_killed_continues_to_the_same_bytes(tmp_path: Path) -> None:
     catalogue, model = make_catalogue(tmp_path / "images", 17, broken=(3,)), concat_model()
     lists = make_lists(catalogue, 5)
-    whole = score_candidates(catalogue, lists, model, CONFIG, tmp_path / "whole", max_rejects=0.1)
+    whole = score_candidates(catalogue, lists, model, 5, tmp_path / "whole", work=replace(WORK, max_rejects=0.1))
 
     def dies(plan: Any, numbers: Any, *arguments: Any) -> Iterator[tuple[int, ScoredBlock]]:
         yield from list(scoring.score(plan, numbers, *arguments))[3:]
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        score_candidates(catalogue, lists, model, CONFIG, tmp_path / "killed", score=dies)
-    killed = score_candidates(catalogue, lists, model, CONFIG, tmp_path / "killed", max_rejects=0.1)
+        score_candidates(catalogue, lists, model, 5, tmp_path / "killed", work=WORK, score=dies)
+    killed = score_candidates(catalogue, lists, model, 5, tmp_path / "killed", work=replace(WORK, max_rejects=0.1))
     for name in (NAME, "rejects.parquet"):
         assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
     assert read_manifest(tmp_path / "killed")["blocks"]["reused"] == 2 * 2
@@ -101,7 +102,7 @@ def test_score_killed_continues_to_the_same_bytes(tmp_path: Path) -> None:
 def test_score_broken_image_removes_its_pairs_and_no_other(tmp_path: Path) -> None:
     catalogue, model = make_catalogue(tmp_path / "images", 9, broken=(2,)), concat_model()
     lists = make_lists(catalogue, 5)
-    found = score_candidates(catalogue, lists, model, CONFIG, tmp_path / "out", max_rejects=0.2)
+    found = score_candidates(catalogue, lists, model, 5, tmp_path / "out", work=replace(WORK, max_rejects=0.2))
     removed = (lists.items < 0) | (lists.items == 2)
     removed[2] = True
     assert np.array_equal(np.isnan(found.logits), removed)
@@ -113,10 +114,10 @@ def test_score_too_many_rejects_fails_and_goes_on_once_they_are_repaired(tmp_pat
     catalogue, model = make_catalogue(tmp_path / "images", 9, broken=(2, 6)), concat_model()
     lists = make_lists(catalogue, 5)
     with pytest.raises(BadInput, match=r"2 of 9 images .*rejects\.parquet"):
-        score_candidates(catalogue, lists, model, CONFIG, tmp_path / "out")
+        score_candidates(catalogue, lists, model, 5, tmp_path / "out", work=WORK)
     for number in (2, 6):
         save_picture(tmp_path / "images" / f"picture_{number:03d}.png", number)
-    found = score_candidates(catalogue, lists, model, CONFIG, tmp_path / "out")
+    found = score_candidates(catalogue, lists, model, 5, tmp_path / "out", work=WORK)
     assert np.array_equal(np.isfinite(found.logits), lists.items >= 0)
     assert found.rejects == ()
 
@@ -134,9 +135,9 @@ def test_score_lost_block_or_pair_is_an_error(tmp_path: Path) -> None:
             yield number, block
 
     with pytest.raises(AssertionError, match="never came back"):
-        score_candidates(catalogue, lists, model, CONFIG, tmp_path / "block", score=loses_block)
+        score_candidates(catalogue, lists, model, 5, tmp_path / "block", work=WORK, score=loses_block)
     with pytest.raises(AssertionError, match="a pair was lost"):
-        score_candidates(catalogue, lists, model, CONFIG, tmp_path / "pair", score=loses_pair)
+        score_candidates(catalogue, lists, model, 5, tmp_path / "pair", work=WORK, score=loses_pair)
 
 
 def test_score_logits_that_are_not_finite_are_bad_input(tmp_path: Path) -> None:
@@ -144,21 +145,21 @@ def test_score_logits_that_are_not_finite_are_bad_input(tmp_path: Path) -> None:
     with torch.no_grad():
         model.head[-1].weight.fill_(torch.nan)
     with pytest.raises(BadInput, match="not finite"):
-        score_candidates(catalogue, make_lists(catalogue, 3), model, CONFIG, tmp_path / "out")
+        score_candidates(catalogue, make_lists(catalogue, 3), model, 5, tmp_path / "out", work=WORK)
 
 
 def test_score_model_of_the_caller_is_left_as_it_was(tmp_path: Path) -> None:
     catalogue, model = make_catalogue(tmp_path / "images", 5), concat_model().train()
-    score_candidates(catalogue, make_lists(catalogue, 3), model, CONFIG, tmp_path / "out")
+    score_candidates(catalogue, make_lists(catalogue, 3), model, 5, tmp_path / "out", work=WORK)
     assert model.training
     assert all(parameter.requires_grad for parameter in model.parameters())
 
 
 def test_score_other_candidates_in_the_same_folder_are_refused(tmp_path: Path) -> None:
     catalogue, model = make_catalogue(tmp_path / "images", 5), concat_model()
-    score_candidates(catalogue, make_lists(catalogue, 3), model, CONFIG, tmp_path / "out")
+    score_candidates(catalogue, make_lists(catalogue, 3), model, 5, tmp_path / "out", work=WORK)
     with pytest.raises(BadInput, match="candidates"):
-        score_candidates(catalogue, make_lists(catalogue, 3, seed=1), model, CONFIG, tmp_path / "out")
+        score_candidates(catalogue, make_lists(catalogue, 3, seed=1), model, 5, tmp_path / "out", work=WORK)
 
 
 @pytest.mark.parametrize(("tapers", "sizes"), [(False, [4] * 5 + [3]), (True, [4] + [1] * 19)])
@@ -186,8 +187,8 @@ def test_score_blocks_taper_where_their_size_is_not_given(
 ) -> None:
     monkeypatch.setattr(scoring_plan, "queries_per_block", lambda top_n, gflop_per_pair: 4)
     catalogue = make_catalogue(tmp_path / "images", 23)
-    config = replace(CONFIG, queries_per_block=given)
-    score_candidates(catalogue, make_lists(catalogue, 6), distance_model(), config, tmp_path / "out")
+    config = replace(WORK, queries_per_block=given)
+    score_candidates(catalogue, make_lists(catalogue, 6), distance_model(), 5, tmp_path / "out", work=config)
     assert read_manifest(tmp_path / "out")["blocks"]["computed"] == 2 * n_blocks  # logits and rejects
 
 

@@ -5,13 +5,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from distributed_rerank.config.training import NegativeFilters
 from distributed_rerank.errors import BadInput
-from distributed_rerank.tensors.candidate_mining import (
-    NegativeFilters,
-    draw_lists,
-    filter_negatives,
-    suspected_mislabels,
-)
+from distributed_rerank.tensors.candidate_mining import draw_lists, filter_negatives, suspected_mislabels
 from distributed_rerank.tensors.knn import Neighbours, nearest
 from distributed_rerank.tensors.mining_statistics import mining_statistics
 

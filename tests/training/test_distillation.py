@@ -10,11 +10,13 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional
-from training_examples import BACKBONE, EXTRACTION, SMALL, TOKENS, build_task, draw_catalogue
+from training_examples import BACKBONE, SMALL, TOKENS, build_task, draw_catalogue
 
 from distributed_rerank.chain.chain import Chain, PairwiseStep, write_chain
+from distributed_rerank.config.pairwise import DistanceSiameseConfig
+from distributed_rerank.config.work import WorkConfig
 from distributed_rerank.errors import BadInput
-from distributed_rerank.models.distance_siamese import DistanceSiamese, DistanceSiameseConfig
+from distributed_rerank.models.distance_siamese import DistanceSiamese
 from distributed_rerank.models.saving import save_model
 from distributed_rerank.scoring.score import score
 from distributed_rerank.training.distillation import (
@@ -30,7 +32,7 @@ from distributed_rerank.training.run import fit
 from distributed_rerank.training.stage import train
 from distributed_rerank.training.task import TrainingTask, plan_epoch
 
-RANDOM = DistanceSiameseConfig(extractor=BACKBONE, identity_init=False, seed=7)
+RANDOM = DistanceSiameseConfig(extractor=BACKBONE, identity_init=False, head_seed=7)
 
 
 @pytest.fixture(scope="module")
@@ -38,13 +40,14 @@ def task(tmp_path_factory: pytest.TempPathFactory) -> TrainingTask:
     """The judged labels are the trained ones here: what is asked is whether the student follows its teacher."""
     found = build_task(tmp_path_factory.mktemp("task"), TOKENS, epochs=6, steps_per_epoch=12, lr=2e-2)
     run = found.runs[0]
-    return replace(found, runs=(replace(run, judged=run.anchors),))
+    return replace(found, runs=(replace(run, validation=run.anchors),))
 
 
 @pytest.fixture(scope="module")
 def taught(task: TrainingTask, tmp_path_factory: pytest.TempPathFactory) -> TeacherLogits:
     folder = tmp_path_factory.mktemp("teacher")
-    return score_by_teacher(Teacher(DistanceSiamese(RANDOM)), task.catalogue, task.runs[0].anchors, folder / "l", score)
+    teacher, lists = Teacher(DistanceSiamese(RANDOM)), task.runs[0].anchors
+    return score_by_teacher(teacher, task.catalogue, lists, folder / "l", WorkConfig(), score)
 
 
 def test_logits_of_a_step_are_those_of_its_pairs_and_nan_for_others() -> None:
@@ -121,11 +124,11 @@ def test_stage_with_a_teacher_says_so_in_its_fingerprint(tmp_path: Path) -> None
     catalogue = draw_catalogue(tmp_path / "images")
     config = replace(SMALL, epochs=1)
     teacher = Teacher(DistanceSiamese(RANDOM))
-    train(catalogue, EXTRACTION, TOKENS, config, tmp_path / "model", teacher=teacher)
+    train(catalogue, TOKENS, config, tmp_path / "model", teacher=teacher)
     manifest: dict[str, Any] = json.loads((tmp_path / "model" / "manifest.json").read_text())
     assert manifest["fingerprint"]["teacher"] == teacher.fingerprint()
     with pytest.raises(BadInput, match="teacher"):
-        train(catalogue, EXTRACTION, TOKENS, config, tmp_path / "model")
+        train(catalogue, TOKENS, config, tmp_path / "model")
 
 
 @pytest.mark.parametrize("changes", [{"loss": "bce"}, {"mining": "whole_batch"}])

@@ -9,16 +9,16 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional
-from training_examples import BACKBONE, EXTRACTION, SMALL, TOKENS, build_task, draw_catalogue
+from training_examples import BACKBONE, SMALL, TOKENS, build_task, draw_catalogue
 
 from distributed_rerank.chain.chain import read_chain
+from distributed_rerank.config.pairwise import ConcatSiameseConfig
+from distributed_rerank.config.training import TrainingConfig, defaults_for
 from distributed_rerank.data.transforms import Augmentation
 from distributed_rerank.errors import BadInput
-from distributed_rerank.models.concat_siamese import ConcatSiameseConfig
 from distributed_rerank.models.saving import load_model
 from distributed_rerank.tensors.hardware import bf16_support
 from distributed_rerank.training import checkpoints
-from distributed_rerank.training.config import TrainingConfig, defaults_for
 from distributed_rerank.training.epoch import Worker
 from distributed_rerank.training.images import DecodedImages
 from distributed_rerank.training.losses import step_loss
@@ -36,7 +36,7 @@ FROM_IMAGES: dict[str, Any] = {
 
 @pytest.fixture(scope="module")
 def task(tmp_path_factory: pytest.TempPathFactory) -> TrainingTask:
-    return build_task(tmp_path_factory.mktemp("token"), replace(TOKENS, dropout=0.2))
+    return build_task(tmp_path_factory.mktemp("token"), replace(TOKENS, head_dropout=0.2))
 
 
 @pytest.fixture(scope="module")
@@ -268,7 +268,7 @@ def test_defaults_of_models_that_learn_from_images_train_their_backbone() -> Non
 def test_stage_writes_a_complete_folder_and_skips_it_the_second_time(tmp_path: Path) -> None:
     catalogue = draw_catalogue(tmp_path / "images")
     config = replace(SMALL, epochs=1)
-    chain = train(catalogue, EXTRACTION, TOKENS, config, tmp_path / "model")
+    chain = train(catalogue, TOKENS, config, tmp_path / "model")
     names = {path.name for path in (tmp_path / "model").iterdir()}
     expected = (
         "README.md chain.json config.json curves.png manifest.json mining.json model.safetensors suspects.parquet "
@@ -287,12 +287,12 @@ def test_stage_writes_a_complete_folder_and_skips_it_the_second_time(tmp_path: P
     def refuse(task: TrainingTask, folder: Path) -> dict[str, Any]:
         raise AssertionError("trained again")
 
-    assert train(catalogue, EXTRACTION, TOKENS, config, tmp_path / "model", fit=refuse) == chain
+    assert train(catalogue, TOKENS, config, tmp_path / "model", fit=refuse) == chain
     with pytest.raises(BadInput, match="lr"):
-        train(catalogue, EXTRACTION, TOKENS, replace(config, lr=0.5), tmp_path / "model")
+        train(catalogue, TOKENS, replace(config, lr=0.5), tmp_path / "model")
 
 
 def test_stage_refuses_a_tracker_that_is_not_installed(tmp_path: Path) -> None:
     catalogue = draw_catalogue(tmp_path / "images")
     with pytest.raises(BadInput, match="pip install wandb"):
-        train(catalogue, EXTRACTION, TOKENS, SMALL, tmp_path / "model", services=["wandb"])
+        train(catalogue, TOKENS, SMALL, tmp_path / "model", services=["wandb"])

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from training_examples import EXTRACTION, SMALL, TOKENS, draw_catalogue
+from training_examples import BACKBONE, SMALL, TOKENS, draw_catalogue
 
 from distributed_rerank.data import tables
 from distributed_rerank.data.candidates import CandidateLists
@@ -28,7 +28,7 @@ def planted(tmp_path_factory: pytest.TempPathFactory) -> tuple[TrainingTask, Can
         table.write("8,8-copy.png,train,,\n")
     catalogue = read_catalogue(str(folder / "images" / "table.csv"), purpose="training").restrict("train")
     catalogue = catalogue.as_query_and_gallery()
-    embeddings = embed(catalogue, EXTRACTION, folder / "embeddings")
+    embeddings = embed(catalogue, BACKBONE, folder / "embeddings")
     task = make_task(catalogue, embeddings, TOKENS, SMALL, folder, search)
     nearest = retrieve_among(np.arange(len(catalogue)), catalogue, embeddings, 10, folder / "nearest", search)
     return task, nearest, folder

@@ -11,10 +11,10 @@ import torch
 from thread_workers import train_together
 from training_examples import TOKENS, build_task
 
+from distributed_rerank.config.training import TrainingConfig
 from distributed_rerank.data.candidates import CandidateLists
 from distributed_rerank.errors import BadInput
 from distributed_rerank.training import checkpoints
-from distributed_rerank.training.config import TrainingConfig
 from distributed_rerank.training.epoch import Worker
 from distributed_rerank.training.remining import reorder
 from distributed_rerank.training.run import fit, train_all

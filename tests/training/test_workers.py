@@ -9,7 +9,7 @@ import torch
 from thread_workers import train_together
 from training_examples import BACKBONE, TOKENS, build_task
 
-from distributed_rerank.models.concat_siamese import ConcatSiameseConfig
+from distributed_rerank.config.pairwise import ConcatSiameseConfig
 from distributed_rerank.training.task import TrainingTask
 
 N_STEPS = 20

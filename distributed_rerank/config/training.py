@@ -1,17 +1,57 @@
-"""What a training run is made of: one frozen dataclass, checked when it is made. Layer 3.
-
-`TrainingConfig` decides the weights that come out, so all of it goes into the fingerprint of the model
-folder. How many workers share the work is not part of it: the same plan is trained on by any number of them.
-"""
+"""How a model is trained. All of it decides the weights, so all of it goes into the model folder's fingerprint."""
 
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-import torch
-
-from distributed_rerank.data.transforms import Augmentation
 from distributed_rerank.errors import BadInput
-from distributed_rerank.tensors.candidate_mining import NegativeFilters
+
+
+@dataclass(frozen=True)
+class NegativeFilters:
+    """Which candidates of other labels may serve as negatives; applied in the order of the fields."""
+
+    absolute_margin: float | None = None
+    """Drop those nearer than the furthest positive of the list plus this."""
+    relative_margin: float | None = None
+    """Drop those nearer than the furthest positive of the list times (1 + this)."""
+    min_distance: float | None = None
+    """Drop those nearer than this (sentence-transformers' `max_score`)."""
+    range_min: int = 0
+    """Drop this many of the nearest that are left."""
+    range_max: int | None = None
+    """Drop all after this many of the nearest that are left, counted before `range_min` drops any."""
+
+    def __post_init__(self) -> None:
+        if self.range_min < 0 or (self.range_max is not None and self.range_max <= self.range_min):
+            raise BadInput(
+                f"range_min={self.range_min}, range_max={self.range_max} leave no negatives; "
+                "use 0 <= range_min < range_max"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Augmentation:
+    """Random changes of a training image: OML's `get_augs_torch` with a colour jitter that has an effect."""
+
+    min_scale: float = 1.0
+    """Smallest share of the area that a random crop keeps, above 0; 1 = no crop."""
+    flip: float = 0.5
+    """Probability of mirroring."""
+    brightness: float = 0.3
+    """Brightness is multiplied by a factor of 1 +- this."""
+    contrast: float = 0.3
+    """Contrast is multiplied by a factor of 1 +- this."""
+    saturation: float = 0.3
+    """Saturation is multiplied by a factor of 1 +- this."""
+    hue: float = 0.05
+    """The hue is turned by +- this, in full turns, up to 0.5."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.min_scale <= 1:
+            raise BadInput(f"min_scale={self.min_scale} is not in (0, 1]; 1 switches the random crop off")
+        for name, top in (("flip", 1), ("brightness", 1), ("contrast", 1), ("saturation", 1), ("hue", 0.5)):
+            if not 0 <= getattr(self, name) <= top:
+                raise BadInput(f"{name}={getattr(self, name)} is not in [0, {top}]; 0 switches it off")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +98,9 @@ class TrainingConfig:
     filters: NegativeFilters = field(default_factory=NegativeFilters)
     """Which candidates may not be negatives, because they may be mislabelled positives (mining=lists)."""
     optimizer: Literal["adamw", "sgd"] = "adamw"
-    """sgd has momentum 0.9."""
+    """How gradients become steps."""
+    momentum: float = 0.9
+    """Share of the last step that the next one keeps, 0 to below 1 (optimizer=sgd)."""
     lr: float = 2e-3
     """Learning rate of everything but the backbone."""
     backbone_lr: float = 0.0
@@ -112,6 +154,7 @@ class TrainingConfig:
             (self.epochs < 1, f"epochs={self.epochs} trains nothing; give at least 1"),
             (self.lr <= 0, f"lr={self.lr} trains nothing; give a positive rate"),
             (self.temperature <= 0, f"temperature={self.temperature} must be positive"),
+            (not 0 <= self.momentum < 1, f"momentum={self.momentum} must be from 0 to below 1"),
             (self.backbone_lr < 0, f"backbone_lr={self.backbone_lr} is negative; 0 freezes the backbone"),
             (not 0 < self.set_aside < 1, f"set_aside={self.set_aside} is no share; give one between 0 and 1"),
             (not 0 <= self.share_beyond <= 1, f"share_beyond={self.share_beyond} is no share; give 0 to 1"),
@@ -154,10 +197,21 @@ class TrainingConfig:
         """Whether the backbone is frozen in this epoch (counted from 0)."""
         return self.backbone_lr == 0 or epoch < self.freeze_epochs
 
-    def keeps_encodings(self, encoding_dtype: torch.dtype) -> bool:
-        """Whether encodings are computed once: the backbone is frozen for good, and they are more than the
-        pixels."""
-        return self.backbone_lr == 0 and encoding_dtype != torch.uint8
+    def without_effect(self) -> dict[str, str]:
+        """Fields that these settings make meaningless, with the setting to change for them to count."""
+        is_frozen = self.backbone_lr == 0
+        rules = {
+            "--mining batch or whole_batch": (self.mining == "lists", "n_labels n_instances"),
+            "--mining lists": (
+                self.mining != "lists",
+                "lists_per_step n_negatives steps_per_epoch negative_temperature remine_every share_beyond filters",
+            ),
+            "--loss margin": (self.loss != "margin", "margin"),
+            "--optimizer sgd": (self.optimizer != "sgd", "momentum"),
+            "a positive --backbone-lr": (is_frozen, "freeze_epochs gradient_checkpointing"),
+            "--backbone-lr 0": (not is_frozen, "views"),
+        }
+        return {name: fix for fix, (has_none, names) in rules.items() if has_none for name in names.split()}
 
     def fingerprint(self) -> dict[str, Any]:
         """Everything that decides the weights, as plain values for a manifest."""

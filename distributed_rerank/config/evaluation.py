@@ -1,0 +1,71 @@
+"""Where candidates come from, what re-orders them, and how the outcome is measured."""
+
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Literal
+
+from tyro.conf import OmitArgPrefixes, arg
+
+from distributed_rerank.config.extractor import ExtractorConfig
+from distributed_rerank.errors import BadInput
+
+
+@dataclass(frozen=True, kw_only=True)
+class FirstStageConfig:
+    """The candidates that are re-ranked: exact search over embeddings, or the lists of another system."""
+
+    extractor: OmitArgPrefixes[ExtractorConfig] = field(default_factory=ExtractorConfig)
+    embeddings: Path | None = None
+    """Embeddings made earlier: a folder of `embed`, or Parquet with id and embedding. Images then stay closed."""
+    candidates: Path | None = None
+    """Candidate lists of any system: Parquet or CSV (query_id, gallery_id, distance or score), or a TREC run."""
+    n_items: int = 100
+    """Items that exact search retrieves for each query."""
+
+    def __post_init__(self) -> None:
+        if self.n_items < 1:
+            raise BadInput(f"n_items={self.n_items} must be at least 1")
+
+    def check_files(self) -> None:
+        """Raises BadInput where nothing to search with is named, and for files that do not exist."""
+        if self.extractor.name is None and self.embeddings is None and self.candidates is None:
+            raise BadInput("nothing to search with: give --extractor, --embeddings or --candidates")
+        for name in ("embeddings", "candidates"):
+            path = getattr(self, name)
+            if path is not None and not path.exists():
+                raise BadInput(f"--{name} {path} does not exist; check the path")
+        if self.extractor.name is not None:
+            self.extractor.check_files()
+
+
+@dataclass(frozen=True, kw_only=True)
+class RerankerConfig:
+    """The pairwise model and the chain that turns its logits into an order."""
+
+    model: str | None = None
+    """Folder that `train` wrote, or hf-hub:owner/name. Default: the first stage alone."""
+    chain: Literal["model", "replace", "first_stage"] | Path = "model"
+    """model: the model folder's chain.json; replace: by the logit alone; first_stage: nothing; or a chain.json."""
+    top_n: int | None = None
+    """Candidates of each query that are re-ranked. Default: as the chain says, else 10."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeasureConfig:
+    """How rankings are measured."""
+
+    ks: tuple[int, ...] = (1, 5, 10)
+    """Cut-offs of the metrics."""
+    resampling_seed: Annotated[int, arg(name="seed")] = 0
+    """Seed of the resampling behind intervals and p-values."""
+    baselines: bool = True
+    """Measure free steps as well: k-reciprocal re-ranking, query expansion, database augmentation."""
+    price_per_worker_hour: float | None = None
+    """Price of an hour of one worker, in any currency; the report then tells the price of 1,000 queries."""
+
+    def __post_init__(self) -> None:
+        if not self.ks or min(self.ks) < 1:
+            raise BadInput(f"ks={list(self.ks)} must be one or more cut-offs of at least 1; give e.g. --ks 1 5 10")
+        if self.price_per_worker_hour is not None and not 0 <= self.price_per_worker_hour < math.inf:
+            raise BadInput(f"price_per_worker_hour={self.price_per_worker_hour} must be at least 0 and finite")

@@ -1,0 +1,72 @@
+"""Which network turns an image into an embedding, and what it sees of the image."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from tyro.conf import arg
+from tyro.constructors import PrimitiveConstructorSpec
+
+from distributed_rerank.config.literals import parse_named_values
+from distributed_rerank.errors import BadInput
+
+Interpolation = Literal["nearest", "bilinear", "bicubic", "lanczos"]
+Precision = Literal["auto", "fp32", "bf16"]
+NamedValues = Annotated[
+    Mapping[str, Any],
+    PrimitiveConstructorSpec(
+        nargs="*",
+        metavar="NAME=VALUE ...",
+        instance_from_str=parse_named_values,
+        is_instance=lambda value: isinstance(value, Mapping),
+        str_from_instance=lambda value: [f"{name}={item}" for name, item in value.items()],
+    ),
+]
+"""On the command line words of the form name=value."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExtractorConfig:
+    """The extractor: a timm network and the transform of its images. A default of None is the network's own."""
+
+    name: Annotated[str | None, arg(name="extractor")] = None
+    """A timm model such as vit_small_patch16_224.dino, `hf-hub:owner/model` or `local-dir:folder`."""
+    weights: Annotated[str | None, arg(name="extractor-weights")] = None
+    """A .safetensors, .pth or .pt file; `none` for an untrained network. Default: timm's weights from the hub."""
+    args: Annotated[NamedValues, arg(name="extractor-args")] = field(default_factory=dict)
+    """Further arguments of timm.create_model, as name=value, e.g. pad_type=same."""
+    image_size: int | tuple[int, int] | None = None
+    """Side of the square image in pixels, or height and width."""
+    resize: Literal["square", "crop"] = "square"
+    """square: squash the whole image (as open-metric-learning does). crop: resize the shorter side, cut the centre."""
+    crop_pct: float | None = None
+    """Share of the shorter side that the centre crop keeps, above 0 to 1 (resize=crop)."""
+    interpolation: Interpolation | None = None
+    """How pixels are interpolated when an image is resized."""
+    mean: tuple[float, float, float] | None = None
+    """Mean of each colour channel, 0 to 1."""
+    std: tuple[float, float, float] | None = None
+    """Standard deviation of each colour channel, 0 to 1."""
+    normalise: bool = True
+    """Scale embeddings to length 1, so that the order by L2 distance is the order by cosine."""
+    precision: Annotated[Precision, arg(name="extractor-precision")] = "auto"
+    """Number format of the network. auto: bf16 where the hardware multiplies it natively, fp32 elsewhere."""
+    extractor_seed: int = 0
+    """Seed of an untrained network's weights."""
+
+    def without_effect(self) -> dict[str, str]:
+        """Fields that these settings make meaningless, with the setting to change for them to count."""
+        return {} if self.resize == "crop" else {"crop_pct": "--resize crop"}
+
+    @property
+    def network(self) -> str:
+        """The name of the network. Raises BadInput where none is given."""
+        if self.name is None:
+            raise BadInput("no extractor is named; give --extractor, e.g. --extractor vit_small_patch16_224.dino")
+        return self.name
+
+    def check_files(self) -> None:
+        """Raises BadInput where no network is named or its weights file does not exist."""
+        if self.network and self.weights not in (None, "none") and not Path(self.weights).is_file():
+            raise BadInput(f"--extractor-weights {self.weights} does not exist; give a file, or none")

@@ -1,0 +1,245 @@
+"""The command line of each job: its manual and the configs that it is made of."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Literal
+
+from tyro.conf import OmitArgPrefixes, Positional, arg
+
+from distributed_rerank.config.cluster import ClusterConfig, RetryConfig
+from distributed_rerank.config.evaluation import FirstStageConfig, MeasureConfig, RerankerConfig
+from distributed_rerank.config.extractor import ExtractorConfig
+from distributed_rerank.config.pairwise import PairwiseConfig, PairwiseName, TokenSiameseConfig
+from distributed_rerank.config.schedule import ScheduleConfig
+from distributed_rerank.config.training import TrainingConfig
+from distributed_rerank.config.work import WorkConfig
+
+TrackingService = Literal["mlflow", "wandb"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClusterJob:
+    """A job that may run on Ray."""
+
+    cluster: OmitArgPrefixes[ClusterConfig] = field(default_factory=ClusterConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OutJob(ClusterJob):
+    """A job that writes one folder."""
+
+    out: Path
+    """Folder for the results."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CatalogueJob(ClusterJob):
+    """A job on a catalogue."""
+
+    catalogue: str
+    """CSV or Parquet table of the images; a path or a URI."""
+    work: OmitArgPrefixes[WorkConfig] = field(default_factory=WorkConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FolderJob(OutJob, CatalogueJob):
+    """A job that turns a catalogue into one folder."""
+
+    overwrite: bool = False
+    """Recompute a folder that another configuration made."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExtractorJob(FolderJob):
+    """A job that needs an extractor."""
+
+    extractor: OmitArgPrefixes[ExtractorConfig] = field(default_factory=ExtractorConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EmbedJob(ExtractorJob):
+    """Catalogue -> embeddings (Parquet by id), on Ray Data.
+
+        distributed-rerank embed --catalogue photos/df.csv --out runs/embeddings --extractor vit_small_patch16_224.dino
+
+    The table needs only the column `path` (and `id` where paths repeat). A second run computes only the ids that are
+    missing; a killed one continues. Images that cannot be read are listed with the reason in rejects.parquet.
+    """
+
+    split: str | None = None
+    """Embed only the rows of this split, e.g. validation."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingJob(FolderJob):
+    """A job that trains."""
+
+    training: Annotated[TrainingConfig, arg(name="")] = field(default_factory=TrainingConfig)
+    retry: OmitArgPrefixes[RetryConfig] = field(default_factory=RetryConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainJob(TrainingJob):
+    """Catalogue -> pairwise model and its re-ranking chain, on Ray Train.
+
+        distributed-rerank train --catalogue photos/df.csv --out runs/model --extractor vit_small_patch16_224.dino
+
+    Trains on the rows of split `train`. A share of their labels is set aside: early stopping, fusion weight and the
+    chain are chosen on them, and if they show no gain the chain says "first stage". The folder holds config.json,
+    model.safetensors, chain.json, training.json, curves.svg and TensorBoard files; `evaluate` and `rerank` load it by
+    path. A second start of the same command continues after the last finished epoch. --pairwise-model concat with
+    --mining batch --loss bce is open-metric-learning's recipe.
+    """
+
+    pairwise_model: PairwiseName = "token"
+    """token: correlation of cached local tokens; concat: OML's ConcatSiamese; split: a ViT whose first blocks run per
+    image; distance: L2 distance of embeddings."""
+    pairwise: OmitArgPrefixes[PairwiseConfig] = field(default_factory=TokenSiameseConfig)
+    teacher: str | None = None
+    """Folder of a slower pairwise model that this one learns from as well as from the labels."""
+    embeddings: Path | None = None
+    """Folder of `embed`; what it lacks is added."""
+    track: tuple[TrackingService, ...] = ()
+    """mlflow, wandb: further trackers beside TensorBoard."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainExtractorJob(ExtractorJob, TrainingJob):
+    """Catalogue -> extractor weights: an embedding fine-tuned on your labels, the first step before re-ranking.
+
+        distributed-rerank train-extractor --catalogue photos/df.csv --out runs/extractor \\
+            --extractor vit_small_patch16_224.dino
+
+    Trains the network of --extractor on split `train`, each image against all others of a balanced batch (supervised
+    contrastive loss on the distances); the epoch that ranks labels set aside from `train` best is kept. The folder's
+    extractor.safetensors is then given to the other jobs: --extractor NAME --extractor-weights
+    runs/extractor/extractor.safetensors. The folder is a `distance` pairwise model as well. A second start of the same
+    command continues after the last finished epoch.
+    """
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankingJob(CatalogueJob):
+    """A job that re-ranks."""
+
+    first_stage: OmitArgPrefixes[FirstStageConfig] = field(default_factory=FirstStageConfig)
+    reranker: OmitArgPrefixes[RerankerConfig] = field(default_factory=RerankerConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeasuringJob(RankingJob):
+    """A job that measures."""
+
+    measure: OmitArgPrefixes[MeasureConfig] = field(default_factory=MeasureConfig)
+    split: str = "validation"
+    """Queries and gallery are the rows of this split."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateJob(MeasuringJob, FolderJob):
+    """Metrics before and after re-ranking, with intervals, costs and a report. Without --model, the first stage alone.
+
+        distributed-rerank evaluate --catalogue photos/df.csv --out runs/evaluation --model runs/model \\
+            --extractor vit_small_patch16_224.dino
+
+    Queries and gallery are the rows of --split (default: validation). The first stage is exact search over embeddings
+    that are computed here, or were made earlier (--embeddings), or any lists (--candidates). The model folder's
+    chain.json says how logits and distances become an order; --chain replace is open-metric-learning's rule, --chain
+    first_stage none. A second start of the same command continues a killed run and says so if there is nothing left to
+    do.
+    """
+
+    baseline: Path | None = None
+    """Evaluation folder of the same catalogue to compare the final ranking with; written to OUT/comparison.json."""
+    trec: Path | None = None
+    """Folder for first_stage.trec, reranked.trec and qrels.trec."""
+    markdown: Path | None = None
+    """File for a summary that fits a pull request."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RerankJob(RankingJob, FolderJob):
+    """Candidate lists -> re-ordered lists, without labels: own lists, or those that any vector database returned.
+
+        distributed-rerank rerank --catalogue photos.csv --candidates lists.parquet --model runs/model \\
+            --out runs/reranked
+
+    The catalogue needs only `path` (and `id` as the candidates name them); --query-catalogue takes a table of its own
+    for the queries. Candidates are Parquet or CSV (query_id, gallery_id, distance or score) or a TREC run; without
+    --candidates they are searched for, with --extractor. The result, reranked.parquet, has a row for every candidate:
+    query_id, gallery_id, rank, distance, first_stage_rank, first_stage_distance, logit, probability (of a match, as the
+    labels set aside in training calibrated it; null where the pairwise model did not look).
+    """
+
+    query_catalogue: str | None = None
+    """Table of the queries, where they are not in the catalogue."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScheduledEvaluationJob(MeasuringJob):
+    """Evaluate on a date, append to a history, compare with the baseline and the run before; the exit code tells.
+
+        distributed-rerank scheduled-evaluation --catalogue photos/df.csv --model runs/model \\
+            --extractor vit_small_patch16_224.dino --history nightly/history.parquet --runs nightly/runs \\
+            --baseline runs/evaluation
+
+    Exit code 0: no regression. 3: the metric fell beyond --tolerance and beyond chance; the metric, its interval and
+    the worst category are named. 2: wrong input, e.g. a baseline of another catalogue. The run's folder RUNS/RUN_ID is
+    what `evaluate` writes, with verdict.json and the trend added; history.html beside the history shows all runs. The
+    same run id again continues a killed run, or says that it is done and ends with the same exit code as before.
+    jobs/examples/ has a crontab, a systemd timer and a Kubernetes CronJob.
+    """
+
+    schedule: OmitArgPrefixes[ScheduleConfig]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SubmitJob:
+    """Submit a command to a Ray cluster, show its log, end with its exit code. For cron, systemd and CI.
+
+        distributed-rerank submit --address http://127.0.0.1:8265 --submission-id evaluation-2026-11-23 \\
+            --working-dir . -- python jobs/scheduled_evaluation.py --catalogue s3://bucket/df.csv ...
+
+    `ray job submit` ends with 0 for a job that was stopped and with 1 for any failure. This ends with 0 where the job
+    succeeded, with the job's own exit code where it failed (2 bad input, 3 regression), with 130 where it was stopped.
+    A submission id that the cluster knows is not submitted again: its log is shown and its exit code returned, so a
+    timer that fires twice does the work once. Interrupting this command does not stop the job. A token is taken from
+    the environment as Ray does: RAY_AUTH_MODE=token and RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token.
+    """
+
+    command: Positional[tuple[str, ...]]
+    """What to run on the cluster, after `--`."""
+    submission_id: str
+    """Unique on the cluster; the same id again attaches to the job that has it."""
+    address: str = "http://127.0.0.1:8265"
+    """Address of the cluster's dashboard."""
+    working_dir: str | None = None
+    """Folder to upload and to run in, without what .gitignore and .rayignore name. Default: the cluster's own."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoJob(OutJob):
+    """The whole path on a generated catalogue, on local Ray: under 2 minutes on 2 cores, no network, no weights.
+
+        distributed-rerank demo --out out/demo
+
+    120 product designs in look-alike families, 6 photos each, labels of `train` and `validation` disjoint. A small
+    network (timm's test_resnet, untrained) is first trained as extractor on the train labels; then a pairwise model on
+    Ray Train, with a chain chosen on train labels that it was not trained on; then the validation labels, which nothing
+    has seen, are evaluated before and after re-ranking. The figures are what came out: if re-ranking did not help, it
+    says so.
+    """
+
+
+JOBS: Mapping[str, type] = {
+    "embed": EmbedJob,
+    "train": TrainJob,
+    "train-extractor": TrainExtractorJob,
+    "evaluate": EvaluateJob,
+    "rerank": RerankJob,
+    "scheduled-evaluation": ScheduledEvaluationJob,
+    "submit": SubmitJob,
+    "demo": DemoJob,
+}
+"""By the name of the command."""

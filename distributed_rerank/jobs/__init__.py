@@ -1,0 +1,1 @@
+"""What each job does once its command line is parsed: one module a job, thin over the rooms below."""

@@ -1,0 +1,19 @@
+"""Catalogue -> embeddings."""
+
+import logging
+
+from distributed_rerank import extraction
+from distributed_rerank.config.jobs import EmbedJob
+from distributed_rerank.data.catalogue import Catalogue
+from distributed_rerank.jobs.connection import executors_for
+
+logger = logging.getLogger(__name__)
+
+
+def main(job: EmbedJob, catalogue: Catalogue) -> None:
+    """Embed the catalogue's images into the folder --out."""
+    with executors_for(job.cluster) as (executors, _):
+        embeddings = extraction.embed(
+            catalogue, job.extractor, job.out, work=job.work, extract=executors.extract, overwrite=job.overwrite
+        )
+    logger.info("%d embeddings, %d rejects: %s", len(embeddings.ids), len(embeddings.rejects), job.out)

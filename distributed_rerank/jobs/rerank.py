@@ -1,0 +1,29 @@
+"""Candidate lists -> re-ordered lists, without labels."""
+
+import logging
+
+from distributed_rerank.config.jobs import RerankJob
+from distributed_rerank.data.catalogue import Catalogue
+from distributed_rerank.jobs.connection import executors_for
+from distributed_rerank.reranking.rerank import rerank
+from distributed_rerank.reranking.run import load_model_and_chain
+
+logger = logging.getLogger(__name__)
+
+
+def main(job: RerankJob, catalogue: Catalogue) -> None:
+    """Re-order the lists of the catalogue's queries into the folder --out."""
+    model, chain = load_model_and_chain(job.reranker)
+    assert model is not None, "--model is required"
+    with executors_for(job.cluster) as (executors, _):
+        table = rerank(
+            catalogue,
+            job.first_stage,
+            job.out,
+            model=model,
+            chain=chain,
+            work=job.work,
+            executors=executors,
+            overwrite=job.overwrite,
+        )
+    logger.info("%d candidates: %s", len(table), job.out / "reranked.parquet")

@@ -1,0 +1,5 @@
+"""Submit a command to a Ray cluster."""
+
+from distributed_rerank.cluster.submit import main
+
+__all__ = ["main"]
