@@ -1,4 +1,4 @@
-# make setup | demo | test | lint | typecheck | bench-quick.  Every target installs what it needs into $(VENV) first.
+# make setup | demo | test | lint | typecheck | docs | bench-quick.  Every target installs what it needs into $(VENV) first.
 VENV ?= .venv
 OUT ?= out/demo
 PYTEST_ARGS ?=
@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed.stamp
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: setup demo test lint format typecheck bench-quick clean
+.PHONY: setup demo test lint format typecheck docs bench-quick clean
 
 setup: $(INSTALLED)
 
@@ -44,6 +44,9 @@ format: setup
 
 typecheck: setup
 	$(BIN)/pyright --pythonpath $(BIN)/python
+
+docs: setup
+	$(BIN)/python docs/reference.py out/docs
 
 bench-quick: setup
 	@set -e; for script in $(SMOKE); do echo "== $$script --quick"; $(BIN)/python $$script --quick; done
