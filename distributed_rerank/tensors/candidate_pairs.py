@@ -46,9 +46,8 @@ class Side:
     norms: Float[Tensor, " item"]
     rounded: Rounded | None = None
 
-    def part(self, start: int, stop: int) -> "Side":
-        """Rows start to stop."""
-        rows = slice(start, stop)
+    def __getitem__(self, rows: slice | Int64[Tensor, " row"]) -> "Side":
+        """These rows only."""
         sequences = None if self.sequences is None else self.sequences[rows]
         rounded = None if self.rounded is None else Rounded(self.rounded.factors[rows], self.rounded.residuals[rows])
         return Side(self.embeddings[rows], self.items[rows], sequences, self.norms[rows], rounded)
@@ -72,9 +71,7 @@ def checked_side(embeddings: Tensor, items: Tensor, sequences: Tensor | None) ->
 def sorted_by_item(gallery: Side) -> Side:
     """The gallery in ascending order of item numbers, which must be distinct; copied only if it is not sorted."""
     if bool((gallery.items.diff() <= 0).any()):
-        order = gallery.items.argsort()
-        sequences = None if gallery.sequences is None else gallery.sequences[order]
-        gallery = Side(gallery.embeddings[order], gallery.items[order], sequences, gallery.norms[order])
+        gallery = gallery[gallery.items.argsort()]
         assert not bool((gallery.items.diff() == 0).any()), "an item occurs twice in one gallery tile"
     return gallery
 

@@ -124,11 +124,11 @@ def search_tiles(
         size = min(query_block, len(query_items)) * (min(gallery_slice, len(items)) + LARGEST_GROUP)
         workspace = workspace if workspace.numel() >= size else workspace.new_empty(size)
         for left, right in blocks(len(items), gallery_slice):
-            part = gallery.part(left, right)
+            part = gallery[left:right]
             if is_rounded and len(query_items) * part.embeddings.numel() >= SMALLEST_ROUNDED:
                 part = replace(part, rounded=rounded_slice(part, n_items))
             for number, (start, stop) in enumerate(query_blocks):
-                near = _nearest_in_slice(queries.part(start, stop), part, best[number], n_items, workspace)
+                near = _nearest_in_slice(queries[start:stop], part, best[number], n_items, workspace)
                 best[number] = merge(best[number], near, n_items)
     best.append(_nobody(0, n_items, query_embeddings))  # without queries there are no blocks to concatenate
     return Neighbours(torch.cat([b.items for b in best]), torch.cat([b.distances for b in best]))

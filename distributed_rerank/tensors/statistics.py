@@ -120,17 +120,8 @@ def compare(
     n_clusters = len(change) if clusters is None else len(torch.unique(clusters))
     better, worse = (change > 0).sum(dim=0).tolist(), (change < 0).sum(dim=0).tolist()
     return {
-        key: Difference(
-            mean=intervals[m].mean,
-            low=intervals[m].low,
-            high=intervals[m].high,
-            p_value=p_values[m],
-            n_better=better[m],
-            n_worse=worse[m],
-            n_equal=len(change) - better[m] - worse[m],
-            n_clusters=n_clusters,
-        )
-        for m, key in enumerate(keys)
+        key: Difference(i.mean, i.low, i.high, p_value, n_better, n_worse, len(change) - n_better - n_worse, n_clusters)
+        for key, i, p_value, n_better, n_worse in zip(keys, intervals, p_values, better, worse, strict=True)
     }
 
 
