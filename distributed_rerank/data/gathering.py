@@ -113,7 +113,7 @@ class _Gathering:
         distance = (numbers if value == "distance" else -numbers).astype(np.float32)
         rank = np.broadcast_to(np.int8(0), len(batch))  # takes no memory
         if "rank" in batch.column_names:
-            rank = _smaller(_numbers(batch["rank"]))
+            rank = _as_int32(_numbers(batch["rank"]))
             self._no_rank.note(~np.isfinite(rank), self._n_rows)
         query, item = self._items(batch)
         self._n_rows += len(batch)
@@ -236,7 +236,7 @@ def _numbers(column: pa.ChunkedArray) -> Float64[np.ndarray, " row"]:
     return np.asarray(pd.to_numeric(column.to_pandas(), errors="coerce"), dtype=np.float64)
 
 
-def _smaller(ranks: np.ndarray) -> np.ndarray:
+def _as_int32(ranks: np.ndarray) -> np.ndarray:
     """The ranks as int32 if all of them fit, else unchanged."""
     if not np.isfinite(ranks).all() or np.abs(ranks).max(initial=0) >= 1 << 31:
         return ranks

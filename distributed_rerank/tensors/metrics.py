@@ -18,6 +18,7 @@ from distributed_rerank.errors import BadInput
 
 PerQuery = dict[str, Float64[Tensor, " query"]]
 """Metric key -> one float64 per query."""
+_Keys = tuple[Int64[Tensor, " query"], Int64[Tensor, " gallery"]]
 
 
 def relevance(
@@ -152,10 +153,7 @@ def rows_by_category(categories: Int64[Tensor, " query"]) -> dict[int, Int64[Ten
     return dict(zip(numbers.tolist(), torch.split(order, sizes.tolist()), strict=True))
 
 
-def _join(
-    first: tuple[Int64[Tensor, " query"], Int64[Tensor, " gallery"]],
-    second: tuple[Int64[Tensor, " query"], Int64[Tensor, " gallery"]],
-) -> tuple[Int64[Tensor, " query"], Int64[Tensor, " gallery"]]:
+def _join(first: _Keys, second: _Keys) -> _Keys:
     """One key for each pair of keys, equal where both are equal."""
     n_queries = len(first[0])
     # Numbers 0, 1, 2, ... for the distinct keys of each kind, of queries and gallery together, so that products are

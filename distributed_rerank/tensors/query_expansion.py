@@ -8,6 +8,7 @@ dim) memory.
 import torch
 from jaxtyping import Float, Float32, Int64
 from torch import Tensor
+from torch.nn.functional import normalize
 
 from distributed_rerank.errors import BadInput
 
@@ -38,9 +39,16 @@ def expand_embeddings(
         raise BadInput(f"alpha={alpha} must not be negative")
     parts = []
     for rows in torch.arange(len(embeddings)).split(_BLOCK_ROWS):
-        own_weights = None if weights is None else weights[rows, :n_neighbours]
-        near = neighbours[rows, :n_neighbours]
-        parts.append(_expand_embedding_rows(embeddings[rows], gallery_embeddings, near, alpha, own_weights))
+        total = own = normalize(embeddings[rows].double())
+        # Place by place of the lists, so that rows are summed in one order for any block, and no [row, k, dim] is held.
+        for column in range(n_neighbours):
+            # [row, dim]: the neighbours at this place; [row]: their weights, 0 where one is missing.
+            place = neighbours[rows, column]
+            near = normalize(gallery_embeddings[place.clamp(min=0)].double())
+            similarity = (own * near).sum(dim=1) if weights is None else weights[rows, column].double()
+            weight = torch.where((place >= 0) & (similarity > 0), similarity.clamp(min=0) ** alpha, 0.0)
+            total = total + weight[:, None] * near
+        parts.append(normalize(total).float())
     return torch.cat(parts)
 
 
@@ -67,22 +75,3 @@ def expanded_distances(
         for rows in queries.split(_BLOCK_ROWS)
     ]
     return torch.where(items[queries] >= 0, (1 - torch.cat(parts)).clamp(min=0), torch.inf)
-
-
-def _expand_embedding_rows(
-    embeddings: Float32[Tensor, "row dim"],
-    gallery_embeddings: Float32[Tensor, "gallery dim"],
-    neighbours: Int64[Tensor, "row k"],
-    alpha: float,
-    weights: Float[Tensor, "row k"] | None,
-) -> Float32[Tensor, "row dim"]:
-    """`expand_embeddings` of one block."""
-    total = own = torch.nn.functional.normalize(embeddings.double())
-    # Place by place of the lists, so that rows are summed in one order for any block, and no [row, k, dim] is held.
-    for column, place in enumerate(neighbours.unbind(dim=1)):
-        # [row, dim]: the neighbours at this place; [row]: their weights, 0 where one is missing.
-        near = torch.nn.functional.normalize(gallery_embeddings[place.clamp(min=0)].double())
-        similarity = (own * near).sum(dim=1) if weights is None else weights[:, column].double()
-        weight = torch.where((place >= 0) & (similarity > 0), similarity.clamp(min=0) ** alpha, 0.0)
-        total = total + weight[:, None] * near
-    return torch.nn.functional.normalize(total).float()
