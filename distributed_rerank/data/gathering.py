@@ -1,7 +1,7 @@
-"""Candidate tables, one after the other and in any order of rows, into candidate lists (layer 2).
+"""Gather candidate lists from tables that come one after the other, with their rows in any order.
 
-Ids become item numbers batch by batch, so that the strings of one batch are all that is ever held, and the lists are
-laid out for one block of queries at a time: what is kept is little more than the lists themselves.
+Ids become item numbers batch by batch, so that only one batch of strings is held, and lists are laid out for one block
+of queries at a time: the memory used is little more than that of the lists.
 """
 
 import mmap
@@ -31,13 +31,12 @@ def gather_lists(
     ignored: Set[str] = frozenset(),
     queries_per_block: int = QUERIES_PER_BLOCK,
 ) -> CandidateLists:
-    """The lists of the rows of all `batches`: queries in item order, each list best first.
+    """The candidate lists in the rows of all `batches`: queries in item order, each list best first.
 
     Columns are `query_id, gallery_id` and `distance` (small = same) or `score` (large = same; distance = -score), with
-    or without `rank`. A list is in the order of (rank, distance, item), without ranks of (distance, item). Rows with an
-    id of `ignored` are left out. Raises BadInput, naming `source`, for ids that the catalogue does not have, a pair
-    that is there twice, a value that is not finite, and distances that fall where the rank grows (then it is a
-    similarity).
+    or without `rank`. A list is ordered by (rank, distance, item), without ranks by (distance, item). Rows with an id
+    in `ignored` are left out. Raises BadInput, naming `source`, for unknown ids, repeated pairs, values that are not
+    finite, and distances that fall while the rank grows (they are similarities then).
     """
     gathering = _Gathering(catalogue, ignored, source)
     for batch in batches:
@@ -46,7 +45,7 @@ def gather_lists(
 
 
 class _Rows(NamedTuple):
-    """Candidates as numbers."""
+    """Rows of the tables as numbers: item numbers of query and candidate, distance and rank."""
 
     query: Int32[np.ndarray, " row"]
     item: Int32[np.ndarray, " row"]
@@ -58,23 +57,25 @@ class _Rows(NamedTuple):
         return _Rows(*(column[rows] for column in self))
 
     def sorted(self) -> "_Rows":
+        """By (query, rank, distance, item), copied only if not sorted."""
         keys = (self.query, self.rank, self.distance, self.item)
         return self if _is_ascending(keys) else self.take(np.lexsort(keys[::-1]))
 
 
 class _Chunk:
-    """Rows in the order of their queries, of which each is held once: 8 to 16 bytes a row."""
+    """The rows of one batch ordered by query, with each query stored once: 8 to 16 bytes a row."""
 
     def __init__(self, rows: _Rows) -> None:
         if not (rows.query[1:] >= rows.query[:-1]).all():
             rows = rows.take(np.argsort(rows.query, kind="stable"))
+        # [distinct query]: where its rows start and how many they are; one more start is the end.
         self.queries, starts, self.counts = np.unique(rows.query, return_index=True, return_counts=True)
         self._starts = np.append(starts, len(rows.query))
-        # A column of one repeated number takes no memory; a copy of it would.
+        # A broadcast column, one number repeated, takes no memory; a copy of it would.
         self._columns = [column if column.strides == (0,) else _in_own_pages(column) for column in rows[1:]]
 
     def between(self, first: int, last: int) -> _Rows:
-        """The rows of the queries first to last."""
+        """The rows of all queries from `first` to `last`."""
         low, high = np.searchsorted(self.queries, [first, last + 1])
         part = slice(self._starts[low], self._starts[high])
         query = np.repeat(self.queries[low:high], self.counts[low:high])
@@ -82,7 +83,7 @@ class _Chunk:
 
 
 class _Bad:
-    """How many rows have a fault, and the first of them, counted from 1."""
+    """Number of rows with a fault, and the first of them, counted from 1."""
 
     def __init__(self) -> None:
         self.count, self.first = 0, 0
@@ -94,7 +95,7 @@ class _Bad:
 
 
 class _Gathering:
-    """The rows of all batches as numbers, and what is wrong with them."""
+    """Collects the rows of all batches as numbers, and their faults."""
 
     def __init__(self, catalogue: Catalogue, ignored: Set[str], source: str) -> None:
         self._catalogue, self._ignored, self._source = catalogue, ignored, source
@@ -112,7 +113,7 @@ class _Gathering:
         distance = (numbers if value == "distance" else -numbers).astype(np.float32)
         rank = np.broadcast_to(np.int8(0), len(batch))  # takes no memory
         if "rank" in batch.column_names:
-            rank = _smaller(_numbers(batch["rank"]))
+            rank = _as_int32(_numbers(batch["rank"]))
             self._no_rank.note(~np.isfinite(rank), self._n_rows)
         query, item = self._items(batch)
         self._n_rows += len(batch)
@@ -122,12 +123,14 @@ class _Gathering:
             self._chunks.append(_Chunk(rows if is_known.all() else rows.take(is_known)))
 
     def lists(self, queries_per_block: int) -> CandidateLists:
-        """Laid out block by block; a chunk is forgotten with its last query."""
+        """The lists, laid out block by block; each chunk is dropped after its last query."""
         self._raise_if_bad()
+        # [item]: the number of candidates of each item; those that have any are the queries.
         counts = np.zeros(len(self._catalogue), np.int64)
         for chunk in self._chunks:
             counts[chunk.queries] += chunk.counts
         queries = np.flatnonzero(counts)
+        # [query, longest list], filled block by block.
         shape = (len(queries), int(counts.max(initial=0)))
         items, distances = np.empty(shape, np.int64), np.empty(shape, np.float32)
         for start, stop in sharding.blocks(len(queries), queries_per_block):
@@ -137,12 +140,16 @@ class _Gathering:
         return CandidateLists(queries.astype(np.int64), items, distances)
 
     def _lay_out(self, queries: np.ndarray, counts: np.ndarray, items: np.ndarray, distances: np.ndarray) -> None:
+        """Write the lists of a block of queries, `counts` long, into `items` and `distances` [query, longest list]."""
+        # The block's rows from all chunks, ordered by query and within a query from best to worst.
         parts = [chunk.between(int(queries[0]), int(queries[-1])) for chunk in self._chunks]
         rows = _Rows(*(np.concatenate(column) for column in zip(*parts, strict=True))).sorted()
+        # [candidate]: the list that each row belongs to, and its place there, counted from where the list starts.
         row = np.repeat(np.arange(len(queries)), counts)
         column = np.arange(len(row)) - np.repeat(np.cumsum(counts) - counts, counts)
         items[:], distances[:] = -1, np.inf
         items[row, column], distances[row, column] = rows.item, rows.distance
+        # In sorted rows [query, longest list] a repeated item stands next to itself; -1 may repeat.
         ids = self._catalogue.ids
         ordered = np.sort(items.astype(np.int32), axis=1)
         twice = (ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)
@@ -150,6 +157,7 @@ class _Gathering:
             row, column = np.argwhere(twice)[0]
             pair = f"query {ids[queries[row]]!r} and gallery item {ids[ordered[row, column]]!r}"
             raise BadInput(f"{self._source}: {pair} are paired twice; keep each pair once")
+        # [query]: whether any distance in the list is smaller than the one before it.
         falls = (distances[:, 1:] < distances[:, :-1]).any(axis=1)
         if falls.any():
             raise BadInput(
@@ -158,15 +166,17 @@ class _Gathering:
             )
 
     def _items(self, batch: pa.Table) -> tuple[np.ndarray, np.ndarray]:
-        """Item numbers of both columns; -1 = ignored, unknown or empty. A run of one query is looked up once."""
+        """Item numbers of both columns [row]; -1 = ignored, unknown or empty."""
         queries, gallery = (self._texts(batch[name], name) for name in _IDS)
         self._empty.note(_is_null(queries) | _is_null(gallery), self._n_rows)
+        # A query mostly has its rows together: one look-up per run of equal queries, and one per gallery id.
         runs = pc.call_function("run_end_encode", [queries])
         wanted = pa.concat_arrays([runs.values, gallery])
         found = pc.call_function("index_in", [wanted], pc.SetLookupOptions(self._names))
         if found.null_count:
             lost = wanted.filter(found.is_null()).unique().drop_null().to_pylist()
             self._unknown.update(set(lost) - self._ignored)
+        # The answers [runs + rows]: those of the runs repeated for each of their rows, then those of the gallery ids.
         items = found.fill_null(-1).to_numpy()
         n_runs = len(runs.values)
         lengths = np.diff(runs.run_ends.to_numpy(), prepend=0)
@@ -180,7 +190,7 @@ class _Gathering:
         return pa.concat_arrays(texts.chunks) if isinstance(texts, pa.ChunkedArray) else texts
 
     def _check_columns(self, names: Sequence[str]) -> str:
-        """The column with the values; all batches must have the same columns."""
+        """Name of the column that holds the values; all batches must have the same columns."""
         values = [name for name in ("distance", "score") if name in names]
         known = {*_IDS, "rank", "distance", "score"}
         is_same = self._columns is None or self._columns == set(names)
@@ -194,7 +204,7 @@ class _Gathering:
 
     @property
     def _is_bad(self) -> bool:
-        """Whether reading goes on only to count what is wrong."""
+        """Whether a fault was found; later batches are then read only to count faults."""
         return bool(self._not_finite.count or self._empty.count or self._no_rank.count or self._unknown)
 
     def _raise_if_bad(self) -> None:
@@ -212,7 +222,7 @@ class _Gathering:
 
 
 def _in_own_pages(column: np.ndarray) -> np.ndarray:
-    """A copy in pages of its own, which the system has back with the array; allocators keep what they are given."""
+    """A copy in memory pages of its own: they return to the system with the array, which allocators would not do."""
     pages = mmap.mmap(-1, max(column.nbytes, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     copy = np.frombuffer(pages, column.dtype, len(column))
     copy[:] = column
@@ -220,14 +230,14 @@ def _in_own_pages(column: np.ndarray) -> np.ndarray:
 
 
 def _numbers(column: pa.ChunkedArray) -> Float64[np.ndarray, " row"]:
-    """The values as float64; NaN where a cell is empty or no number."""
+    """The values as float64; NaN where a cell is empty or not a number."""
     if pa.types.is_floating(column.type) or pa.types.is_integer(column.type):
         return column.cast(pa.float64()).to_numpy()
     return np.asarray(pd.to_numeric(column.to_pandas(), errors="coerce"), dtype=np.float64)
 
 
-def _smaller(ranks: np.ndarray) -> np.ndarray:
-    """The same ranks as int32 where they are such."""
+def _as_int32(ranks: np.ndarray) -> np.ndarray:
+    """The ranks as int32 if all of them fit, else unchanged."""
     if not np.isfinite(ranks).all() or np.abs(ranks).max(initial=0) >= 1 << 31:
         return ranks
     integers = ranks.astype(np.int32)
@@ -239,7 +249,8 @@ def _is_null(column: pa.Array) -> np.ndarray:
 
 
 def _is_ascending(keys: Sequence[np.ndarray]) -> bool:
-    """Whether the rows are in the order of the keys, the first counting most."""
+    """Whether the rows are ordered by the keys, the first one first."""
+    # Whether each row is smaller than the one before it: by the last key, then by the last two, and so on.
     falls = np.zeros(max(len(keys[0]) - 1, 0), bool)
     for key in reversed(keys):
         falls = (key[1:] < key[:-1]) | ((key[1:] == key[:-1]) & falls)

@@ -1,1 +1,1 @@
-"""Layer 2: extractors (image -> embedding) and pairwise models (two images -> logit)."""
+"""Extractors (image -> embedding) and pairwise models (two images -> logit)."""

@@ -1,8 +1,6 @@
-"""ConcatSiamese of OML (STIR, arXiv 2304.13393): the backbone sees the two images one above the other. Layer
-2.
+"""ConcatSiamese of OML (STIR, arXiv 2304.13393): the backbone sees the two images one above the other.
 
-Its state dict has OML's names and shapes for a DINO vision transformer, so checkpoints go both ways
-unchanged.
+Its state dict has OML's names and shapes for a DINO vision transformer, so checkpoints go both ways unchanged.
 """
 
 from collections.abc import Sequence
@@ -46,8 +44,7 @@ class ConcatSiamese(PairwiseModel):
         encoded_gallery: UInt8[Tensor, "pair 3 height width"],
         first_stage_distance: Float[Tensor, " pair"],
     ) -> Float32[Tensor, " pair"]:
-        """OML's logit. In evaluation with `both_orders` the logit of the mean of both orders' probabilities,
-        symmetric."""
+        """OML's logit; in evaluation with `both_orders` that of the mean of both orders' probabilities."""
         logit = self._one_order(encoded_query, encoded_gallery)
         if self.training or not self.config.both_orders:
             return logit
@@ -58,16 +55,14 @@ class ConcatSiamese(PairwiseModel):
 
 
 def logit_of_mean_probability(a: Float32[Tensor, " pair"], b: Float32[Tensor, " pair"]) -> Float32[Tensor, " pair"]:
-    """logit((sigmoid(a) + sigmoid(b)) / 2), without the loss of order that probabilities near 0 or 1 would
-    suffer."""
+    """logit((sigmoid(a) + sigmoid(b)) / 2), computed so that pairs with probabilities near 0 or 1 stay in order."""
     return torch.logaddexp(functional.logsigmoid(a), functional.logsigmoid(b)) - torch.logaddexp(
         functional.logsigmoid(-a), functional.logsigmoid(-b)
     )
 
 
 def mlp_head(dim: int, hidden_dims: Sequence[int], dropout: float, seed: int) -> nn.Sequential:
-    """OML's head: Linear, Sigmoid, Dropout for each hidden dimension, then a Linear to one number without
-    bias."""
+    """OML's head: Linear, Sigmoid, Dropout for each hidden dimension, then a Linear to one number without bias."""
     layers: list[nn.Module] = []
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -78,11 +73,9 @@ def mlp_head(dim: int, hidden_dims: Sequence[int], dropout: float, seed: int) ->
 
 
 def load_siamese_weights(model: PairwiseModel, path: str) -> None:
-    """Load a ConcatSiamese state dict (OML's, Lightning's with a prefix, or ours) in `model`, every name and
-    shape equal.
+    """Load a ConcatSiamese state dict: OML's, Lightning's with a prefix, or ours.
 
-    Raises:
-        BadInput: the file cannot be read, holds no `extractor.` entries, or does not fit.
+    Raises BadInput if the file cannot be read, holds no `extractor.` entries, or has other names or shapes.
     """
     state = weights.read_state_dict(path)
     first = next((name for name in state if "extractor." in name), None)

@@ -1,8 +1,7 @@
-"""OML's two trivial pairwise models: the L2 distance of two embeddings, as they are or after a learned linear
-map. Layer 2.
+"""OML's two trivial pairwise models: the L2 distance of two embeddings, with or without a learned linear map.
 
-TrivialDistanceSiamese is `linear=False`; LinearTrivialDistanceSiamese is `linear=True`. With the identity and
-no bias both reproduce the distances and the order of a first stage made with the same extractor.
+TrivialDistanceSiamese is `linear=False`; LinearTrivialDistanceSiamese is `linear=True`. With the identity as the map
+and no bias both reproduce the distances and the order of a first stage by the same extractor.
 """
 
 from dataclasses import replace
@@ -39,12 +38,12 @@ class DistanceSiamese(PairwiseModel):
         encoded_gallery: Float32[Tensor, "pair dim"],
         first_stage_distance: Float[Tensor, " pair"],
     ) -> Float32[Tensor, " pair"]:
-        """The distance itself takes the place of a logit: larger = more different, never negative before the
-        bias."""
+        """The distance plus the bias, in place of a logit: larger = more different."""
         return (self.proj(encoded_query) - self.proj(encoded_gallery)).norm(dim=1) + self.config.output_bias
 
 
 def _square_map(dim: int, config: DistanceSiameseConfig) -> nn.Linear:
+    """A linear layer without bias, at first the identity or random."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.head_seed)
         linear = nn.Linear(dim, dim, bias=False)

@@ -1,7 +1,7 @@
-"""Extractors: any timm model as a function from uint8 pixels to one float32 embedding per image. Layer 2.
+"""Extractors: any timm model as a function from uint8 pixels to one float32 embedding per image.
 
-The transform of the images is part of the extractor (timm's data config of the model, each field
-overridable), and normalising by mean and deviation happens on the device, so that images travel as bytes.
+The transform of the images is part of the extractor (timm's data config of the model, each field overridable). Mean and
+deviation are applied on the device, so that images travel as bytes.
 """
 
 import difflib
@@ -28,8 +28,7 @@ from distributed_rerank.tensors.hardware import bf16_support
 
 
 class Extractor(nn.Module):
-    """A timm model behind the pixel interface. Made by `build_extractor`; `config` has every choice written
-    out."""
+    """A timm model that takes pixels. `build_extractor` makes it; every choice is written out in `config`."""
 
     mean: Tensor
     std: Tensor
@@ -42,9 +41,9 @@ class Extractor(nn.Module):
         self.dim = int(getattr(model, "head_hidden_size", 0) or model.num_features)
         self.is_plain_vit = vit.is_plain_vit(model)
         self.input_size = transform.size
-        """Height and width of the images that the network takes."""
+        """Height and width of the images for the network."""
         self.has_narrow_maps = False
-        """Whether a convolution of the network makes a map of one column and several rows from them."""
+        """Whether any convolution of the network gives a map of one column and several rows."""
         self.register_buffer("mean", torch.tensor(transform.mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(transform.std).view(1, 3, 1, 1), persistent=False)
 
@@ -55,17 +54,16 @@ class Extractor(nn.Module):
         return (pixels.to(torch.float32) / 255 - self.mean) / self.std
 
     def dtype_on(self, device: torch.device) -> torch.dtype:
-        """The number format of what enters and leaves the network's layers on `device`."""
+        """Number format of the inputs and outputs of the network's layers on `device`."""
         return resolve_precision(self.config.precision, device, has_narrow_maps=self.has_narrow_maps)
 
     def pads_keys(self, device: torch.device) -> bool:
-        """Whether attention keys are padded to a multiple of 16: measured 1.2 times faster with AMX tiles and torch's
-        fused attention, slower elsewhere."""
+        """Whether to pad attention keys to a multiple of 16: 1.2 times faster with AMX and fused attention only."""
         is_fused = not torch.is_grad_enabled()  # vit.run_block
         return is_fused and self.dtype_on(device) == torch.bfloat16 and bf16_support(device) == "AMX"
 
     def features(self, pixels: UInt8[Tensor, "image 3 height width"]) -> Float32[Tensor, "image dim"]:
-        """The network's pooled output before any normalising."""
+        """The network's pooled output, not normalised."""
         with computing_in(self.dtype_on(pixels.device), self.model, pixels.device) as dtype:
             images = self.normalise_pixels(pixels).to(dtype)
             if self.is_plain_vit:
@@ -80,7 +78,7 @@ class Extractor(nn.Module):
         return functional.normalize(features, dim=1) if self.config.normalise else features
 
     def prepare_for_inference(self, device: torch.device | str) -> "Extractor":
-        """Move to `device`, stop training for good and take the fastest format for inference there. Returns itself.
+        """Move to `device`, end training for good and use the fastest format for inference there. Returns itself.
 
         Raises BadInput for a precision that `device` does not have.
         """
@@ -91,7 +89,7 @@ class Extractor(nn.Module):
         return self
 
     def _probe(self, device: torch.device) -> Float32[Tensor, "1 3 height width"]:
-        """An image of noise of the size that the network takes."""
+        """A normalised image of noise, of the network's input size."""
         noise = torch.rand((1, 3, *self.input_size), generator=torch.Generator().manual_seed(0))
         return (noise.to(device) - self.mean) / self.std
 
@@ -99,11 +97,10 @@ class Extractor(nn.Module):
 def build_extractor(config: ExtractorConfig, stacked: int = 1) -> Extractor:
     """The extractor of `config`; with `stacked` = 2 its network takes two images, one above the other.
 
-    Deterministic and without effect on the global random state.
-
-    Raises:
-        BadInput: unknown model, refused argument, weights that are absent, unreachable or do not fit, a
-            refused image size. Not for a precision that this machine does not have: others may compute."""
+    Deterministic, and the global random state does not change. Raises BadInput for an unknown model, an argument or
+    image size that it refuses, and weights that are absent, unreachable or do not fit; not for a precision that this
+    machine does not have, since other machines may do the computing.
+    """
     model = _create(config)
     if config.weights not in (None, "none"):
         _load_file(model, config.weights)
@@ -115,16 +112,14 @@ def build_extractor(config: ExtractorConfig, stacked: int = 1) -> Extractor:
 
 
 def weights_digest(config: ExtractorConfig) -> str:
-    """sha256 that identifies the weights: of the local file, else of the state dict fetched or
-    initialised."""
+    """sha256 of the weights: of the local file, else of the fetched or initialised state dict."""
     if config.weights not in (None, "none"):
         return weights.digest_of_file(config.weights)
     return weights.digest_of_state(_create(config).state_dict())
 
 
 def _create(config: ExtractorConfig) -> nn.Module:
-    """The timm model without classifier, with hub weights if config.weights is None, else initialised from
-    the seed."""
+    """The timm model without classifier, with hub weights if config.weights is None, else initialised from the seed."""
     _check_name(config.network)
     args = {name: python_literal(value) for name, value in config.args.items()}
     with torch.random.fork_rng(devices=[]):
@@ -159,8 +154,7 @@ def _check_name(name: str) -> None:
 
 
 def _load_file(model: Any, path: str) -> None:
-    """Load a backbone's checkpoint; its classifier or training criterion, which the model has none of, is
-    left out."""
+    """Load a backbone's checkpoint, without its classifier or training criterion where the model has none."""
     own = model.state_dict()
     classifiers = model.pretrained_cfg.get("classifier") or ()
     parts = (classifiers,) if isinstance(classifiers, str) else tuple(classifiers)
@@ -171,7 +165,7 @@ def _load_file(model: Any, path: str) -> None:
 
 
 def _transform(config: ExtractorConfig, model: Any) -> InferenceTransform:
-    """timm's data config of the model where `config` does not say otherwise."""
+    """timm's data config of the model, overridden by the fields that `config` sets."""
     data = timm.data.resolve_data_config({}, model=model)
     size = config.image_size or _native_size(model)
     height, width = (size, size) if isinstance(size, int) else size
@@ -222,11 +216,10 @@ def _resolve(config: ExtractorConfig, model: Any, transform: InferenceTransform)
 
 
 def _accept_size(extractor: Extractor, size: tuple[int, int]) -> None:
-    """Adapt the network to images of `size` where it must be told, and try one: some networks have one size
-    only. Sets `has_narrow_maps`.
+    """Adapt the network to images of `size` and try one, since some networks take one size only.
 
-    The image is tried in float32, whatever the precision: who builds an extractor may have another device than who
-    computes with it."""
+    Sets `has_narrow_maps`. The trial is in float32 for any precision: another machine may compute with the extractor.
+    """
     model = extractor.model
     is_narrow: list[bool] = []
 

@@ -1,7 +1,7 @@
-"""Batch normalisation folded into the convolution before it: at inference both are one linear map. Layer 2.
+"""Fold batch normalisation into the convolution before it: at inference both are one linear map.
 
-Which convolution feeds which normalisation is seen from the tensors of one probe image, not guessed from names, and
-the folded network must give the same output for that image, else it is left as it was.
+The tensors of one probe image, not names, show which convolution feeds which normalisation. If the folded network gives
+another output for that image, the fold is undone.
 """
 
 from collections import Counter
@@ -14,14 +14,14 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 TOLERANCE = 1e-5
-"""Largest difference of the output that is rounding, relative to the output's largest value."""
+"""Largest difference of the output that counts as rounding, relative to the output's largest value."""
 
 
 def fold_batch_norms(network: nn.Module, probe: Float[Tensor, "image 3 height width"]) -> int:
-    """Fold every batch normalisation of `network` (in evaluation mode, float32) that follows a convolution directly.
+    """Fold each batch normalisation that directly follows a convolution, in place. Returns the number folded.
 
-    In place; the number folded. An activation within the normalisation stays. 0, and the network as it was, where the
-    output for `probe` would differ by more than rounding: then a convolution's output is used elsewhere too.
+    `network` is in evaluation mode and float32. An activation within the normalisation stays. Returns 0 and changes
+    nothing if the output for `probe` would differ by more than rounding: a convolution's output has other uses then.
     """
     found = _pairs(network, probe)
     if not found:
@@ -42,14 +42,14 @@ def fold_batch_norms(network: nn.Module, probe: Float[Tensor, "image 3 height wi
 
 
 def _pairs(network: nn.Module, probe: Tensor) -> list[tuple[nn.Conv2d, nn.BatchNorm2d, str]]:
-    """Convolutions and the normalisations that take their output, with the names of these; each used once."""
+    """Convolutions, the normalisations of their output, and the names of the normalisations; each is used once."""
     made: dict[int, tuple[nn.Conv2d, Tensor]] = {}
     pairs: list[tuple[nn.Conv2d, nn.BatchNorm2d, str]] = []
     uses: Counter[nn.Module] = Counter()
 
     def note_output(module: Any, _: Any, output: Tensor) -> None:
         uses[module] += 1
-        made[id(output)] = (module, output)  # the tensor too, or its id would be given to another
+        made[id(output)] = (module, output)  # keeps the tensor alive, or another could get its id
 
     def note_input(module: Any, inputs: tuple[Tensor, ...]) -> None:
         uses[module] += 1
@@ -93,7 +93,7 @@ def _fold(convolution: nn.Conv2d, norm: nn.BatchNorm2d) -> None:
 
 
 def _rest_of(norm: nn.BatchNorm2d) -> nn.Module:
-    """What a normalisation does beside normalising; dropout does nothing at inference."""
+    """The activation of a normalisation, if it has one; its dropout does nothing at inference."""
     rest: Any = norm.act if isinstance(norm, BatchNormAct2d) else nn.Identity()
     return rest
 

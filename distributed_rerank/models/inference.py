@@ -1,4 +1,4 @@
-"""The format that a network runs fastest in at inference, chosen from its kind and the device. Layer 2.
+"""The fastest format of a network for inference, by its kind and the device.
 
 | network | device | format |
 |---|---|---|
@@ -18,10 +18,10 @@ from distributed_rerank.models import folding, packing, vit
 
 
 def prepare(network: Any, probe: Float32[Tensor, "1 3 height width"], dtype: torch.dtype) -> None:
-    """Bring `network` into the format for inference in `dtype`, in place, on the device that it is on.
+    """Bring `network` into its format for inference in `dtype`, in place, on its device.
 
-    `probe` is an image of the size that the network takes: folding compares the outputs for it before and after.
-    A prepared network cannot be trained, and a second call changes nothing.
+    `probe` is an image of the network's input size; folding compares the outputs for it before and after. A prepared
+    network cannot be trained, and a second call changes nothing.
     """
     device, is_plain_vit = probe.device, vit.is_plain_vit(network)
     if is_plain_vit:

@@ -1,7 +1,7 @@
-"""MaxSim: the cached tokens of a TokenSiamese compared without its trained head. Layer 2.
+"""MaxSim: the cached tokens of a TokenSiamese compared without its trained head.
 
 Late interaction as in ColBERT (Khattab and Zaharia 2020), in both directions: a token's similarity to an image is that
-to the image's most similar token. What a trained head gains over it is what training was worth.
+to the image's most similar token. The gain of a trained head over it shows what training is worth.
 """
 
 from dataclasses import replace
@@ -26,7 +26,7 @@ class MaxSim(TokenSiamese):
 
 
 def maxsim_of(model: TokenSiamese) -> MaxSim:
-    """A MaxSim with the model's encoder."""
+    """A MaxSim with the encoder of `model`."""
     extractor = replace(model.config.extractor, weights="none")
     made = MaxSim(replace(model.config, extractor=extractor))
     made.load_state_dict(model.state_dict())

@@ -1,8 +1,8 @@
-"""Linear layers of a transformer in the form that a CPU multiplies fastest, for inference. Layer 2.
+"""Pack the linear layers of a transformer for fast inference on a CPU.
 
-torch sends a float32 linear layer to MKL, which does not use all of AMD's vector units, and brings the weights of a
-bfloat16 one into oneDNN's order again in every call. Packed, both go to oneDNN with the weights in order, and GELU is
-part of the product. Measured on Zen 4: float32 1.35 times the rate, bfloat16 1.08 times.
+torch computes a float32 linear layer with MKL, which does not use all of AMD's vector units, and for a bfloat16 one it
+brings the weights into oneDNN's order again in every call. Packed, both run in oneDNN with the weights in order, and
+GELU is part of the product. Measured on Zen 4: float32 1.35 times the rate, bfloat16 1.08 times.
 """
 
 import platform
@@ -15,12 +15,14 @@ from timm.layers.mlp import Mlp
 from torch import Tensor, nn
 
 _ROWS = 1024
-"""Rows of input that the order of the weights is chosen for; others work as well."""
+"""The order of the weights is chosen for this number of input rows; others work as well."""
 
 
 class PackedLinear(nn.Module):
-    """An nn.Linear for inference, by choice with the GELU after it. It computes in the format of its weights, whatever
-    that of the input is. It holds no parameters: it cannot be trained, saved or moved."""
+    """An nn.Linear for inference, optionally with the GELU after it, computing in the format of its weights.
+
+    It holds no parameters: it cannot be trained, saved or moved.
+    """
 
     weight: Tensor | None
     bias: Tensor | None
@@ -35,7 +37,7 @@ class PackedLinear(nn.Module):
         self._after = ("gelu", [], "none") if with_gelu else ("none", [], "")
 
     def forward(self, x: Float[Tensor, "*rows input"]) -> Float[Tensor, "*rows output"]:
-        """x @ weight.T + bias, then GELU if it was packed with it."""
+        """x @ weight.T + bias, then GELU if packed with it."""
         return torch.ops.mkldnn._linear_pointwise(x.to(self.dtype), self._weight, self.bias, *self._after)
 
 
@@ -46,17 +48,17 @@ def can_pack() -> bool:
 
 
 def packs(block: Any) -> bool:
-    """Whether `pack_linears` packs all linear layers of this transformer block of timm's, or did."""
+    """Whether `pack_linears` packs, or has packed, all linear layers of this timm transformer block."""
     attention, mlp = block.attn, block.mlp
     layers = [attention.qkv, attention.proj, mlp.fc1, mlp.fc2] if type(mlp) is Mlp else [None]
     return type(attention) is Attention and all(type(layer) in (nn.Linear, PackedLinear) for layer in layers)
 
 
 def pack_linears(network: nn.Module, read: tuple[nn.Module, ...] = ()) -> int:
-    """Pack the linear layers of timm's attention and MLP modules, in place; the number packed.
+    """Pack the linear layers of timm's attention and MLP modules, in place. Returns the number packed.
 
-    Only of exactly these classes, which call their layers and do nothing else with them. `read` are layers whose
-    `weight` stays readable for others. The network must be on the CPU and in evaluation mode.
+    Subclasses are left alone, since they may do more with their layers than call them. The layers in `read` keep a
+    readable `weight`. The network must be on the CPU and in evaluation mode.
     """
     found: list[tuple[nn.Module, str, nn.Module]] = []
     for module in network.modules():

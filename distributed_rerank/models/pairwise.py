@@ -1,6 +1,6 @@
-"""The interface of pairwise models: encode an image once, score a pair of encodings many times. Layer 2.
+"""The interface of pairwise models: encode an image once, score a pair of encodings many times.
 
-encode(pixels)                                               one tensor per image, computed once and cached
+encode(pixels)                                                  one tensor per image, computed once and cached
 forward(encoded_query, encoded_gallery, first_stage_distance)   one logit per pair; larger = more different
 
 The evaluator and the trainer know nothing else about a model.
@@ -22,15 +22,14 @@ from distributed_rerank.models.extractor import Extractor
 
 
 class PairwiseModel(nn.Module):
-    """Base of the pairwise models. A subclass sets `encoding_shape` and `encoding_dtype`, and defines encode
-    and forward.
+    """Base of the pairwise models; a subclass sets `encoding_shape` and `encoding_dtype`, defines encode and forward.
 
-    Batch normalisation always uses its stored statistics, in training too. Otherwise the result of a step
-    would depend on how a batch is divided among workers, and a pair's logit on the pairs beside it.
+    Batch normalisation always uses its stored statistics, in training too. Otherwise the result of a step would depend
+    on how a batch is divided among workers, and a pair's logit on the other pairs of its batch.
     """
 
     encoding_shape: tuple[int, ...]
-    """Of one image's encoding."""
+    """Shape of one image's encoding."""
     encoding_dtype: torch.dtype
 
     def __init__(self, config: Any, extractor: Extractor) -> None:
@@ -38,16 +37,15 @@ class PairwiseModel(nn.Module):
         self.config = config
         self.extractor = extractor
         self.is_backbone_frozen = False
-        self._gflop_per_pair: float | None = None  # counted once: a prepared model cannot be, and it takes a moment
+        self._gflop_per_pair: float | None = None  # counted once and kept: on a prepared model it cannot be counted
 
     @property
     def transform(self) -> InferenceTransform:
-        """From a decoded image to the pixels that `encode` takes."""
+        """Turns a decoded image into the pixels for `encode`."""
         return self.extractor.transform
 
     def encode(self, pixels: UInt8[Tensor, "image 3 height width"]) -> Tensor:
-        """One tensor of `encoding_shape` and `encoding_dtype` per image. Differentiable wherever the dtype
-        is."""
+        """One tensor of `encoding_shape` and `encoding_dtype` per image, differentiable if its dtype is."""
         raise NotImplementedError
 
     def forward(
@@ -58,12 +56,11 @@ class PairwiseModel(nn.Module):
 
     @property
     def bytes_per_image(self) -> int:
-        """Size of one image's encoding."""
+        """Size of one image's encoding in bytes."""
         return math.prod(self.encoding_shape) * self.encoding_dtype.itemsize
 
     def gflop_per_pair(self) -> float:
-        """Cost of `forward` for one pair in 1e9 floating-point operations (a multiplication and an addition
-        are two)."""
+        """Cost of `forward` for one pair in 1e9 floating-point operations, of which a multiply-add is two."""
         if self._gflop_per_pair is not None:
             return self._gflop_per_pair
         state = {name: value.to("meta") for name, value in (*self.named_parameters(), *self.named_buffers())}
@@ -77,8 +74,7 @@ class PairwiseModel(nn.Module):
         return self._gflop_per_pair
 
     def train(self, mode: bool = True) -> "PairwiseModel":
-        """As nn.Module's, except for batch normalisation and a frozen backbone, which stay in evaluation
-        mode."""
+        """As nn.Module's, except that batch normalisation and a frozen backbone stay in evaluation mode."""
         super().train(mode)
         if self.is_backbone_frozen:
             self.extractor.eval()
@@ -88,8 +84,7 @@ class PairwiseModel(nn.Module):
         return self
 
     def freeze_backbone(self) -> "PairwiseModel":
-        """No gradient, no dropout and no moving statistic in the backbone from now on, whatever train() is
-        told."""
+        """Turn off gradients, dropout and moving statistics in the backbone, for every later call of train() too."""
         self.is_backbone_frozen = True
         self.extractor.requires_grad_(False)
         return self.train(self.training)
@@ -101,10 +96,9 @@ class PairwiseModel(nn.Module):
         return self.train(self.training)
 
     def checkpoint_gradients(self) -> "PairwiseModel":
-        """The backbone's activations are computed again in the backward pass instead of being kept.
+        """Compute the backbone's activations again in the backward pass instead of storing them; needs less memory.
 
-        Raises:
-            BadInput: timm has no such switch for this backbone.
+        Raises BadInput if timm has no such switch for this backbone.
         """
         try:
             self.extractor.model.set_grad_checkpointing(True)
@@ -114,8 +108,7 @@ class PairwiseModel(nn.Module):
         return self
 
     def parameter_groups(self, lr: float, backbone_lr: float) -> list[dict[str, Any]]:
-        """Groups for a torch optimiser: the backbone at `backbone_lr`, the rest at `lr`; frozen parameters
-        are left out."""
+        """Groups for a torch optimiser: backbone at `backbone_lr`, the rest at `lr`, without frozen parameters."""
         groups = [
             {"name": "backbone", "params": _trainable(self.extractor.named_parameters()), "lr": backbone_lr},
             {"name": "head", "params": _trainable(self._own_parameters()), "lr": lr},
@@ -126,10 +119,9 @@ class PairwiseModel(nn.Module):
         return ((name, p) for name, p in self.named_parameters() if not name.startswith("extractor."))
 
     def prepare_for_inference(self, device: torch.device | str) -> "PairwiseModel":
-        """Move to `device`, stop training for good, cast the backbone to the format it computes in. Returns
-        itself.
+        """Move to `device`, end training for good, cast the backbone to its format for inference. Returns itself.
 
-        The head keeps float32, and so do the logits.
+        Head and logits stay float32.
         """
         self.gflop_per_pair()
         self.to(device).eval().requires_grad_(False)

@@ -1,7 +1,7 @@
-"""The number format that models compute in, chosen from what the device can do. Layer 2.
+"""Choose the number format of a model's computation from the capabilities of its device.
 
-The choice reads capability flags and never a clock, so that two workers of one kind always choose the same
-and results do not depend on how busy a machine was.
+The choice reads capability flags and never a clock, so that two workers of one kind always choose the same format and
+results do not depend on how busy a machine is.
 """
 
 from collections.abc import Iterator
@@ -16,17 +16,13 @@ from distributed_rerank.tensors.hardware import bf16_support
 
 
 def resolve_precision(precision: Precision, device: torch.device, *, has_narrow_maps: bool = False) -> torch.dtype:
-    """float32 or bfloat16 for `precision` on `device`.
+    """float32 or bfloat16 for `precision` on `device`; "auto" is bfloat16 where the hardware multiplies it natively.
 
-    "auto" is bfloat16 exactly where the hardware multiplies it natively.
-
-    `has_narrow_maps` says that a convolution of the network makes a map of one column and several rows. torch's (2.15)
-    bfloat16 convolution for AMX reads memory there that nobody has written, and now and then gives NaN: "auto" is
-    float32 for such a network on such a CPU.
-
-    Raises:
-        BadInput: bf16 was asked for and `device` would only emulate it, which is up to 80 times slower
-            than fp32, or its convolutions fail for narrow maps."""
+    `has_narrow_maps` says that a convolution of the network gives a map of one column and several rows. For such maps
+    torch's (2.15) bfloat16 convolution for AMX reads memory that was never written, and sometimes gives NaN: "auto" is
+    float32 for such a network on such a CPU. Raises BadInput for bf16 where it would fail like this, and where `device`
+    would only emulate it, which is up to 80 times slower than fp32.
+    """
     if precision == "fp32" or device.type == "meta":
         return torch.float32
     support = bf16_support(device)
@@ -49,10 +45,9 @@ def resolve_precision(precision: Precision, device: torch.device, *, has_narrow_
 
 @contextmanager
 def computing_in(dtype: torch.dtype, module: nn.Module, device: torch.device) -> Iterator[torch.dtype]:
-    """Run the body in `dtype`; yields the dtype that inputs must have.
+    """Run the body in `dtype`; yields the dtype for its inputs.
 
-    A module cast to `dtype` beforehand (inference) is run as it is; one with float32 parameters (training)
-    under autocast.
+    A module that was cast to `dtype` (inference) runs unchanged; one with float32 parameters (training) under autocast.
     """
     parameter_dtype = next((p.dtype for p in module.parameters()), torch.float32)
     if parameter_dtype == torch.float32 and dtype != torch.float32:

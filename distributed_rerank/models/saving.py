@@ -1,7 +1,7 @@
-"""A pairwise model as a folder: config.json + model.safetensors. Nothing is ever unpickled. Layer 2.
+"""A pairwise model as a folder: config.json + model.safetensors. Nothing is ever unpickled.
 
-The folder is complete: it holds the backbone's weights and every choice of the image transform, so that
-loading needs neither the network nor the extractor's own weights.
+The folder is complete: it holds the backbone's weights and every choice of the image transform, so that loading needs
+neither the internet nor the extractor's own weights.
 """
 
 import dataclasses
@@ -61,8 +61,7 @@ def identify(model: PairwiseModel) -> dict[str, Any]:
 
 
 def save_model(model: PairwiseModel, folder: str | Path) -> Path:
-    """Write `model` to `folder` (made if absent; its two files are replaced one after the other). Returns the
-    folder."""
+    """Write `model` to `folder`, which is created or has its two files replaced one after the other. Returns it."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     state = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
@@ -92,11 +91,9 @@ def _replace(path: Path, content: bytes) -> None:
 
 
 def load_model(folder: str | Path) -> PairwiseModel:
-    """The model that `save_model` wrote to `folder`, or that `push_model` sent to `hf-hub:owner/name`; in
-    evaluation mode.
+    """The model that `save_model` wrote to `folder` or `push_model` sent to `hf-hub:owner/name`, in evaluation mode.
 
-    Raises:
-        BadInput: no such folder, a file missing, not one of ours, or weights that do not fit the config.
+    Raises BadInput for a folder that does not exist, lacks a file or is not a saved model, and weights that do not fit.
     """
     path = local_folder(folder)
     for name in ("config.json", "model.safetensors"):
@@ -118,8 +115,7 @@ def load_model(folder: str | Path) -> PairwiseModel:
 
 
 def config_from_json(kind: type, values: Mapping[str, Any]) -> Any:
-    """A model's config from what dataclasses.asdict made of it, told to initialise no weights from
-    elsewhere."""
+    """A model's config from its dataclasses.asdict, set to load no other weights."""
     known = {field.name for field in dataclasses.fields(kind)}
     unknown = sorted(set(values) - known)
     if unknown:
@@ -135,8 +131,7 @@ def config_from_json(kind: type, values: Mapping[str, Any]) -> Any:
 
 
 def push_model(folder: str | Path, repo_id: str) -> str:
-    """Send a saved folder to the Hugging Face hub as `repo_id` (created if absent); returns the address of
-    the commit."""
+    """Send a saved folder to the Hugging Face hub as `repo_id` (created if absent). Returns the commit's address."""
     api = huggingface_hub.HfApi()
     api.create_repo(repo_id, exist_ok=True)
     return str(
@@ -145,10 +140,9 @@ def push_model(folder: str | Path, repo_id: str) -> str:
 
 
 def local_folder(folder: str | Path) -> Path:
-    """The folder itself, or the local copy of what `hf-hub:owner/name` holds: weights, config, chain and card.
+    """The folder itself, or a local copy of `hf-hub:owner/name`: weights, config, chain and card.
 
-    Raises:
-        BadInput: the hub does not answer or has no such model.
+    Raises BadInput if the hub does not answer or has no such model.
     """
     name = str(folder)
     if not name.startswith("hf-hub:"):

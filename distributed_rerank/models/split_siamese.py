@@ -1,12 +1,11 @@
-"""SplitSiamese(k): a ConcatSiamese whose first k blocks run once per image and are cached. Layer 2.
+"""SplitSiamese(k): a ConcatSiamese whose first k blocks run once per image and are cached.
 
-The parameters and their names are ConcatSiamese's; k = 0 is ConcatSiamese up to rounding, k > 0 an
-approximation to start fine-tuning from. An image may be the query (above) or the gallery image (below), and a
-ConcatSiamese gives its patches other positions in either place. One encoding serves both: the first k blocks
-run with the positions of a single image, as the backbone was pre-trained, and at the join the position
-vectors, which are added to the tokens and carried along by the residual connections, are exchanged for those
-of the upper or lower half. That costs no second encoding and no parameter. The class tokens of both images
-are averaged at the join (they are equal at k = 0).
+The parameters and their names are ConcatSiamese's; k = 0 is ConcatSiamese up to rounding, k > 0 an approximation to
+start fine-tuning from. An image may be the query (above) or the gallery image (below), and a ConcatSiamese gives its
+patches other positions in either place. One encoding serves both: the first k blocks run with the positions of a single
+image, as in the backbone's pre-training. Positions are added to the tokens, and the residual connections carry them
+along, so at the join they are exchanged for those of the upper or lower half, which needs neither a second encoding nor
+parameters. The class tokens of both images are averaged at the join (they are equal at k = 0).
 """
 
 from dataclasses import replace
@@ -46,8 +45,7 @@ class SplitSiamese(PairwiseModel):
         self.eval()
 
     def encode(self, pixels: UInt8[Tensor, "image 3 height width"]) -> Float[Tensor, "image token dim"]:
-        """The image's tokens after the first `split_at` blocks, prefix tokens first, with single-image
-        positions."""
+        """The image's tokens after the first `split_at` blocks, prefix tokens first, with single-image positions."""
         network = self.extractor.model
         with computing_in(self.extractor.dtype_on(pixels.device), network, pixels.device) as dtype:
             tokens = vit.first_blocks(network, self.extractor.normalise_pixels(pixels).to(dtype), self.config.split_at)
@@ -59,7 +57,7 @@ class SplitSiamese(PairwiseModel):
         encoded_gallery: Float[Tensor, "pair token dim"],
         first_stage_distance: Float[Tensor, " pair"],
     ) -> Float32[Tensor, " pair"]:
-        """ConcatSiamese's logit on the cached tokens; both orders as there."""
+        """ConcatSiamese's logit from the cached tokens, with its `both_orders`."""
         logit = self._one_order(encoded_query, encoded_gallery)
         if self.training or not self.config.both_orders:
             return logit
@@ -69,6 +67,8 @@ class SplitSiamese(PairwiseModel):
         network, device, n_prefix = self.extractor.model, above.device, self.extractor.model.num_prefix_tokens
         to_above, to_below = self._position_exchange()
         with computing_in(self.extractor.dtype_on(device), network, device) as dtype:
+            # [pair, prefix + 2 x patch, dim]: the mean prefix tokens, then the patches of both images with the
+            # positions of their halves.
             above, below = above.to(dtype), below.to(dtype)
             prefix = (above[:, :n_prefix] + below[:, :n_prefix]) / 2
             patches = [above[:, n_prefix:] + to_above.to(dtype), below[:, n_prefix:] + to_below.to(dtype)]
@@ -79,8 +79,7 @@ class SplitSiamese(PairwiseModel):
         return self.head(features.float()).squeeze(1)
 
     def _position_exchange(self) -> tuple[Tensor, Tensor]:
-        """What to add to patch tokens with single-image positions so that they have those of the upper and
-        the lower half."""
+        """Differences [1, patch, dim] from single-image positions to those of the upper and of the lower half."""
         network = self.extractor.model
         single = vit.positions_at(network, self.grid)
         both = vit.positions_at(network, (2 * self.grid[0], self.grid[1]))

@@ -1,12 +1,11 @@
-"""TokenSiamese: two images compared by cached local tokens and global vectors of a frozen backbone. Layer 2.
+"""TokenSiamese: two images compared by cached local tokens and global vectors of a frozen backbone.
 
-Feature maps of one or several depths of any timm backbone are pooled to a grid. Their cells (tokens), their
-poolings to coarser grids and the extractor's embedding are projected in closed form (`whitening`), scaled to
-norm 1 and cached. A pair is described by the first-stage distance, the cosines of the global vectors and, for
-each depth, the matrix of token similarities: the sorted best matches of its rows and columns, their mean, and
-the mean of its diagonal. A small MLP on these numbers is added to a learned positive multiple of the distance
-and ends in zeros, so that training starts at the first stage's order. A pair's logit does not depend on which
-image is the query.
+Feature maps of one or several depths of any timm backbone are pooled to a grid. Its cells (tokens), poolings to coarser
+grids (global vectors) and the extractor's embedding are projected in closed form (`whitening`), scaled to norm 1 and
+cached. A pair is described by the first-stage distance, the cosines of the global vectors and, for each depth, the
+matrix of token similarities: the sorted best matches of its rows and columns, their mean, and the mean of its diagonal.
+The logit is a learned positive multiple of the distance plus a small MLP on these numbers, whose last layer starts at
+zero, so that training starts at the first stage's order. It does not depend on which image is the query.
 """
 
 from collections.abc import Sequence
@@ -30,8 +29,7 @@ INT8_STEPS = 127
 
 
 class TokenSiamese(PairwiseModel):
-    """Pair features -> MLP, plus a multiple of the first-stage distance. Fit the encoder, then the head's
-    scale, then train."""
+    """Pair features -> MLP, plus a multiple of the first-stage distance; `fit_encoder`, then `fit_head`, then train."""
 
     config: TokenSiameseConfig
     feature_mean: Tensor
@@ -58,8 +56,7 @@ class TokenSiamese(PairwiseModel):
         self.eval()
 
     def local_features(self, pixels: UInt8[Tensor, "image 3 height width"]) -> Float16[Tensor, "image feature"]:
-        """All that is frozen: the pooled maps of the depths, then the embedding of norm 1, as one row per
-        image."""
+        """The frozen features, one row per image: the pooled maps of the depths, then the embedding of norm 1."""
         maps, embedding = _maps(self.extractor, pixels, self.config.depths)
         pooled = [functional.adaptive_avg_pool2d(token_map, self.config.grid).flatten(1) for token_map in maps]
         return torch.cat([*pooled, functional.normalize(embedding, dim=1)], dim=1).half()
@@ -67,9 +64,9 @@ class TokenSiamese(PairwiseModel):
     def fit_encoder(self, features: Float[Tensor, "image feature"], labels: Int64[Tensor, " image"]) -> None:
         """Fit all projections to `local_features` of labelled images, in closed form and deterministically.
 
-        Raises:
-            BadInput: no label has two images.
+        Raises BadInput if no label has two images.
         """
+        # Each token is a row of its own with its image's label: x [image, token, channel] -> [image * token, channel].
         tokens, vectors = self._split_features(features)
         for project, x in zip(self.token_projections, tokens, strict=True):
             assert isinstance(project, Projection), "projections are fitted"
@@ -79,8 +76,7 @@ class TokenSiamese(PairwiseModel):
             project.fit(x, labels, self.config.shrinkage)
 
     def encode_features(self, features: Float[Tensor, "image feature"]) -> Num[Tensor, "image number"]:
-        """What `encode` makes of `local_features`: tokens, depth after depth, then global vectors, each of
-        norm 1."""
+        """The encoding of `local_features`: tokens, depth after depth, then global vectors, each of norm 1."""
         tokens, vectors = self._split_features(features)
         parts = [project(x).flatten(1) for project, x in zip(self.token_projections, tokens, strict=True)]
         parts += [project(x) for project, x in zip(self.global_projections, vectors, strict=True)]
@@ -90,7 +86,7 @@ class TokenSiamese(PairwiseModel):
         return encoded.to(self.encoding_dtype)
 
     def encode(self, pixels: UInt8[Tensor, "image 3 height width"]) -> Num[Tensor, "image number"]:
-        """encode_features(local_features(pixels)); as int8 in steps of 1/127."""
+        """encode_features(local_features(pixels)); int8 counts in steps of 1/127."""
         return self.encode_features(self.local_features(pixels))
 
     def pair_features(
@@ -99,12 +95,15 @@ class TokenSiamese(PairwiseModel):
         encoded_gallery: Num[Tensor, "pair number"],
         first_stage_distance: Float[Tensor, " pair"],
     ) -> Float32[Tensor, "pair feature"]:
-        """The numbers that describe a pair, the first-stage distance first; the same for both orders."""
+        """The numbers that describe a pair, first the first-stage distance; the same for both orders."""
         (query_tokens, query_vectors), (gallery_tokens, gallery_vectors) = (
             self._split_encoding(encoded) for encoded in (encoded_query, encoded_gallery)
         )
+        # [pair, vector]
         cosines = (query_vectors * gallery_vectors).sum(dim=-1)
-        similarity = query_tokens @ gallery_tokens.transpose(-1, -2)  # (pair, depth, token, token)
+        # [pair, depth, token, token] -> [pair, depth, token]: each token's best match in the other image, sorted, the
+        # mean of both directions; and [pair, depth]: the mean similarity of tokens at the same place.
+        similarity = query_tokens @ gallery_tokens.transpose(-1, -2)
         best = (similarity.amax(dim=-1).sort(dim=-1).values + similarity.amax(dim=-2).sort(dim=-1).values) / 2
         diagonal = similarity.diagonal(dim1=-2, dim2=-1).mean(dim=-1)
         distance = first_stage_distance.float()[:, None]
@@ -113,14 +112,13 @@ class TokenSiamese(PairwiseModel):
     def best_match(
         self, encoded_query: Num[Tensor, "pair number"], encoded_gallery: Num[Tensor, "pair number"]
     ) -> Float32[Tensor, " pair"]:
-        """Similarity of each token to its best match in the other image, averaged over tokens, images and depths."""
+        """Similarity of a token to its best match in the other image, averaged over tokens, images and depths."""
         (query, _), (gallery, _) = (self._split_encoding(encoded) for encoded in (encoded_query, encoded_gallery))
         similarity = query @ gallery.transpose(-1, -2)
         return (similarity.amax(dim=-1).mean(dim=(1, 2)) + similarity.amax(dim=-2).mean(dim=(1, 2))) / 2
 
     def fit_head(self, encoded_query: Tensor, encoded_gallery: Tensor, first_stage_distance: Tensor) -> None:
-        """Set the mean and deviation that pair features are scaled by, from pairs like those to be trained
-        on."""
+        """Set the mean and deviation for scaling pair features, from pairs like those of the training."""
         with torch.no_grad():
             features = self.pair_features(encoded_query, encoded_gallery, first_stage_distance).double()
         self.feature_mean.copy_(features.mean(dim=0))
@@ -137,7 +135,7 @@ class TokenSiamese(PairwiseModel):
         return self.head((features - self.feature_mean) / self.feature_std)
 
     def _split_features(self, features: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-        """Tokens [image, token, channel] of each depth, and the vectors behind the global projections."""
+        """Tokens [image, token, channel] of each depth, and the inputs [image, channel] of the global projections."""
         grid = self.config.grid
         *maps, embedding = features.float().split([*(c * grid**2 for c in self.channels), self.extractor.dim], dim=1)
         maps = [x.unflatten(1, (c, grid, grid)) for x, c in zip(maps, self.channels, strict=True)]
@@ -170,8 +168,7 @@ class PairHead(nn.Module):
 
 
 def _maps(extractor: Extractor, pixels: Tensor, depths: Sequence[int]) -> tuple[list[Tensor], Tensor]:
-    """Feature maps at the depths [image, channel, row, column], and the embedding before normalising, as
-    float32."""
+    """Feature maps at the depths [image, channel, row, column], and the embedding before normalising, in float32."""
     network = extractor.model
     with computing_in(extractor.dtype_on(pixels.device), network, pixels.device) as dtype:
         images = extractor.normalise_pixels(pixels).to(dtype)

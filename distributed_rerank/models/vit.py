@@ -1,9 +1,8 @@
-"""Forward pass of plain vision transformers from timm, for images of any size. Layer 2.
+"""Forward pass of plain vision transformers from timm, for images of any size.
 
-Why not timm's own: the position table keeps the size it was trained at and is resampled in each forward as
-DINO and OML do, so a state dict of theirs fits unchanged and theirs takes ours; the last block is computed
-for the class token only; the number of keys may be padded to a multiple of 16 where that is faster. Each is
-exact up to rounding.
+It differs from timm's: the position table keeps its trained size and is resampled in each forward as in DINO and OML,
+so that state dicts fit in both directions; the last block is computed for the class token only; the number of keys may
+be padded to a multiple of 16 where that is faster. Each is exact up to rounding.
 
 The residual stream has the number format of the norms. Where these stay float32 in a bfloat16 network, the sums over
 the blocks are not rounded to 8 bits, which halves the error of the scores.
@@ -27,8 +26,7 @@ from distributed_rerank.tensors.hardware import bf16_support
 
 
 def is_plain_vit(model: nn.Module) -> bool:
-    """True if this module can run `model`: a timm ViT with a class token, a square position table and
-    ordinary blocks."""
+    """Whether this module can run `model`: a timm ViT with class token, square position table and ordinary blocks."""
     if type(model) is not VisionTransformer or model.pos_embed is None or not model.has_class_token:
         return False
     n_patch_positions = position_table(model)[1].shape[1]
@@ -45,12 +43,12 @@ def _is_ordinary(block: nn.Module) -> bool:
 
 
 def cast(vit: Any, device: torch.device, dtype: torch.dtype) -> None:
-    """`vit` in `dtype`, in place; in bfloat16 on a CPU as suits it at inference, once its linear layers are packed.
+    """Cast `vit` to `dtype` for inference, in place; in bfloat16 on a CPU with packed layers the norms stay float32.
 
-    float32 norms cost nothing measurable there. Without AMX, attention in bfloat16 is 1.6 times faster by oneDNN's
-    batched products than by torch's fused kernel, which multiplies in small tiles.
+    float32 norms cost nothing measurable there. Without AMX, attention in bfloat16 is 1.6 times faster with oneDNN's
+    batched products than with torch's fused kernel, which multiplies in small tiles.
     """
-    # Layers that stay unpacked take their own format only.
+    # A layer that is not packed accepts only its own format, so the norms must then have it too.
     are_packed = packing.can_pack() and all(packing.packs(block) for block in vit.blocks)
     if device.type != "cpu" or dtype != torch.bfloat16 or not are_packed:
         vit.to(dtype)
@@ -65,24 +63,21 @@ def cast(vit: Any, device: torch.device, dtype: torch.dtype) -> None:
 
 
 def read_weights(vit: Any) -> tuple[nn.Module, ...]:
-    """The layers whose weights this module reads instead of calling them."""
+    """The layers of which this module reads the weights instead of calling them."""
     return (vit.blocks[-1].attn.qkv,)
 
 
 def position_table(vit: Any) -> tuple[Tensor, Tensor]:
-    """The position table split in its part for prefix tokens [1, prefix or 0, dim] and its part for patches
-    [1, patches, dim]."""
+    """The position table split into prefix tokens [1, prefix or 0, dim] and patches [1, patch, dim]."""
     n_prefix = 0 if vit.no_embed_class else vit.num_prefix_tokens
     return vit.pos_embed[:, :n_prefix], vit.pos_embed[:, n_prefix:]
 
 
 def resample_positions(patches: Float[Tensor, "1 old dim"], grid: tuple[int, int]) -> Float[Tensor, "1 new dim"]:
-    """A square table of patch positions resampled to `grid` (rows, columns), as DINO's reference code and OML
-    do it.
+    """A square table of patch positions resampled to `grid` (rows, columns) as in DINO's reference code and OML.
 
-    Bicubic without antialiasing; 0.1 is added to the wanted size and the interpolation is told that scale
-    factor, not the size. (https://github.com/facebookresearch/dino/issues/8). timm's own resampling differs
-    and would change the scores.
+    Bicubic without antialiasing; the interpolation gets a scale factor, that of the wanted size plus 0.1, instead of
+    the size (https://github.com/facebookresearch/dino/issues/8). timm's own resampling would change the scores.
     """
     side = math.isqrt(patches.shape[1])
     if grid == (side, side):
@@ -95,7 +90,7 @@ def resample_positions(patches: Float[Tensor, "1 old dim"], grid: tuple[int, int
 
 
 def positions_at(vit: Any, grid: tuple[int, int]) -> Float[Tensor, "1 patch dim"]:
-    """The patch positions of images with this grid; kept once `keep_positions` was called."""
+    """The patch positions of images with this grid; stored for later calls after `keep_positions`."""
     kept = getattr(vit, "kept_positions", None)
     if kept is None:
         return resample_positions(position_table(vit)[1], grid)
@@ -105,7 +100,7 @@ def positions_at(vit: Any, grid: tuple[int, int]) -> Float[Tensor, "1 patch dim"
 
 
 def keep_positions(vit: Any) -> None:
-    """Resample the table once for each grid from now on: it must not change any more."""
+    """From now on resample the table once for each grid; the table must not change any more."""
     vit.kept_positions = {}
 
 
@@ -142,16 +137,14 @@ def embed(vit: Any, pixels: Num[Tensor, "image 3 height width"]) -> Float[Tensor
 def class_token_embedding(
     vit: Any, pixels: Num[Tensor, "image 3 height width"], pad_keys: bool
 ) -> Float[Tensor, "image dim"]:
-    """The normalised class token after all blocks: what timm's ViT returns with num_classes=0 and
-    global_pool="token"."""
+    """The normalised class token after all blocks, as from timm's ViT with num_classes=0 and global_pool="token"."""
     return forward_from_block(vit, embed(vit, pixels), first_block=0, pad_keys=pad_keys)
 
 
 def maps_and_embedding(
     vit: Any, pixels: Num[Tensor, "image 3 height width"], blocks: Sequence[int]
 ) -> tuple[list[Float[Tensor, "image dim rows columns"]], Float[Tensor, "image dim"]]:
-    """Patch tokens after each of `blocks` (negative = from the end) through the final norm, as maps, and the
-    embedding."""
+    """Maps of the patch tokens after `blocks` (negative = from the end), through the final norm, and the embedding."""
     wanted = [range(len(vit.blocks))[block] for block in blocks]
     rows, columns = patch_grid(vit, *pixels.shape[-2:])
     tokens, maps = to_residual_dtype(vit, embed(vit, pixels)), {}
@@ -159,7 +152,7 @@ def maps_and_embedding(
         tokens = run_block(vit, block, tokens)
         if number in wanted:
             patches = vit.norm(tokens)[:, vit.num_prefix_tokens :]
-            # A copy, since without a final norm these are the tokens that the next block may change in place.
+            # A copy: without a final norm these are the tokens themselves, and the next block may change them in place.
             maps[number] = patches.transpose(1, 2).clone().unflatten(2, (rows, columns))
     return [maps[number] for number in wanted], vit.head_drop(vit.fc_norm(vit.norm(tokens)[:, 0]))
 
@@ -167,14 +160,13 @@ def maps_and_embedding(
 def forward_from_block(
     vit: Any, tokens: Float[Tensor, "image token dim"], first_block: int, pad_keys: bool
 ) -> Float[Tensor, "image dim"]:
-    """Run the blocks from `first_block` on and return the normalised class token; the last block computes
-    nothing else. `tokens` may be overwritten."""
+    """Run the blocks from `first_block` on and return the normalised class token. `tokens` may be overwritten."""
     blocks, tokens = list(vit.blocks)[first_block:], to_residual_dtype(vit, tokens)
     if blocks:
         tokens, mask = _pad_keys(tokens) if pad_keys else (tokens, None)
         for block in blocks[:-1]:
             tokens = run_block(vit, block, tokens, mask)
-        tokens = _class_token_block(blocks[-1], tokens, mask)
+        tokens = _class_token_block(blocks[-1], tokens, mask)  # the last block needs no other token
     return vit.head_drop(vit.fc_norm(vit.norm(tokens)[:, 0]))
 
 
@@ -189,12 +181,12 @@ def first_blocks(
 
 
 def to_residual_dtype(vit: Any, tokens: Tensor) -> Tensor:
-    """The tokens in the format of the residual stream, that of the norms that read it."""
+    """The tokens in the format of the residual stream, which is that of the norms."""
     return tokens.to(vit.blocks[0].norm1.weight.dtype)
 
 
 def run_block(vit: Any, block: Any, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
-    """One block; its activations are not kept for the backward pass where timm's switch for that is on."""
+    """One block; with timm's switch for checkpointing its activations are not stored for the backward pass."""
     is_trained = torch.is_grad_enabled() and (
         tokens.requires_grad or any(parameter.requires_grad for parameter in block.parameters())
     )
@@ -205,8 +197,7 @@ def run_block(vit: Any, block: Any, tokens: Tensor, mask: Tensor | None = None) 
 
 
 def _pad_keys(tokens: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Zero tokens up to a multiple of 16, and the mask that hides them: CPU attention kernels are slow on odd
-    lengths."""
+    """Tokens with zeros appended up to a multiple of 16, and the mask [1, 1, 1, token] that hides these, if any."""
     n_missing = -tokens.shape[1] % 16
     if n_missing == 0:
         return tokens, None
@@ -216,13 +207,16 @@ def _pad_keys(tokens: Tensor) -> tuple[Tensor, Tensor | None]:
 
 
 def _class_token_block(block: Any, tokens: Tensor, mask: Tensor | None) -> Float[Tensor, "image 1 dim"]:
+    """The class token after a block: keys and values of all tokens, everything else for the class token alone."""
     attention, n = block.attn, tokens.shape[0]
     heads, head_dim = attention.num_heads, attention.head_dim
     width = heads * head_dim
+    # The rows of qkv's weight are those of queries, keys and values, `width` each.
     weight, bias = attention.qkv.weight, attention.qkv.bias
     normed = block.norm1(tokens).to(weight.dtype)
     kv = functional.linear(normed, weight[width:], None if bias is None else bias[width:])
     q = functional.linear(normed[:, :1], weight[:width], None if bias is None else bias[:width])
+    # q [image, head, 1, head_dim]; k and v [image, head, token, head_dim].
     q = attention.q_norm(q.reshape(n, 1, heads, head_dim).transpose(1, 2))
     k, v = kv.reshape(n, -1, 2, heads, head_dim).permute(2, 0, 3, 1, 4)
     dropout = attention.attn_drop.p if attention.training else 0.0

@@ -1,5 +1,4 @@
-"""Reading state dicts from files and fitting them to a network, or saying exactly why they do not fit. Layer
-2."""
+"""Read state dicts from files and load them into a network, or say exactly why they do not fit."""
 
 import hashlib
 import pickle
@@ -18,12 +17,11 @@ WRAPPERS = ("module.", "model.", "extractor.", "backbone.")
 
 
 def read_state_dict(path: str | Path) -> dict[str, Tensor]:
-    """The tensors of a .safetensors, .pth, .pt or .ckpt file, on the CPU; one nested under `state_dict` or
-    `model` is unwrapped.
+    """The tensors of a .safetensors, .pth, .pt, .ckpt or .bin file, on the CPU.
 
-    Raises:
-        BadInput: absent, of another kind, unreadable, or holding anything that would have to be unpickled
-            as code."""
+    A state dict nested under `state_dict` or `model` is unwrapped. Raises BadInput for a file that is absent, of
+    another kind or unreadable, or that would need code to be unpickled.
+    """
     path = Path(path)
     if not path.is_file():
         raise BadInput(f"weights file {path} does not exist")
@@ -52,8 +50,7 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
 
 
 def strip_wrappers(state: Mapping[str, Tensor], known: Iterable[str]) -> dict[str, Tensor]:
-    """Names without the prefixes that DataParallel, Lightning and OML put before them, as far as that leads
-    to a `known` name."""
+    """The state without prefixes of DataParallel, Lightning and OML, for names that become `known` without them."""
     known = set(known)
     return {_unwrapped(name, known): value for name, value in state.items()}
 
@@ -75,11 +72,9 @@ def without_parts(state: Mapping[str, Tensor], parts: Iterable[str]) -> dict[str
 
 
 def load_exactly(module: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
-    """Load `state` in `module`; every name and shape must agree (counters of batch normalisation may be
-    absent).
+    """Load `state` into `module`; names and shapes must agree (counters of batch normalisation may be absent).
 
-    Raises:
-        BadInput: naming `source` and the first missing, unexpected and mis-shaped entries.
+    Raises BadInput that names `source` and the first missing, unexpected and mis-shaped entries.
     """
     own = module.state_dict()
     missing = [name for name in own if name not in state and not name.endswith("num_batches_tracked")]
@@ -106,8 +101,7 @@ def digest_of_file(path: str | Path) -> str:
 
 
 def digest_of_state(state: Mapping[str, Any]) -> str:
-    """sha256 of the names, types, shapes and values of a state dict, in hexadecimal, whatever the order of
-    its entries."""
+    """sha256 of the names, types, shapes and values of a state dict, in hexadecimal, for any order of its entries."""
     total = hashlib.sha256()
     for name in sorted(state):
         value = state[name].detach().cpu().contiguous()

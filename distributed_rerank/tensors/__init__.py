@@ -1,1 +1,1 @@
-"""Layer 1: pure functions on tensors and integers. No I/O, no Ray, no global random state."""
+"""Pure functions on tensors and integers: no I/O, no Ray, no global random state."""

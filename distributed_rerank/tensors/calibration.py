@@ -1,8 +1,7 @@
 """From a distance to the probability of a match, and how far such probabilities can be trusted.
-Layer 1: pure functions on tensors.
 
-A logistic curve with two parameters (Platt 1999) is fitted by Newton's method in float64. Sums run in a fixed
-order, so the same pairs give the same curve bit for bit.
+A logistic curve with two parameters (Platt 1999) is fitted by Newton's method in float64. Sums run in a fixed order, so
+the same pairs give the same curve bit for bit.
 """
 
 import math
@@ -37,10 +36,9 @@ def fit_logistic(
 ) -> Logistic:
     """The logistic curve of largest likelihood, with Platt's smoothed targets.
 
-    The targets (n+ + 1) / (n+ + 2) and 1 / (n- + 2) stand for 1 and 0, so the answer is finite even where one
-    distance separates all pairs. Newton steps are halved until the loss does not rise. Equal distances
-    everywhere give slope 0. Raises `BadInput` unless there are matches and non-matches, all with finite
-    distances.
+    The targets (n+ + 1) / (n+ + 2) and 1 / (n- + 2) stand for 1 and 0, so the answer is finite even where one distance
+    separates all pairs. If all distances are equal the slope is 0. Raises `BadInput` unless there are matches and
+    non-matches, all with finite distances.
     """
     n_match = int(is_match.sum())
     n_other = len(is_match) - n_match
@@ -49,6 +47,7 @@ def fit_logistic(
     if not bool(torch.isfinite(distances).all()):
         raise BadInput("calibration needs finite distances; drop the missing candidates")
     target = torch.where(is_match, (n_match + 1) / (n_match + 2), 1 / (n_other + 2)).double()
+    # Fit on distances of mean 0 and deviation 1, then convert slope and intercept back to the given distances.
     x = distances.double()
     centre = _total(x) / len(x)
     spread = math.sqrt(_total((x - centre).square()) / len(x))
@@ -67,7 +66,7 @@ def probability(distances: Float[Tensor, "..."], curve: Logistic) -> Float64[Ten
 
 
 def negative_log_likelihood(probabilities: Float[Tensor, " pair"], is_match: Bool[Tensor, " pair"]) -> float:
-    """Mean of -log of the probability given to what was true, which is taken as at least 1e-15."""
+    """Mean over pairs of -log of the probability of the true answer, which counts as at least 1e-15."""
     chosen = torch.where(is_match, probabilities.double(), 1 - probabilities.double())
     return -_total(chosen.clamp(1e-15, 1).log()) / len(chosen)
 
@@ -81,6 +80,7 @@ def reliability(
     """
     if n_bins < 1:
         raise BadInput(f"n_bins={n_bins} must be at least 1")
+    # [pair] the bin of each pair; [bin] the number of pairs in each, at least 1 where it divides.
     p = probabilities.double()
     bins = (p * n_bins).long().clamp(0, n_bins - 1)
     counts = torch.bincount(bins, minlength=n_bins)
@@ -95,10 +95,7 @@ def reliability(
 def expected_calibration_error(
     probabilities: Float[Tensor, " pair"], is_match: Bool[Tensor, " pair"], n_bins: int = 15
 ) -> float:
-    """ECE (Naeini et al. 2015, Guo et al. 2017): mean over pairs of their bin's |match rate - probability|.
-
-    Bins of equal width, as in `reliability`.
-    """
+    """ECE (Guo et al. 2017): mean over pairs of |match rate - mean probability| of their bin in `reliability`."""
     bins = reliability(probabilities, is_match, n_bins)
     gaps = (bins.match_rates - bins.mean_probabilities).abs() * bins.counts.double()
     return math.fsum(gaps.tolist()) / max(1, len(probabilities))
@@ -109,15 +106,18 @@ def _newton(x: Float64[Tensor, " pair"], target: Float64[Tensor, " pair"], max_i
     gain, offset = 0.0, 0.0
     loss = _cross_entropy(x, target, gain, offset)
     for _ in range(max_iterations):
+        # Gradient of the loss by gain and offset: error [pair] times x, and error alone. Flat enough means done.
         p = (gain * x + offset).sigmoid()
         error, curvature = p - target, p * (1 - p)
         slope_gain, slope_offset = _total(error * x), _total(error)
         if max(abs(slope_gain), abs(slope_offset)) <= 1e-10 * len(x):
             break
+        # Second derivatives [[a, b], [b, c]], the diagonal a little above 0, and their inverse times the gradient.
         a, b, c = _total(curvature * x * x) + 1e-12, _total(curvature * x), _total(curvature) + 1e-12
         determinant = a * c - b * b
         step_gain = (c * slope_gain - b * slope_offset) / determinant
         step_offset = (a * slope_offset - b * slope_gain) / determinant
+        # Halve the step until the loss does not rise. Where no step is small enough, the last point is the answer.
         size = 1.0
         while size > 1e-10:
             trial = gain - size * step_gain, offset - size * step_offset
@@ -132,10 +132,11 @@ def _newton(x: Float64[Tensor, " pair"], target: Float64[Tensor, " pair"], max_i
 
 
 def _cross_entropy(x: Float64[Tensor, " pair"], target: Float64[Tensor, " pair"], gain: float, offset: float) -> float:
+    """Sum over the pairs."""
     logit = gain * x + offset
     return _total(torch.nn.functional.softplus(logit) - target * logit)
 
 
 def _total(values: Float64[Tensor, " value"]) -> float:
-    """The sum from first to last; `Tensor.sum` splits the work by threads and so rounds differently."""
+    """The sum from first to last; `Tensor.sum` rounds differently for another number of threads."""
     return float(values.cumsum(dim=0)[-1])

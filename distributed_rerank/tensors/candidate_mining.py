@@ -1,9 +1,8 @@
-"""Training lists drawn from the candidate lists of a whole training set, the kind that is re-ranked later.
+"""Training lists drawn from the candidate lists of a whole training set, the same kind of list that is re-ranked later.
 
-Layer 1. An anchor is a row of `Neighbours`; `labels` and `sequences` are indexed by item number, -1 meaning
-none. A candidate without a label is neither positive nor negative. The filters against false negatives have
-the meaning of sentence-transformers' `mine_hard_negatives`, turned from similarities (large = same) to
-distances (small = same).
+An anchor is a row of `Neighbours`; `labels` and `sequences` are indexed by item number, -1 = none. A candidate without
+a label is neither positive nor negative. The filters against false negatives work like sentence-transformers'
+`mine_hard_negatives`, but on distances (small = same) instead of similarities (large = same).
 """
 
 from dataclasses import dataclass
@@ -15,23 +14,25 @@ from torch import Tensor
 from distributed_rerank.config.training import NegativeFilters
 from distributed_rerank.errors import BadInput
 from distributed_rerank.tensors.knn import Neighbours
+from distributed_rerank.tensors.ragged import offsets_of
 
 
 @dataclass(frozen=True)
 class TrainingLists:
-    """Lists to train on: column 0 of `items` is the positive, the others are negatives of that anchor."""
+    """Lists to train on, at most one per anchor: its positive and its negatives."""
 
     rows: Int64[Tensor, " list"]
-    """Which row of the neighbours is the anchor."""
+    """The anchor, as a row of the neighbours."""
     items: Int64[Tensor, "list candidate"]
+    """Column 0 is the positive, the others are negatives."""
     is_beyond: Bool[Tensor, " list"]
-    """Whether the positive was drawn from beyond the anchor's candidate list."""
+    """Whether the positive is not in the anchor's candidate list."""
 
 
 def are_positive(
     neighbours: Neighbours, anchor_items: Int64[Tensor, " query"], labels: Int64[Tensor, " item"]
 ) -> Bool[Tensor, "query neighbour"]:
-    """Whether each candidate has its anchor's label; False for fillers and where either has none."""
+    """Whether each candidate has its anchor's label; False for missing candidates and where either has no label."""
     anchor_labels = labels[anchor_items][:, None]
     return (_labels_of(neighbours, labels) == anchor_labels) & (anchor_labels >= 0)
 
@@ -39,7 +40,7 @@ def are_positive(
 def are_negative(
     neighbours: Neighbours, anchor_items: Int64[Tensor, " query"], labels: Int64[Tensor, " item"]
 ) -> Bool[Tensor, "query neighbour"]:
-    """Whether each candidate has another label than its anchor; False if either has none."""
+    """Whether each candidate has another label than its anchor; False where either has no label."""
     anchor_labels = labels[anchor_items][:, None]
     candidate_labels = _labels_of(neighbours, labels)
     return (candidate_labels != anchor_labels) & (candidate_labels >= 0) & (anchor_labels >= 0)
@@ -51,16 +52,17 @@ def filter_negatives(
     labels: Int64[Tensor, " item"],
     filters: NegativeFilters,
 ) -> tuple[Bool[Tensor, "query neighbour"], dict[str, int]]:
-    """The negatives that pass all filters, and how many candidates each filter dropped (a candidate counts
-    once).
+    """The negatives that pass all filters, and how many each filter dropped (each counts once).
 
-    With several positives in a list the margins refer to the furthest, as in sentence-transformers. If there
-    is none in the list, every candidate is nearer than any positive and a margin drops them all.
+    With several positives in a list the margins refer to the furthest, as in sentence-transformers. If there is none in
+    the list, every candidate is nearer than any positive and a margin drops them all.
     """
     distances = neighbours.distances
+    # [query, 1]: the distance of the furthest positive in each list; inf where there is none.
     positives = are_positive(neighbours, anchor_items, labels)
     furthest = torch.where(positives, distances, -torch.inf).amax(dim=1, keepdim=True)
     furthest = torch.where(positives.any(dim=1, keepdim=True), furthest, torch.inf)
+    # Filters by distance: each has a lowest distance, one for all or [query, 1], and drops what is nearer.
     allowed = are_negative(neighbours, anchor_items, labels)
     dropped: dict[str, int] = {}
     lowest = {
@@ -72,6 +74,7 @@ def filter_negatives(
         if bound is not None:
             dropped[name] = int((allowed & (distances < bound)).sum())
             allowed = allowed & ~(distances < bound)
+    # Filters by rank [query, neighbour], counted from 0 among the negatives that are left.
     rank = allowed.cumsum(dim=1) - 1
     too_early = allowed & (rank < filters.range_min)
     too_late = allowed & (rank >= (allowed.shape[1] if filters.range_max is None else filters.range_max))
@@ -93,28 +96,36 @@ def draw_lists(
 ) -> TrainingLists:
     """One list "1 positive + n negatives" for every anchor that has both; other anchors are left out.
 
-    The positive is uniform among those in the candidate list or, for a random `beyond_share` of the anchors,
-    among those beyond it (another sequence than the anchor's); whoever has only one kind takes that. The
-    negatives are drawn without replacement from `allowed`, every rank alike or, with a temperature, in
-    proportion to exp(-distance / temperature) (Gumbel top-k, Kool et al. 2019). An anchor with fewer allowed
-    than `n_negatives` repeats them in turn. Same inputs and generator state give the same lists.
+    The positive is drawn uniformly from those in the candidate list or, for a random `beyond_share` of the anchors,
+    from those beyond it (not in the list, not in the anchor's sequence). An anchor with only one of the two kinds takes
+    that one. The negatives are drawn without replacement from `allowed`, all with the same chance or, with a
+    temperature, in proportion to exp(-distance / temperature) (Gumbel top-k, Kool et al. 2019). An anchor with fewer
+    than `n_negatives` allowed ones repeats them in turn. Same inputs and generator state give the same lists. A
+    candidate list must not hold items of its anchor's sequence (`nearest` leaves them out). Raises BadInput for
+    `n_negatives` below 1 and a temperature that is not positive.
     """
     if n_negatives < 1:
         raise BadInput(f"n_negatives={n_negatives} makes no list; draw at least 1")
     if temperature is not None and not temperature > 0:
         raise BadInput(f"temperature={temperature} is not positive; leave it out to draw every rank alike")
+    # Positives of two kinds: those in the list [query, neighbour], and `n_beyond` [query] more that are not in it.
     inside = are_positive(neighbours, anchor_items, labels)
-    members, position, first, n_beyond = _beyond(neighbours, anchor_items, labels, sequences, inside)
-    nothing = torch.zeros_like(neighbours.distances)
+    members, taken, first, n_beyond = _beyond(neighbours, anchor_items, labels, sequences, inside)
+    # [query, 2]: one number in [0, 1) decides the kind, the other one picks a positive beyond the list.
     draws = torch.rand(len(anchor_items), 2, generator=generator, dtype=torch.float64)
     is_beyond = (n_beyond > 0) & ((draws[:, 0] < beyond_share) | ~inside.any(dim=1))
-    from_inside = neighbours.items.gather(1, _gumbel_order(inside, nothing, 1, generator))[:, 0]
-    step = (draws[:, 1] * n_beyond).long().clamp(max=(n_beyond - 1).clamp(min=0))
-    place = _skip(position, step) + first
-    from_beyond = members[place.clamp(max=max(len(members) - 1, 0))]
+    # [query]: the positive if it comes from the list; meaningless where there is none.
+    equal_chances = torch.zeros_like(neighbours.distances)
+    from_inside = neighbours.items.gather(1, _gumbel_order(inside, equal_chances, 1, generator))[:, 0]
+    # [query]: the positive if it comes from beyond: the `choice`-th place of the label that is not taken.
+    choice = (draws[:, 1] * n_beyond).long().clamp(max=(n_beyond - 1).clamp(min=0))
+    place = _skip(taken, choice) + first
+    from_beyond = members[place.clamp(max=max(len(members) - 1, 0))]  # clamped where there is none
     positives = torch.where(is_beyond, from_beyond, from_inside)
-    weight = nothing if temperature is None else -neighbours.distances / temperature
-    negatives = neighbours.items.gather(1, _gumbel_order(allowed, weight, n_negatives, generator))
+    # [query, n_negatives]
+    log_chances = equal_chances if temperature is None else -neighbours.distances / temperature
+    negatives = neighbours.items.gather(1, _gumbel_order(allowed, log_chances, n_negatives, generator))
+    # [list, 1 + n_negatives]: the rows of anchors that have a positive and a negative.
     has_both = (inside.any(dim=1) | (n_beyond > 0)) & allowed.any(dim=1)
     rows = has_both.nonzero()[:, 0]
     items = torch.cat([positives[:, None], negatives], dim=1)[rows]
@@ -127,13 +138,13 @@ def suspected_mislabels(
     labels: Int64[Tensor, " item"],
     max_distance: float,
 ) -> tuple[Int64[Tensor, "pair 2"], Float[Tensor, " pair"]]:
-    """Pairs of items with different labels no further apart than `max_distance`: mislabelled images or
-    duplicates.
+    """Pairs with different labels no further apart than `max_distance`: likely mislabelled images or duplicates.
 
     Each unordered pair once, the smaller item first, ordered by (distance, items).
     """
     close = are_negative(neighbours, anchor_items, labels) & (neighbours.distances <= max_distance)
     rows, columns = close.nonzero(as_tuple=True)
+    # [pair, 2] with the smaller item first; pairs that both items list are the same row twice, so keep one of them.
     pairs = torch.stack([anchor_items[rows], neighbours.items[rows, columns]], dim=1).sort(dim=1).values
     pairs, which = torch.unique(pairs, dim=0, return_inverse=True)
     distances = torch.empty(len(pairs), dtype=neighbours.distances.dtype)
@@ -143,15 +154,16 @@ def suspected_mislabels(
 
 
 def _labels_of(neighbours: Neighbours, labels: Tensor) -> Tensor:
+    """The label of each candidate [query, neighbour]; -1 for missing candidates."""
     return torch.where(neighbours.items >= 0, labels[neighbours.items.clamp(min=0)], -1)
 
 
-def _gumbel_order(allowed: Tensor, log_weight: Tensor, n_drawn: int, generator: torch.Generator) -> Tensor:
-    """Columns of `n_drawn` weighted draws without replacement per row; a row with too few repeats them in
-    turn.
-    """
+def _gumbel_order(allowed: Tensor, log_chances: Tensor, n_drawn: int, generator: torch.Generator) -> Tensor:
+    """Columns [query, n_drawn] of weighted draws without replacement; a row with too few repeats them in turn."""
+    # With Gumbel noise added to the log chances, the largest keys are a weighted draw without replacement.
     uniform = torch.rand(allowed.shape, generator=generator, dtype=torch.float64)
-    keys = log_weight - torch.log(-torch.log(uniform.clamp(min=1e-300)))
+    keys = log_chances - torch.log(-torch.log(uniform.clamp(min=1e-300)))
+    # [query, neighbour]: the allowed columns in the order of their keys, then the others, which `turn` never reaches.
     order = torch.where(allowed, keys, -torch.inf).argsort(dim=1, descending=True, stable=True)
     turn = torch.arange(n_drawn) % allowed.sum(dim=1, keepdim=True).clamp(min=1)
     return order.gather(1, turn)
@@ -160,45 +172,50 @@ def _gumbel_order(allowed: Tensor, log_weight: Tensor, n_drawn: int, generator: 
 def _beyond(
     neighbours: Neighbours, anchor_items: Tensor, labels: Tensor, sequences: Tensor | None, inside: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Positives not in the list, without ever listing them: they can be as many as a label has items, per
-    anchor.
+    """Positives that are not in the list, without writing them out: an anchor can have as many as its label has items.
 
-    Items are sorted by (label, sequence, item), so an anchor's label is one range of `members` starting at
-    `first`, and what is not to be drawn is a few places of this range: its own sequence and the positives of
-    its list. Returns members, those places (ascending, relative to `first`, filled with a large number),
-    first, count left.
+    All items are sorted by (label, sequence, item) into `members` [item], so that an anchor's label is one range of
+    places, starting at `first` [query]. A few places of it are `taken` [query, place]: those of the anchor's own
+    sequence, the anchor included, and of the positives in its list. They are counted from `first`, ascend, and are
+    filled up with a number beyond all places. Returns members, taken, first and the number of places left [query].
     """
     n_items = len(labels)
-    # An item without a sequence is a sequence of its own.
+    # [item]: its sequence. An item without one is a sequence of its own.
     own = (
         torch.arange(n_items)
         if sequences is None
         else torch.where(sequences < 0, -1 - torch.arange(n_items), sequences)
     )
+    # Two stable sorts give the order (label, sequence, item); `place_of` [item] is the place of each item in it.
     members = own.argsort(stable=True)
     members = members[labels[members].argsort(stable=True)]
     place_of = torch.empty_like(members)
     place_of[members] = torch.arange(n_items)
+    # [query]: where the anchor's label starts, and how many items it has.
     sorted_labels = labels[members]
     anchor_labels = labels[anchor_items].contiguous()
     first = torch.searchsorted(sorted_labels, anchor_labels)
     n_members = torch.searchsorted(sorted_labels, anchor_labels, right=True) - first
+    # Within a label, items of one sequence stand together: the group of each place; sizes and starts [group].
     _, group, group_size = torch.unique_consecutive(
         torch.stack([sorted_labels, own[members]], dim=1), dim=0, return_inverse=True, return_counts=True
     )
-    group_start = group_size.cumsum(0) - group_size
+    group_start = offsets_of(group_size)[:-1]
+    # [query, largest group]: the places of the anchor's own group, counted from `first`.
     anchor_group = group[place_of[anchor_items]]
     width = int(group_size[anchor_group].max()) if len(anchor_items) else 0
     offsets = torch.arange(width)
     same = group_start[anchor_group][:, None] + offsets - first[:, None]
     same = torch.where(offsets < group_size[anchor_group][:, None], same, n_items + 1)
+    # [query, neighbour]: the places of the positives in the list, none of which is in the anchor's group.
     listed = torch.where(inside, place_of[neighbours.items.clamp(min=0)] - first[:, None], n_items + 1)
-    places = torch.cat([same, listed], dim=1).sort(dim=1).values
-    n_left = n_members - (places <= n_items).sum(dim=1)
-    return members, places, first, torch.where(anchor_labels >= 0, n_left, 0)
+    taken = torch.cat([same, listed], dim=1).sort(dim=1).values
+    n_left = n_members - (taken <= n_items).sum(dim=1)
+    return members, taken, first, torch.where(anchor_labels >= 0, n_left, 0)
 
 
-def _skip(places: Int64[Tensor, "query place"], step: Int64[Tensor, " query"]) -> Int64[Tensor, " query"]:
-    """The `step`-th number, from 0, that is not among the ascending places of its row."""
-    passed = places - torch.arange(places.shape[1]) <= step[:, None]
-    return step + passed.sum(dim=1)
+def _skip(taken: Int64[Tensor, "query place"], choice: Int64[Tensor, " query"]) -> Int64[Tensor, " query"]:
+    """The `choice`-th number, from 0, that is not among the ascending `taken` of its row: ([0, 1, 4], 2) gives 5."""
+    # taken[i] - i numbers below taken[i] are free, so it is passed exactly if these are no more than `choice`.
+    passed = taken - torch.arange(taken.shape[1]) <= choice[:, None]
+    return choice + passed.sum(dim=1)

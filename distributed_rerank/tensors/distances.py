@@ -1,11 +1,9 @@
-"""L2 distances in two forms: the exact one that every result carries, and fast ones used only to choose
-candidates.
+"""L2 distances in two forms: exact ones for every result, and fast ones that only choose candidates.
 
-Layer 1. `exact_distances` is the definition: float32 inputs, differences and sum in float64, one rounding to
-float32 at the end. Each pair is computed alone, so its bits do not depend on what stands beside it.
-`relative_squared_tile` is one matrix product; its rounding errors depend on the shape of the tile, and
-`relative_squared_error` bounds them. The product of `rounded_queries` and `rounded_gallery` is the same in
-bfloat16, `rounded_error` its bound.
+`exact_distances` is the definition: float32 inputs, differences and sum in float64, one rounding to float32 at the end.
+Each pair is computed alone, so its bits do not depend on other pairs. `relative_squared_tile` is one matrix product;
+its rounding errors depend on the shape of the tile, and `relative_squared_error` bounds them. The product of
+`rounded_queries` and `rounded_gallery` is the same in bfloat16, with `rounded_error` as its bound.
 """
 
 from dataclasses import dataclass
@@ -16,16 +14,15 @@ from torch import Tensor
 
 UNIT_ROUNDOFF = 2.0**-24
 NORM_PARTS = 3
-"""bfloat16 numbers of 8 bits that hold the 24 bits of a float32."""
+"""Number of bfloat16 values, of 8 bits each, whose sum holds the 24 bits of a float32."""
 SMALLEST_NORMAL = 2.0**-126
 
 
 def exact_distances(left: Float[Tensor, "pair dim"], right: Float[Tensor, "pair dim"]) -> Float[Tensor, " pair"]:
-    """L2 distance (not squared) of row i to row i, in difference form, summed in float64, returned as
-    float32.
+    """L2 distance (not squared) of row i to row i, by differences summed in float64, returned as float32.
 
-    Equal rows are at distance exactly 0. The relative error before the last rounding is below (dim + 3) *
-    2^-53, so the result is the correctly rounded distance but for ties within that margin.
+    Equal rows are at distance exactly 0. The relative error before the last rounding is below (dim + 3) * 2^-53, so the
+    result is the correctly rounded distance but for ties within that margin.
     """
     difference = left.double() - right.double()
     return difference.square_().sum(dim=1).sqrt_().float()
@@ -37,8 +34,7 @@ def exact_pair_distances(
     rows: Int64[Tensor, " pair"],
     columns: Int64[Tensor, " pair"],
 ) -> Float[Tensor, " pair"]:
-    """`exact_distances` of the pairs (query `rows[i]`, gallery `columns[i]`), with memory independent of
-    their number."""
+    """`exact_distances` of the pairs (query `rows[i]`, gallery `columns[i]`), in memory independent of their number."""
     # A few hundred rows of float64 stay in a core's cache; a GPU wants fewer, larger steps.
     step = 512 if query_embeddings.device.type == "cpu" else 65_536
     out = torch.empty(len(rows), dtype=torch.float32, device=query_embeddings.device)
@@ -66,7 +62,7 @@ def relative_squared_tile(
 ) -> None:
     """Write |g|^2 - 2 q.g into `out`, by one float32 matrix product.
 
-    It is the squared distance less |q|^2, which is the same for a whole row: rows are ordered as by distance.
+    That is the squared distance less |q|^2, which is the same for a whole row, so rows are ordered as by distance.
     """
     assert torch.get_float32_matmul_precision() == "highest", "the error bound holds for full float32 products only"
     out.copy_(gallery_squared_norms)
@@ -76,13 +72,12 @@ def relative_squared_tile(
 def relative_squared_error(
     query_squared_norms: Float[Tensor, " query"], largest_gallery_norm: float, dim: int
 ) -> Float[Tensor, " query"]:
-    """How far an entry of `relative_squared_tile` may lie from the true value, per query, in float64.
+    """Largest error of an entry of `relative_squared_tile`, per query, in float64.
 
-    The error of a float32 inner product of length n in any order of summation is at most gamma_n |q| |g| with
-    gamma_n = n u / (1 - n u), u = 2^-24 (Higham, Accuracy and Stability of Numerical Algorithms, 2002,
-    section 3.1); |g|^2 is one more term. Two terms are added for its rounding, the whole is doubled as a
-    margin, and products that underflow are counted in full. For unit vectors of 384 dimensions that is
-    1.4e-4.
+    The error of a float32 inner product of length n in any order of summation is at most gamma_n |q| |g| with gamma_n =
+    n u / (1 - n u), u = 2^-24 (Higham, Accuracy and Stability of Numerical Algorithms, 2002, section 3.1); |g|^2 is one
+    more term. Two terms are added for its rounding, the whole is doubled as a margin, and products that underflow are
+    counted in full. For unit vectors of 384 dimensions that is 1.4e-4.
     """
     n_terms = dim + 3
     gamma = n_terms * UNIT_ROUNDOFF / (1 - n_terms * UNIT_ROUNDOFF)
@@ -92,16 +87,17 @@ def relative_squared_error(
 
 @dataclass(frozen=True)
 class Rounded:
-    """Embeddings in bfloat16, with columns that bring the squared norm of the gallery item into the product."""
+    """Embeddings in bfloat16, with extra columns that add the squared norm of the gallery item to the product."""
 
     factors: BFloat16[Tensor, "row width"]
     residuals: Float64[Tensor, " item"]
-    """L2 norm of what the rounding of each embedding took away."""
+    """L2 norm of each embedding's rounding error."""
 
 
 def rounded_queries(embeddings: Float32[Tensor, "item dim"]) -> Rounded:
-    """The left factor: -2 q, then a one for each part of the squared norm. -2 q has the rounding of q, doubled."""
+    """The left factor [query, width]: -2 q, then a one for each part of the squared norm, then zeros."""
     rounded, dim = _rounded(embeddings, len(embeddings)), embeddings.shape[1]
+    # Doubling is exact: -2 q has the rounding error of q, doubled.
     rounded.factors[:, :dim] *= -2
     rounded.factors[:, dim : dim + NORM_PARTS] = 1
     return rounded
@@ -110,9 +106,9 @@ def rounded_queries(embeddings: Float32[Tensor, "item dim"]) -> Rounded:
 def rounded_gallery(
     embeddings: Float32[Tensor, "item dim"], gallery_squared_norms: Float32[Tensor, " item"], n_rows: int
 ) -> Rounded:
-    """The right factor: g, then |g|^2 in three parts. Rows beyond the embeddings, up to `n_rows`, are
-    infinitely far."""
+    """The right factor [n_rows, width]: g, then |g|^2 in three parts, then zeros; rows without embedding are at inf."""
     rounded, dim = _rounded(embeddings, n_rows), embeddings.shape[1]
+    # Each part is the rest that the parts before it left of the norm, rounded to bfloat16.
     rest = gallery_squared_norms
     for column in range(dim, dim + NORM_PARTS):
         rounded.factors[: len(rest), column] = part = rest.bfloat16()
@@ -122,12 +118,12 @@ def rounded_gallery(
 
 
 def _rounded(embeddings: Float32[Tensor, "item dim"], n_rows: int) -> Rounded:
-    """The embeddings as they are in bfloat16, with columns and rows of zeros; columns are a multiple of 16."""
+    """The embeddings in bfloat16, with rows of zeros up to `n_rows` and columns of zeros up to a multiple of 16."""
     dim = embeddings.shape[1]
     width = -(-(dim + NORM_PARTS) // 16) * 16
     factors = torch.zeros(n_rows, width, dtype=torch.bfloat16, device=embeddings.device)
     residuals = torch.empty(len(embeddings), dtype=torch.float64, device=embeddings.device)
-    for start in range(0, len(embeddings), 1024):  # what stays in a core's cache
+    for start in range(0, len(embeddings), 1024):  # these rows stay in a core's cache
         part = slice(start, min(start + 1024, len(embeddings)))
         factors[part, :dim] = embeddings[part]
         # The difference is exact in float32: both have the same exponent or neighbouring ones.
@@ -140,12 +136,12 @@ def rounded_error(
     query_squared_norms: Float64[Tensor, " query"], largest_gallery_norm: float, dim: int,
     query_residuals: Float64[Tensor, " query"], largest_gallery_residual: float,
 ) -> Float64[Tensor, " query"]:  # fmt: skip
-    """How far the product of `Rounded` factors, before its result is rounded, may lie from |g|^2 - 2 q.g.
+    """Largest error of an entry of the product of `Rounded` factors, as |g|^2 - 2 q.g, before the entry is rounded.
 
-    By Cauchy and Schwarz |q.g - q'.g'| <= |q - q'| |g| + |q'| |g - g'|, with the norms of the differences as they
-    are: about 2^-10.4 of |q|, where the worst rounding is 2^-9. The sum of the products in float32 adds the error of
-    `relative_squared_error`, whose margin covers the columns of the norm, and factors or products that are flushed
-    to zero add theirs.
+    By Cauchy and Schwarz |q.g - q'.g'| <= |q - q'| |g| + |q'| |g - g'|, with the actual norms of the differences: about
+    2^-10.4 of |q|, where the worst rounding is 2^-9. The sum of the products in float32 adds the error of
+    `relative_squared_error`, whose margin covers the columns of the norm, and factors or products that are flushed to
+    zero add theirs.
     """
     norms = query_squared_norms.sqrt()
     rounding = query_residuals * largest_gallery_norm + (norms + query_residuals) * largest_gallery_residual

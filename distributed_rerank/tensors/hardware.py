@@ -1,4 +1,4 @@
-"""Number formats that the processor multiplies natively. Layer 1."""
+"""Number formats that the hardware multiplies natively."""
 
 import functools
 

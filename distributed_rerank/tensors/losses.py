@@ -1,8 +1,8 @@
-"""Training losses on logits and distances, where larger always means more different (layer 1).
+"""Training losses on logits and distances, where larger always means more different.
 
-Every loss is `sum(weights * values) / normaliser`. The normaliser is the sum of this call's own weights
-unless given; data-parallel ranks give the *global* sum, so that the sum of their losses (and of their
-gradients) is the loss of the whole batch however it was shared out. Nothing here knows about ranks.
+Every loss is `sum(weights * values) / normaliser`. By default the normaliser is the sum of this call's weights.
+Data-parallel ranks pass the sum of the weights of *all* ranks: then their losses (and gradients) add up to those of the
+whole batch, however it was shared out.
 """
 
 import torch
@@ -33,13 +33,14 @@ def listwise_softmax(
 ) -> Float[Tensor, ""]:
     """Cross entropy between "uniform over the positives" and softmax(-logits) over a candidate list.
 
-    ListNet's top-one loss (Cao et al. 2007) with binary relevance; with one positive it is InfoNCE (van den
-    Oord et al. 2018) over the list. Absent candidates (padding) take no part. Every list needs a positive.
+    ListNet's top-one loss (Cao et al. 2007) with binary relevance; with one positive it is InfoNCE (van den Oord et al.
+    2018) over the list. Absent candidates (padding) take no part. Every list needs a positive.
     """
     is_present = torch.ones_like(is_positive) if is_present is None else is_present
     is_target = is_positive & is_present
     n_positives = is_target.sum(dim=1)
     assert bool((n_positives > 0).all()), "a list without a positive has no listwise loss"
+    # [list, candidate]: log softmax over the present candidates; then [list]: its negated mean over the positives.
     log_shares = (-logits).masked_fill(~is_present, -torch.inf).log_softmax(dim=1)
     values = -log_shares.masked_fill(~is_target, 0.0).sum(dim=1) / n_positives
     return _weighted(values, weights, normaliser)
@@ -51,9 +52,7 @@ def ranknet(
     weights: Float[Tensor, " pair"] | None = None,
     normaliser: Normaliser = None,
 ) -> Float[Tensor, ""]:
-    """log(1 + exp(positive - negative)): the positive should be the less different of the two (Burges et al.
-    2005).
-    """
+    """log(1 + exp(positive - negative)): the positive should be the less different one (Burges et al. 2005)."""
     return _weighted(functional.softplus(positive_logits - negative_logits), weights, normaliser)
 
 
@@ -64,9 +63,7 @@ def margin_ranking(
     weights: Float[Tensor, " pair"] | None = None,
     normaliser: Normaliser = None,
 ) -> Float[Tensor, ""]:
-    """max(0, margin + positive - negative): nothing to gain once the negative is `margin` further (Joachims
-    2002).
-    """
+    """max(0, margin + positive - negative): 0 once the negative is `margin` further away (Joachims 2002)."""
     return _weighted(functional.relu(margin + positive_logits - negative_logits), weights, normaliser)
 
 
@@ -80,9 +77,9 @@ def triplet(
 ) -> Float[Tensor, ""]:
     """Triplet loss on L2 distances of embeddings, for the extractor.
 
-    With a margin: max(0, margin + d(a, p) - d(a, n)) (Schroff et al. 2015); without: softplus of d(a, p) -
-    d(a, n), the soft margin of Hermans et al. 2017 and OML's default, but without OML's overflow for large
-    values. The gradient of a distance of 0 is 0.
+    With a margin: max(0, margin + d(a, p) - d(a, n)) (Schroff et al. 2015); without: softplus of d(a, p) - d(a, n), the
+    soft margin of Hermans et al. 2017 and OML's default, but without OML's overflow for large values. The gradient of a
+    distance of 0 is 0.
     """
     positive, negative = _row_distances(anchors, positives), _row_distances(anchors, negatives)
     if margin is None:
@@ -98,9 +95,7 @@ def margin_mse(
     weights: Float[Tensor, " pair"] | None = None,
     normaliser: Normaliser = None,
 ) -> Float[Tensor, ""]:
-    """Distillation of margins: squared difference of student's and teacher's negative - positive (Hofstaetter
-    et al. 2020).
-    """
+    """Squared difference of student's and teacher's margin negative - positive (Hofstaetter et al. 2020)."""
     margins = negative_logits - positive_logits
     teacher_margins = (teacher_negative_logits - teacher_positive_logits).detach()
     return _weighted((margins - teacher_margins).square(), weights, normaliser)
@@ -116,20 +111,19 @@ def list_distillation(
 ) -> Float[Tensor, ""]:
     """KL divergence of the student's list distribution softmax(-logits / T) from the teacher's, times T^2.
 
-    The factor keeps the size of gradients independent of T (Hinton et al. 2015). Absent candidates take no
-    part.
+    The factor keeps the size of gradients independent of T (Hinton et al. 2015). Absent candidates take no part.
     """
     assert temperature > 0, f"temperature={temperature} is not positive"
     is_present = torch.ones_like(logits, dtype=torch.bool) if is_present is None else is_present
     student = (-logits / temperature).masked_fill(~is_present, -torch.inf).log_softmax(dim=1)
     teacher = (-teacher_logits.detach() / temperature).masked_fill(~is_present, -torch.inf).log_softmax(dim=1)
-    # Absent entries would be 0 * (inf - inf); they are set to 0 before the product so that gradients stay
-    # finite.
+    # Absent entries would be 0 * (inf - inf); they are set to 0 before the product so that gradients stay finite.
     gaps = teacher.masked_fill(~is_present, 0.0) - student.masked_fill(~is_present, 0.0)
     return _weighted((teacher.exp() * gaps).sum(dim=1) * temperature**2, weights, normaliser)
 
 
 def _row_distances(left: Tensor, right: Tensor) -> Tensor:
+    """L2 distance of row i to row i; the square root never sees a 0, where its gradient would be infinite."""
     squared = (left - right).square().sum(dim=1)
     is_zero = squared == 0
     return torch.where(is_zero, 0.0, torch.where(is_zero, 1.0, squared).sqrt())

@@ -1,9 +1,9 @@
-"""Re-ranking by neighbourhoods that are weighed with the probability of a match. Layer 1: pure functions.
+"""Re-ranking by neighbourhoods in which each neighbour counts by its probability of being a match.
 
-As `neighbourhood`, on the same lists of all n items and in the same O(items x k) memory, but a neighbour counts by
-how probably it is a match (`calibration`) instead of by a scaled distance: a pairwise model's probabilities fall off
-where the matches end, a distance does not. Two kinds of neighbourhood: "reciprocal" is that of Zhong et al. (CVPR
-2017), "direct" the first k1 of the list, which needs no reciprocity and suits labels with few images.
+It reads the same lists of all n items as `neighbourhood`, in the same O(items x k) memory, but weighs a neighbour by
+its probability (`calibration`) instead of a scaled distance: a pairwise model's probabilities fall off where the
+matches end, a distance does not. There are two kinds of neighbourhood: "reciprocal" is that of Zhong et al. (CVPR
+2017); "direct" is the first k1 of the list, which needs no reciprocity and suits labels with few images.
 
 The lists are `items` [n, k] (item numbers 0..n-1, -1 = fewer than k exist), best first, without the item itself, and
 `probabilities` [n, k] (0 where there is no candidate).
@@ -18,14 +18,12 @@ from torch import Tensor
 from distributed_rerank.errors import BadInput
 from distributed_rerank.tensors.neighbourhood import (
     BLOCK_ROWS,
-    SparseRows,
-    concatenate,
+    check_k1,
+    distinct_members,
     expand_encoding,
-    expanded_members,
     jaccard_distances,
-    offsets_of,
-    row_sums,
 )
+from distributed_rerank.tensors.ragged import SparseRows, concatenate, offsets_of, row_sums
 
 Kind = Literal["reciprocal", "direct"]
 
@@ -44,8 +42,7 @@ def encode_matches(
     that the lists of i and of j give to the pair, 0 if neither lists it. direct: the members are the first k1 of the
     list, with its probabilities. The item itself weighs 1. Raises `BadInput` for k1 < 1 or lists shorter than k1.
     """
-    if k1 < 1 or k1 > items.shape[1]:
-        raise BadInput(f"k1={k1} must lie in 1..{items.shape[1]}, the length of the lists; retrieve more or lower k1")
+    check_k1(items, k1)
     encode = _reciprocal_rows if kind == "reciprocal" else _direct_rows
     return concatenate([encode(items, probabilities, rows, k1) for rows in block.split(BLOCK_ROWS)])
 
@@ -91,8 +88,10 @@ def reorder_stably(
 def _direct_rows(
     items: Int64[Tensor, "item k"], probabilities: Float64[Tensor, "item k"], rows: Int64[Tensor, " row"], k1: int
 ) -> SparseRows:
+    # [row, 1 + k1]: the item itself with weight 1, then its k1 nearest with their probabilities.
     near = torch.cat([rows[:, None], items[rows, :k1]], dim=1)
     weights = torch.cat([torch.ones(len(rows), 1).double(), probabilities[rows, :k1]], dim=1)
+    # Sparse rows have ascending columns; missing items (-1) come first and are dropped.
     by_item = near.argsort(dim=1)
     near, weights = near.gather(1, by_item), weights.gather(1, by_item)
     is_there = near >= 0
@@ -102,9 +101,8 @@ def _direct_rows(
 def _reciprocal_rows(
     items: Int64[Tensor, "item k"], probabilities: Float64[Tensor, "item k"], rows: Int64[Tensor, " row"], k1: int
 ) -> SparseRows:
-    members = expanded_members(items, rows, k1)
-    keys = torch.unique((torch.arange(len(rows))[:, None] * len(items) + members)[members >= 0])
-    row, member = keys // len(items), keys % len(items)
+    # [entry]: each row's item (`owner`) with each member of its neighbourhood, ascending by (row, member).
+    row, member = distinct_members(items, rows, k1)
     owner = rows[row]
     weights = torch.maximum(
         _listed_probability(items, probabilities, owner, member),
@@ -120,7 +118,8 @@ def _listed_probability(
     owners: Int64[Tensor, " pair"],
     others: Int64[Tensor, " pair"],
 ) -> Float64[Tensor, " pair"]:
-    """What the list of each owner says of the other; 0 if it is not there."""
+    """The probability that each owner's list gives to the other item; 0 if the other is not in it."""
+    # [pair, k]: the owners' lists, of which at most one place holds the other item.
     return torch.where(items[owners] == others[:, None], probabilities[owners], 0.0).sum(dim=1)
 
 

@@ -1,9 +1,9 @@
-"""Textbook retrieval metrics, one value per query, and their means. Layer 1: pure functions on tensors.
+"""Textbook retrieval metrics, one value per query, and their means.
 
-Everything is computed per query first (so that queries can be compared, grouped and resampled) and averaged
-last. The definitions are the usual ones of information retrieval; OML's, which differ, are in `oml_metrics`.
-A row of a list may be ragged: its missing places are -1 and count as irrelevant. Each row is reduced by
-running sums along the list, so a value does not depend on how the queries were cut into blocks.
+Everything is computed per query first (so that queries can be compared, grouped and resampled) and averaged last. The
+definitions are the usual ones of information retrieval; OML's, which differ, are in `oml_metrics`. A list may be short:
+its missing places are -1 and count as irrelevant. Each row is reduced by running sums along the list, so a value does
+not depend on how the queries were cut into blocks.
 """
 
 import math
@@ -12,11 +12,13 @@ from collections.abc import Mapping, Sequence
 import torch
 from jaxtyping import Bool, Float64, Int64
 from torch import Tensor
+from torch.nn import functional
 
 from distributed_rerank.errors import BadInput
 
 PerQuery = dict[str, Float64[Tensor, " query"]]
 """Metric key -> one float64 per query."""
+_Keys = tuple[Int64[Tensor, " query"], Int64[Tensor, " gallery"]]
 
 
 def relevance(
@@ -24,11 +26,7 @@ def relevance(
     query_labels: Int64[Tensor, " query"],
     item_labels: Int64[Tensor, " item"],
 ) -> Bool[Tensor, "query k"]:
-    """Whether each candidate has the label of its query.
-
-    `item_labels` is indexed by item number. A missing candidate (-1) and an item or query without label (-1)
-    are never relevant.
-    """
+    """Whether each candidate has the label of its query; never for missing candidates or without labels (-1)."""
     is_there = candidate_items >= 0
     labels = item_labels[candidate_items.clamp(min=0)]
     return is_there & (labels == query_labels[:, None]) & (labels >= 0)
@@ -44,13 +42,15 @@ def count_relevant(
 ) -> Int64[Tensor, " query"]:
     """How many gallery items are relevant to each query, without itself and without its own sequence.
 
-    Sequence -1 (or None for all) is no sequence; label -1 has no relevant items. By inclusion and exclusion
+    Sequence -1 (or None for all) is no sequence; a query of label -1 has no relevant items. By inclusion and exclusion
     on sorted keys: O((query + gallery) log gallery) time and linear memory, never a query x gallery matrix.
     """
+    # [query]: gallery items of the query's label, less the query itself.
     label = query_labels, gallery_labels
     with_item = _join(label, (query_items, gallery_items))
     n_relevant = _count_equal(*label) - _count_equal(*with_item)
     if query_sequences is not None and gallery_sequences is not None:
+        # Less those of the query's label and sequence, but not the query itself, which is subtracted already.
         sequence = query_sequences, gallery_sequences
         in_sequence = _count_equal(*_join(label, sequence)) - _count_equal(*_join(with_item, sequence))
         n_relevant = n_relevant - torch.where(query_sequences >= 0, in_sequence, 0)
@@ -72,43 +72,63 @@ def per_query(
 ) -> PerQuery:
     """Every metric of every query, for each cut-off k of `ks`, best candidate first.
 
-    With rel(i) = 1 where the i-th candidate is relevant, hits(k) = sum_{i<=k} rel(i), P(i) = hits(i) / i and
-    R = `n_relevant`:
+    With rel(i) = 1 where the i-th candidate is relevant, hits(k) = sum_{i<=k} rel(i), P(i) = hits(i) / i and R =
+    `n_relevant`:
 
     - `cmc@k` = [hits(k) > 0], also known as hit rate, success@k or (in metric learning) "recall@k";
     - `precision@k` = hits(k) / k;  `recall@k` = hits(k) / R;
     - `map@k` = (1 / min(k, R)) sum_{i<=k} P(i) rel(i); `map@10` is given whatever `ks` is;
-    - `map@r` = (1 / R) sum_{i<=R} P(i) rel(i) (Musgrave et al. 2020). Where R exceeds the length of the list,
-      the candidates that were not retrieved count as irrelevant, so the value is a lower bound;
+    - `map@r` = (1 / R) sum_{i<=R} P(i) rel(i) (Musgrave et al. 2020). Where R exceeds the length of the list, the
+      candidates that were not retrieved count as irrelevant, so the value is a lower bound;
     - `mrr` = 1 / place of the first hit, 0 without one in the list.
 
-    A list shorter than k is not padded: its missing places are misses. Raises `BadInput` for a cut-off below
-    1 and for queries with R = 0, whose metrics do not exist: leave them out and report their number.
+    A list shorter than k is not padded: its missing places are misses. Raises `BadInput` for a cut-off below 1 and for
+    queries with R = 0, whose metrics do not exist: leave them out and report their number.
     """
-    ks = sorted(set(ks))
-    if not ks or ks[0] < 1:
-        raise BadInput(f"ks={list(ks)} must be one or more cut-offs of at least 1")
+    ks = sorted_cutoffs(ks)
     if bool((n_relevant <= 0).any()):
         n_without = int((n_relevant <= 0).sum())
         raise BadInput(f"{n_without} queries have no relevant gallery item; leave them out and count them")
-    hits, precision_sums = _running_sums(is_relevant)
-    n_hits = {k: _at(hits, torch.full_like(n_relevant, k)) for k in ks}
-    found: PerQuery = {f"cmc@{k}": (n_hits[k] > 0).double() for k in ks}
-    found |= {f"precision@{k}": n_hits[k] / k for k in ks}
-    found |= {f"recall@{k}": n_hits[k] / n_relevant.double() for k in ks}
+    # [query, k + 1]: hits(i) and sums of P(i) rel(i). A column is one cut-off; the last one serves for longer ones.
+    length = is_relevant.shape[1]
+    hits, precision_sums = running_sums(is_relevant)
+    n_hits = {k: hits[:, min(k, length)] for k in ks}
+    values: PerQuery = {f"cmc@{k}": (n_hits[k] > 0).double() for k in ks}
+    values |= {f"precision@{k}": n_hits[k] / k for k in ks}
+    values |= {f"recall@{k}": n_hits[k] / n_relevant.double() for k in ks}
     for k in sorted({*ks, 10}):
-        found[f"map@{k}"] = _at(precision_sums, torch.full_like(n_relevant, k)) / n_relevant.clamp(max=k).double()
-    found["map@r"] = _at(precision_sums, n_relevant) / n_relevant.double()
+        values[f"map@{k}"] = precision_sums[:, min(k, length)] / n_relevant.clamp(max=k).double()
+    # The cut-off of map@r differs from query to query.
+    at_r = precision_sums.gather(1, n_relevant.clamp(max=length)[:, None]).squeeze(1)
+    values["map@r"] = at_r / n_relevant.double()
     place = first_hit(is_relevant).double()
-    found["mrr"] = torch.where(place > 0, 1 / place.clamp(min=1), 0.0)
-    return found
+    values["mrr"] = torch.where(place > 0, 1 / place.clamp(min=1), 0.0)
+    return values
+
+
+def sorted_cutoffs(ks: Sequence[int]) -> list[int]:
+    """The distinct cut-offs in ascending order. Raises `BadInput` where there are none or one is below 1."""
+    ks = sorted(set(ks))
+    if not ks or ks[0] < 1:
+        raise BadInput(f"ks={list(ks)} must be one or more cut-offs of at least 1")
+    return ks
+
+
+def running_sums(
+    is_relevant: Bool[Tensor, "query k"],
+) -> tuple[Float64[Tensor, "query places"], Float64[Tensor, "query places"]]:
+    """hits(i) and the sum of P(j) rel(j) over j <= i, for i = 0, 1, ..., k (see `per_query`)."""
+    places = torch.arange(1, is_relevant.shape[1] + 1, dtype=torch.float64, device=is_relevant.device)
+    rel = is_relevant.double()
+    hits = rel.cumsum(dim=1)
+    precision_sums = (hits / places).mul_(rel).cumsum_(dim=1)
+    return functional.pad(hits, (1, 0)), functional.pad(precision_sums, (1, 0))
 
 
 def means(values: Mapping[str, Float64[Tensor, " query"]]) -> dict[str, float]:
-    """Mean over the queries of every metric.
+    """Mean over the queries of every metric. Raises `BadInput` where there is no query.
 
     The sum is rounded once (`math.fsum`), so it is the same for any order and any blocks of the queries.
-    Raises `BadInput` where there is no query.
     """
     n_queries = {len(column) for column in values.values()}
     assert len(n_queries) <= 1, f"metrics of different numbers of queries: {sorted(n_queries)}"
@@ -120,40 +140,24 @@ def means(values: Mapping[str, Float64[Tensor, " query"]]) -> dict[str, float]:
 def means_by_category(
     values: Mapping[str, Float64[Tensor, " query"]], categories: Int64[Tensor, " query"]
 ) -> dict[int, dict[str, float]]:
-    """`means` within each category, by category number in ascending order. One sort, O(query log query)."""
+    """`means` within each category, by category number in ascending order."""
+    rows = rows_by_category(categories)
+    return {number: means({key: column[own] for key, column in values.items()}) for number, own in rows.items()}
+
+
+def rows_by_category(categories: Int64[Tensor, " query"]) -> dict[int, Int64[Tensor, " row"]]:
+    """The rows of each category in ascending order, by category number in ascending order."""
+    # One sort for all categories: each is then one piece of `order`.
     order = categories.argsort(stable=True)
     numbers, sizes = torch.unique_consecutive(categories[order], return_counts=True)
-    rows = torch.split(order, sizes.tolist())
-    return {
-        number: means({key: column[members] for key, column in values.items()})
-        for number, members in zip(numbers.tolist(), rows, strict=True)
-    }
+    return dict(zip(numbers.tolist(), torch.split(order, sizes.tolist()), strict=True))
 
 
-def _running_sums(
-    is_relevant: Bool[Tensor, "query k"],
-) -> tuple[Float64[Tensor, "query k"], Float64[Tensor, "query k"]]:
-    """Running hits(i) and running sum of P(i) rel(i) along each row."""
-    places = torch.arange(1, is_relevant.shape[1] + 1, dtype=torch.float64, device=is_relevant.device)
-    rel = is_relevant.double()
-    hits = rel.cumsum(dim=1)
-    return hits, (hits / places).mul_(rel).cumsum_(dim=1)
-
-
-def _at(running: Float64[Tensor, "query k"], cut: Int64[Tensor, " query"]) -> Float64[Tensor, " query"]:
-    """The running sum after the first `cut` places of each row; all of a row that is shorter."""
-    if running.shape[1] == 0:
-        return torch.zeros(len(running), dtype=running.dtype, device=running.device)
-    position = (cut - 1).clamp(max=running.shape[1] - 1)
-    return running.gather(1, position[:, None]).squeeze(1)
-
-
-def _join(
-    first: tuple[Int64[Tensor, " query"], Int64[Tensor, " gallery"]],
-    second: tuple[Int64[Tensor, " query"], Int64[Tensor, " gallery"]],
-) -> tuple[Int64[Tensor, " query"], Int64[Tensor, " gallery"]]:
+def _join(first: _Keys, second: _Keys) -> _Keys:
     """One key for each pair of keys, equal where both are equal."""
     n_queries = len(first[0])
+    # Numbers 0, 1, 2, ... for the distinct keys of each kind, of queries and gallery together, so that products are
+    # small.
     dense = [torch.unique(torch.cat(keys), return_inverse=True)[1] for keys in (first, second)]
     joined = dense[0] * (dense[1].max() + 1 if len(dense[1]) else 1) + dense[1]
     return joined[:n_queries], joined[n_queries:]
@@ -161,5 +165,6 @@ def _join(
 
 def _count_equal(queries: Int64[Tensor, " query"], gallery: Int64[Tensor, " gallery"]) -> Int64[Tensor, " query"]:
     """How many gallery keys equal each query key."""
+    # [query]: the equal keys are one run of the sorted gallery; its end less its start.
     ordered = gallery.sort().values
     return torch.searchsorted(ordered, queries, right=True) - torch.searchsorted(ordered, queries)

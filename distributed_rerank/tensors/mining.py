@@ -1,9 +1,8 @@
-"""Pairs of a labelled batch, by the definitions of OML's `PairsMiner` (layer 1).
+"""Pairs of a labelled batch, by the definitions of OML's `PairsMiner`.
 
-Pairs are unordered, written with the smaller batch position first; positives come before negatives, each
-group sorted. Two things differ from OML on purpose: an item is never paired with itself, and a batch of one
-label is an error (OML calls its nearest positives negatives there). Mining over a whole catalogue is in
-`candidate_mining`.
+Pairs are unordered, written with the smaller batch position first; positives come before negatives, each group sorted.
+Two things differ from OML on purpose: an item is never paired with itself, and a batch of one label is an error (OML
+takes its nearest positives for negatives there). Mining over a whole catalogue is in `candidate_mining`.
 """
 
 from collections.abc import Sequence
@@ -17,19 +16,18 @@ from torch import Tensor
 from distributed_rerank.errors import BadInput
 
 Pairs = tuple[Int64[Tensor, " pair"], Int64[Tensor, " pair"], Bool[Tensor, " pair"]]
+"""Batch positions of the first and second items, and whether their labels differ: `(ids1, ids2, is_negative)`."""
 
 
 def hard_pairs(embeddings: Float[Tensor, "item dim"], labels: Int64[Tensor, " item"]) -> Pairs:
-    """Each item with its furthest positive and its nearest negative: `(ids1, ids2, is_negative)`.
+    """Each item with its furthest positive and its nearest negative; mutual choices appear once.
 
-    At most one positive and one negative pair per item; mutual choices appear once. Equal distances: the
-    first item in the batch, the item itself included, whose pair is then dropped. So an item whose positives
-    all equal it, or that is alone with its label, chooses no positive. Distances are exact (float64,
-    difference form); no gradient flows.
-
-    Raises BadInput for a batch with fewer than two labels.
+    Of equal distances the first item in the batch counts, the item itself included, whose pair is then dropped: an item
+    whose positives all equal it, or that is alone with its label, has no positive pair. Distances are exact
+    (differences in float64); no gradient flows. Raises BadInput for a batch with fewer than two labels.
     """
     _check_two_labels(labels)
+    # [item, item]: exact distances, of which each item chooses one column with its label and one with another.
     points = embeddings.detach().double()
     distances = torch.cdist(points, points, compute_mode="donot_use_mm_for_euclid_dist")
     is_same = labels[:, None] == labels
@@ -40,10 +38,7 @@ def hard_pairs(embeddings: Float[Tensor, "item dim"], labels: Int64[Tensor, " it
 
 
 def all_pairs(labels: Int64[Tensor, " item"]) -> Pairs:
-    """Every unordered pair of the batch: `(ids1, ids2, is_negative)`.
-
-    Raises BadInput for a batch with fewer than two labels.
-    """
+    """Every unordered pair of the batch. Raises BadInput for a batch with fewer than two labels."""
     _check_two_labels(labels)
     first, second = torch.triu_indices(len(labels), len(labels), offset=1, device=labels.device)
     is_same = labels[first] == labels[second]
@@ -61,9 +56,7 @@ class PairsMiner:
         embeddings: Float[Tensor, "item dim"],
         labels: Sequence[int] | Shaped[Tensor, " item"] | Shaped[np.ndarray, " item"],
     ) -> Pairs:
-        """`(ids1, ids2, is_negative)`: batch positions (int64), positives first. See `hard_pairs` and
-        `all_pairs`.
-        """
+        """`hard_pairs` or `all_pairs` of the batch."""
         labels = torch.as_tensor(labels, dtype=torch.int64, device=embeddings.device)
         assert len(labels) == len(embeddings), f"{len(labels)} labels for {len(embeddings)} embeddings"
         return hard_pairs(embeddings, labels) if self.hard_mining else all_pairs(labels)
@@ -85,7 +78,7 @@ def _first_largest(values: Float[Tensor, "item other"]) -> Int64[Tensor, " item"
 
 
 def _unique(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
-    """Distinct unordered pairs without self pairs, sorted."""
+    """Distinct unordered pairs without pairs of an item with itself, sorted."""
     n_items = len(left)
     low, high = torch.minimum(left, right), torch.maximum(left, right)
     codes = torch.unique((low * n_items + high)[low < high])

@@ -1,4 +1,4 @@
-"""What mining found, in figures: the table that is printed before training (layer 1)."""
+"""Figures about the candidate lists that are mined: the table printed before training."""
 
 from dataclasses import dataclass
 
@@ -11,7 +11,7 @@ from distributed_rerank.tensors.knn import Neighbours
 
 @dataclass(frozen=True)
 class DistanceSummary:
-    """Count and location of some distances; the figures are None when there are none."""
+    """Count, mean, median and range of some distances; None where there are none."""
 
     n: int
     mean: float | None
@@ -22,23 +22,23 @@ class DistanceSummary:
 
 @dataclass(frozen=True)
 class MiningStatistics:
-    """Counts of anchors and candidates (no fillers), and first-stage distances in the candidate lists."""
+    """Counts of anchors and candidates (missing ones left out), and first-stage distances in the candidate lists."""
 
     n_anchors: int
     n_candidates: int
     n_positives: int
     n_negatives: int
     dropped: dict[str, int]
-    """How many negatives each filter dropped."""
+    """Number of negatives that each filter dropped."""
     positive_distances: DistanceSummary
     negative_distances: DistanceSummary
     """Of the negatives that passed the filters."""
     n_without_positive: int
     """Anchors with no positive in their candidate list."""
     n_without_negative: int
-    """Anchors that no allowed negative is left for."""
+    """Anchors without any allowed negative."""
     share_of_hardest_used: float
-    """Share of the anchors with any negative whose nearest one passed the filters; 0 if no anchor has one."""
+    """Share of anchors whose nearest negative passed the filters, among anchors with a negative; 0 if none has one."""
 
 
 def mining_statistics(
@@ -48,10 +48,11 @@ def mining_statistics(
     allowed: Bool[Tensor, "query neighbour"],
     dropped: dict[str, int],
 ) -> MiningStatistics:
-    """Figures of what `candidate_mining.filter_negatives` (the origin of the last two arguments) left."""
+    """Figures after filtering; `allowed` and `dropped` come from `candidate_mining.filter_negatives`."""
     positives = are_positive(neighbours, anchor_items, labels)
     negatives = are_negative(neighbours, anchor_items, labels)
     has_negative = negatives.any(dim=1)
+    # Lists ascend by distance, so the first negative of a row is its hardest.
     is_hardest = negatives & (negatives.cumsum(dim=1) == 1)
     n_hardest_used = int((is_hardest & allowed).sum())
     return MiningStatistics(

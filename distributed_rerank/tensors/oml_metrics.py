@@ -1,9 +1,8 @@
-"""Retrieval metrics as open-metric-learning 4.0.0 defines them. Layer 1: pure functions on tensors.
+"""Retrieval metrics as open-metric-learning 4.0.0 defines them, so that teams coming from OML find their old figures.
 
-They exist so that a team that comes from OML finds its old figures again. OML's precision and map are not the
-textbook ones of `metrics`: their divisors depend on what was found. Stated deviations: where OML's precision
-is NaN (nothing relevant exists, yet something was retrieved) it is 0 here and the caller counts such queries;
-the principal component fraction is computed in float64 and never exceeds 1.
+OML's precision and map are not the textbook ones of `metrics`: their divisors depend on the number of hits. Two things
+differ from OML: where its precision is NaN (nothing relevant exists, yet something was retrieved) it is 0 here and the
+caller counts such queries; the principal component fraction is computed in float64 and never exceeds 1.
 """
 
 from collections.abc import Sequence
@@ -13,7 +12,7 @@ from jaxtyping import Bool, Float, Float64, Int64
 from torch import Tensor
 
 from distributed_rerank.errors import BadInput
-from distributed_rerank.tensors.metrics import PerQuery
+from distributed_rerank.tensors.metrics import PerQuery, running_sums, sorted_cutoffs
 
 
 def per_query(
@@ -24,8 +23,8 @@ def per_query(
 ) -> PerQuery:
     """OML's `cmc@k`, `precision@k` and `map@k` of every query, float64.
 
-    With L = `n_retrieved` (the length of the query's ragged row; the places after it must be False), R =
-    `n_relevant`, k' = min(k, L), hits(i) = sum_{j<=i} rel(j) and h = hits(k'):
+    With L = `n_retrieved` (the length of the query's list; the places after it must be False), R = `n_relevant`, k' =
+    min(k, L), hits(i) = sum_{j<=i} rel(j) and h = hits(k'):
 
     | | value | R = 0, L = 0 | R > 0, L = 0 | R = 0, L > 0 |
     |---|---|---|---|---|
@@ -35,22 +34,18 @@ def per_query(
 
     Raises `BadInput` for a cut-off below 1.
     """
-    ks = sorted(set(ks))
-    if not ks or ks[0] < 1:
-        raise BadInput(f"ks={list(ks)} must be one or more cut-offs of at least 1")
-    head = is_relevant[:, : ks[-1]].double()
-    places = torch.arange(1, head.shape[1] + 1, dtype=torch.float64, device=head.device)
-    hits = head.cumsum(dim=1)
-    precision_sums = (hits / places).mul_(head).cumsum_(dim=1)
+    ks = sorted_cutoffs(ks)
+    hits, precision_sums = running_sums(is_relevant[:, : ks[-1]])
     is_void = (n_retrieved == 0) & (n_relevant == 0)
-    found: PerQuery = {}
+    values: PerQuery = {}
     for k in ks:
-        n_hits, precision_sum = _column(hits, k), _column(precision_sums, k)
+        # [query]: both sums after k places, or after the whole list where it is shorter.
+        n_hits, precision_sum = (sums[:, min(k, sums.shape[1] - 1)] for sums in (hits, precision_sums))
         divisor = torch.minimum(n_relevant, n_retrieved.clamp(max=k)).clamp(min=1)
-        found[f"cmc@{k}"] = ((n_hits > 0) | is_void).double()
-        found[f"precision@{k}"] = torch.where(is_void, 1.0, n_hits / divisor.double())
-        found[f"map@{k}"] = torch.where(is_void, 1.0, precision_sum / n_hits.clamp(min=1))
-    return found
+        values[f"cmc@{k}"] = ((n_hits > 0) | is_void).double()
+        values[f"precision@{k}"] = torch.where(is_void, 1.0, n_hits / divisor.double())
+        values[f"map@{k}"] = torch.where(is_void, 1.0, precision_sum / n_hits.clamp(min=1))
+    return values
 
 
 def fnmr_at_fmr(
@@ -60,10 +55,9 @@ def fnmr_at_fmr(
 ) -> dict[str, float]:
     """False non-match rate at each false match rate, keys `fnmr@fmr=<rate>`.
 
-    The threshold T is the `fmr` quantile of the distances of all negative pairs, linear between the two
-    nearest (`np.quantile`), and the answer the share of positive pairs with distance >= T. Pooled over all
-    queries, in float64, with no limit on the number of pairs. Raises `BadInput` for a rate outside [0, 1] or
-    no pairs.
+    The threshold T is the `fmr` quantile of the distances of all negative pairs, linear between the two nearest
+    (`np.quantile`); the answer is the share of positive pairs with distance >= T. All queries together, in float64,
+    with no limit on the number of pairs. Raises `BadInput` for a rate outside [0, 1] or no pairs.
     """
     if any(not 0 <= fmr <= 1 for fmr in fmrs):
         raise BadInput(f"fmrs={list(fmrs)} must lie in [0, 1]")
@@ -79,16 +73,17 @@ def fnmr_at_fmr(
 
 
 def pcf(embeddings: Float[Tensor, "item dim"], variances: Sequence[float] = (0.5,)) -> dict[str, float]:
-    """Principal component fraction, keys `pcf@<variance>`: share of axes to explain more than that variance.
+    """Principal component fraction, keys `pcf@<variance>`: share of axes needed to explain more than that variance.
 
     n / dim with n the largest number for which the first n - 1 axes of the centred embeddings explain at most
-    `variance`; by singular values in float64, and at most 1. Equal embeddings have no axis and give 0.
-    Raises `BadInput` for a variance outside [0, 1] or fewer than 2 embeddings.
+    `variance`; by singular values in float64, and at most 1. Equal embeddings have no axis and give 0. Raises
+    `BadInput` for a variance outside [0, 1] or fewer than 2 embeddings.
     """
     if any(not 0 <= variance <= 1 for variance in variances):
         raise BadInput(f"variances={list(variances)} must lie in [0, 1]")
     if len(embeddings) < 2:
         raise BadInput(f"pcf needs at least 2 embeddings, not {len(embeddings)}")
+    # [axis]: variance explained by the first axis, the first two, ..., up to a common factor.
     centred = embeddings.double()
     centred = centred - centred.mean(dim=0)
     explained = torch.linalg.svdvals(centred).square().cumsum(dim=0)
@@ -101,18 +96,11 @@ def pcf(embeddings: Float[Tensor, "item dim"], variances: Sequence[float] = (0.5
     return {f"pcf@{variance:g}": min(n, dim) / dim for variance, n in n_axes.items()}
 
 
-def _column(running: Float64[Tensor, "query k"], k: int) -> Float64[Tensor, " query"]:
-    """The running sum after k places, or after the whole list where it is shorter."""
-    if running.shape[1] == 0:
-        return torch.zeros(len(running), dtype=running.dtype, device=running.device)
-    return running[:, min(k, running.shape[1]) - 1]
-
-
 def _quantile(ordered: Float64[Tensor, " value"], share: float) -> float:
     """The linear quantile of sorted values; `torch.quantile` refuses more than 2^24 of them."""
     position = share * (len(ordered) - 1)
     below = int(position)
     low, high = float(ordered[below]), float(ordered[min(below + 1, len(ordered) - 1)])
     weight = position - below
-    # The form of NumPy: exact at both ends, so a threshold that should equal a distance does.
+    # NumPy's formula: exact at both ends, so a threshold that should equal a distance does.
     return high - (high - low) * (1 - weight) if weight >= 0.5 else low + (high - low) * weight

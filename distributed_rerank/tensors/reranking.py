@@ -1,8 +1,8 @@
-"""New order and distances of a candidate list from pair logits: OML's rule (replace) and fusion (layer 1).
+"""New order and distances of candidate lists from pair logits: OML's rule (replace) and fusion.
 
-Both take ragged rows as `Neighbours` holds them (distance inf = no candidate there), work on all queries at
-once and change nothing in place. An answer is `(order, distances)`: `order[q, i]` is the old position of the
-candidate that is now at place i. Logits of absent candidates are ignored.
+Both take rows as `Neighbours` holds them (distance inf = no candidate there), work on all queries at once and change
+nothing in place. An answer is `(order, distances)`: `order[q, i]` is the old position of the candidate that is now at
+place i. Logits of absent candidates are ignored.
 """
 
 import torch
@@ -19,15 +19,14 @@ Reranked = tuple[Int64[Tensor, "query k"], Float[Tensor, "query k"]]
 def merge_replace(distances: Float[Tensor, "query k"], logits: Float[Tensor, "query n"]) -> Reranked:
     """Order the first n of each row by their logits alone, and scale these to stay before the tail.
 
-    OML's `PairwiseReranker` (STIR, arXiv 2304.13393): with s the sorted logits of the head and t the first
-    tail distance, if max(s) > t the head becomes s * (t / max(s)) - 1000 * eps(float32), else s as it is.
-    Equality does not scale; a row without a tail keeps its raw logits; ties keep the first stage's order; the
-    tail is never touched. Pass whatever OML would have had as distances (`sigmoid(logit)` for ConcatSiamese).
+    OML's `PairwiseReranker` (STIR, arXiv 2304.13393): with s the sorted logits of the head and t the first tail
+    distance, if max(s) > t the head becomes s * (t / max(s)) - 1000 * eps(float32), else it stays s. Equality does not
+    scale; a row without a tail keeps its raw logits; ties keep the first stage's order; the tail never changes. Pass
+    the values that OML takes as distances (`sigmoid(logit)` for ConcatSiamese).
 
-    Not copied: an eps that depends on half precision (ours is always float32's), a RuntimeError for t < 0 and
-    the collapse of the whole head to one value at t = 0 (the head is shifted before the tail instead), a
-    ValueError when all rows are empty (the answer is a copy), a head that rounding pushes behind its tail (it
-    is clamped to t), and distances without an order (equal ones would fall back to any order).
+    Different from OML: eps is always float32's; for t <= 0 the head is shifted before the tail (OML raises a
+    RuntimeError for t < 0 and gives the whole head one value for t = 0); if all rows are empty the answer is a copy
+    (there a ValueError); a head that rounding pushes behind its tail is clamped to t; equal values have an order.
 
     Raises BadInput if n is 1 while rows are longer (nothing could be re-ordered) or a logit is not finite.
     """
@@ -50,13 +49,12 @@ def fuse(
 ) -> Reranked:
     """Order the first `top_n` of each row by `weight * distance + logit / temperature`, in float32.
 
-    Ties keep the first stage's order. The tail keeps its own order behind the head: it starts at the head's
-    largest value and grows by `weight` times the gaps of the first stage, so that rows stay ascending. One
-    scoring pass over n candidates serves every `top_n` up to n; a `top_n` beyond the row length k re-orders
-    the whole row.
+    Ties keep the first stage's order. The tail keeps its own order behind the head: it starts at the head's largest
+    value and grows by `weight` times the gaps of the first stage, so that rows stay ascending. Scores of n candidates
+    serve every `top_n` up to n; a `top_n` beyond the row length k re-orders the whole row.
 
-    Raises BadInput for a negative weight, a temperature that is not positive, a `top_n` below 1 or above the
-    number of scored candidates, or a logit that is not finite.
+    Raises BadInput for a negative weight, a temperature that is not positive, a `top_n` below 1 or above the number of
+    scored candidates, or a logit that is not finite.
     """
     if not weight >= 0:
         raise BadInput(f"weight={weight} would reverse the first stage; use a weight of at least 0")
@@ -68,8 +66,10 @@ def fuse(
     n = min(top_n, k)
     if n == 0:
         return _with_tail(torch.empty(len(distances), 0, dtype=torch.int64), 0), distances.clone()
+    # [query, n]: the new values of the head, ascending.
     fused = weight * distances[:, :n] + _present_logits(distances, logits[:, :n]) / temperature
     head, order = _sorted_head(distances, fused)
+    # [query, k - n]: the tail's gaps to the last candidate of the old head, times `weight`, behind the new head.
     gaps = distances[:, n:] - distances[:, n - 1 : n]
     behind = torch.where(distances[:, n:].isfinite(), head[:, -1:] + weight * gaps, torch.inf)
     return _with_tail(order, k), torch.cat([head, behind], dim=1)
@@ -97,6 +97,7 @@ def _sorted_head(distances: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
 
 def _before_tail(head: Float[Tensor, "query n"], tail: Float[Tensor, "query 1"]) -> Float[Tensor, "query n"]:
     """OML's scaling of an ascending head whose largest value exceeds the first tail distance."""
+    # [query, 1]: the head's largest value; a tail at or below 0 cannot be reached by scaling, only by shifting.
     largest = head[:, -1:]
     scaled = torch.where(tail > 0, head * (tail / largest), head - (largest - tail)) - OML_GAP
     needs = tail.isfinite() & (largest > tail)
@@ -104,5 +105,6 @@ def _before_tail(head: Float[Tensor, "query n"], tail: Float[Tensor, "query 1"])
 
 
 def _with_tail(order: Int64[Tensor, "query n"], k: int) -> Int64[Tensor, "query k"]:
+    """The order of whole rows: that of the head, then the old positions of the tail."""
     tail = torch.arange(order.shape[1], k, device=order.device).expand(len(order), -1)
     return torch.cat([order, tail], dim=1)

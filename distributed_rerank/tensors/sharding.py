@@ -1,6 +1,4 @@
-"""How work is cut into blocks and shared among ranks: integers only, so that it can be tested exhaustively
-(layer 1).
-"""
+"""Cut work into blocks and share it among ranks: integers only, so that tests can try every case."""
 
 from distributed_rerank.errors import BadInput
 
@@ -8,8 +6,8 @@ from distributed_rerank.errors import BadInput
 def blocks(n_items: int, block_size: int) -> list[tuple[int, int]]:
     """Cut 0..n_items into consecutive `(start, stop)` of `block_size`; only the last may be shorter.
 
-    The cut depends on these two numbers alone, never on how many workers there are: whole blocks are the unit
-    of work, which is why any number of workers gives the same bits.
+    The cut depends on these two numbers alone, never on the number of workers. Workers take whole blocks, which is why
+    any number of workers gives the same bits.
 
     >>> blocks(7, 3)
     [(0, 3), (3, 6), (6, 7)]
@@ -24,7 +22,7 @@ def blocks(n_items: int, block_size: int) -> list[tuple[int, int]]:
 
 
 def tapering_blocks(n_items: int, block_size: int) -> list[tuple[int, int]]:
-    """As `blocks`, but the items of the last four whole blocks and of what remains are in blocks of a quarter.
+    """As `blocks`, but the last four whole blocks and the remainder are cut into blocks of a quarter of the size.
 
     Workers that take block after block then end at nearly the same time (guided self-scheduling, Polychronopoulos and
     Kuck 1987, with two sizes).
@@ -43,8 +41,8 @@ def tapering_blocks(n_items: int, block_size: int) -> list[tuple[int, int]]:
 def rank_share(n_items: int, rank: int, world_size: int) -> tuple[int, int]:
     """The contiguous `(start, stop)` of 0..n_items that belongs to `rank` of `world_size`.
 
-    The shares of all ranks, in rank order, are 0..n_items without gap or overlap; their sizes differ by at
-    most one, the first ranks having the longer ones.
+    The shares of all ranks, in rank order, are 0..n_items without gap or overlap. Their sizes differ by at most one;
+    the first ranks have the longer ones.
 
     >>> [rank_share(7, rank, 3) for rank in range(3)]
     [(0, 3), (3, 5), (5, 7)]

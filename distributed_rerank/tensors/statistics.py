@@ -1,11 +1,9 @@
 """Is the difference real, and how much more was possible: paired resampling by cluster, ceiling, knee.
-Layer 1: pure functions on tensors; the seed is an argument.
 
-Queries of one label share gallery items and looks, so they are not independent: labels, not queries, are the
-clusters that are resampled. Per-cluster sums make a resample one row of a matrix product. Those sums are
-rounded to a power of two so small that no answer shows it and so large that every partial sum is exact:
-intervals and p-values are the same bits for any number of threads, and ties in the randomisation test are
-true ties.
+Queries of one label share gallery items and looks, so they are not independent: labels, not queries, are the clusters
+that are resampled. With a sum per cluster, a resample is one row of a matrix product. The sums are rounded to multiples
+of a power of two, so small that no answer shows it and so large that every partial sum is exact: intervals and p-values
+are the same bits for any number of threads, and ties in the randomisation test are true ties.
 """
 
 import math
@@ -17,6 +15,7 @@ from jaxtyping import Bool, Float64, Int64
 from torch import Tensor
 
 from distributed_rerank.errors import BadInput
+from distributed_rerank.tensors.metrics import rows_by_category
 
 _BLOCK_ELEMENTS = 1 << 22
 
@@ -32,7 +31,7 @@ class Interval:
 
 @dataclass(frozen=True)
 class Difference:
-    """Mean of after - before with its interval, p-value and the queries that moved."""
+    """Mean of after - before with its interval, p-value and the numbers of queries that changed."""
 
     mean: float
     low: float
@@ -54,18 +53,20 @@ def bootstrap(
 ) -> list[Interval]:
     """Percentile bootstrap interval of the mean over queries of every column.
 
-    `clusters` holds a number per query, in practice its label: whole clusters are drawn with replacement, as
-    many as there are, and the mean is that of all drawn queries (Davison and Hinkley 1997, 3.8). None draws
-    single queries (the naive interval, too narrow where queries of a label agree). All columns see the same
-    draws. Hand after - before for a paired difference. Raises `BadInput` for no queries, no resamples or a
-    level outside (0, 1).
+    `clusters` holds a number per query, in practice its label: whole clusters are drawn with replacement, as many as
+    there are, and the mean is that of all drawn queries (Davison and Hinkley 1997, 3.8). None draws single queries (the
+    naive interval, too narrow where queries of a label agree). All columns see the same draws. Pass after - before for
+    a paired difference. Raises `BadInput` for no queries, no resamples or a level outside (0, 1).
     """
     _check_resampling(len(values), n_resamples)
     if not 0 < level < 1:
         raise BadInput(f"level={level} must lie between 0 and 1")
+    # [cluster, metric + 1]: the sum of each metric over the cluster's queries, and in the last column their number.
     sums, sizes = _cluster_sums(values, clusters)
     exact = _round_for_exact_sums(sums, len(sums))
     totals = torch.cat([exact, sizes.double()[:, None]], dim=1)
+    # [resample, metric + 1]: the same over all queries drawn. Sum / number is a resampled mean; its quantiles over the
+    # resamples are the ends [2, metric] of the intervals.
     drawn = torch.cat([draws @ totals for draws in _multinomial_draws(len(sums), n_resamples, seed)])
     tails = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64)
     ends = torch.quantile(drawn[:, :-1] / drawn[:, -1:], tails, dim=0)
@@ -82,12 +83,12 @@ def sign_flip_p_values(
 ) -> list[float]:
     """Two-sided randomisation test of "before and after are exchangeable" for every column of after - before.
 
-    The sign of a whole cluster's sum is flipped at random; p = (1 + resamples with at least the observed
-    |sum|) / (1 + n_resamples), so it is never 0. None as `clusters` flips single queries (Fisher's
-    randomisation test as in Smucker et al. 2007). With C clusters that changed no p-value is below about 2^(1
-    - C).
+    The sign of a whole cluster's sum is flipped at random; p = (1 + resamples with at least the observed |sum|) / (1 +
+    n_resamples), so it is never 0. None as `clusters` flips single queries (Fisher's randomisation test as in Smucker
+    et al. 2007). With C clusters that changed no p-value is below about 2^(1 - C).
     """
     _check_resampling(len(differences), n_resamples)
+    # [cluster, metric]; flipping is one product with signs [resample, cluster], counted block by block.
     sums, _ = _cluster_sums(differences, clusters)
     exact = _round_for_exact_sums(sums, len(sums))
     observed = exact.sum(dim=0).abs()
@@ -108,8 +109,7 @@ def compare(
 ) -> dict[str, Difference]:
     """Paired comparison of every metric present in both: interval, p-value and queries better, worse, equal.
 
-    Rows are the same queries in the same order; larger is better. Raises `BadInput` where no metric is
-    shared.
+    Rows are the same queries in the same order; larger is better. Raises `BadInput` where no metric is shared.
     """
     keys = [key for key in before if key in after]
     if not keys:
@@ -120,17 +120,8 @@ def compare(
     n_clusters = len(change) if clusters is None else len(torch.unique(clusters))
     better, worse = (change > 0).sum(dim=0).tolist(), (change < 0).sum(dim=0).tolist()
     return {
-        key: Difference(
-            mean=intervals[m].mean,
-            low=intervals[m].low,
-            high=intervals[m].high,
-            p_value=p_values[m],
-            n_better=better[m],
-            n_worse=worse[m],
-            n_equal=len(change) - better[m] - worse[m],
-            n_clusters=n_clusters,
-        )
-        for m, key in enumerate(keys)
+        key: Difference(i.mean, i.low, i.high, p_value, n_better, n_worse, len(change) - n_better - n_worse, n_clusters)
+        for key, i, p_value, n_better, n_worse in zip(keys, intervals, p_values, better, worse, strict=True)
     }
 
 
@@ -144,29 +135,28 @@ def compare_by_category(
     n_resamples: int = 2000,
 ) -> dict[int, dict[str, Difference]]:
     """`compare` within each category, by category number in ascending order."""
-    order = categories.argsort(stable=True)
-    numbers, sizes = torch.unique_consecutive(categories[order], return_counts=True)
-    found: dict[int, dict[str, Difference]] = {}
-    for number, rows in zip(numbers.tolist(), torch.split(order, sizes.tolist()), strict=True):
-        found[number] = compare(
+    return {
+        number: compare(
             {key: column[rows] for key, column in before.items()},
             {key: column[rows] for key, column in after.items()},
             None if clusters is None else clusters[rows],
             seed=seed,
             n_resamples=n_resamples,
         )
-    return found
+        for number, rows in rows_by_category(categories).items()
+    }
 
 
 def oracle(is_relevant: Bool[Tensor, "query k"], top_n: int) -> Bool[Tensor, "query k"]:
-    """The best any re-ranker of the first `top_n` can do: their relevant ones first, the tail untouched."""
+    """The best possible re-ranking of the first `top_n`: their relevant ones first, the tail unchanged."""
+    # [query, top_n]: as many True at the start of each row as the head has relevant ones.
     head = is_relevant[:, :top_n]
     places = torch.arange(head.shape[1], device=head.device)
     return torch.cat([places < head.sum(dim=1, keepdim=True), is_relevant[:, top_n:]], dim=1)
 
 
 def headroom_captured(before: float, after: float, ceiling: float) -> float | None:
-    """Share of the possible gain that was had, (after - before) / (ceiling - before); None without room.
+    """Share of the possible gain that re-ranking reached, (after - before) / (ceiling - before); None without room.
 
     Negative where re-ranking made the metric worse; `ceiling` is the metric of `oracle`'s order.
     """
@@ -181,15 +171,15 @@ def knee(
     n_resamples: int = 2000,
     level: float = 0.95,
 ) -> int:
-    """Position of the first setting whose metric cannot be told from the best one's.
+    """Position of the cheapest setting whose metric is as good as the best one's, as far as the queries can tell.
 
-    The settings come cheapest first (ascending top_n), with the metric of every query. The best is the one of
-    largest mean (the cheapest of equals); a setting is as good where the bootstrap interval of its paired
-    difference to the best reaches 0. The paired interval is used because that of the mean itself mostly
-    measures how labels differ.
+    The settings come cheapest first (ascending top_n), with the metric of every query. The best has the largest mean
+    (the cheapest of equals). A setting is as good if the bootstrap interval of its paired difference to the best
+    reaches 0. The interval is paired because that of the mean itself mostly measures how labels differ.
     """
     average = [math.fsum(row.tolist()) for row in curve]
     best = average.index(max(average))
+    # [query, setting]: how much each setting up to the best one is behind it.
     behind = (curve[best] - curve[: best + 1]).T.contiguous()
     intervals = bootstrap(behind, clusters, seed=seed, n_resamples=n_resamples, level=level)
     return next(position for position, interval in enumerate(intervals) if interval.low <= 0)
@@ -198,7 +188,7 @@ def knee(
 def _cluster_sums(
     values: Float64[Tensor, "query metric"], clusters: Int64[Tensor, " query"] | None
 ) -> tuple[Float64[Tensor, "cluster metric"], Int64[Tensor, " cluster"]]:
-    """Sum and number of the queries of every cluster, clusters in ascending order."""
+    """Sum over the queries of every cluster, and their number; clusters in ascending order."""
     if clusters is None:
         return values, torch.ones(len(values), dtype=torch.int64)
     _, rows, sizes = torch.unique(clusters, return_inverse=True, return_counts=True)
@@ -210,20 +200,21 @@ def _cluster_sums(
 def _round_for_exact_sums(values: Float64[Tensor, "row metric"], n_terms: int) -> Float64[Tensor, "row metric"]:
     """Multiples of a power of two such that any sum of `n_terms` of them, in any order, is exact in float64.
 
-    The error is below n_terms * max|value| * 2^-52 per value: for a million queries 2^-32 of the largest
-    value.
+    The error is below n_terms * max|value| * 2^-52 per value: for a million queries 2^-32 of the largest value.
     """
     largest = float(values.abs().max()) if values.numel() else 0.0
     if largest == 0:
         return values
+    # A float64 holds 53 bits: with this unit the largest possible sum is below 2^52 units.
     unit = 2.0 ** (math.ceil(math.log2(largest * (n_terms + 1))) - 52)
     return (values / unit).round() * unit
 
 
 def _multinomial_draws(n_clusters: int, n_resamples: int, seed: int) -> Iterator[Float64[Tensor, "resample cluster"]]:
-    """How often each cluster is drawn, in blocks of resamples that keep memory bounded."""
+    """How often each cluster is drawn in each resample, in blocks of resamples that keep memory bounded."""
     generator = torch.Generator().manual_seed(seed)
     for rows in _resample_blocks(n_clusters, n_resamples):
+        # [resample, draw]: the clusters drawn; counted in one table, in which each resample has its own row of cells.
         drawn = torch.randint(n_clusters, (rows, n_clusters), generator=generator)
         cells = drawn + torch.arange(rows)[:, None] * n_clusters
         yield torch.bincount(cells.flatten(), minlength=rows * n_clusters).view(rows, n_clusters).double()
@@ -237,6 +228,7 @@ def _sign_draws(n_clusters: int, n_resamples: int, seed: int) -> Iterator[Float6
 
 
 def _resample_blocks(n_clusters: int, n_resamples: int) -> Iterator[int]:
+    """Numbers of resamples that add up to `n_resamples`."""
     block = max(1, _BLOCK_ELEMENTS // n_clusters)
     for start in range(0, n_resamples, block):
         yield min(block, n_resamples - start)

@@ -1,4 +1,4 @@
-"""The loss of a step from the logits of its pairs, or of a part of them. Layer 3."""
+"""The loss of a training step, or of one worker's part of it, from the logits of its pairs."""
 
 import torch
 from jaxtyping import Bool, Float
@@ -6,14 +6,15 @@ from torch import Tensor
 
 from distributed_rerank.config.training import TrainingConfig
 from distributed_rerank.tensors import losses
+from distributed_rerank.tensors.ragged import places_in_rows
 from distributed_rerank.training.plan import Step
 
 
 def step_loss(part: Step, logits: Float[Tensor, " pair"], config: TrainingConfig, n_units: int) -> Float[Tensor, ""]:
     """The part's share of the mean loss over a step of `n_units`: pairs for bce, lists for the others.
 
-    Logits are divided by `config.temperature` first. Losses of lists take every list by itself. Where the step has a
-    teacher's logits, `config.teacher_share` of the loss is how far the list's distribution is from the teacher's.
+    Logits are divided by `config.temperature` first. If the step has a teacher's logits, `config.teacher_share` of a
+    list's loss is the divergence of its distribution from the teacher's.
     """
     logits = logits / config.temperature
     if config.loss == "bce":
@@ -35,9 +36,9 @@ def teacher_loss(
     temperature: float,
     n_lists: int,
 ) -> Float[Tensor, ""]:
-    """Distillation over the candidates that the teacher has scored; a list with fewer than two teaches nothing."""
+    """Distillation over the candidates that the teacher has scored; a list with fewer than two has loss 0."""
     is_known = is_present & teacher.isfinite()
-    # One candidate alone has the same distribution whatever its logit; none at all would have no softmax.
+    # No candidate would have no softmax; one alone has the same distribution for any logit, hence loss and gradient 0.
     is_known[:, 0] |= ~is_known.any(dim=1)
     known = torch.where(is_known & teacher.isfinite(), teacher, 0.0)
     return losses.list_distillation(table, known, temperature, is_known, normaliser=float(n_lists))
@@ -50,10 +51,11 @@ def label_loss(
     config: TrainingConfig,
     n_units: int,
 ) -> Float[Tensor, ""]:
-    """The loss of lists by their labels; with ranknet and margin a list is the mean over its (positive, negative)
-    pairs."""
+    """The loss of lists by their labels; ranknet and margin take a list's mean over its (positive, negative) pairs."""
     if config.loss == "listwise":
         return losses.listwise_softmax(table, is_positive, is_present, normaliser=float(n_units))
+    # [list, candidate, candidate]: whether the first is a positive and the second a negative of the list. Each such
+    # pair [compared] weighs 1 / their number in its list.
     is_compared = (is_positive & is_present)[:, :, None] & (~is_positive & is_present)[:, None, :]
     row, positive, negative = is_compared.nonzero(as_tuple=True)
     weights = 1.0 / is_compared.sum(dim=(1, 2)).clamp(min=1)[row].to(table.dtype)
@@ -64,11 +66,13 @@ def label_loss(
 
 
 def as_lists(part: Step, logits: Float[Tensor, " pair"]) -> tuple[Tensor, Tensor, Tensor]:
-    """Logits, presence and positives as one row a list, shorter lists filled up."""
+    """Logits, presence and positives [list, candidate]; lists shorter than the longest are filled up."""
+    # [pair]: the list of each pair (ascending), and its place in that list. The longest list gives the width.
     row = part.list_of_pair.to(logits.device)
     counts = torch.bincount(row, minlength=part.n_lists())
-    place = torch.arange(len(row), device=row.device) - (counts.cumsum(0) - counts)[row]
+    place = places_in_rows(row, counts)
     shape = (part.n_lists(), int(counts.max()))
+    # `index_put` and not assignment, so that gradients flow from the table to the logits.
     table = logits.new_zeros(shape).index_put((row, place), logits)
     is_present = torch.zeros(shape, dtype=torch.bool, device=row.device)
     is_present[row, place] = True

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from distributed_rerank.errors import BadInput
-from distributed_rerank.tensors import knn
+from distributed_rerank.tensors import candidate_pairs, knn
 from distributed_rerank.tensors.hardware import bf16_support
 from distributed_rerank.tensors.knn import Neighbours, merge, nearest, search_tiles
 
@@ -28,7 +28,7 @@ def product(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
         monkeypatch.setattr(knn, "bf16_support", lambda device: None)
     else:
         monkeypatch.setattr(knn, "SMALLEST_ROUNDED", 0)
-        monkeypatch.setattr(knn, "MOST_KEPT", 10**9)
+        monkeypatch.setattr(candidate_pairs, "MOST_KEPT", 10**9)
     return request.param
 
 
@@ -263,10 +263,10 @@ def test_nearest_bf16_product_that_keeps_too_many_leaves_the_choice_to_float32(
 ) -> None:
     generator = torch.Generator().manual_seed(0)
     embeddings = torch.nn.functional.normalize(1 + 1e-3 * torch.randn(3000, 32, generator=generator), dim=1)
-    monkeypatch.setattr(knn, "MOST_KEPT", 4)
+    monkeypatch.setattr(candidate_pairs, "MOST_KEPT", 4)
     by_float32 = []
-    real = knn._pairs_by_float32
-    monkeypatch.setattr(knn, "_pairs_by_float32", lambda *given: by_float32.append(1) or real(*given))
+    real = candidate_pairs._pairs_by_float32
+    monkeypatch.setattr(candidate_pairs, "_pairs_by_float32", lambda *args: by_float32.append(1) or real(*args))
     items = torch.arange(3000)
     found = nearest(embeddings[:20], embeddings, query_items=items[:20], gallery_items=items, n_items=5)
     assert by_float32, "bf16 cannot tell these apart"

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from distributed_rerank.errors import BadInput
-from distributed_rerank.tensors import metrics, neighbourhood
+from distributed_rerank.tensors import metrics, neighbourhood, ragged
 
 
 def dense_k_reciprocal(
@@ -101,10 +101,10 @@ def test_steps_any_blocks_give_the_same_bits(size: int) -> None:
 
     def chain(size: int) -> list[torch.Tensor]:
         blocks = everything.split(size)
-        encoding = neighbourhood.concatenate(
+        encoding = ragged.concatenate(
             [neighbourhood.encode_k_reciprocal(items, distances, b, k1=20, scale=scale) for b in blocks]
         )
-        wide = neighbourhood.concatenate([neighbourhood.expand_encoding(encoding, items, b, k2=6) for b in blocks])
+        wide = ragged.concatenate([neighbourhood.expand_encoding(encoding, items, b, k2=6) for b in blocks])
         jaccard = torch.cat([neighbourhood.jaccard_distances(wide, b, items[b]) for b in blocks])
         return [encoding.columns, encoding.weights, wide.columns, wide.weights, jaccard]
 
