@@ -3,8 +3,7 @@
 import argparse
 from pathlib import Path
 
-from distributed_rerank.config.extractor import ExtractorConfig
-from distributed_rerank.config.literals import parse_named_values
+from distributed_rerank.config.extractor import ExtractorConfig, parse_named_values
 from distributed_rerank.demo.catalogue import write_demo_catalogue
 
 

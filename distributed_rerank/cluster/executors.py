@@ -4,15 +4,14 @@ import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
-from distributed_rerank.cluster import extraction, retrieval, scoring, training
+from distributed_rerank.cluster import extraction, retrieval, scoring
 from distributed_rerank.cluster.session import Session, connect
-from distributed_rerank.config.cluster import ClusterConfig, RetryConfig
+from distributed_rerank.config.cluster import ClusterConfig
 from distributed_rerank.config.extractor import ExtractorConfig
 from distributed_rerank.config.work import WorkConfig
 from distributed_rerank.executors import Executors
 from distributed_rerank.extraction import Block, EmbeddedBlock
 from distributed_rerank.models.extractor import build_extractor
-from distributed_rerank.training.stage import Fit
 
 
 @contextmanager
@@ -42,8 +41,3 @@ def executors_on(session: Session | Callable[[], Session]) -> Executors:
         search=lambda *given: retrieval.search(*given, session=connected()),
         score=lambda *given: scoring.score(*given, session=connected()),
     )
-
-
-def fit_on(session: Callable[[], Session], retry: RetryConfig) -> Fit:
-    """Training on the workers of the session."""
-    return lambda task, folder: training.fit(task, folder, session=session(), retry=retry)

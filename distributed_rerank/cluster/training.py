@@ -10,6 +10,7 @@ import functools
 import logging
 import os
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import ray.train
@@ -113,3 +114,8 @@ def fit(task: TrainingTask, folder: Path, *, session: Session, retry: RetryConfi
     assert result.checkpoint is not None, "a finished training has a checkpoint"
     with result.checkpoint.as_directory() as last:
         return checkpoints.load(Path(last) / STATE)
+
+
+def fit_on(session: Callable[[], Session], retry: RetryConfig) -> Callable[[TrainingTask, Path], State]:
+    """Training on the workers of the session."""
+    return lambda task, folder: fit(task, folder, session=session(), retry=retry)

@@ -1,6 +1,7 @@
 """Which network turns an image into an embedding, and what it sees of the image."""
 
-from collections.abc import Mapping
+import ast
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -8,8 +9,29 @@ from typing import Annotated, Any, Literal
 from tyro.conf import arg
 from tyro.constructors import PrimitiveConstructorSpec
 
-from distributed_rerank.config.literals import parse_named_values
 from distributed_rerank.errors import BadInput
+
+
+def parse_named_values(words: Iterable[str]) -> dict[str, Any]:
+    """`["pad_type=same", "depth=2"]` -> {"pad_type": "same", "depth": 2}. Raises BadInput for any other form."""
+    parsed = {}
+    for word in words:
+        name, separator, value = word.partition("=")
+        if not separator or not name.isidentifier():
+            raise BadInput(f"extractor argument {word!r} must have the form NAME=VALUE, such as pad_type=same")
+        parsed[name] = python_literal(value)
+    return parsed
+
+
+def python_literal(value: Any) -> Any:
+    """A text as the Python literal that it spells, or as it is where it spells none; other values unchanged."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        return value
+
 
 Interpolation = Literal["nearest", "bilinear", "bicubic", "lanczos"]
 Precision = Literal["auto", "fp32", "bf16"]

@@ -26,7 +26,6 @@ from distributed_rerank.evaluation.output import Result
 from distributed_rerank.evaluation.ranked import Ranked, rank
 from distributed_rerank.executors import Executors
 from distributed_rerank.models.pairwise import PairwiseModel
-from distributed_rerank.models.saving import identify
 from distributed_rerank.reranking import run as ranking_run
 from distributed_rerank.reranking.first_stage import (
     FirstStage,
@@ -98,7 +97,7 @@ def _fingerprint(
         config=first_stage_settings(config, work) | {"scoring": work.fingerprint_settings("score")} | asdict(measure),
         catalogue=catalogue.digest(),
         given=input_digests(config),
-        model=None if model is None else identify(model),
+        model=None if model is None else model.identity(),
         chain=[{"step": kind_of(step), **asdict(step)} for step in chain.steps],
     )
 

@@ -18,7 +18,8 @@ def executors_for(cluster: ClusterConfig, retry: RetryConfig | None = None) -> I
     if cluster.num_workers == 0:
         yield Executors(), fit
         return
-    from distributed_rerank.cluster.executors import connect_when_needed, executors_on, fit_on
+    from distributed_rerank.cluster.executors import connect_when_needed, executors_on
+    from distributed_rerank.cluster.training import fit_on
 
     with connect_when_needed(cluster) as session:
         yield executors_on(session), fit_on(session, retry or RetryConfig())

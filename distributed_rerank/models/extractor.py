@@ -18,8 +18,7 @@ from timm.models import load_model_config_from_hf
 from torch import Tensor, nn
 from torch.nn import functional
 
-from distributed_rerank.config.extractor import ExtractorConfig
-from distributed_rerank.config.literals import python_literal
+from distributed_rerank.config.extractor import ExtractorConfig, python_literal
 from distributed_rerank.data.transforms import InferenceTransform
 from distributed_rerank.errors import BadInput
 from distributed_rerank.models import inference, vit, weights

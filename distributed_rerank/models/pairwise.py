@@ -6,6 +6,7 @@ forward(encoded_query, encoded_gallery, first_stage_distance)   one logit per pa
 The evaluator and the trainer know nothing else about a model.
 """
 
+import dataclasses
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -18,6 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from distributed_rerank.data.transforms import InferenceTransform
 from distributed_rerank.errors import BadInput
+from distributed_rerank.models import weights
 from distributed_rerank.models.extractor import Extractor
 
 
@@ -53,6 +55,14 @@ class PairwiseModel(nn.Module):
     ) -> Float32[Tensor, " pair"]:
         """One logit per pair, larger = more different; row i of the three arguments is pair i."""
         raise NotImplementedError
+
+    def identity(self) -> dict[str, Any]:
+        """All that decides the logits: kind, config and weights by content, without the paths they came from."""
+        config: Any = dataclasses.asdict(self.config)
+        if "pairwise_weights" in config:
+            config["pairwise_weights"] = None
+        config["extractor"]["weights"] = None
+        return {"kind": type(self).__name__, "config": config, "weights": weights.digest_of_state(self.state_dict())}
 
     @property
     def bytes_per_image(self) -> int:

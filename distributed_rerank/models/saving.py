@@ -51,15 +51,6 @@ def model_name(model: nn.Module) -> str:
     raise BadInput(f"{type(model).__name__} is no pairwise model that can be saved; known are {', '.join(MODELS)}")
 
 
-def identify(model: PairwiseModel) -> dict[str, Any]:
-    """All that decides a model's logits: kind, config and weights by content, without the paths they came from."""
-    config: Any = dataclasses.asdict(model.config)
-    if "pairwise_weights" in config:
-        config["pairwise_weights"] = None
-    config["extractor"]["weights"] = None
-    return {"kind": type(model).__name__, "config": config, "weights": weights.digest_of_state(model.state_dict())}
-
-
 def save_model(model: PairwiseModel, folder: str | Path) -> Path:
     """Write `model` to `folder`, which is created or has its two files replaced one after the other. Returns it."""
     folder = Path(folder)

@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from distributed_rerank.config.pairwise import SplitSiameseConfig
 from distributed_rerank.errors import BadInput
 from distributed_rerank.models import vit
-from distributed_rerank.models.concat_siamese import load_siamese_weights, logit_of_mean_probability, mlp_head
 from distributed_rerank.models.extractor import build_extractor
 from distributed_rerank.models.pairwise import PairwiseModel
 from distributed_rerank.models.precision import computing_in
+from distributed_rerank.models.stacked import load_siamese_weights, logit_of_mean_probability, mlp_head
 
 STORAGE = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 

@@ -20,7 +20,6 @@ from distributed_rerank.data.catalogue import Catalogue
 from distributed_rerank.data.rejects import all_rejects
 from distributed_rerank.executors import Executors
 from distributed_rerank.models.pairwise import PairwiseModel
-from distributed_rerank.models.saving import identify
 from distributed_rerank.reranking import run as ranking_run
 from distributed_rerank.reranking.first_stage import (
     FirstStage,
@@ -61,7 +60,7 @@ def rerank(
         config=first_stage_settings(config, work) | {"scoring": work.fingerprint_settings("score")},
         catalogue=catalogue.digest(),
         given=input_digests(config),
-        model=identify(model),
+        model=model.identity(),
         chain=[{"step": kind_of(step), **asdict(step)} for step in chain.steps],
         calibration={name: chain.calibration.get(name) for name in ("slope", "intercept")},
     )

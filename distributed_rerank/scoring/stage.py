@@ -22,7 +22,6 @@ from distributed_rerank.data.catalogue import Catalogue
 from distributed_rerank.data.decoding import is_readable
 from distributed_rerank.data.rejects import Reject, check_rejects, reject_table, rejects_of
 from distributed_rerank.models.pairwise import PairwiseModel
-from distributed_rerank.models.saving import identify
 from distributed_rerank.runtime.progress import progress
 from distributed_rerank.scoring import plan as scoring_plan
 from distributed_rerank.scoring.plan import ScoreBlock, ScorePlan
@@ -114,7 +113,7 @@ def _fingerprint(
         config=settings,
         catalogue=catalogue.digest(),
         candidates=candidates.hexdigest(),
-        model=identify(model),
+        model=model.identity(),
     )
 
 

@@ -14,7 +14,8 @@ from distributed_rerank.config.pairwise import ConcatSiameseConfig
 from distributed_rerank.data.catalogue import ImageRef
 from distributed_rerank.data.images import read_image
 from distributed_rerank.errors import BadInput
-from distributed_rerank.models.concat_siamese import ConcatSiamese, logit_of_mean_probability, mlp_head
+from distributed_rerank.models.concat_siamese import ConcatSiamese
+from distributed_rerank.models.stacked import logit_of_mean_probability, mlp_head
 
 IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 

@@ -8,8 +8,7 @@ import safetensors.torch
 import timm
 import torch
 
-from distributed_rerank.config.extractor import ExtractorConfig
-from distributed_rerank.config.literals import parse_named_values
+from distributed_rerank.config.extractor import ExtractorConfig, parse_named_values
 from distributed_rerank.data.transforms import InferenceTransform
 from distributed_rerank.errors import BadInput
 from distributed_rerank.models import extractor as extractor_module

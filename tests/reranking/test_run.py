@@ -16,7 +16,7 @@ from distributed_rerank.data.catalogue import Catalogue
 from distributed_rerank.data.rejects import Reject
 from distributed_rerank.data.tables import write_embeddings
 from distributed_rerank.errors import BadInput
-from distributed_rerank.models.saving import identify, save_model
+from distributed_rerank.models.saving import save_model
 from distributed_rerank.reranking.first_stage import read_for
 from distributed_rerank.reranking.run import (
     Scored,
@@ -175,14 +175,14 @@ def test_load_model_and_chain_useless_arguments_are_refused(
 
 def test_identify_sees_config_and_weights_not_paths() -> None:
     model, other = distance_model(), distance_model()
-    assert identify(model) == identify(other)
+    assert model.identity() == other.identity()
     other.config = replace(other.config, output_bias=1.0)
-    assert identify(model) != identify(other)
+    assert model.identity() != other.identity()
     changed = distance_model()
     with torch.no_grad():
         next(changed.proj.parameters()).add_(1)
-    assert identify(model) != identify(changed)
-    json.dumps(identify(model))
+    assert model.identity() != changed.identity()
+    json.dumps(model.identity())
 
 
 def test_read_for_image_without_embedding_is_refused(catalogue: Catalogue, tmp_path: Path) -> None:
