@@ -22,6 +22,8 @@ from distributed_rerank.config.training import Augmentation
 from distributed_rerank.errors import BadInput
 
 _MODES = {name: Image.Resampling[name.upper()] for name in ("nearest", "bilinear", "bicubic", "lanczos")}
+_LARGEST_RESIZED = 2**24
+"""Pixels of a resized picture that is then cropped; above, the crop alone is resized."""
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
@@ -54,15 +56,11 @@ class InferenceTransform:
         """The tensor of an RGB picture, channels first."""
         if self.resize == "square":
             return _to_tensor(_squash(image, self.size, self.interpolation))
-        height, width = (math.floor(side / self.crop_pct) for side in self.size)
-        if height == width:
-            return _to_tensor(_crop_centre(_shrink(image, height, self.interpolation), self.size))
-        # Imported here, where few come by.
-        from timm.data.transforms import ResizeKeepRatio
-        from torchvision.transforms import CenterCrop
-
-        shrink = ResizeKeepRatio((height, width), interpolation=self.interpolation)
-        return _to_tensor(CenterCrop(self.size)(shrink(image)))
+        whole = _size_before_crop(image.size, self.size, self.crop_pct)
+        if whole[0] * whole[1] > _LARGEST_RESIZED:
+            return _to_tensor(_resize_centre(image, whole, self.size, self.interpolation))
+        resized = _squash(image, (whole[1], whole[0]), self.interpolation)
+        return _to_tensor(_crop_centre(resized, self.size))
 
 
 @dataclass(frozen=True)
@@ -114,11 +112,30 @@ def _squash(image: Image.Image, size: tuple[int, int], interpolation: str) -> Im
     return image if image.size == (width, height) else image.resize((width, height), _MODES[interpolation])
 
 
-def _shrink(image: Image.Image, side: int, interpolation: str) -> Image.Image:
-    """The shorter side to `side`, the longer one in proportion, rounded down."""
-    short, long = sorted(image.size)
-    other = int(side * long / short)
-    return _squash(image, (other, side) if image.width <= image.height else (side, other), interpolation)
+def _size_before_crop(source: tuple[int, int], size: tuple[int, int], crop_pct: float) -> tuple[int, int]:
+    """(width, height) that timm resizes a picture of (width, height) `source` to before it cuts (height, width) `size`.
+
+    Square: the shorter side to side / crop_pct, the longer one in proportion, rounded down (torchvision's Resize).
+    Else both sides by the smaller of the two ratios, rounded (timm's ResizeKeepRatio).
+    """
+    height, width = (math.floor(side / crop_pct) for side in size)
+    if height == width:
+        short, long = sorted(source)
+        other = int(height * long / short)
+        return (height, other) if source[0] <= source[1] else (other, height)
+    ratio = min(source[0] / width, source[1] / height)
+    return round(source[0] / ratio), round(source[1] / ratio)
+
+
+def _resize_centre(
+    image: Image.Image, whole: tuple[int, int], size: tuple[int, int], interpolation: str
+) -> Image.Image:
+    """The centre of the resized picture without the rest of it: a thin picture would become too large for memory."""
+    height, width = size
+    left, top = round((whole[0] - width) / 2), round((whole[1] - height) / 2)
+    x, y = image.width / whole[0], image.height / whole[1]
+    box = (left * x, top * y, (left + width) * x, (top + height) * y)
+    return image.resize((width, height), _MODES[interpolation], box=box)
 
 
 def _crop_centre(image: Image.Image, size: tuple[int, int]) -> Image.Image:

@@ -25,6 +25,9 @@ from distributed_rerank.models import inference, vit, weights
 from distributed_rerank.models.precision import computing_in, resolve_precision
 from distributed_rerank.tensors.hardware import bf16_support
 
+MASK_TOKEN = "mask_token"
+"""In checkpoints of networks pretrained on masked images, such as DINOv2; an embedding does not need it."""
+
 
 class Extractor(nn.Module):
     """A timm model that takes pixels. `build_extractor` makes it; every choice is written out in `config`."""
@@ -103,11 +106,21 @@ def build_extractor(config: ExtractorConfig, stacked: int = 1) -> Extractor:
     model = _create(config)
     if config.weights not in (None, "none"):
         _load_file(model, config.weights)
+    if not isinstance(getattr(model, "num_features", None), int):
+        raise _no_vector(config)
     transform = _transform(config, model)
     extractor = Extractor(model, _resolve(config, model, transform), transform)
     extractor.input_size = (stacked * transform.size[0], transform.size[1])
     _accept_size(extractor, extractor.input_size)
     return extractor.eval()
+
+
+def _no_vector(config: ExtractorConfig) -> BadInput:
+    args = ", ".join(f"{name}={value}" for name, value in config.args.items())
+    return BadInput(
+        f"extractor {config.name} with --extractor-args {args} gives no single vector an image; "
+        "leave out features_only and an empty global_pool"
+    )
 
 
 def weights_digest(config: ExtractorConfig) -> str:
@@ -158,9 +171,12 @@ def _load_file(model: Any, path: str) -> None:
     classifiers = model.pretrained_cfg.get("classifier") or ()
     parts = (classifiers,) if isinstance(classifiers, str) else tuple(classifiers)
     absent = [part for part in (*parts, "criterion") if not any(name.startswith(f"{part}.") for name in own)]
-    known = [*own, *(f"{part}.{kind}" for part in absent for kind in ("weight", "bias"))]
+    known = [*own, *(f"{part}.{kind}" for part in absent for kind in ("weight", "bias")), MASK_TOKEN]
     state = weights.strip_wrappers(weights.read_state_dict(path), known)
-    weights.load_exactly(model, weights.without_parts(state, absent), path)
+    state = weights.without_parts(state, absent)
+    if MASK_TOKEN not in own:
+        state.pop(MASK_TOKEN, None)
+    weights.load_exactly(model, state, path)
 
 
 def _transform(config: ExtractorConfig, model: Any) -> InferenceTransform:
@@ -232,9 +248,11 @@ def _accept_size(extractor: Extractor, size: tuple[int, int]) -> None:
         image = torch.zeros(1, 3, *size)
         with torch.no_grad():
             if extractor.is_plain_vit:
-                vit.class_token_embedding(extractor.eval().model, image, pad_keys=False)
+                embedding = vit.class_token_embedding(extractor.eval().model, image, pad_keys=False)
             else:
-                extractor.eval().model(image)
+                embedding = extractor.eval().model(image)
+        if not isinstance(embedding, Tensor) or embedding.shape != (1, extractor.dim):
+            raise _no_vector(extractor.config)
     except (RuntimeError, AssertionError, ValueError, TypeError) as error:
         if isinstance(error, BadInput):
             raise

@@ -73,7 +73,7 @@ class PairwiseModel(nn.Module):
         """Cost of `forward` for one pair in 1e9 floating-point operations, of which a multiply-add is two."""
         if self._gflop_per_pair is not None:
             return self._gflop_per_pair
-        state = {name: value.to("meta") for name, value in (*self.named_parameters(), *self.named_buffers())}
+        state = {name: value.detach().to("meta") for name, value in (*self.named_parameters(), *self.named_buffers())}
         encoding = torch.empty(1, *self.encoding_shape, dtype=self.encoding_dtype, device="meta")
         was_training = self.training
         self.eval()

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from jaxtyping import Float, Num
 from timm.layers.attention import Attention
+from timm.layers.patch_embed import PatchEmbed
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional
@@ -28,6 +29,8 @@ from distributed_rerank.tensors.hardware import bf16_support
 def is_plain_vit(model: nn.Module) -> bool:
     """Whether this module can run `model`: a timm ViT with class token, square position table and ordinary blocks."""
     if type(model) is not VisionTransformer or model.pos_embed is None or not model.has_class_token:
+        return False
+    if type(model.patch_embed) is not PatchEmbed:  # a hybrid's first layers are a CNN
         return False
     n_patch_positions = position_table(model)[1].shape[1]
     return (

@@ -13,13 +13,15 @@ from torch import Tensor, nn
 
 from distributed_rerank.errors import BadInput
 
-WRAPPERS = ("module.", "model.", "extractor.", "backbone.")
+WRAPPERS = ("module.", "model.", "extractor.", "backbone.", "_orig_mod.")
+NESTED = ("state_dict", "model", "model_state_dict", "state_dict_ema", "ema_state_dict", "model_ema")
+"""Keys under which training loops store a state dict, in the order in which they are looked for."""
 
 
 def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     """The tensors of a .safetensors, .pth, .pt, .ckpt or .bin file, on the CPU.
 
-    A state dict nested under `state_dict` or `model` is unwrapped. Raises BadInput for a file that is absent, of
+    A state dict nested under one of `NESTED` is unwrapped. Raises BadInput for a file that is absent, of
     another kind or unreadable, or that would need code to be unpickled.
     """
     path = Path(path)
@@ -41,18 +43,45 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
         KeyError,
     ) as error:
         raise BadInput(f"weights file {path} cannot be read as plain tensors: {str(error).splitlines()[0]}") from error
-    for wrapper in ("state_dict", "model"):
+    for wrapper in NESTED:
         if isinstance(state, Mapping) and isinstance(state.get(wrapper), Mapping):
             state = state[wrapper]
     if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise BadInput(f"weights file {path} holds no state dict (names and tensors); save model.state_dict() instead")
+        keys = ", ".join(map(str, list(state)[:5])) if isinstance(state, Mapping) else type(state).__name__
+        raise BadInput(
+            f"weights file {path} holds no state dict (names and tensors) but {keys}; save model.state_dict() instead"
+        )
     return dict(state)
 
 
 def strip_wrappers(state: Mapping[str, Tensor], known: Iterable[str]) -> dict[str, Tensor]:
-    """The state without prefixes of DataParallel, Lightning and OML, for names that become `known` without them."""
+    """The state without prefixes of wrappers, for names that become `known` without them.
+
+    Wrappers are those of DataParallel, torch.compile, Lightning and OML, and any prefix that all names share. Raises
+    BadInput where two names would become one.
+    """
     known = set(known)
-    return {_unwrapped(name, known): value for name, value in state.items()}
+    shared = _shared_prefix(state, known)
+    short = {name: _unwrapped(name.removeprefix(shared), known) for name in state}
+    first: dict[str, str] = {}
+    for name, own in short.items():
+        if own in first:
+            raise BadInput(
+                f"weights: {first[own]} and {name} both become {own}; save model.state_dict() of the backbone"
+            )
+        first[own] = name
+    return {short[name]: value for name, value in state.items()}
+
+
+def _shared_prefix(state: Mapping[str, Tensor], known: set[str]) -> str:
+    """The longest dotted prefix of all names, "" where a name is known as it is."""
+    prefix = ""
+    while state and not known & {name.removeprefix(prefix) for name in state}:
+        heads = {name.removeprefix(prefix).partition(".")[0] for name in state}
+        if len(heads) != 1 or any("." not in name.removeprefix(prefix) for name in state):
+            return prefix
+        prefix += f"{heads.pop()}."
+    return prefix
 
 
 def _unwrapped(name: str, known: set[str]) -> str:

@@ -6,6 +6,7 @@ from timm.data.transforms_factory import create_transform
 from torchvision import transforms
 
 from distributed_rerank.config.training import Augmentation
+from distributed_rerank.data import transforms as transforms_module
 from distributed_rerank.data.transforms import InferenceTransform, TrainingTransform
 from distributed_rerank.errors import BadInput
 
@@ -42,6 +43,26 @@ def test_crop_equals_timms_evaluation_transform(size: tuple[int, int], photo: tu
     pixels = ours(_photo(*photo)).float() / 255
     mean, std = (torch.tensor(values)[:, None, None] for values in (ours.mean, ours.std))
     assert torch.allclose((pixels - mean) / std, timms(_photo(*photo)), atol=1e-6)
+
+
+@pytest.mark.parametrize("size", [(64, 64), (56, 72)])
+@pytest.mark.parametrize("photo", [(300, 20), (20, 300), (90, 150)])
+def test_thin_picture_is_cropped_before_it_is_resized(
+    size: tuple[int, int], photo: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    transform = InferenceTransform(size=size, resize="crop", crop_pct=0.9)
+    whole = transform(_photo(*photo)).int()
+    monkeypatch.setattr(transforms_module, "_LARGEST_RESIZED", 0)
+    assert (transform(_photo(*photo)).int() - whole).abs().max() <= 1
+
+
+@pytest.mark.parametrize("size", [(224, 224), (200, 224)])
+def test_picture_of_one_line_needs_little_memory(size: tuple[int, int]) -> None:
+    """Enlarged whole, a line of 1 x 60,000 would have 256 x 15,000,000 pixels."""
+    transform = InferenceTransform(size=size, resize="crop")
+    line = Image.fromarray(np.arange(60_000, dtype=np.uint8)[None, :, None].repeat(3, axis=2))
+    assert transform(line).shape == (3, *size)
+    assert transform(line.rotate(90, expand=True)).shape == (3, *size)
 
 
 def transform_of(size: tuple[int, int], **settings: float) -> TrainingTransform:

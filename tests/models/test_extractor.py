@@ -276,3 +276,61 @@ def test_build_extractor_real_weights_separate_real_photos(shared_data):
     distances = torch.cdist(embeddings, embeddings).fill_diagonal_(float("inf"))
     labels = torch.arange(len(folders)).repeat_interleave(6)
     assert (labels[distances.argmin(dim=1)] == labels).float().mean() > 0.9
+
+
+def test_hybrid_vision_transformer_runs_as_timm_does(pixels):
+    """Its first layers are a small CNN; depth 1 keeps it small."""
+    config = ExtractorConfig(name="vit_tiny_r_s16_p8_224", weights="none", args={"depth": 1}, image_size=64)
+    extractor = build_extractor(dataclasses.replace(config, precision="fp32"))
+    assert not extractor.is_plain_vit
+    with torch.inference_mode():
+        expected = extractor.model(extractor.normalise_pixels(pixels))
+        torch.testing.assert_close(extractor.features(pixels), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "args"),
+    [("test_resnet", {"features_only": True}), ("test_resnet", {"global_pool": ""}), ("test_vit", {"global_pool": ""})],
+)
+def test_network_without_one_vector_an_image_is_refused_when_it_is_built(name, args):
+    with pytest.raises(BadInput, match=r"gives no single vector an image; leave out features_only"):
+        build_extractor(ExtractorConfig(name=name, weights="none", args=args, image_size=64))
+
+
+@pytest.fixture(scope="module")
+def resnet_state():
+    return build_extractor(ExtractorConfig(name="test_resnet", weights="none", extractor_seed=4)).model.state_dict()
+
+
+def prefixed(state, prefix):
+    return {prefix + name: value for name, value in state.items()}
+
+
+CHECKPOINTS = {
+    "torch.compile": lambda state: prefixed(state, "_orig_mod."),
+    "torch.compile and DataParallel": lambda state: prefixed(state, "module._orig_mod."),
+    "moving average": lambda state: {"state_dict_ema": state, "epoch": 3},
+    "model_state_dict": lambda state: {"model_state_dict": state, "optimizer": {}},
+    "a trunk": lambda state: prefixed(state, "trunk."),
+    "a name of one's own, twice": lambda state: prefixed(state, "retrieval.encoder."),
+    "mask token": lambda state: {**state, "mask_token": torch.zeros(1, 4)},
+}
+
+
+@pytest.mark.parametrize("kind", CHECKPOINTS)
+def test_weights_are_found_under_the_names_of_training_loops(kind, resnet_state, tmp_path):
+    torch.save(CHECKPOINTS[kind](resnet_state), tmp_path / "w.pth")
+    loaded = build_extractor(ExtractorConfig(name="test_resnet", weights=str(tmp_path / "w.pth"), image_size=64))
+    assert all(torch.equal(value, resnet_state[name]) for name, value in loaded.model.state_dict().items())
+
+
+def test_weights_that_are_no_state_dict_say_what_they_are(tmp_path):
+    torch.save({"epoch": 3, "loss": 0.5}, tmp_path / "w.pth")
+    with pytest.raises(BadInput, match=r"holds no state dict \(names and tensors\) but epoch, loss; save"):
+        build_extractor(ExtractorConfig(name="test_resnet", weights=str(tmp_path / "w.pth")))
+
+
+def test_weights_of_two_networks_in_one_file_are_refused(resnet_state, tmp_path):
+    torch.save(prefixed(resnet_state, "model.") | prefixed(resnet_state, "module."), tmp_path / "w.pth")
+    with pytest.raises(BadInput, match=r"both become conv1"):
+        build_extractor(ExtractorConfig(name="test_resnet", weights=str(tmp_path / "w.pth")))

@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch import nn
 
+from distributed_rerank.config.extractor import ExtractorConfig
 from distributed_rerank.config.pairwise import (
     ConcatSiameseConfig,
     DistanceSiameseConfig,
@@ -156,3 +157,12 @@ def test_pairwise_model_with_gradient_checkpointing_has_the_same_gradient_and_ke
     assert kept["checkpointed"][1].keys() == kept["plain"][1].keys() != set()
     torch.testing.assert_close(kept["checkpointed"][1], kept["plain"][1])
     assert kept["checkpointed"][0] < 0.7 * kept["plain"][0], (kept["checkpointed"][0], kept["plain"][0])
+
+
+@pytest.mark.parametrize("name", ["vit_base_patch16_siglip_224", "vit_pe_core_tiny_patch16_384", "test_vit3"])
+def test_concat_with_attention_pooling_counts_its_operations(name):
+    """Counting them must not ask for gradients, which the fused attention of the pooling refuses."""
+    args = {} if name == "test_vit3" else {"depth": 1, "embed_dim": 32, "num_heads": 2, "img_size": 32}
+    extractor = ExtractorConfig(name=name, weights="none", args=args, image_size=32 if args else None)
+    model = ConcatSiamese(ConcatSiameseConfig(extractor=extractor))
+    assert model.gflop_per_pair() > 0
