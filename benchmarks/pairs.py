@@ -1,6 +1,6 @@
 """What one pair costs with each pairwise model: pairs/s, share of the matmul peak, GFLOP per pair, bytes per image.
 
-    python benchmarks/pairs.py [--models concat ...] [--precisions fp32 bf16] [--compile] [--quick] [--json FILE]
+    python benchmarks/pairs.py [--models concat ...] [--precisions fp32 bf16] [--runtimes compiled openvino] [--quick]
 
 Encodings are cached and already on the device, weights are untrained: neither changes the cost. On a GPU one process
 measures; on a CPU --processes of --threads threads each work at the same time, as Ray's workers do, and their rates
@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 from _measuring import Row, add_common_flags, describe_machine, finish, matmul_peak, rate, run_child, say, synchronise
+from _runtimes import RUNTIMES, forward_of
 
 from distributed_rerank.config.extractor import ExtractorConfig
 from distributed_rerank.config.pairwise import (
@@ -31,7 +32,6 @@ from distributed_rerank.config.pairwise import (
 from distributed_rerank.config.work import WorkConfig
 from distributed_rerank.models.concat_siamese import ConcatSiamese
 from distributed_rerank.models.distance_siamese import DistanceSiamese
-from distributed_rerank.models.packing import PackedLinear
 from distributed_rerank.models.pairwise import PairwiseModel
 from distributed_rerank.models.split_siamese import SplitSiamese
 from distributed_rerank.models.token_siamese import TokenSiamese
@@ -77,9 +77,7 @@ def measure_model(name: str, precision: str, arguments: argparse.Namespace) -> d
         encoded = torch.cat([model.encode(part.to(device)) for part in pixels.split(16)])
         places = torch.randint(n_images, (2, CALLS, batch), generator=generator).to(device)
         distances = torch.rand(batch, generator=generator).to(device)
-        if arguments.compile:  # weights in oneDNN's own order are nothing that the compiler can trace
-            torch.compiler.disable(PackedLinear)
-        forward = torch.compile(model, dynamic=False) if arguments.compile else model
+        forward = torch.compile(model, dynamic=False) if device.type == "cuda" and arguments.compile else model
 
         def some_images() -> int:
             model.encode(pixels[:16].to(device))
@@ -100,8 +98,40 @@ def measure_model(name: str, precision: str, arguments: argparse.Namespace) -> d
     block = PAIRS_OF_A_QUERY * scoring_plan.queries_per_block(PAIRS_OF_A_QUERY, gflop)
     # A block of the usual size, unless this machine would need longer for it than a measurement lasts.
     n_pairs = max(batch, min(block, int(found["pairs_per_s"] * seconds)))
+    for runtime in arguments.runtimes:
+        found |= measure_runtime(runtime, name, precision, encoded, places, distances, arguments)
     found["scorer_pairs_per_s"] = measure_scorer(model, encoded, n_pairs, arguments)
     return {"gflop_per_pair": gflop, "bytes_per_image": n_bytes, "batch": batch, **found}
+
+
+def measure_runtime(
+    runtime: str,
+    name: str,
+    precision: str,
+    encoded: torch.Tensor,
+    places: torch.Tensor,
+    distances: torch.Tensor,
+    arguments: argparse.Namespace,
+) -> dict[str, float]:
+    """Rate of `forward` by another runtime on a CPU, and its largest error against float32 by torch."""
+    untrained = build(name, "fp32", arguments)
+    example = (encoded[places[0, 0]], encoded[places[1, 0]], distances)
+    forward = forward_of(runtime, untrained, precision, arguments.threads, example)
+    with torch.inference_mode():
+        exact = untrained(*example)
+        error = float((forward(*example).float() - exact).abs().max() / exact.std())
+
+        def some_pairs() -> int:
+            for query, candidate in places.unbind(1):
+                forward(encoded[query], encoded[candidate], distances)
+            return CALLS * len(distances)
+
+        some_pairs()
+        wait_for_others(arguments, f"{name}-{precision}-{runtime}")
+        return {
+            f"{runtime}_pairs_per_s": rate(some_pairs, arguments.seconds, encoded.device),
+            f"{runtime}_error": error,
+        }
 
 
 def measure_scorer(model: PairwiseModel, encoded: torch.Tensor, n_pairs: int, arguments: argparse.Namespace) -> float:
@@ -174,6 +204,10 @@ def rows_of(arguments: argparse.Namespace, answers: Sequence[dict[str, dict[str,
                 Row(f"{name}: share of the matmul peak", "share", pairs * first["gflop_per_pair"] * 1e9 / peak),
                 Row(f"{name}: forward through the scorer", "pairs/s", total(key, "scorer_pairs_per_s")),
             ]
+            for runtime in arguments.runtimes:
+                rated = total(key, f"{runtime}_pairs_per_s")
+                rows.append(Row(f"{name}: forward, {runtime}", "pairs/s", rated, pairs, rated / pairs))
+                rows.append(Row(f"{name}: largest error, {runtime}", "deviations", first[f"{runtime}_error"]))
             if model != "concat":  # whose encodings are the pixels as they come
                 rows.append(Row(f"{name}: encode", "images/s", total(key, "encode_images_per_s")))
             if model != "concat" and "concat" in arguments.models:
@@ -197,7 +231,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--processes", type=int, help="that work at the same time; default 2 on a CPU, 1 on a GPU")
     parser.add_argument("--threads", type=int, default=1, help="of each process")
     parser.add_argument("--batch", type=int, help="pairs in a call of the model; default: what the scorer takes")
-    parser.add_argument("--compile", action="store_true", help="torch.compile the model, static shapes")
+    parser.add_argument("--compile", action="store_true", help="on a GPU: torch.compile the model, static shapes")
+    parser.add_argument(
+        "--runtimes", nargs="*", choices=RUNTIMES, default=(), help="on a CPU: other ways to run forward"
+    )
     parser.add_argument("--vit", help="backbone of concat and split; default ViT-S/16 at 224 pixels")
     parser.add_argument("--vit-size", type=int)
     parser.add_argument("--cnn", default="mobilenetv2_100", help="backbone of token and distance")
