@@ -11,6 +11,7 @@ PACKAGE = ROOT / "distributed_rerank"
 LAYER = {
     "errors": 0,
     "runtime": 1,
+    "svg": 1,
     "tensors": 1,
     "data": 2,
     "demo": 2,
