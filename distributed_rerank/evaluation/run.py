@@ -1,8 +1,7 @@
-"""An evaluation from catalogue to report: metrics.json, per_query.parquet, report.html and what they rest on.
-Layer 3.
+"""An evaluation from catalogue to report: metrics.json, per_query.parquet, report.html and the stages before them.
 
-`metrics.json` and `per_query.parquet` hold nothing that depends on time, workers or interruptions. Seconds go
-into `timings.json`, counts of work actually done into the manifests of the stages.
+metrics.json and per_query.parquet do not depend on time, workers or interruptions. Seconds go into timings.json, counts
+of the work really done into the manifests of the stages.
 """
 
 import json
@@ -17,11 +16,10 @@ from distributed_rerank.data.candidates import CandidateLists
 from distributed_rerank.data.catalogue import Catalogue
 from distributed_rerank.data.rejects import all_rejects
 from distributed_rerank.errors import BadInput
-from distributed_rerank.evaluation import measure as evaluation
 from distributed_rerank.evaluation import output as evaluation_output
 from distributed_rerank.evaluation.diagnostics import diagnose
+from distributed_rerank.evaluation.measure import Ranked, measure, rank
 from distributed_rerank.evaluation.output import Result
-from distributed_rerank.evaluation.ranked import Ranked, rank
 from distributed_rerank.models.pairwise import PairwiseModel
 from distributed_rerank.reranking import run as ranking_run
 from distributed_rerank.reranking.config import EvaluationConfig, check_depth, input_digests, settings_of
@@ -95,7 +93,7 @@ def _score(
     steps: Executors,
     timings: dict[str, float],
 ) -> Scored:
-    """The lists the chain works on, with their logits."""
+    """The lists that the chain re-orders, with their logits."""
     with timed(timings, "score"):
         lists = ranking_run.lists_for(chain, first, config.retrieval, folder / "all_candidates", steps)
         if model is None or chain.pairwise is None:
@@ -123,14 +121,14 @@ def _log_cost(model: PairwiseModel, lists: CandidateLists, top_n: int) -> None:
 
 
 def _measure(
-    ranked: Ranked, config: EvaluationConfig, model: PairwiseModel | None, folder: Path, steps: Executors
+    ranked: Ranked, config: EvaluationConfig, model: PairwiseModel | None, folder: Path, executors: Executors
 ) -> tuple[Result, dict[str, Any]]:
-    """Metrics of the queries before and after with all that is found beside them, and the seconds of single parts."""
-    base = evaluation.measure(
+    """Metrics and diagnostics of the queries, and the seconds of single diagnostics."""
+    measured = measure(
         ranked.catalogue, ranked.query_items, ranked.before, ranked.after, ks=config.ks, seed=config.seed
     )
-    found = diagnose(ranked, base.metrics, base.per_query, config, model, folder, steps)
-    metrics = base.metrics | {"chain": ranked.chain.describe()} | found.figures
-    table = base.per_query.assign(**found.columns)
+    extra = diagnose(ranked, measured, config, model, folder, executors)
+    metrics = measured.metrics | {"chain": ranked.chain.describe()} | extra.figures
+    table = measured.per_query.assign(**extra.columns)
     after = ranked.final if ranked.after else None
-    return Result(metrics, table, ranked.first.catalogue, ranked.query_items, ranked.before, after), found.timings
+    return Result(metrics, table, ranked.first.catalogue, ranked.query_items, ranked.before, after), extra.timings

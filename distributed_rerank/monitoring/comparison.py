@@ -3,8 +3,7 @@
 What is compared is each run's final ranking: the re-ranked one, or the first stage's where nothing was re-ranked.
 """
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,8 +14,9 @@ import torch
 
 from distributed_rerank.data import artifacts, tables
 from distributed_rerank.errors import BadInput
-from distributed_rerank.evaluation import measure as evaluation
 from distributed_rerank.report.formatting import count_of, fraction, metric_name, signed
+from distributed_rerank.tensors import statistics
+from distributed_rerank.tensors.metrics import means
 
 NO_CATEGORY = "(none)"
 
@@ -46,15 +46,18 @@ def compare_runs(baseline: Path, run: Path, *, seed: int = 0, n_resamples: int =
         raise BadInput(f"{baseline} and {run} measured no query in common; compare runs of the same split")
     before, after = (side.loc[shared] for side in sides)
     labels = torch.from_numpy(np.unique(before["label"].astype(str), return_inverse=True)[1].astype(np.int64))
-    groups = {} if before["category"].isna().all() else _groups(before["category"].fillna(NO_CATEGORY).astype(str))
+    categories = before["category"].fillna(NO_CATEGORY).astype(str).reset_index(drop=True)
+    groups = {} if before["category"].isna().all() else categories.groupby(categories).indices
 
     def within(rows: np.ndarray) -> dict[str, Any]:
-        values = [{key: torch.from_numpy(side[key].to_numpy()[rows]) for key in metrics} for side in (before, after)]
+        baseline, run = (
+            {key: torch.from_numpy(side[key].to_numpy()[rows]) for key in metrics} for side in (before, after)
+        )
         return {
             "n_queries": len(rows),
-            "baseline": _means(values[0]),
-            "run": _means(values[1]),
-            "difference": evaluation.difference(values[0], values[1], labels[rows], seed, n_resamples),
+            "baseline": means(baseline),
+            "run": means(run),
+            "difference": statistics.compare_to_json(baseline, run, labels[rows], seed=seed, n_resamples=n_resamples),
         }
 
     summary = {
@@ -119,12 +122,3 @@ def _final_values(folder: Path) -> pd.DataFrame:
     names = [name for name in table if str(name).endswith(side) and not str(name).startswith("first_hit")]
     values = table[names].rename(columns=lambda name: str(name).removesuffix(side))
     return table[["label", "category"]].join(values)
-
-
-def _groups(names: Sequence[str] | pd.Series) -> dict[str, np.ndarray]:
-    found, numbers = np.unique(np.asarray(names, dtype=str), return_inverse=True)
-    return {str(name): np.flatnonzero(numbers == position) for position, name in enumerate(found)}
-
-
-def _means(values: Mapping[str, torch.Tensor]) -> dict[str, float]:
-    return {key: math.fsum(column.tolist()) / len(column) for key, column in values.items()}

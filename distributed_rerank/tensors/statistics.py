@@ -10,7 +10,8 @@ true ties.
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float64, Int64
@@ -132,6 +133,25 @@ def compare(
         )
         for m, key in enumerate(keys)
     }
+
+
+def compare_to_json(
+    before: Mapping[str, Float64[Tensor, " query"]],
+    after: Mapping[str, Float64[Tensor, " query"]],
+    clusters: Int64[Tensor, " query"] | None,
+    *,
+    seed: int,
+    n_resamples: int = 2000,
+) -> dict[str, dict[str, Any]]:
+    """`compare`, with every difference as `difference_to_json` gives it."""
+    differences = compare(before, after, clusters, seed=seed, n_resamples=n_resamples)
+    return {key: difference_to_json(value) for key, value in differences.items()}
+
+
+def difference_to_json(difference: Difference) -> dict[str, Any]:
+    """A difference as metrics.json has it: the ends of the interval together as `ci95`, the rest by name."""
+    fields = asdict(difference)
+    return {"ci95": [fields.pop("low"), fields.pop("high")], **fields}
 
 
 def compare_by_category(
