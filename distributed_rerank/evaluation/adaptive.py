@@ -9,11 +9,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float64, Int64
+from jaxtyping import Float64
 from torch import Tensor
 
 from distributed_rerank.evaluation.measure import LabelledQueries, Ranked
 from distributed_rerank.tensors import metrics, statistics
+from distributed_rerank.tensors.label_split import half_of_labels
 
 METRIC = "map@10"
 KEPT_GAIN = 0.95
@@ -55,12 +56,6 @@ def choose_threshold(signals: dict[str, Values], before: Values, after: Values) 
     return best[1], best[2]
 
 
-def halves(labels: Int64[Tensor, " query"], seed: int) -> Bool[np.ndarray, " query"]:
-    """Which queries have a label of the first half."""
-    known = np.random.default_rng([seed, 0xADA]).permutation(np.unique(labels.numpy()))
-    return np.isin(labels.numpy(), known[: len(known) // 2])
-
-
 def measure_adaptive(
     ranked: Ranked, queries: LabelledQueries, before: Tensor, after: Tensor, *, seed: int, n_resamples: int = 2000
 ) -> tuple[dict[str, Any], dict[str, Values]]:
@@ -72,7 +67,7 @@ def measure_adaptive(
     be halved: `skipped` then says so.
     """
     assert ranked.chain.pairwise is not None, "the chain has a pairwise step"
-    is_first = halves(queries.labels, seed)
+    is_first = half_of_labels(queries.labels, np.random.default_rng([seed, 0xADA]).permutation).numpy()
     if not is_first.any() or is_first.all():
         return {"skipped": "the queries of a single label cannot be halved"}, {}
     top_n = ranked.chain.pairwise.top_n
