@@ -1,6 +1,6 @@
-"""Two evaluations of one catalogue compared query by query. Layer 3.
+"""Compares two evaluations of one catalogue query by query.
 
-What is compared is each run's final ranking: the re-ranked one, or the first stage's where nothing was re-ranked.
+Compared are the final rankings of both: the re-ranked one, or the first stage's where nothing was re-ranked.
 """
 
 from collections.abc import Mapping
@@ -14,7 +14,7 @@ import torch
 
 from distributed_rerank.data import artifacts, tables
 from distributed_rerank.errors import BadInput
-from distributed_rerank.report.formatting import count_of, fraction, metric_name, signed
+from distributed_rerank.report.formatting import count_of, fraction, interval, metric_name, signed
 from distributed_rerank.tensors import statistics
 from distributed_rerank.tensors.metrics import means
 
@@ -23,7 +23,7 @@ NO_CATEGORY = "(none)"
 
 @dataclass(frozen=True)
 class Comparison:
-    """`summary` is plain JSON; `changes` has a row for every shared query: label, category, metrics' differences."""
+    """`summary` is plain JSON; `changes` has label, category and the metrics' differences of every shared query."""
 
     summary: dict[str, Any]
     changes: pd.DataFrame
@@ -32,10 +32,10 @@ class Comparison:
 def compare_runs(baseline: Path, run: Path, *, seed: int = 0, n_resamples: int = 2000) -> Comparison:
     """How the final ranking of the evaluation folder `run` differs from that of `baseline`, paired by query.
 
-    Differences are run - baseline, their intervals and p-values clustered by label (`statistics.compare`), over the
-    queries that both measured and the metrics that both have; within each category likewise. A query that one side
-    rejected is left out and counted. Raises BadInput for folders that are no evaluations, and, naming both digests, for
-    runs of different catalogues: their queries are not the same questions.
+    Differences are run - baseline of the metrics that both have, over the queries that both measured and within each
+    category; intervals and p-values are clustered by label (`statistics.compare`). Queries that only one side measured
+    are left out and counted. Raises BadInput for folders that are no evaluations and, naming both digests, for runs of
+    different catalogues.
     """
     prints = [_fingerprint(folder) for folder in (baseline, run)]
     require_same_catalogue(str(baseline), prints[0]["catalogue"], str(run), prints[1]["catalogue"])
@@ -72,7 +72,7 @@ def compare_runs(baseline: Path, run: Path, *, seed: int = 0, n_resamples: int =
 
 
 def catalogue_of(folder: Path) -> str:
-    """Digest of the catalogue that an evaluation folder was made with. Raises BadInput where it is none."""
+    """Digest of the catalogue that was evaluated into `folder`. Raises BadInput for a folder that is no evaluation."""
     return _fingerprint(folder)["catalogue"]
 
 
@@ -102,9 +102,8 @@ def comparison_in_text(summary: Mapping[str, Any]) -> str:
 
 def _line(name: str, part: Mapping[str, Any], key: str) -> str:
     compared = part["difference"][key]
-    low, high = compared["ci95"]
     values = f"{fraction(part['baseline'][key]):>9}{fraction(part['run'][key]):>9}{signed(compared['mean']):>10}"
-    return f"{name:14}{values}   {signed(low)} to {signed(high)}"
+    return f"{name:14}{values}   {interval(compared)}"
 
 
 def _fingerprint(folder: Path) -> dict[str, Any]:

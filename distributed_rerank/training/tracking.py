@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import cycle
 from pathlib import Path
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Literal
 
 from markupsafe import Markup
 
@@ -20,19 +20,6 @@ WIDTH, HEIGHT = 450, 280
 """Of one plot of the training curves."""
 COLOURS = ("#2f6feb", "#d9480f", "#2b8a3e", "#9c36b5")
 """Of the runs, in turn; to be read on white and on black."""
-
-
-@runtime_checkable
-class Tracker(Protocol):
-    """Takes figures by name as training goes on."""
-
-    def log(self, figures: Mapping[str, float], step: int) -> None:
-        """Records the figures of this step; steps ascend."""
-        ...
-
-    def close(self) -> None:
-        """Flushes; nothing is logged afterwards."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -98,6 +85,9 @@ class WandbTracker:
         self.run.finish()
 
 
+Tracker = TensorBoardTracker | MlflowTracker | WandbTracker
+
+
 def check_services(services: Sequence[Service]) -> None:
     """Raises BadInput, before any work is done, for a service that is asked for and not installed."""
     for service in services:
@@ -107,7 +97,7 @@ def check_services(services: Sequence[Service]) -> None:
 def open_trackers(
     folder: Path, services: Sequence[Service] = (), run_name: str = "", first_step: int = 0
 ) -> list[Tracker]:
-    """TensorBoard under `folder` and the services asked for; a resumed run names its first new step."""
+    """TensorBoard under `folder` and the services asked for; a resumed run passes its first new step."""
     make: dict[str, Callable[[str], Tracker]] = {"mlflow": MlflowTracker, "wandb": WandbTracker}
     return [TensorBoardTracker(folder, first_step), *(make[service](run_name) for service in services)]
 
