@@ -28,7 +28,7 @@ from distributed_rerank.scoring.plan import ScoringConfig
 from distributed_rerank.scoring.stage import score_candidates
 
 
-def test_cost_by_top_n_top_n_counts_pairs_and_distinct_images() -> None:
+def test_cost_by_top_n_counts_pairs_and_distinct_images() -> None:
     catalogue_size, n_lists, width = 50, 12, 6
     generator = np.random.default_rng(0)
     items = np.stack([generator.permutation(catalogue_size)[:width] for _ in range(n_lists)])
