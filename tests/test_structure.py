@@ -11,6 +11,7 @@ PACKAGE = ROOT / "distributed_rerank"
 LAYER = {
     "errors": 0,
     "config": 1,
+    "svg": 1,
     "runtime": 2,
     "tensors": 2,
     "demo": 3,

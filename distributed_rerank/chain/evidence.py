@@ -9,7 +9,7 @@ from torch import Tensor
 
 from distributed_rerank.chain.apply import apply
 from distributed_rerank.chain.chain import Chain
-from distributed_rerank.tensors import calibration, metrics
+from distributed_rerank.tensors import calibration, label_split, metrics
 from distributed_rerank.tensors.knn import Neighbours
 from distributed_rerank.tensors.metrics import PerQuery
 
@@ -99,6 +99,5 @@ def fit_curve(
 
 def half_of_labels(labels: Int64[Tensor, " query"], seed: int) -> Bool[Tensor, " query"]:
     """Which queries belong to the first half of the labels, drawn by `seed`."""
-    known = labels.unique()
-    drawn = known[torch.randperm(len(known), generator=torch.Generator().manual_seed(seed))]
-    return torch.isin(labels, drawn[: len(known) // 2])
+    generator = torch.Generator().manual_seed(seed)
+    return label_split.half_of_labels(labels, lambda n: torch.randperm(n, generator=generator))

@@ -1,8 +1,7 @@
-"""Adaptive n: queries whose first stage looks sure are not re-ranked, which saves their pairs. Layer 3.
+"""Adaptive n: queries for which the first stage looks sure are not re-ranked, which saves their pairs.
 
-How sure the first stage looks is read from its distances alone, before any pair is scored. The threshold is chosen by
-cross-fitting: the labels of the evaluated queries are halved, and either half is queries with the threshold that the
-other one chose.
+How sure it looks follows from its distances alone, before any pair is scored. The threshold is cross-fitted: the labels
+of the evaluated queries are halved, and each half is measured with the threshold chosen on the other.
 """
 
 import math
@@ -10,27 +9,27 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float64, Int64
+from jaxtyping import Float64
 from torch import Tensor
 
-from distributed_rerank.evaluation.measure import LabelledQueries, difference
-from distributed_rerank.evaluation.ranked import Ranked
-from distributed_rerank.tensors import metrics
+from distributed_rerank.evaluation.measure import LabelledQueries, Ranked
+from distributed_rerank.tensors import metrics, statistics
+from distributed_rerank.tensors.label_split import half_of_labels
 
 METRIC = "map@10"
 KEPT_GAIN = 0.95
-"""Share of the gain of re-ranking every query that a threshold must keep on the labels that choose it."""
+"""Share of the full re-ranking's gain that a threshold must keep on the labels that choose it."""
 SHARES = tuple(step / 20 for step in range(21))
-"""Shares of the queries that may be skipped, tried from the surest on."""
+"""Shares of the queries that are tried for skipping, the surest first."""
 CHOSEN_ON = "the other half of the evaluated queries' labels"
 
 Values = Float64[np.ndarray, " query"]
 
 
 def margins(ranked: Ranked, queries: LabelledQueries, top_n: int) -> dict[str, Values]:
-    """How sure the first stage looks of each labelled query; inf where there is nothing to re-rank.
+    """How sure the first stage looks for each labelled query; inf where there is nothing to re-rank.
 
-    gap: from the first candidate to the second; spread: from the first to the last that would be re-ranked.
+    gap: the distance from the first candidate to the second. spread: from the first to the last one re-ranked.
     """
     parts = [ranked.before[block.rows].distances[:, :top_n] for block in queries.blocks()]
     head = torch.cat(parts).double().numpy()
@@ -44,7 +43,7 @@ def margins(ranked: Ranked, queries: LabelledQueries, top_n: int) -> dict[str, V
 
 
 def choose_threshold(signals: dict[str, Values], before: Values, after: Values) -> tuple[str, float]:
-    """The signal and threshold that skip most queries and still keep `KEPT_GAIN` of the gain; inf skips none."""
+    """The signal and threshold that skip the most queries and keep `KEPT_GAIN` of the gain; inf skips none."""
     floor = before.sum() + KEPT_GAIN * (after.sum() - before.sum())
     best = (0, next(iter(signals)), np.inf)
     for name, signal in signals.items():
@@ -57,24 +56,18 @@ def choose_threshold(signals: dict[str, Values], before: Values, after: Values) 
     return best[1], best[2]
 
 
-def halves(labels: Int64[Tensor, " query"], seed: int) -> Bool[np.ndarray, " query"]:
-    """Which queries have a label of the first half."""
-    known = np.random.default_rng([seed, 0xADA]).permutation(np.unique(labels.numpy()))
-    return np.isin(labels.numpy(), known[: len(known) // 2])
-
-
 def measure_adaptive(
     ranked: Ranked, queries: LabelledQueries, before: Tensor, after: Tensor, *, seed: int, n_resamples: int = 2000
 ) -> tuple[dict[str, Any], dict[str, Values]]:
-    """What skipping sure queries saves and costs, and the columns of per_query.parquet that say so.
+    """What skipping sure queries saves and loses, and its columns of per_query.parquet.
 
-    `before` and `after` are `METRIC` of the labelled queries by the first stage and by the pairwise step, which is what
-    needs pairs. The figures: pairs of all labelled queries, pairs saved, the metric of re-ranking all and of skipping,
-    their difference with its interval, the threshold of either half, and a curve over the share skipped. A single
-    label cannot be halved: then `skipped` says so.
+    `before` and `after` are `METRIC` of the labelled queries by the first stage and by the pairwise step, the one that
+    needs pairs. The figures: pairs of all labelled queries, pairs saved, the metric with and without skipping, their
+    difference with its interval, the threshold of each half, and a curve over the share skipped. A single label cannot
+    be halved: `skipped` then says so.
     """
     assert ranked.chain.pairwise is not None, "the chain has a pairwise step"
-    is_first = halves(queries.labels, seed)
+    is_first = half_of_labels(queries.labels, np.random.default_rng([seed, 0xADA]).permutation).numpy()
     if not is_first.any() or is_first.all():
         return {"skipped": "the queries of a single label cannot be halved"}, {}
     top_n = ranked.chain.pairwise.top_n
@@ -90,7 +83,10 @@ def measure_adaptive(
     counts = [(ranked.before[block.rows].items[:, :top_n] >= 0).sum(dim=1) for block in queries.blocks()]
     pairs = torch.cat(counts).numpy()
     adaptive = torch.where(torch.from_numpy(is_skipped), before, after)
-    found = {
+    compared = statistics.compare_to_json(
+        {METRIC: after}, {METRIC: adaptive}, queries.labels, seed=seed, n_resamples=n_resamples
+    )
+    figures = {
         "metric": METRIC,
         "kept_gain": KEPT_GAIN,
         "chosen_on": CHOSEN_ON,
@@ -99,15 +95,15 @@ def measure_adaptive(
         "pairs": int(pairs.sum()),
         "pairs_saved": int(pairs[is_skipped].sum()),
         **metrics.means({"first_stage": before, "reranked": after, "adaptive": adaptive}),
-        "difference": difference({METRIC: after}, {METRIC: adaptive}, queries.labels, seed, n_resamples)[METRIC],
+        "difference": compared[METRIC],
         "curve": {name: _curve(signal, *values) for name, signal in signals.items()},
     }
     columns = {f"first_stage_{name}": np.where(np.isfinite(s), s, np.nan) for name, s in signals.items()}
-    return found, columns | {"adaptive_skipped": is_skipped.astype(np.float64)}
+    return figures, columns | {"adaptive_skipped": is_skipped.astype(np.float64)}
 
 
 def _curve(signal: Values, before: Values, after: Values) -> list[dict[str, float]]:
-    """The metric when the surest share of the queries is not re-ranked; ties by position."""
+    """The metric when the surest share of the queries is not re-ranked, for each of `SHARES`; ties by position."""
     order = np.argsort(-signal, kind="stable")
     total = math.fsum(after.tolist())
     points = []

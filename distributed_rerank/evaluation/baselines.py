@@ -1,7 +1,7 @@
-"""What needs no training: neighbourhood re-ranking and query expansion, alone and after the pairwise step. Layer 3.
+"""Baselines without training: neighbourhood re-ranking and query expansion, alone and after the pairwise step.
 
-Each baseline re-orders or searches again with constants that nobody has fitted to this catalogue, on sparse lists
-only. One that cannot be run says why. Seconds are kept apart from figures, whose bytes must not depend on them.
+Each baseline re-orders or searches again, with constants that were not fitted to this catalogue and on sparse lists
+only. One that cannot be run says why. Seconds are kept apart from figures, whose bytes must not depend on time.
 """
 
 import logging
@@ -20,8 +20,7 @@ from distributed_rerank import retrieval
 from distributed_rerank.chain.chain import AlphaQEStep, Chain, KReciprocalStep, PairwiseStep
 from distributed_rerank.config.work import WorkConfig
 from distributed_rerank.data.candidates import CandidateLists
-from distributed_rerank.evaluation.measure import LabelledQueries, difference, measure_ranking
-from distributed_rerank.evaluation.ranked import Ranked
+from distributed_rerank.evaluation.measure import COMPARED, LabelledQueries, Ranked, measure_ranking
 from distributed_rerank.executors import Executors
 from distributed_rerank.models.maxsim import maxsim_of
 from distributed_rerank.models.pairwise import PairwiseModel
@@ -31,7 +30,7 @@ from distributed_rerank.reranking.lists import neighbours, only_gallery, rows_of
 from distributed_rerank.reranking.run import Scored
 from distributed_rerank.retrieval import SearchSide
 from distributed_rerank.scoring.stage import score_candidates
-from distributed_rerank.tensors import metrics, sharding
+from distributed_rerank.tensors import metrics, sharding, statistics
 from distributed_rerank.tensors.knn import Neighbours, Ranking
 from distributed_rerank.tensors.metrics import PerQuery
 from distributed_rerank.tensors.query_expansion import expand_embeddings
@@ -40,22 +39,20 @@ logger = logging.getLogger(__name__)
 
 K_RECIPROCAL = KReciprocalStep()
 EXPANSION = AlphaQEStep()
-KEYS = ("cmc@1", "map@10")
-"""Metrics of a baseline, as far as the evaluation measures them."""
 MAX_ITEMS = 200_000
-"""Larger catalogues skip baselines: the lists of all items would cost more than the evaluation."""
+"""Larger catalogues skip baselines: lists of all items would cost more than the evaluation."""
 SMALL_SEARCH = 10**12
-"""Queries x gallery x dimensions up to which a search is done here: workers would take longer to start."""
+"""Queries x gallery x dimensions up to which this process searches: workers would take longer to start."""
 PAIRWISE = "pairwise"
 TOP_N = 50
-"""Candidates that MaxSim re-ranks where the chain has no pairwise step."""
+"""Candidates that MaxSim re-ranks if the chain has no pairwise step."""
 MAX_ENCODED = 2_500
 """Images up to which MaxSim is measured: it encodes them a second time, in this process."""
 
 
 @dataclass
 class BaselineResults:
-    """Figures by baseline, their value for every labelled query, and the seconds each took."""
+    """By name of the baseline: figures, metrics of every labelled query, and the seconds it took."""
 
     figures: dict[str, dict[str, Any]] = field(default_factory=dict)
     per_query: dict[str, PerQuery] = field(default_factory=dict)
@@ -63,57 +60,53 @@ class BaselineResults:
 
 
 def measure_baselines(
-    ranked: Ranked,
     queries: LabelledQueries,
     first_stage: PerQuery,
     reranked: PerQuery | None,
-    seed: int,
     sources: "Sources",
     *,
+    seed: int,
     n_resamples: int = 2000,
 ) -> BaselineResults:
-    """Every baseline against the first stage and, where there is one, against the re-ranked order.
+    """Compare every baseline with the first stage and, where there is one, with the re-ranked order.
 
-    `first_stage` and `reranked` are metrics of the labelled queries, of which `KEYS` are taken. The lists of all items
-    are kept by `sources`, resumable. A baseline's entry holds what it follows (`after`), its constants, `metrics`,
-    `difference` to the first stage and `against_reranked` (baseline - re-ranked), or `skipped`, the reason.
+    `first_stage` and `reranked` are `COMPARED` metrics of the labelled queries. `sources` keeps the lists of all items
+    in its folder, resumable. A baseline's entry holds the ranking it starts from (`after`), its constants, `metrics`,
+    `difference` to the first stage and `against_reranked` (baseline - re-ranked), or the reason why it was `skipped`.
     """
-    found = BaselineResults()
-    n_items = len(ranked.first.catalogue)
-    keys = [key for key in KEYS if key in first_stage]
-    for name, after, constants, make in _plan(sources):
+    results = BaselineResults()
+    n_items = len(sources.ranked.first.catalogue)
+    resampling = {"seed": seed, "n_resamples": n_resamples}
+    for name, after, constants, compute in _plan(sources):
         entry: dict[str, Any] = {"after": after, "constants": constants}
         start = time.perf_counter()
         try:
             if n_items > MAX_ITEMS:
                 raise Skipped(f"done for up to {MAX_ITEMS:,} items, here are {n_items:,}")
-            ranking = make()
+            ranking = compute()
         except Skipped as reason:
-            found.figures[name] = entry | {"skipped": str(reason)}
+            results.figures[name] = entry | {"skipped": str(reason)}
             continue
         seconds = time.perf_counter() - start
-        if name != PAIRWISE:  # whose seconds are those of the scoring pass
-            found.seconds[name] = round(seconds, 3)
+        if name != PAIRWISE:  # its seconds are those of the scoring pass
+            results.seconds[name] = round(seconds, 3)
         measured = measure_ranking(queries, ranking, (1, 10))
-        values = {key: measured.values[key] for key in keys}
+        values = {key: measured.values[key] for key in COMPARED if key in first_stage}
         entry["metrics"] = metrics.means(values)
-        entry["difference"] = difference(first_stage, values, queries.labels, seed, n_resamples)
+        entry["difference"] = statistics.compare_to_json(first_stage, values, queries.labels, **resampling)
         if reranked is not None:
-            entry["against_reranked"] = difference(reranked, values, queries.labels, seed, n_resamples)
-        found.figures[name], found.per_query[name] = entry, values
+            entry["against_reranked"] = statistics.compare_to_json(reranked, values, queries.labels, **resampling)
+        results.figures[name], results.per_query[name] = entry, values
         logger.info("%s: mAP@10 %.4f in %.1f s", name, entry["metrics"]["map@10"], seconds)
-    return found
+    return results
 
 
 class Skipped(Exception):
-    """A baseline cannot be run; the text says why."""
+    """Raised where a baseline cannot be run; the text says why."""
 
 
-Make = Callable[[], Ranking]
-
-
-def _plan(sources: "Sources") -> Iterator[tuple[str, str, dict[str, Any], Make]]:
-    """Name, what it follows, constants and the work of each baseline."""
+def _plan(sources: "Sources") -> Iterator[tuple[str, str, dict[str, Any], Callable[[], Ranking]]]:
+    """Name of each baseline, the ranking it starts from, its constants, and the function that computes it."""
     k_reciprocal, expansion = asdict(K_RECIPROCAL), asdict(EXPANSION)
     yield "k_reciprocal", "first_stage", k_reciprocal, lambda: sources.k_reciprocal(False)
     yield "query_expansion", "first_stage", expansion, lambda: sources.expand(False, True, False)
@@ -132,51 +125,45 @@ def _plan(sources: "Sources") -> Iterator[tuple[str, str, dict[str, Any], Make]]
     yield "pairwise+both_expansions", PAIRWISE, expansion, lambda: sources.expand(True, True, True)
 
 
+@dataclass
 class Sources:
-    """The lists and embeddings that baselines start from, each made once."""
+    """The rankings and embeddings that baselines start from, and the baselines themselves."""
 
-    def __init__(
-        self,
-        ranked: Ranked,
-        model: PairwiseModel | None,
-        n_items: int,
-        work: WorkConfig,
-        folder: Path,
-        executors: Executors,
-    ) -> None:
-        self.ranked = ranked
-        self.model = model
-        self._n_items = n_items
-        self._work = work
-        self._folder = folder
-        self._executors = executors
-        self._all: CandidateLists | None = None
+    ranked: Ranked
+    n_items: int
+    """Candidates that a search retrieves."""
+    work: WorkConfig
+    model: PairwiseModel | None
+    folder: Path
+    executors: Executors
+    all_lists: CandidateLists | None = None
+    """The first stage's lists of all items, once they have been asked for."""
 
     def pairwise(self) -> Ranking:
-        """The pairwise step without what follows it in the chain."""
+        """The pairwise step without the chain steps after it."""
         assert self.ranked.pairwise is not None, "the chain has a pairwise step"
         return self.ranked.pairwise
 
     @property
     def top_n(self) -> int:
-        """Candidates that MaxSim re-ranks: as many as the chain does."""
+        """Candidates that MaxSim re-ranks: as many as the chain."""
         pairwise = self.ranked.chain.pairwise
         return TOP_N if pairwise is None else pairwise.top_n
 
     def maxsim(self) -> Ranking:
-        """The first candidates by the tokens that the model caches, without its trained head."""
+        """The first candidates ordered by the tokens that the model caches, without its trained head."""
         assert isinstance(self.model, TokenSiamese), "MaxSim needs tokens"
-        ranked = self.ranked
-        own = ranked.before[torch.arange(len(ranked.query_items))]
-        n_images = len(torch.unique(torch.cat([own.items[:, : self.top_n].flatten(), ranked.query_items])))
+        ranked, catalogue = self.ranked, self.ranked.first.catalogue
+        before = ranked.before[torch.arange(len(ranked.query_items))]
+        n_images = len(torch.unique(torch.cat([before.items[:, : self.top_n].flatten(), ranked.query_items])))
         if n_images > MAX_ENCODED:
             raise Skipped(f"encodes every image a second time, which is done for up to {MAX_ENCODED:,}")
-        lists = CandidateLists(ranked.query_items.numpy(), own.items.numpy(), own.distances.numpy())
-        work = replace(self._work, max_rejects=1.0)
+        lists = CandidateLists(ranked.query_items.numpy(), before.items.numpy(), before.distances.numpy())
+        work = replace(self.work, max_rejects=1.0)
         scored = score_candidates(
-            ranked.first.catalogue, lists, maxsim_of(self.model), self.top_n, self._folder / "maxsim_pairs", work=work
+            catalogue, lists, maxsim_of(self.model), self.top_n, self.folder / "maxsim_pairs", work=work
         )
-        return ranking_run.by_logits(PairwiseStep(self.top_n, "replace"), own, torch.from_numpy(scored.logits))
+        return ranking_run.by_logits(PairwiseStep(self.top_n, "replace"), before, torch.from_numpy(scored.logits))
 
     def k_reciprocal(self, is_pairwise: bool) -> Ranking:
         """k-reciprocal re-ranking of the lists of all items."""
@@ -184,13 +171,13 @@ class Sources:
         if lists.items.shape[1] < K_RECIPROCAL.k1:
             raise Skipped(f"lists of {lists.items.shape[1]} items are shorter than k1={K_RECIPROCAL.k1}")
         ranked = self.ranked
-        found = ranking_run.rankings(
+        by_depth = ranking_run.rankings(
             Chain((K_RECIPROCAL,)), Scored(lists, None, []), ranked.catalogue, None, ranked.query_items
         )
-        return next(iter(found.values()))
+        return next(iter(by_depth.values()))
 
     def expand(self, is_pairwise: bool, of_queries: bool, of_gallery: bool) -> Neighbours:
-        """A new search with the embeddings of the queries, of the gallery, or of both expanded by their lists."""
+        """A new search in which each query, each gallery item, or both have their neighbours' embeddings added."""
         ranked, embeddings = self.ranked, self.ranked.first.embeddings
         if embeddings is None:
             raise Skipped("a new search needs embeddings; give --embeddings or --extractor")
@@ -201,9 +188,8 @@ class Sources:
             torch.nn.functional.normalize(matrix[items]) for items in (ranked.query_items, gallery_items)
         )
         if of_queries:
-            own = ranked.pairwise if is_pairwise else ranked.before
-            assert own is not None, "the chain has a pairwise step"
-            queries = _expanded(matrix, ranked.query_items, own[torch.arange(len(ranked.query_items))])
+            ranking = self.pairwise() if is_pairwise else ranked.before
+            queries = _expanded(matrix, ranked.query_items, ranking[torch.arange(len(ranked.query_items))])
         if of_gallery:
             lists = rows_of(self._lists_of_all(is_pairwise), gallery_items)
             gallery = _expanded(matrix, gallery_items, only_gallery(lists, ranked.catalogue))
@@ -214,13 +200,13 @@ class Sources:
         )
 
     def _search(self, queries: SearchSide, gallery: SearchSide) -> Neighbours:
-        """Exact search, so where it is done changes no bit of the answer on one kind of processor."""
+        """The nearest gallery items. The search is exact: it gives the same bits here and on workers of this kind."""
         n_products = len(queries.items) * len(gallery.items) * queries.embeddings.shape[1]
-        search = retrieval.search if n_products <= SMALL_SEARCH else self._executors.search
-        blocks = list(enumerate(sharding.blocks(len(queries.items), self._work.queries_per_search_block)))
-        found = dict(search(blocks, queries, gallery, self._n_items, self._work))
-        assert len(found) == len(blocks), "a block of queries never came back"
-        parts = [neighbours(found[number]) for number in sorted(found)]
+        search = retrieval.search if n_products <= SMALL_SEARCH else self.executors.search
+        blocks = list(enumerate(sharding.blocks(len(queries.items), self.work.queries_per_search_block)))
+        by_block = dict(search(blocks, queries, gallery, self.n_items, self.work))
+        assert len(by_block) == len(blocks), "a block of queries never came back"
+        parts = [neighbours(by_block[number]) for number in sorted(by_block)]
         return Neighbours(torch.cat([part.items for part in parts]), torch.cat([part.distances for part in parts]))
 
     def _lists_of_all(self, is_pairwise: bool) -> CandidateLists:
@@ -230,32 +216,25 @@ class Sources:
             if not ranked.covers_all_items:
                 raise Skipped("needs the pairs of gallery items, which this chain does not score")
             return ranked.pairwise_lists()
-        if self._all is None:
-            self._all = ranked.scored.lists if ranked.covers_all_items else self._retrieved()
-        return self._all
+        if self.all_lists is None:
+            self.all_lists = ranked.scored.lists if ranked.covers_all_items else self._retrieve_all()
+        return self.all_lists
 
-    def _retrieved(self) -> CandidateLists:
+    def _retrieve_all(self) -> CandidateLists:
         ranked = self.ranked
         if ranked.first.embeddings is None:
             raise Skipped("needs the lists of gallery items; give --embeddings or --extractor")
-        lists = ranking_run.lists_for(
-            Chain((K_RECIPROCAL,)),
-            ranked.first,
-            self._n_items,
-            self._work,
-            self._folder / "all_candidates",
-            self._executors.search,
-        )
-        cleared = Scored(lists, None, ranked.scored.rejects)
-        return ranking_run.without_rejected(cleared, ranked.first.catalogue).lists
+        folder, search = self.folder / "all_candidates", self.executors.search
+        lists = ranking_run.lists_for(Chain((K_RECIPROCAL,)), ranked.first, self.n_items, self.work, folder, search)
+        return ranking_run.without_rejected(Scored(lists, None, ranked.scored.rejects), ranked.first.catalogue).lists
 
 
 def _expanded(matrix: Tensor, items: Int64[Tensor, " item"], lists: Neighbours) -> Tensor:
-    """The embeddings of these items with those of the first of their lists added."""
+    """The embeddings of these items with those of their first listed items added."""
     n_neighbours = min(EXPANSION.k, lists.items.shape[1])
     return expand_embeddings(matrix[items], matrix, lists.items, n_neighbours=n_neighbours, alpha=EXPANSION.alpha)
 
 
-def columns(found: BaselineResults) -> dict[str, Float64[np.ndarray, " query"]]:
-    """The columns that per_query.parquet has for the baselines: `map@10_k_reciprocal`, ..."""
-    return {f"{key}_{name}": column.numpy() for name, part in found.per_query.items() for key, column in part.items()}
+def columns(results: BaselineResults) -> dict[str, Float64[np.ndarray, " query"]]:
+    """The baselines' columns of per_query.parquet: `map@10_k_reciprocal`, ..."""
+    return {f"{key}_{name}": column.numpy() for name, part in results.per_query.items() for key, column in part.items()}

@@ -1,31 +1,33 @@
-"""What an evaluation finds beyond before and after: baselines, cost, adaptive n, distances, suspect labels. Layer 3.
+"""Figures beyond before and after: cost, adaptive n, distances, labels to check, baselines.
 
-Figures go into metrics.json, values of single queries into per_query.parquet, and seconds, which differ from run to
-run, into timings.json.
+Figures go into metrics.json and values of single queries into per_query.parquet. Seconds differ from run to run and go
+into timings.json.
 """
 
 import time
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import torch
 from torch import Tensor
 
 from distributed_rerank.config.evaluation import MeasureConfig
-from distributed_rerank.config.work import WorkConfig
-from distributed_rerank.evaluation import adaptive, baselines, cost, distances
-from distributed_rerank.evaluation.measure import LabelledQueries, count_relevant, difference_to_json, measure_ranking
-from distributed_rerank.evaluation.ranked import Ranked
-from distributed_rerank.executors import Executors
+from distributed_rerank.data import artifacts
+from distributed_rerank.evaluation import adaptive, baselines
+from distributed_rerank.evaluation.measure import Evaluation, LabelledQueries, Ranked, count_relevant, measure_ranking
 from distributed_rerank.models.pairwise import PairwiseModel
-from distributed_rerank.tensors import statistics
-from distributed_rerank.tensors.metrics import PerQuery
+from distributed_rerank.reranking.run import Scored
+from distributed_rerank.tensors.candidate_mining import are_negative
+from distributed_rerank.tensors.knn import Ranking
 
 SHOWN_TOP_N = 50
 """Candidates whose distances are counted where nothing was re-ranked."""
+N_BINS = 30
+N_LABELS_TO_CHECK = 12
+_BLOCK_ROWS = 4096
 
 
 @dataclass
@@ -37,111 +39,219 @@ class Diagnostics:
     timings: dict[str, Any] = field(default_factory=dict)
 
 
-def diagnose(
-    ranked: Ranked,
-    measured: dict[str, Any],
-    per_query: pd.DataFrame,
-    n_items: int,
-    config: MeasureConfig,
-    work: WorkConfig,
-    model: PairwiseModel | None,
-    folder: Path,
-    executors: Executors,
-) -> Diagnostics:
-    """Everything that is found from the rankings, beside what `measure` says. `measured` is its metrics; its curve gets
-    the cost of each point."""
+def diagnose(measured: Evaluation, sources: baselines.Sources, config: MeasureConfig) -> Diagnostics:
+    """Compute all diagnostics of the rankings in `sources`, whose metrics are `measured`."""
+    ranked = sources.ranked
     queries = count_relevant(ranked.catalogue, ranked.query_items)
-    found = Diagnostics()
-    before = _values(per_query, "before")
-    after = _values(per_query, "after") if ranked.after else None
-    top_n = measured.get("top_n", SHOWN_TOP_N)
-    found.figures["distances"] = {"first_stage": distances.separation(ranked.before, queries, top_n)}
+    top_n = measured.metrics.get("top_n", SHOWN_TOP_N)
+    diagnostics = Diagnostics()
+    figures, timings = diagnostics.figures, diagnostics.timings
+    figures["distances"] = {"first_stage": distance_histograms(ranked.before, queries, top_n)}
     if ranked.after:
-        found.figures["distances"]["reranked"] = distances.separation(ranked.final, queries, top_n)
-    found.figures["suspects"] = distances.suspects(ranked)
-    if after is not None:
-        found.figures["categories"] = _compared(
-            measured["categories"], per_query, queries, before, after, config.resampling_seed
-        )
-    found.figures["cost"] = cost.total_cost(ranked.scored, model)
+        figures["distances"]["reranked"] = distance_histograms(ranked.final, queries, top_n)
+    figures["suspects"] = labels_to_check(ranked)
+    figures["cost"] = total_cost(ranked.scored, sources.model)
     if ranked.chain.pairwise is not None and ranked.scored.logits is not None:
-        assert after is not None, "a pairwise step re-ranks"
-        _look_at_pairs(found, ranked, queries, measured, before, after, config, folder)
+        _add_cost_of_pairs(diagnostics, ranked, measured.metrics, config.price_per_worker_hour, sources.folder)
+        _add_adaptive(diagnostics, ranked, queries, measured, config.resampling_seed)
     if config.baselines:
         start = time.perf_counter()
-        compared = baselines.measure_baselines(
-            ranked,
-            queries,
-            before,
-            after,
-            config.resampling_seed,
-            baselines.Sources(ranked, model, n_items, work, folder, executors),
+        results = baselines.measure_baselines(
+            queries, measured.before, measured.after, sources, seed=config.resampling_seed
         )
-        found.figures["baselines"] = compared.figures
-        found.columns |= baselines.columns(compared)
-        found.timings["baselines"] = compared.seconds
-        found.timings["baselines_in_all"] = round(time.perf_counter() - start, 3)
-    return found
+        figures["baselines"] = results.figures
+        diagnostics.columns |= baselines.columns(results)
+        timings["baselines"] = results.seconds
+        timings["baselines_in_all"] = round(time.perf_counter() - start, 3)
+    return diagnostics
 
 
-def _compared(
-    categories: dict[str, Any],
-    per_query: pd.DataFrame,
-    queries: LabelledQueries,
-    before: PerQuery,
-    after: PerQuery,
-    seed: int,
-) -> dict[str, Any]:
-    """The categories with the paired difference within each, clustered by label."""
-    if not categories:
-        return categories
-    names, numbers = np.unique(per_query["category"].astype(str).to_numpy(str), return_inverse=True)
-    of_query = torch.from_numpy(numbers.astype(np.int64))
-    found = statistics.compare_by_category(before, after, queries.labels, of_query, seed=seed)
-    differences = {str(names[number]): found[number] for number in found}
+def _add_cost_of_pairs(
+    diagnostics: Diagnostics, ranked: Ranked, metrics: Mapping[str, Any], price: float | None, folder: Path
+) -> None:
+    """The cost of each point of the curve, in counts and in seconds."""
+    curve = metrics["curve"]
+    top_ns = [point["top_n"] for point in curve]
+    costs = cost_by_top_n(ranked.scored, diagnostics.figures["cost"], top_ns, len(ranked.catalogue))
+    diagnostics.figures["curve"] = [point | cost for point, cost in zip(curve, costs, strict=True)]
+    pace = read_pace(folder / "pair_distances")
+    diagnostics.timings["pace"] = pace
+    diagnostics.timings["curve"] = seconds_by_top_n(diagnostics.figures["curve"], pace, metrics["n_queries"], price)
+
+
+def _add_adaptive(
+    diagnostics: Diagnostics, ranked: Ranked, queries: LabelledQueries, measured: Evaluation, seed: int
+) -> None:
+    """What skipping sure queries would save, measured after the pairwise step alone."""
+    assert measured.after is not None, "a pairwise step re-ranks"
+    pairwise = measured.after[adaptive.METRIC]
+    if ranked.chain.neighbourhood:
+        assert ranked.pairwise is not None, "pairs were scored"
+        pairwise = measure_ranking(queries, ranked.pairwise, (1, 10)).values[adaptive.METRIC]
+        diagnostics.columns[f"{adaptive.METRIC}_{baselines.PAIRWISE}"] = pairwise.numpy()
+    diagnostics.figures["adaptive"], columns = adaptive.measure_adaptive(
+        ranked, queries, measured.before[adaptive.METRIC], pairwise, seed=seed
+    )
+    diagnostics.columns |= columns
+
+
+def total_cost(scored: Scored, model: PairwiseModel | None) -> dict[str, Any]:
+    """Counts of the whole scoring pass. A continued run did less; the stages' manifests count what it did."""
+    if model is None or scored.logits is None:
+        return {"pairs": 0, "unique_images": 0}
+    gflop = round(model.gflop_per_pair(), 6)
     return {
-        name: part | {"difference": {key: difference_to_json(value) for key, value in differences[name].items()}}
-        for name, part in categories.items()
+        "pairs": scored.n_pairs,
+        "unique_images": scored.n_images,
+        "gflop_per_pair": gflop,
+        "gflop": round(gflop * scored.n_pairs, 3),
+        "bytes_per_image": model.bytes_per_image,
     }
 
 
-def _look_at_pairs(
-    found: Diagnostics,
-    ranked: Ranked,
-    queries: LabelledQueries,
-    measured: dict[str, Any],
-    before: PerQuery,
-    after: PerQuery,
-    config: MeasureConfig,
-    folder: Path,
-) -> None:
-    """What scored pairs cost, and how many of them could be saved."""
-    curve = measured["curve"]
-    top_ns = [point["top_n"] for point in curve]
-    counted = cost.cost_of_each(ranked.scored, found.figures["cost"], top_ns, len(ranked.catalogue))
-    found.figures["curve"] = [point | more for point, more in zip(curve, counted, strict=True)]
-    pace = cost.read_pace(folder / "pair_distances")
-    found.timings["pace"] = pace
-    found.timings["curve"] = cost.seconds_of_each(
-        found.figures["curve"], pace, measured["n_queries"], config.price_per_worker_hour
-    )
-    pairwise = after[adaptive.METRIC]
-    if ranked.chain.neighbourhood:
-        pairwise = _pairwise_values(ranked, queries)
-        found.columns[f"{adaptive.METRIC}_{baselines.PAIRWISE}"] = pairwise.numpy()
-    found.figures["adaptive"], columns = adaptive.measure_adaptive(
-        ranked, queries, before[adaptive.METRIC], pairwise, seed=config.resampling_seed
-    )
-    found.columns |= columns
+def cost_by_top_n(scored: Scored, cost: Mapping[str, Any], top_ns: list[int], n_items: int) -> list[dict[str, Any]]:
+    """Pairs, images, GFLOP and bytes of encodings for each of the ascending `top_ns`; [] where nothing was scored.
+
+    Images without a pair cost nothing. One pass over the lists, a slice of columns at a time.
+    """
+    if scored.logits is None:
+        return []
+    is_used = np.zeros(n_items, bool)
+    n_pairs, start, costs = 0, 0, []
+    for top_n in top_ns:
+        # the candidates that this top_n adds to the one before
+        is_pair = np.isfinite(scored.logits[:, start:top_n])
+        n_pairs += int(is_pair.sum())
+        is_used[scored.lists.items[:, start : start + is_pair.shape[1]][is_pair]] = True
+        is_used[scored.lists.query_items[is_pair.any(axis=1)]] = True
+        n_images = int(is_used.sum())
+        gflop = round(cost["gflop_per_pair"] * n_pairs, 6)
+        costs.append(
+            {"pairs": n_pairs, "images": n_images, "gflop": gflop, "bytes": cost["bytes_per_image"] * n_images}
+        )
+        start = top_n
+    return costs
 
 
-def _pairwise_values(ranked: Ranked, queries: LabelledQueries) -> Tensor:
-    """The metric of the labelled queries after the pairwise step alone."""
-    assert ranked.pairwise is not None, "pairs were scored"
-    return measure_ranking(queries, ranked.pairwise, (1, 10)).values[adaptive.METRIC]
+def read_pace(folder: Path) -> dict[str, float] | None:
+    """Seconds per image and per pair, and the number of workers, of the run that finished the scoring stage `folder`.
+
+    A continued run has the pace of the rest that it scored. None where a run scored nothing itself, or where another
+    version of this code wrote the folder.
+    """
+    if not (folder / artifacts.MANIFEST).is_file():
+        return None
+    manifest = artifacts.read_manifest(folder)
+    counts, seconds = manifest.get("counts") or {}, manifest.get("seconds") or {}
+    if not seconds or not counts.get("pairs_scored") or not counts.get("images_decoded"):
+        return None
+    return {
+        "seconds_per_image": seconds["encode"] / counts["images_decoded"],
+        "seconds_per_pair": seconds["score"] / counts["pairs_scored"],
+        "n_workers": seconds["n_workers"],
+    }
 
 
-def _values(per_query: pd.DataFrame, side: str) -> PerQuery:
-    """The metrics that baselines are compared by, of the labelled queries."""
-    keys = [key for key in baselines.KEYS if f"{key}_{side}" in per_query]
-    return {key: torch.from_numpy(per_query[f"{key}_{side}"].to_numpy(np.float64).copy()) for key in keys}
+def seconds_by_top_n(
+    curve: list[dict[str, Any]], pace: Mapping[str, float] | None, n_queries: int, price_per_worker_hour: float | None
+) -> list[dict[str, Any]]:
+    """Seconds of each point of the curve at this pace, per query and in worker-seconds; the price of 1,000 queries."""
+    if pace is None:
+        return []
+    points = []
+    for point in curve:
+        seconds = point["images"] * pace["seconds_per_image"] + point["pairs"] * pace["seconds_per_pair"]
+        worker_seconds = seconds * pace["n_workers"]
+        timed: dict[str, Any] = {
+            "top_n": point["top_n"],
+            "seconds": round(seconds, 4),
+            "seconds_per_query": seconds / n_queries,
+            "worker_seconds": round(worker_seconds, 4),
+        }
+        if price_per_worker_hour is not None:
+            timed["price_per_1000_queries"] = worker_seconds / 3600 * price_per_worker_hour / n_queries * 1000
+        points.append(timed)
+    return points
+
+
+def distance_histograms(ranking: Ranking, queries: LabelledQueries, top_n: int) -> dict[str, Any]:
+    """Histograms of the distances of the first `top_n` candidates, relevant ones and others counted apart.
+
+    `edges` are those of `N_BINS` equal bins from the smallest to the largest distance. {} where all are equal.
+    """
+    low, high = np.inf, -np.inf
+    for _, distances in _heads(ranking, queries, top_n):
+        finite = distances[distances.isfinite()]
+        if len(finite):
+            low, high = min(low, float(finite.min())), max(high, float(finite.max()))
+    if not low < high:
+        return {}
+    edges = np.linspace(low, high, N_BINS + 1)
+    counts = {"relevant": np.zeros(N_BINS, np.int64), "other": np.zeros(N_BINS, np.int64)}
+    for is_relevant, distances in _heads(ranking, queries, top_n):
+        is_listed = distances.isfinite()
+        for name, is_counted in (("relevant", is_listed & is_relevant), ("other", is_listed & ~is_relevant)):
+            counts[name] += np.histogram(distances[is_counted].double().numpy(), edges)[0]
+    return {"top_n": top_n, "edges": edges.tolist()} | {name: column.tolist() for name, column in counts.items()}
+
+
+def _heads(ranking: Ranking, queries: LabelledQueries, top_n: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Relevance and distances, both [query, top_n], of the first candidates of a block of queries at a time."""
+    for block in queries.blocks():
+        lists = ranking[block.rows]
+        items = lists.items[:, :top_n]
+        labels = torch.where(items >= 0, block.item_labels[items], -1)
+        yield (labels == block.labels[:, None]) & (items >= 0), lists.distances[:, :top_n]
+
+
+def labels_to_check(ranked: Ranked) -> list[dict[str, Any]]:
+    """At most `N_LABELS_TO_CHECK` pairs of different labels, the nearest first: one of the labels may be wrong.
+
+    The distance is the pairwise step's where the chain has one (it saw both images), else the first stage's. A query
+    has one pair at most, with its nearest candidate of another label, and so has an image; ties by item. These are
+    pairs for a person to look at, the worst of this evaluation. Training's suspects.parquet is another list: all pairs
+    of the train split under a distance threshold.
+    """
+    labels = torch.from_numpy(ranked.catalogue.labels)
+    ranking = ranked.pairwise or ranked.before
+    queries, candidates, distances, columns = _nearest_of_another_label(ranking, labels, ranked.query_items)
+    pairs: list[dict[str, Any]] = []
+    taken: set[int] = set()
+    catalogue, names = ranked.catalogue, ranked.catalogue.label_names
+    for place in np.lexsort((candidates.numpy(), queries.numpy(), distances.numpy())).tolist():
+        query, candidate = int(queries[place]), int(candidates[place])
+        if len(pairs) == N_LABELS_TO_CHECK:
+            break
+        if query in taken or candidate in taken:
+            continue
+        taken |= {query, candidate}
+        pairs.append(
+            {
+                "query_id": str(catalogue.ids[query]),
+                "query_label": str(names[int(labels[query])]),
+                "gallery_id": str(catalogue.ids[candidate]),
+                "gallery_label": str(names[int(labels[candidate])]),
+                "distance": float(distances[place]),
+                "rank": int(columns[place]) + 1,
+            }
+        )
+    return pairs
+
+
+def _nearest_of_another_label(
+    ranking: Ranking, labels: Tensor, query_items: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Query, candidate, distance and column of each query's nearest candidate of another known label, if any."""
+    none = torch.zeros(0, dtype=torch.int64)
+    parts = [(none, none, none.float(), none)]
+    for block in torch.arange(len(query_items)).split(_BLOCK_ROWS):
+        lists, own = ranking[block], query_items[block]
+        is_other = are_negative(lists, own, labels) & lists.distances.isfinite()
+        if not is_other.shape[1]:
+            continue
+        # rows that have such a candidate, and the first True of each
+        row = is_other.any(dim=1).nonzero().squeeze(1)
+        column = is_other[row].to(torch.uint8).argmax(dim=1)
+        parts.append((own[row], lists.items[row, column], lists.distances[row, column], column))
+    queries, candidates, distances, columns = (torch.cat(column) for column in zip(*parts, strict=True))
+    return queries, candidates, distances, columns

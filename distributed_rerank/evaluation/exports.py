@@ -1,4 +1,4 @@
-"""An evaluation folder in formats that others read: TREC run and qrels, Markdown for a pull request. Layer 3."""
+"""An evaluation folder in formats that other tools read: TREC run and qrels, Markdown for a pull request."""
 
 import json
 from collections.abc import Iterator, Mapping, Sequence, Set
@@ -13,7 +13,7 @@ from distributed_rerank.data.candidates import CandidateLists, candidates_table
 from distributed_rerank.data.catalogue import Catalogue
 from distributed_rerank.data.exports import write_qrels, write_trec_run
 from distributed_rerank.errors import BadInput
-from distributed_rerank.report.formatting import count_of, fraction, metric_name, p_value, signed, verdict
+from distributed_rerank.report.formatting import count_of, fraction, interval, metric_name, p_value, signed, verdict
 from distributed_rerank.reranking.external_candidates import external_candidates
 from distributed_rerank.tensors import sharding
 
@@ -24,18 +24,18 @@ RUN_BEFORE, RUN_AFTER, QRELS = "first_stage.trec", "reranked.trec", "qrels.trec"
 def export_trec(folder: Path, catalogue: Catalogue, out: Path, candidates: Path | None = None) -> list[Path]:
     """Write the evaluation `folder` as `first_stage.trec`, `reranked.trec` (if re-ranked) and `qrels.trec` into `out`.
 
-    `catalogue` is the one evaluated, restricted to its split; `candidates` the first stage's lists where these were
-    given to the evaluation. The files hold exactly the queries that were measured (those with a relevant item), without
-    rejected images, so any tool that averages over the judged queries finds our figures: cmc@k as success@k,
+    `catalogue` is the one evaluated, restricted to its split. `candidates` are the first stage's lists if the
+    evaluation was given some. The files hold exactly the queries that were measured (those with a relevant item) and no
+    rejected images, so any tool that averages over the judged queries gets our figures: cmc@k as success@k,
     precision@k, recall@k, mrr, and map@k where no query has more than k relevant items (TREC divides by their number,
     we by min(k, number)). Returns the files.
 
     Raises BadInput for a catalogue of another digest and for missing first-stage lists.
     """
-    made_with = artifacts.read_manifest(folder)["fingerprint"].get("catalogue")
-    if made_with != catalogue.digest():
+    evaluated = artifacts.read_manifest(folder)["fingerprint"].get("catalogue")
+    if evaluated != catalogue.digest():
         raise BadInput(
-            f"{folder} was evaluated with catalogue {str(made_with)[:16]}, this one is {catalogue.digest()[:16]}; "
+            f"{folder} was evaluated with catalogue {str(evaluated)[:16]}, this one is {catalogue.digest()[:16]}; "
             "give the same --catalogue and --split"
         )
     measured = tables.read_table(folder, "per_query").select(["query_id", "n_relevant"]).to_pandas()
@@ -58,7 +58,7 @@ def export_trec(folder: Path, catalogue: Catalogue, out: Path, candidates: Path 
 def relevant_ids(
     catalogue: Catalogue, queries: Sequence[str], n_relevant: Sequence[int]
 ) -> Iterator[tuple[str, list[str]]]:
-    """Each query and the ids relevant to it: gallery items of its label, not itself, not its sequence; in id order."""
+    """Each query with its relevant ids in id order: gallery items of its label but not of its sequence, nor itself."""
     gallery, labels, sequences = catalogue.gallery_items, catalogue.labels, catalogue.sequences
     by_label = gallery[np.argsort(labels[gallery], kind="stable")]
     ordered = labels[by_label]
@@ -66,20 +66,20 @@ def relevant_ids(
         low, high = np.searchsorted(ordered, [labels[item], labels[item] + 1])
         same = by_label[low:high]
         own = (same == item) | ((sequences[item] >= 0) & (sequences[same] == sequences[item]))
-        found = catalogue.ids[same[~own]].tolist()
-        assert len(found) == expected, f"query {query!r} has {len(found)} relevant items, measured were {expected}"
-        yield query, found
+        relevant = catalogue.ids[same[~own]].tolist()
+        assert len(relevant) == expected, f"query {query!r} has {len(relevant)} relevant items, not {expected}"
+        yield query, relevant
 
 
 def _first_stage(folder: Path, candidates: Path | None) -> Path:
     own = folder / "candidates"
     if candidates is None and not own.is_dir():
-        raise BadInput(f"{folder} holds no first-stage lists, they were given to it; give the same --candidates")
+        raise BadInput(f"{folder} holds no first-stage lists: it was given some; give the same --candidates")
     return own if candidates is None else candidates
 
 
 def _batches(path: Path, rejected: Set[str], catalogue: Catalogue, queries: Sequence[str]) -> Iterator[pa.Table]:
-    """The lists at `path` as they were measured, in candidates tables of some queries each, by query id and rank."""
+    """The measured lists at `path` as candidates tables of some queries each, by query id and rank."""
     lists = external_candidates(catalogue, path, rejected)
     wanted = np.flatnonzero(np.isin(lists.query_items, catalogue.items_of(queries)))
     for start, stop in sharding.blocks(len(wanted), QUERIES_PER_BATCH):
@@ -96,23 +96,21 @@ def export_markdown(folder: Path, path: Path) -> None:
 
 
 def markdown_summary(metrics: Mapping[str, Any]) -> str:
-    """What metrics.json says, for a pull request: the verdict, what was measured, a table with intervals."""
-    is_reranked = bool(metrics.get("reranked"))
-    told = verdict(metrics, is_reranked)
+    """metrics.json for a pull request: the verdict, what was measured, a table with intervals."""
+    outcome = verdict(metrics)
     counts = f"{count_of(metrics['n_queries'])} queries, {count_of(metrics['n_gallery'])} gallery items"
     for key, words in (("n_without_relevant", "queries without a relevant item"), ("n_rejected", "images rejected")):
         if metrics.get(key):
             counts += f", {count_of(metrics[key])} {words}"
     chain = metrics.get("chain") or "first stage"
-    lines = [f"**{told.sentence}** {told.detail}".rstrip(), "", f"{counts}; chain: {chain}", ""]
-    if not is_reranked:
+    lines = [f"**{outcome.sentence}** {outcome.detail}", "", f"{counts}; chain: {chain}", ""]
+    if not metrics.get("reranked"):
         lines += ["| metric | first stage |", "|:--|--:|"]
         lines += [f"| {metric_name(key)} | {fraction(value)} |" for key, value in metrics["first_stage"].items()]
         return "\n".join(lines) + "\n"
     lines += ["| metric | before | after | change | 95 % interval | p |", "|:--|--:|--:|--:|:-:|--:|"]
     for key, before in metrics["first_stage"].items():
-        compared = metrics["difference"][key]
-        interval = " to ".join(signed(end) for end in compared["ci95"])
-        cells = [fraction(before), fraction(metrics["reranked"][key]), signed(compared["mean"])]
-        lines.append(f"| {' | '.join([metric_name(key), *cells, interval, p_value(compared['p_value'])])} |")
+        after, compared = metrics["reranked"][key], metrics["difference"][key]
+        cells = [metric_name(key), fraction(before), fraction(after), signed(compared["mean"])]
+        lines.append(f"| {' | '.join([*cells, interval(compared), p_value(compared['p_value'])])} |")
     return "\n".join(lines) + "\n"

@@ -1,14 +1,11 @@
-"""What re-ranking was worth: metrics before and after, their difference with its interval, the ceiling, the
-curve. Layer 3.
+"""Metrics before and after re-ranking: their difference with its interval, the ceiling, the curve over top_n.
 
-Everything here is arithmetic on rankings that exist already; where they come from is `evaluation_run`'s
-business. Every number of `metrics.json` that is not a count of work done is made here, from the same
-per-query values that `per_query.parquet` holds. No time and no number of workers enters: equal rankings give
-equal bytes.
+Everything here is arithmetic on rankings. The figures in metrics.json come from the same values of each query that
+per_query.parquet holds. Time and number of workers never enter, so equal rankings give equal bytes.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import numpy as np
@@ -17,8 +14,14 @@ import torch
 from jaxtyping import Bool, Int64
 from torch import Tensor
 
+from distributed_rerank.chain.chain import Chain
+from distributed_rerank.data.candidates import CandidateLists
 from distributed_rerank.data.catalogue import Catalogue
 from distributed_rerank.errors import BadInput
+from distributed_rerank.reranking import run as ranking_run
+from distributed_rerank.reranking.first_stage import FirstStage
+from distributed_rerank.reranking.lists import LazyRanking, neighbours, only_gallery, ranking_of
+from distributed_rerank.reranking.run import Scored
 from distributed_rerank.tensors import metrics, oml_metrics, statistics
 from distributed_rerank.tensors.knn import Ranking
 from distributed_rerank.tensors.metrics import PerQuery
@@ -26,30 +29,107 @@ from distributed_rerank.tensors.metrics import PerQuery
 Key = TypeVar("Key")
 
 QUERIES_PER_BLOCK = 1 << 13
+COMPARED = ("cmc@1", "map@10")
+"""Metrics by which categories and baselines are compared, as far as they are measured."""
+
+
+@dataclass(frozen=True)
+class Ranked:
+    """The queries with their rankings before and after; images that could not be read are in none of them."""
+
+    first: FirstStage
+    scored: Scored
+    chain: Chain
+    catalogue: Catalogue
+    """The first stage's, but images that could not be read for scoring are neither query nor gallery."""
+    query_items: Int64[Tensor, " query"]
+    before: Ranking
+    after: Mapping[int, Ranking]
+    """The chain's ranking for each top_n; empty where the first stage alone is measured."""
+
+    @property
+    def final(self) -> Ranking:
+        """The ranking that the chain ends with."""
+        return self.after[max(self.after)] if self.after else self.before
+
+    @property
+    def covers_all_items(self) -> bool:
+        """Whether gallery items have scored lists as well as queries."""
+        return bool(self.chain.neighbourhood) or ranking_run.is_one_against_rest(self.first.catalogue)
+
+    @property
+    def pairwise(self) -> Ranking | None:
+        """The queries' rankings after the pairwise step alone; None where the chain has no such step."""
+        if self.chain.pairwise is None or self.scored.logits is None:
+            return None
+        pairwise_only = Chain((self.chain.pairwise,))
+        by_top_n = ranking_run.rankings(pairwise_only, self.scored, self.catalogue, None, self.query_items, curve=())
+        ranking = next(iter(by_top_n.values()))
+        if not self.chain.neighbourhood:
+            return ranking
+        # The lists are then those of all items, and hold queries that are no gallery items.
+        everyone = torch.arange(len(self.query_items))
+        return LazyRanking(everyone, lambda rows: only_gallery(ranking[rows], self.catalogue))
+
+    def pairwise_lists(self) -> CandidateLists:
+        """All scored lists after the pairwise step alone."""
+        assert self.chain.pairwise is not None, "the chain has a pairwise step"
+        assert self.scored.logits is not None, "its pairs are scored"
+        logits = torch.from_numpy(self.scored.logits)
+        lists = ranking_run.by_logits(self.chain.pairwise, neighbours(self.scored.lists), logits)
+        return CandidateLists(self.scored.lists.query_items, lists.items.numpy(), lists.distances.numpy())
+
+
+def rank(first: FirstStage, scored: Scored, chain: Chain, has_model: bool) -> Ranked:
+    """The rankings of all readable queries by the first stage and by the chain, for each top_n of the curve.
+
+    A chain without steps that came with a model has a ranking too: the first stage's.
+    """
+    catalogue = first.catalogue
+    readable = ranking_run.without_rejected(Scored(first.lists, None, scored.rejects), catalogue)
+    rejected = catalogue.items_of([reject.id for reject in scored.rejects])
+    query_items = torch.from_numpy(np.setdiff1d(catalogue.query_items, rejected))
+    before = ranking_of(readable.lists, query_items)
+    after: dict[int, Ranking] = {}
+    if chain.steps or has_model:
+        after = ranking_run.rankings(chain, scored, catalogue, first.embeddings, query_items)
+    usable = catalogue if not len(rejected) else _without_roles(catalogue, rejected)
+    return Ranked(first, scored, chain, usable, query_items, before, after)
+
+
+def _without_roles(catalogue: Catalogue, items: np.ndarray) -> Catalogue:
+    """The same catalogue with the same numbering, in which these items are neither query nor gallery."""
+    flags = catalogue.table[["is_query", "is_gallery"]].copy()
+    flags.iloc[items] = False
+    return Catalogue(catalogue.table.assign(**{name: flags[name] for name in flags}), catalogue.source)
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """`metrics` as they go into metrics.json, and one row for every query measured, ordered by query id."""
+    """The figures of metrics.json, and one row for every query measured, ordered by query id."""
 
     metrics: dict[str, Any]
     per_query: pd.DataFrame
+    before: PerQuery
+    """`COMPARED` metrics of the first stage."""
+    after: PerQuery | None
+    """The same after re-ranking; None where the first stage alone is measured."""
 
 
 @dataclass(frozen=True)
 class LabelledQueries:
-    """The queries that have a relevant gallery item, and what is relevant to them."""
+    """The queries that have a relevant gallery item, with their labels and numbers of relevant items."""
 
     query_items: Int64[Tensor, " query"]
     rows: Int64[Tensor, " query"]
-    """Their rows in the rankings that came in."""
+    """Their rows in the rankings of all queries."""
     labels: Int64[Tensor, " query"]
     n_relevant: Int64[Tensor, " query"]
     item_labels: Int64[Tensor, " item"]
     n_without_relevant: int
 
     def blocks(self) -> Iterator["LabelledQueries"]:
-        """The same in blocks of queries."""
+        """The queries in blocks of `QUERIES_PER_BLOCK`."""
         for rows in torch.arange(len(self.rows)).split(QUERIES_PER_BLOCK):
             yield replace(
                 self,
@@ -66,22 +146,27 @@ class LabelledQueries:
 
 @dataclass(frozen=True)
 class Measured:
-    """One ranking of the labelled queries, measured."""
+    """The metrics of one ranking of the labelled queries."""
 
     values: PerQuery
     first_hit: Int64[Tensor, " query"]
-    """Place of the first relevant candidate from 1; 0 where there is none."""
+    """Rank of the first relevant candidate from 1; 0 where the list holds none."""
     oml: dict[str, float]
-    """Means by OML's definitions."""
+    """Means by open-metric-learning's definitions."""
 
     @property
     def means(self) -> dict[str, float]:
-        """Means over the queries."""
+        """Mean of each metric over the queries."""
         return metrics.means(self.values)
+
+    @property
+    def compared(self) -> PerQuery:
+        """The `COMPARED` metrics of every query."""
+        return {key: self.values[key] for key in COMPARED if key in self.values}
 
 
 def count_relevant(catalogue: Catalogue, query_items: Int64[Tensor, " query"]) -> LabelledQueries:
-    """Count what is relevant to each query; leave out, and count, those to which nothing is."""
+    """Count relevant gallery items per query. Queries with none are dropped and counted."""
     labels = torch.from_numpy(catalogue.labels)
     sequences = torch.from_numpy(catalogue.sequences)
     gallery = torch.from_numpy(catalogue.gallery_items)
@@ -105,16 +190,17 @@ def measure(
 ) -> Evaluation:
     """Compare the first stage's ranking with the re-ranked ones.
 
-    `before` and every ranking of `after` have one row per query of `query_items` (ascending), in that order;
-    `after` maps top_n to the ranking that re-ranks so many, the largest is the one that is reported and may
-    be absent (the first stage alone). Rankings are asked for one block of queries at a time. Intervals and
-    p-values are clustered by label and seeded. Raises BadInput where no query has a relevant gallery item.
+    `before` and every ranking of `after` have one row per query of `query_items` (ascending), in that order. `after`
+    maps top_n to the ranking that re-ranks so many candidates: the largest is reported, the others are points of the
+    curve, and without any the first stage alone is measured. Rankings are read one block of queries at a time.
+    Intervals and p-values are clustered by label and seeded. Raises BadInput where no query has a relevant item.
     """
     queries = count_relevant(catalogue, query_items)
     if not len(queries.rows):
         raise BadInput("no query has a relevant gallery item, so nothing can be measured; check label and is_gallery")
     first = measure_ranking(queries, before, ks)
-    found: dict[str, Any] = {
+    resampling = {"seed": seed, "n_resamples": n_resamples}
+    figures: dict[str, Any] = {
         "n_queries": len(queries.rows),
         "n_gallery": len(catalogue.gallery_items),
         "n_without_relevant": queries.n_without_relevant,
@@ -123,14 +209,15 @@ def measure(
     }
     last = measure_ranking(queries, after[max(after)], ks) if after else None
     if last is not None:
-        found |= _reranked(queries, before, after, first, last, ks, seed, n_resamples)
-        found["oml"]["reranked"] = last.oml
-    found["categories"] = _by_category(catalogue, queries, first, last)
-    return Evaluation(found, _per_query_table(catalogue, queries, first, last))
+        figures |= _reranked(queries, before, after, first, last, ks, resampling)
+        figures["oml"]["reranked"] = last.oml
+    figures["categories"] = _by_category(catalogue, queries, first, last, resampling)
+    table = _per_query_table(catalogue, queries, first, last)
+    return Evaluation(figures, table, first.compared, None if last is None else last.compared)
 
 
 def measure_ranking(queries: LabelledQueries, ranking: Ranking, ks: Sequence[int]) -> Measured:
-    """Every metric of every labelled query, a block of queries at a time."""
+    """Every metric of every labelled query, computed in blocks of queries."""
 
     def measure_block(block: LabelledQueries) -> dict[tuple[str, str], Tensor]:
         items = ranking[block.rows].items
@@ -139,20 +226,20 @@ def measure_ranking(queries: LabelledQueries, ranking: Ranking, ks: Sequence[int
         oml = oml_metrics.per_query(is_relevant, (items >= 0).sum(dim=1), block.n_relevant, ks)
         named = {("value", key): column for key, column in values.items()}
         named |= {("oml", key): column for key, column in oml.items()}
-        return named | {("place", "first"): metrics.first_hit(is_relevant)}
+        return named | {("rank", "first_hit"): metrics.first_hit(is_relevant)}
 
-    found = _of_all_blocks(queries, measure_block)
-    values, oml = ({key: column for (kind, key), column in found.items() if kind == of} for of in ("value", "oml"))
-    return Measured(values, found["place", "first"], metrics.means(oml))
+    columns = _of_all_blocks(queries, measure_block)
+    values, oml = ({key: column for (kind, key), column in columns.items() if kind == of} for of in ("value", "oml"))
+    return Measured(values, columns["rank", "first_hit"], metrics.means(oml))
 
 
 def _of_all_blocks(
     queries: LabelledQueries, measure_block: Callable[[LabelledQueries], Mapping[Key, Tensor]]
 ) -> dict[Key, Tensor]:
-    """What `measure_block` finds of each query, for all queries.
+    """The columns that `measure_block` returns for a block, joined over all queries.
 
-    Written into columns that exist from the first block on: kept parts would break up the memory that the next blocks
-    work in, and the process would grow to several times what it holds.
+    The whole columns are allocated with the first block and filled. A list of parts would fragment the memory, and the
+    process would grow to several times what it holds.
     """
     columns: dict[Key, Tensor] = {}
     start = 0
@@ -166,20 +253,6 @@ def _of_all_blocks(
     return columns
 
 
-def difference(
-    before: PerQuery, after: PerQuery, labels: Int64[Tensor, " query"], seed: int, n_resamples: int
-) -> dict[str, Any]:
-    """`statistics.compare` clustered by label, as metrics.json spells it."""
-    compared = statistics.compare(before, after, labels, seed=seed, n_resamples=n_resamples)
-    return {key: difference_to_json(value) for key, value in compared.items()}
-
-
-def difference_to_json(difference: statistics.Difference) -> dict[str, Any]:
-    """A difference as metrics.json spells it."""
-    fields = asdict(difference)
-    return {"ci95": [fields.pop("low"), fields.pop("high")], **fields}
-
-
 def _reranked(
     queries: LabelledQueries,
     before: Ranking,
@@ -187,31 +260,30 @@ def _reranked(
     first: Measured,
     last: Measured,
     ks: Sequence[int],
-    seed: int,
-    n_resamples: int,
+    resampling: dict[str, int],
 ) -> dict[str, Any]:
-    """Everything that exists only where something was re-ranked."""
+    """The part of metrics.json that compares the re-ranked order with the first stage's."""
     top_n = max(after)
     curve, points = [], []
     for n in sorted(after):
         measured = last if n == top_n else measure_ranking(queries, after[n], ks)
         curve.append({"top_n": n, "metrics": measured.means})
         points.append(measured.values["map@10"])
-    knee = statistics.knee(torch.stack(points), queries.labels, seed=seed, n_resamples=n_resamples)
+    knee = statistics.knee(torch.stack(points), queries.labels, **resampling)
     start, end, ceiling = first.means, last.means, _ceiling(queries, before, top_n, ks)
     return {
         "top_n": top_n,
         "reranked": end,
         "oracle": ceiling,
         "headroom_captured": {key: statistics.headroom_captured(start[key], end[key], ceiling[key]) for key in start},
-        "difference": difference(first.values, last.values, queries.labels, seed, n_resamples),
+        "difference": statistics.compare_to_json(first.values, last.values, queries.labels, **resampling),
         "curve": curve,
         "knee": {"metric": "map@10", "top_n": curve[knee]["top_n"]},
     }
 
 
 def _ceiling(queries: LabelledQueries, before: Ranking, top_n: int, ks: Sequence[int]) -> dict[str, float]:
-    """Means of what a perfect re-ranker of the first `top_n` reaches."""
+    """Mean metrics of a perfect re-ranker of the first `top_n` candidates."""
     return metrics.means(
         _of_all_blocks(
             queries,
@@ -221,28 +293,31 @@ def _ceiling(queries: LabelledQueries, before: Ranking, top_n: int, ks: Sequence
 
 
 def _by_category(
-    catalogue: Catalogue, queries: LabelledQueries, first: Measured, last: Measured | None
+    catalogue: Catalogue, queries: LabelledQueries, first: Measured, last: Measured | None, resampling: dict[str, int]
 ) -> dict[str, Any]:
-    """Means within each category of the queries, by name; {} where the catalogue has none."""
+    """Means and paired differences within each category of the queries, by its name; {} without categories."""
     if catalogue.categories is None:
         return {}
     names, numbers = np.unique(catalogue.categories[queries.query_items.numpy()].astype(str), return_inverse=True)
-    of_query = torch.from_numpy(numbers.astype(np.int64))
-    counts = torch.bincount(of_query, minlength=len(names)).tolist()
-    found: dict[str, Any] = {
+    category = torch.from_numpy(numbers.astype(np.int64))
+    counts = torch.bincount(category, minlength=len(names)).tolist()
+    by_name: dict[str, Any] = {
         str(names[number]): {"n_queries": counts[number], "first_stage": means}
-        for number, means in metrics.means_by_category(first.values, of_query).items()
+        for number, means in metrics.means_by_category(first.values, category).items()
     }
-    if last is not None:
-        for number, means in metrics.means_by_category(last.values, of_query).items():
-            found[str(names[number])]["reranked"] = means
-    return found
+    if last is None:
+        return by_name
+    differences = statistics.compare_by_category(first.compared, last.compared, queries.labels, category, **resampling)
+    for number, means in metrics.means_by_category(last.values, category).items():
+        compared = {key: statistics.difference_to_json(value) for key, value in differences[number].items()}
+        by_name[str(names[number])] |= {"reranked": means, "difference": compared}
+    return by_name
 
 
 def _per_query_table(
     catalogue: Catalogue, queries: LabelledQueries, first: Measured, last: Measured | None
 ) -> pd.DataFrame:
-    """One row per labelled query: what design.md's table `per query` lists."""
+    """The table per_query.parquet: one row per labelled query."""
     items = queries.query_items.numpy()
     names = np.asarray(catalogue.label_names, dtype=object)
     categories = catalogue.categories
@@ -251,8 +326,8 @@ def _per_query_table(
         "label": names[queries.labels.numpy()].astype(str),
         "category": None if categories is None else categories[items],
         "n_relevant": queries.n_relevant.numpy(),
-        "first_hit_before": _place_or_null(first),
-        "first_hit_after": None if last is None else _place_or_null(last),
+        "first_hit_before": _rank_or_null(first),
+        "first_hit_after": None if last is None else _rank_or_null(last),
     }
     for side, measured in (("before", first), ("after", last)):
         if measured is not None:
@@ -260,7 +335,7 @@ def _per_query_table(
     return pd.DataFrame(columns)
 
 
-def _place_or_null(measured: Measured) -> pd.Series:
-    """Rank of the first hit from 1, null where the list holds none."""
-    place = pd.Series(measured.first_hit.numpy(), dtype="Int64")
-    return place.mask(place == 0)
+def _rank_or_null(measured: Measured) -> pd.Series:
+    """Rank of the first relevant candidate from 1, null where the list holds none."""
+    ranks = pd.Series(measured.first_hit.numpy(), dtype="Int64")
+    return ranks.mask(ranks == 0)

@@ -1,4 +1,4 @@
-"""What an evaluation leaves on disk: figures, a row per query, rejects, re-ranked lists, the report. Layer 3."""
+"""The files of an evaluation: figures, a row per query, rejects, re-ranked lists, the report."""
 
 import platform
 from collections.abc import Iterator
@@ -24,7 +24,7 @@ QUERIES_PER_BATCH = 1 << 12
 
 @dataclass(frozen=True)
 class Result:
-    """What is written: metrics, one row per query, and the rankings of the queries in item order."""
+    """Metrics, one row per query, and the rankings of the queries in item order."""
 
     metrics: dict[str, Any]
     per_query: pd.DataFrame
@@ -37,7 +37,7 @@ class Result:
 def write(
     folder: Path, result: Result, rejects: pd.DataFrame, settings: dict[str, Any], timings: dict[str, Any]
 ) -> None:
-    """metrics.json, per_query.parquet, rejects.parquet, reranked.parquet where there was a re-ranking, report.html."""
+    """Write metrics.json, per_query.parquet, rejects.parquet, report.html and, if re-ranked, reranked.parquet."""
     artifacts.write_json(folder / "metrics.json", result.metrics)
     per_query = pa.Table.from_pandas(result.per_query, preserve_index=False)
     tables.write_table(folder / "per_query.parquet", per_query, "per_query")
@@ -58,15 +58,16 @@ def write(
 
 
 def _batches(result: Result, ranking: Ranking) -> Iterator[pa.Table]:
-    """The lists of all queries in candidates tables of some queries each."""
+    """The lists of all queries as candidates tables of some queries each."""
     for rows in torch.arange(len(result.query_items)).split(QUERIES_PER_BATCH):
-        ranked = ranking[rows]
-        lists = CandidateLists(result.query_items[rows].numpy(), ranked.items.numpy(), ranked.distances.numpy())
-        yield candidates_table(lists, result.catalogue.ids)
+        lists, items = ranking[rows], result.query_items[rows].numpy()
+        yield candidates_table(
+            CandidateLists(items, lists.items.numpy(), lists.distances.numpy()), result.catalogue.ids
+        )
 
 
 def _suspect_images(result: Result) -> list[tuple[ImageRef, ImageRef]]:
-    """The images of each pair whose labels are suspected."""
+    """The two images of each pair of labels to check."""
     sides = [
         result.catalogue.images(result.catalogue.items_of([pair[side] for pair in result.metrics["suspects"]]))
         for side in ("query_id", "gallery_id")
@@ -87,13 +88,14 @@ def _strip(result: Result, row: int) -> Strip:
     def side(ranking: Ranking | None) -> list[Candidate]:
         if ranking is None:
             return []
-        found = ranking[torch.tensor([row])]
-        items = found.items[0, :SHOWN_CANDIDATES]
+        lists = ranking[torch.tensor([row])]
+        items = lists.items[0, :SHOWN_CANDIDATES]
         items = items[items >= 0].numpy()
         is_relevant = catalogue.labels[items] == catalogue.labels[item]
-        distances = found.distances[0, : len(items)].tolist()
-        refs = catalogue.images(items)
-        return [Candidate(*cells) for cells in zip(refs, is_relevant.tolist(), distances, strict=True)]
+        distances = lists.distances[0, : len(items)].tolist()
+        return [
+            Candidate(*cells) for cells in zip(catalogue.images(items), is_relevant.tolist(), distances, strict=True)
+        ]
 
     return Strip(catalogue.images(np.array([item]))[0], side(result.before), side(result.after))
 

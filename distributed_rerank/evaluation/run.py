@@ -1,8 +1,7 @@
-"""An evaluation from catalogue to report: metrics.json, per_query.parquet, report.html and what they rest on.
-Layer 3.
+"""An evaluation from catalogue to report: metrics.json, per_query.parquet, report.html and the stages before them.
 
-`metrics.json` and `per_query.parquet` hold nothing that depends on time, workers or interruptions. Seconds go
-into `timings.json`, counts of work actually done into the manifests of the stages.
+metrics.json and per_query.parquet do not depend on time, workers or interruptions. Seconds go into timings.json, counts
+of the work really done into the manifests of the stages.
 """
 
 import json
@@ -19,11 +18,11 @@ from distributed_rerank.data.candidates import CandidateLists
 from distributed_rerank.data.catalogue import Catalogue
 from distributed_rerank.data.rejects import all_rejects
 from distributed_rerank.errors import BadInput
-from distributed_rerank.evaluation import measure as evaluation
 from distributed_rerank.evaluation import output as evaluation_output
+from distributed_rerank.evaluation.baselines import Sources
 from distributed_rerank.evaluation.diagnostics import diagnose
+from distributed_rerank.evaluation.measure import measure, rank
 from distributed_rerank.evaluation.output import Result
-from distributed_rerank.evaluation.ranked import Ranked, rank
 from distributed_rerank.executors import Executors
 from distributed_rerank.models.pairwise import PairwiseModel
 from distributed_rerank.reranking import run as ranking_run
@@ -74,7 +73,8 @@ def evaluate(
         scored = _score(first, config.n_items, work, model, chain, staging.path, executors, timings)
         with timed(timings, "measure"):
             ranked = rank(first, scored, chain, model is not None)
-            result, details = _measure(ranked, config.n_items, measure, work, model, staging.path, executors)
+            sources = Sources(ranked, config.n_items, work, model, staging.path, executors)
+            result, details = _measure(sources, measure)
         rejects = all_rejects(first.rejects, scored.rejects)
         result.metrics["n_rejected"] = len(rejects)
         with timed(timings, "report"):
@@ -112,7 +112,7 @@ def _score(
     executors: Executors,
     timings: dict[str, float],
 ) -> Scored:
-    """The lists the chain works on, with their logits."""
+    """The lists that the chain re-orders, with their logits."""
     with timed(timings, "score"):
         lists = ranking_run.lists_for(chain, first, n_items, work, folder / "all_candidates", executors.search)
         if model is None or chain.pairwise is None:
@@ -138,21 +138,14 @@ def _log_cost(model: PairwiseModel, lists: CandidateLists, top_n: int) -> None:
     )  # fmt: skip
 
 
-def _measure(
-    ranked: Ranked,
-    n_items: int,
-    config: MeasureConfig,
-    work: WorkConfig,
-    model: PairwiseModel | None,
-    folder: Path,
-    executors: Executors,
-) -> tuple[Result, dict[str, Any]]:
-    """Metrics of the queries before and after with all that is found beside them, and the seconds of single parts."""
-    base = evaluation.measure(
+def _measure(sources: Sources, config: MeasureConfig) -> tuple[Result, dict[str, Any]]:
+    """Metrics and diagnostics of the queries, and the seconds of single diagnostics."""
+    ranked = sources.ranked
+    measured = measure(
         ranked.catalogue, ranked.query_items, ranked.before, ranked.after, ks=config.ks, seed=config.resampling_seed
     )
-    found = diagnose(ranked, base.metrics, base.per_query, n_items, config, work, model, folder, executors)
-    metrics = base.metrics | {"chain": ranked.chain.describe()} | found.figures
-    table = base.per_query.assign(**found.columns)
+    extra = diagnose(measured, sources, config)
+    metrics = measured.metrics | {"chain": ranked.chain.describe()} | extra.figures
+    table = measured.per_query.assign(**extra.columns)
     after = ranked.final if ranked.after else None
-    return Result(metrics, table, ranked.first.catalogue, ranked.query_items, ranked.before, after), found.timings
+    return Result(metrics, table, ranked.first.catalogue, ranked.query_items, ranked.before, after), extra.timings

@@ -1,10 +1,9 @@
-"""Two evaluations of one catalogue compared query by query. Layer 3.
+"""Compares two evaluations of one catalogue query by query.
 
-What is compared is each run's final ranking: the re-ranked one, or the first stage's where nothing was re-ranked.
+Compared are the final rankings of both: the re-ranked one, or the first stage's where nothing was re-ranked.
 """
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,15 +14,16 @@ import torch
 
 from distributed_rerank.data import artifacts, tables
 from distributed_rerank.errors import BadInput
-from distributed_rerank.evaluation import measure as evaluation
-from distributed_rerank.report.formatting import count_of, fraction, metric_name, signed
+from distributed_rerank.report.formatting import count_of, fraction, interval, metric_name, signed
+from distributed_rerank.tensors import statistics
+from distributed_rerank.tensors.metrics import means
 
 NO_CATEGORY = "(none)"
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """`summary` is plain JSON; `changes` has a row for every shared query: label, category, metrics' differences."""
+    """`summary` is plain JSON; `changes` has label, category and the metrics' differences of every shared query."""
 
     summary: dict[str, Any]
     changes: pd.DataFrame
@@ -32,10 +32,10 @@ class Comparison:
 def compare_runs(baseline: Path, run: Path, *, seed: int = 0, n_resamples: int = 2000) -> Comparison:
     """How the final ranking of the evaluation folder `run` differs from that of `baseline`, paired by query.
 
-    Differences are run - baseline, their intervals and p-values clustered by label (`statistics.compare`), over the
-    queries that both measured and the metrics that both have; within each category likewise. A query that one side
-    rejected is left out and counted. Raises BadInput for folders that are no evaluations, and, naming both digests, for
-    runs of different catalogues: their queries are not the same questions.
+    Differences are run - baseline of the metrics that both have, over the queries that both measured and within each
+    category; intervals and p-values are clustered by label (`statistics.compare`). Queries that only one side measured
+    are left out and counted. Raises BadInput for folders that are no evaluations and, naming both digests, for runs of
+    different catalogues.
     """
     prints = [_fingerprint(folder) for folder in (baseline, run)]
     require_same_catalogue(str(baseline), prints[0]["catalogue"], str(run), prints[1]["catalogue"])
@@ -46,15 +46,18 @@ def compare_runs(baseline: Path, run: Path, *, seed: int = 0, n_resamples: int =
         raise BadInput(f"{baseline} and {run} measured no query in common; compare runs of the same split")
     before, after = (side.loc[shared] for side in sides)
     labels = torch.from_numpy(np.unique(before["label"].astype(str), return_inverse=True)[1].astype(np.int64))
-    groups = {} if before["category"].isna().all() else _groups(before["category"].fillna(NO_CATEGORY).astype(str))
+    categories = before["category"].fillna(NO_CATEGORY).astype(str).reset_index(drop=True)
+    groups = {} if before["category"].isna().all() else categories.groupby(categories).indices
 
     def within(rows: np.ndarray) -> dict[str, Any]:
-        values = [{key: torch.from_numpy(side[key].to_numpy()[rows]) for key in metrics} for side in (before, after)]
+        baseline, run = (
+            {key: torch.from_numpy(side[key].to_numpy()[rows]) for key in metrics} for side in (before, after)
+        )
         return {
             "n_queries": len(rows),
-            "baseline": _means(values[0]),
-            "run": _means(values[1]),
-            "difference": evaluation.difference(values[0], values[1], labels[rows], seed, n_resamples),
+            "baseline": means(baseline),
+            "run": means(run),
+            "difference": statistics.compare_to_json(baseline, run, labels[rows], seed=seed, n_resamples=n_resamples),
         }
 
     summary = {
@@ -69,7 +72,7 @@ def compare_runs(baseline: Path, run: Path, *, seed: int = 0, n_resamples: int =
 
 
 def catalogue_of(folder: Path) -> str:
-    """Digest of the catalogue that an evaluation folder was made with. Raises BadInput where it is none."""
+    """Digest of the catalogue that was evaluated into `folder`. Raises BadInput for a folder that is no evaluation."""
     return _fingerprint(folder)["catalogue"]
 
 
@@ -99,9 +102,8 @@ def comparison_in_text(summary: Mapping[str, Any]) -> str:
 
 def _line(name: str, part: Mapping[str, Any], key: str) -> str:
     compared = part["difference"][key]
-    low, high = compared["ci95"]
     values = f"{fraction(part['baseline'][key]):>9}{fraction(part['run'][key]):>9}{signed(compared['mean']):>10}"
-    return f"{name:14}{values}   {signed(low)} to {signed(high)}"
+    return f"{name:14}{values}   {interval(compared)}"
 
 
 def _fingerprint(folder: Path) -> dict[str, Any]:
@@ -119,12 +121,3 @@ def _final_values(folder: Path) -> pd.DataFrame:
     names = [name for name in table if str(name).endswith(side) and not str(name).startswith("first_hit")]
     values = table[names].rename(columns=lambda name: str(name).removesuffix(side))
     return table[["label", "category"]].join(values)
-
-
-def _groups(names: Sequence[str] | pd.Series) -> dict[str, np.ndarray]:
-    found, numbers = np.unique(np.asarray(names, dtype=str), return_inverse=True)
-    return {str(name): np.flatnonzero(numbers == position) for position, name in enumerate(found)}
-
-
-def _means(values: Mapping[str, torch.Tensor]) -> dict[str, float]:
-    return {key: math.fsum(column.tolist()) / len(column) for key, column in values.items()}

@@ -1,18 +1,17 @@
-"""The Parquet file with one row for every scheduled run, in the order in which they finished. Layer 3.
+"""The Parquet file with one row for every scheduled run, in the order in which they finished.
 
-It holds no time: a run id is usually a date. A row is appended under a lock to a new file that replaces the old one, so
-a reader sees the file before or after, never between.
+It holds no time; a run id is usually a date. To append a row, a new file is written under a lock and replaces the old
+one, so a reader always sees a whole file.
 """
 
-import fcntl
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
+from filelock import FileLock
 
 from distributed_rerank.data.artifacts import atomic_path
 from distributed_rerank.errors import BadInput
@@ -32,18 +31,18 @@ COLUMNS = pa.schema(
         "n_queries": pa.int64(),
     }
 )
-"""The fixed columns; one float64 column follows for every metric of the final ranking, empty where a run lacks it."""
+"""The fixed columns. A float64 column follows for every metric of the final ranking, null where a run lacks it."""
 
 
 def read_history(path: Path) -> pd.DataFrame:
-    """All rows in the order appended; none where the file does not exist. Raises BadInput for another kind of file."""
+    """All rows in the order appended; none if there is no file. Raises BadInput for another kind of file."""
     if not path.exists():
         return COLUMNS.empty_table().to_pandas()
     return _read(path).to_pandas()
 
 
 def append(path: Path, row: Mapping[str, Any], metrics: Mapping[str, float]) -> None:
-    """Add a run, once: where its run_id is there already, nothing changes.
+    """Add a run. Nothing changes if its run_id is there already.
 
     `row` has exactly the columns of `COLUMNS`. Blocks while another process appends.
     """
@@ -51,7 +50,7 @@ def append(path: Path, row: Mapping[str, Any], metrics: Mapping[str, float]) -> 
     schema = pa.schema([*COLUMNS, *(pa.field(key, pa.float64()) for key in metrics)])
     new = pa.Table.from_pylist([{**row, **metrics}], schema)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with _locked(path.with_name(f".{path.name}.lock")):
+    with FileLock(path.with_name(f".{path.name}.lock")):
         old = _read(path) if path.exists() else None
         if old is not None and row["run_id"] in old["run_id"].to_pylist():
             return
@@ -69,11 +68,3 @@ def _read(path: Path) -> pa.Table:
     if missing:
         raise BadInput(f"--history {path} is no history of runs: columns missing {missing}; give another file")
     return table
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Hold a lock that the kernel frees when the process ends; the empty file stays."""
-    with open(path, "a", encoding="utf-8") as file:
-        fcntl.lockf(file, fcntl.LOCK_EX)
-        yield

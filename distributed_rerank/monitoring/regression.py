@@ -1,7 +1,7 @@
-"""When a difference between two runs is a regression, and where it is worst. Layer 3.
+"""Whether a difference between two runs is a regression, and where it is worst.
 
-A regression is a loss that is real and that matters: the upper end of the 95 % interval of run - baseline lies below 0,
-and its mean below -tolerance. A loss within the tolerance, or one that these queries cannot tell from chance, is none.
+A regression is a loss that is real and matters: the 95 % interval of run - baseline lies below 0, and its mean below
+-tolerance. A loss within the tolerance is none, nor is one that these queries cannot tell from chance.
 """
 
 from collections.abc import Mapping
@@ -12,11 +12,11 @@ import pandas as pd
 
 from distributed_rerank.errors import BadInput
 from distributed_rerank.monitoring.comparison import Comparison
-from distributed_rerank.report.formatting import count_of, metric_name, signed
+from distributed_rerank.report.formatting import count_of, interval, metric_name, signed
 
 
 def is_regression(difference: Mapping[str, Any], tolerance: float) -> bool:
-    """Whether one metric's `difference` (as metrics.json spells it) is a regression beyond `tolerance` >= 0."""
+    """Whether one metric's `difference` (as in metrics.json) is a regression beyond `tolerance` >= 0."""
     return difference["ci95"][1] < 0 and difference["mean"] < -tolerance
 
 
@@ -28,32 +28,30 @@ def describe(comparison: Comparison, metric: str, tolerance: float, against: str
     differences = comparison.summary["difference"]
     if metric not in differences:
         raise BadInput(f"--metric {metric} is not in both runs; they share {', '.join(differences)}")
-    found = differences[metric]
-    low, high = found["ci95"]
-    interval = f"95 % interval {signed(low)} to {signed(high)}"
-    moved = f"{metric_name(metric)} {signed(found['mean'])} ({interval}) against {against}"
-    if not is_regression(found, tolerance):
+    change = differences[metric]
+    moved = f"{metric_name(metric)} {signed(change['mean'])} (95 % interval {interval(change)}) against {against}"
+    if not is_regression(change, tolerance):
         return f"{moved}, no regression beyond {tolerance:g}"
     return f"{moved}, a regression beyond {tolerance:g}; {worst_group(comparison, metric)}"
 
 
 def worst_group(comparison: Comparison, metric: str) -> str:
-    """The category that lost most, in words; without categories the label.
+    """The category that lost most, in words; the label that lost most if there are no categories.
 
-    The lowest mean change among the categories whose loss is itself beyond chance (interval below 0, from two labels or
-    more, since one label has no interval); among all of them where there is no such category.
+    It has the lowest mean change among the categories whose own loss is beyond chance: an interval below 0, from at
+    least two labels, since one label has no interval. Without such a category it is the lowest of all.
     """
     categories = comparison.summary["categories"]
     if not categories:
         return "no categories in the catalogue; worst label: " + _worst_label(comparison.changes, metric)
 
     def rank(name: str) -> tuple[bool, float, str]:
-        found = categories[name]["difference"][metric]
-        return (not (found["n_clusters"] > 1 and found["ci95"][1] < 0), found["mean"], name)
+        change = categories[name]["difference"][metric]
+        return (not (change["n_clusters"] > 1 and change["ci95"][1] < 0), change["mean"], name)
 
     name = min(categories, key=rank)
-    found = categories[name]["difference"][metric]
-    return f"worst category: {name!r} ({signed(found['mean'])} over {count_of(categories[name]['n_queries'])} queries)"
+    mean, n_queries = categories[name]["difference"][metric]["mean"], categories[name]["n_queries"]
+    return f"worst category: {name!r} ({signed(mean)} over {count_of(n_queries)} queries)"
 
 
 def _worst_label(changes: pd.DataFrame, metric: str) -> str:

@@ -1,4 +1,4 @@
-"""What a scheduled evaluation does around `evaluate`: checks before, then verdict, history and trend. Layer 3."""
+"""A scheduled evaluation around `evaluate`: checks before it, then verdict, history and trend."""
 
 import json
 import logging
@@ -27,7 +27,7 @@ EXIT_REGRESSION = 3
 
 @dataclass(frozen=True)
 class Outcome:
-    """The exit code, and why in a sentence for each comparison."""
+    """The exit code, and the reason: a sentence for each comparison."""
 
     exit_code: int
     verdict: str
@@ -46,11 +46,11 @@ def check(config: ScheduleConfig, catalogue: Catalogue, ks: Sequence[int]) -> No
 
 
 def conclude(config: ScheduleConfig, *, seed: int = 0) -> Outcome:
-    """Compare the finished evaluation with the baseline and the previous run, and record it; once for each run id.
+    """Compare the finished evaluation with the baseline and the previous run, and record it once for each run id.
 
-    The row in the history is what makes a run done: a killed run compares again, a done one gives its outcome again.
-    The files written are `verdict.json` and `trend.svg` in the run's folder, the trend in its report, the row, and the
-    history's page. Raises BadInput as `compare_runs` does against the baseline.
+    A run is done when its row is in the history: a killed run compares again, a done one returns its outcome again.
+    Writes `verdict.json` and `trend.svg` in the run's folder, the trend in its report, the row, and the history's page.
+    Raises BadInput as `compare_runs` does against the baseline.
     """
     history = read_history(config.history)
     is_done = config.run_id in set(history["run_id"])
@@ -70,17 +70,18 @@ def conclude(config: ScheduleConfig, *, seed: int = 0) -> Outcome:
 
 def _record(config: ScheduleConfig, history: pd.DataFrame, seed: int) -> None:
     """Compare, write verdict.json, append the row."""
-    found: dict[str, Any] = {"baseline": None, "previous": None}
+    summaries: dict[str, Any] = {"baseline": None, "previous": None}
     reasons = []
     if config.baseline is not None:
-        found["baseline"] = _against(config, config.baseline, "the baseline", reasons, seed)
+        summaries["baseline"] = _against(config, config.baseline, "the baseline", reasons, seed)
     previous = None if history.empty else str(history["run_id"].iloc[-1])
     obstacle = _obstacle(config, history)
     if obstacle is None:
-        found["previous"] = _against(config, config.runs / str(previous), f"the previous run {previous}", reasons, seed)
+        name = f"the previous run {previous}"
+        summaries["previous"] = _against(config, config.runs / str(previous), name, reasons, seed)
     else:
         reasons.append(obstacle)
-    compared = {name: part["difference"][config.metric] for name, part in found.items() if part is not None}
+    compared = {name: part["difference"][config.metric] for name, part in summaries.items() if part}
     is_worse = any(is_regression(difference, config.tolerance) for difference in compared.values())
     fingerprint = artifacts.read_manifest(config.folder)["fingerprint"]
     measured = json.loads((config.folder / "metrics.json").read_text(encoding="utf-8"))
@@ -97,16 +98,17 @@ def _record(config: ScheduleConfig, history: pd.DataFrame, seed: int) -> None:
         "model": model_digest(fingerprint["model"]),
         "n_queries": measured["n_queries"],
     }
-    artifacts.write_json(config.folder / "verdict.json", row | {"against": found, "previous_run_id": previous})
+    artifacts.write_json(config.folder / "verdict.json", row | {"against": summaries, "previous_run_id": previous})
     append(config.history, row, measured.get("reranked") or measured["first_stage"])
 
 
 def model_digest(identity: Any) -> str | None:
-    """One digest of what the fingerprint says about the pairwise model; None for the first stage alone."""
+    """A digest of the pairwise model's part of the fingerprint; None for the first stage alone."""
     return identity if identity is None or isinstance(identity, str) else artifacts.json_digest(identity)
 
 
 def _against(config: ScheduleConfig, other: Path, name: str, reasons: list[str], seed: int) -> dict[str, Any]:
+    """The comparison with another run; adds a sentence about it to `reasons`."""
     comparison = compare_runs(other, config.folder, seed=seed)
     reasons.append(describe(comparison, config.metric, config.tolerance, name))
     return comparison.summary

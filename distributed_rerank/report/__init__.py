@@ -1,4 +1,4 @@
-"""The report of one evaluation: a single HTML file that opens from disk, with no network. Layer 3."""
+"""The report of one evaluation: a single HTML file that opens from disk, without a network."""
 
 from distributed_rerank.report.page import build_report
 from distributed_rerank.report.query_examples import Candidate, ChosenQueries, Strip, choose_queries

@@ -1,4 +1,4 @@
-"""What the report says about baselines: their names, the best one, and whether it beats the trained chain. Layer 3."""
+"""Baselines in the report: their names, the best one, and whether it beats the trained chain."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -14,7 +14,7 @@ NAMES = {
 
 
 class Best(NamedTuple):
-    """The baseline of largest mAP@10, and whether it is better than the re-ranked order beyond chance."""
+    """The baseline with the largest mAP@10, and whether it is better than the re-ranked order beyond chance."""
 
     name: str
     figures: Mapping[str, Any]
@@ -29,7 +29,7 @@ def baseline_name(key: str) -> str:
 
 
 def best_without_training(metrics: Mapping[str, Any]) -> Best | None:
-    """The best of those that use no pairwise model; None where none was measured. Ties by name."""
+    """The best baseline without a pairwise model; None where none was measured. Ties by name."""
     measured = [
         (entry["metrics"]["map@10"], name, entry)
         for name, entry in (metrics.get("baselines") or {}).items()
@@ -43,28 +43,16 @@ def best_without_training(metrics: Mapping[str, Any]) -> Best | None:
 
 
 def baseline_rows(metrics: Mapping[str, Any], timings: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """A row for each baseline, those without a pairwise model first, the better ones first; the skipped ones last."""
+    """A row for each baseline: first those without a pairwise model, best first, skipped ones at the end of each."""
     seconds = timings.get("baselines") or {}
     rows = []
     for key, entry in (metrics.get("baselines") or {}).items():
-        row: dict[str, Any] = {
-            "name": baseline_name(key),
-            "needs_training": "pairwise" in key,
-            "constants": ", ".join(f"{name}={_number(value)}" for name, value in entry["constants"].items()),
-            "skipped": entry.get("skipped"),
-            "map@10": None,
-        }
-        if "metrics" in entry:
-            row |= {
-                "cmc@1": entry["metrics"].get("cmc@1"),
-                "map@10": entry["metrics"]["map@10"],
-                "difference": entry["difference"]["map@10"],
-                "against": (entry.get("against_reranked") or {}).get("map@10"),
-                "seconds": seconds.get(key),
-            }
-        rows.append(row)
-    return sorted(rows, key=lambda row: (row["needs_training"], row["map@10"] is None, -(row["map@10"] or 0)))
-
-
-def _number(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+        constants = [
+            f"{name}={value:.4g}" if isinstance(value, float) else f"{name}={value}"
+            for name, value in entry["constants"].items()
+        ]
+        # +1 sorts what was skipped behind what was measured
+        order = ("pairwise" in key, -entry["metrics"]["map@10"] if "metrics" in entry else 1.0)
+        row = {"name": baseline_name(key), "constants": ", ".join(constants), "seconds": seconds.get(key)}
+        rows.append((order, entry | row))
+    return [row for _, row in sorted(rows, key=lambda part: part[0])]

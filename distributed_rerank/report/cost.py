@@ -1,10 +1,10 @@
-"""The report's plots and table of what re-ranking costs, and of what can be saved. Layer 3."""
+"""The report's plots and table of what re-ranking costs, and of what can be saved."""
 
 from collections.abc import Mapping
 from typing import Any
 
 from distributed_rerank.report import plots
-from distributed_rerank.report.formatting import count_of, metric_name, percent, signed
+from distributed_rerank.report.formatting import count_of, interval, metric_name, percent, signed
 from distributed_rerank.report.plots import Point
 
 SIGNALS = {
@@ -17,62 +17,51 @@ Plot = dict[str, Any]
 
 def curve_plots(metrics: Mapping[str, Any], timings: Mapping[str, Any]) -> list[Plot]:
     """mAP@10 and CMC@1 by top_n, and mAP@10 by worker-seconds where these were measured."""
-    points = metrics.get("curve") or []
-    if len(points) < 2:
+    curve = metrics.get("curve") or []
+    if len(curve) < 2:
         return []
-    shown = []
-    for key in ("map@10", "cmc@1"):
-        if all(key in point["metrics"] for point in points):
-            places = [Point(point["top_n"], point["metrics"][key], str(point["top_n"])) for point in points]
-            name = metric_name(key)
-            said = ", ".join(f"{place.y:.3f} at {place.label}" for place in places)
-            axis = "re-ranked candidates per query (top_n)"
-            picture = plots.curve(
-                places,
-                metrics["first_stage"][key],
-                axis,
-                f"{name} against top_n: {said}",
-                marked=_knee_of(metrics, key),
-            )
-            caption = f"{name} by the number of candidates re-ranked.{_knee(metrics, key)}"
-            shown.append({"title": f"{name} by top_n", "picture": picture, "caption": caption})
+    shown = [_curve_plot(metrics, key) for key in ("map@10", "cmc@1") if key in metrics["first_stage"]]
     timed = _by_top_n(timings)
-    if timed and all("map@10" in point["metrics"] and point["top_n"] in timed for point in points):
+    if all(point["top_n"] in timed for point in curve):
         shown.append(_cost_plot(metrics, timed))
     return shown
 
 
+def _curve_plot(metrics: Mapping[str, Any], key: str) -> Plot:
+    """One metric against top_n."""
+    name, knee = metric_name(key), metrics.get("knee") or {}
+    points = [Point(point["top_n"], point["metrics"][key], str(point["top_n"])) for point in metrics["curve"]]
+    marked, knee_text = None, ""
+    if knee.get("metric") == key:
+        marked = str(knee["top_n"])
+        knee_text = f" The knee (ring): {marked} are enough, more are not better beyond chance."
+        if knee["top_n"] >= metrics["curve"][-1]["top_n"]:
+            knee_text = " The knee (ring) is the last point: fewer candidates are worse beyond chance."
+    description = f"{name} against top_n: {_values_in_text(points)}"
+    axis = "re-ranked candidates per query (top_n)"
+    picture = plots.curve(points, metrics["first_stage"][key], axis, description, marked=marked)
+    caption = f"{name} by the number of candidates re-ranked.{knee_text}"
+    return {"title": f"{name} by top_n", "picture": picture, "caption": caption}
+
+
 def _cost_plot(metrics: Mapping[str, Any], timed: Mapping[int, Mapping[str, Any]]) -> Plot:
     """mAP@10 against worker-seconds for 1,000 queries."""
-    places = []
+    points = []
     for point in metrics["curve"]:
-        spent = timed[point["top_n"]]["worker_seconds"] / metrics["n_queries"] * 1000
-        places.append(Point(max(spent, 1e-6), point["metrics"]["map@10"], f"{spent:.3g}"))
-    said = ", ".join(f"{place.y:.3f} at {place.label} s" for place in places)
-    picture = plots.curve(
-        places, metrics["first_stage"]["map@10"], "worker-seconds for 1,000 queries", f"mAP@10 against cost: {said}"
-    )
+        seconds = timed[point["top_n"]]["worker_seconds"] / metrics["n_queries"] * 1000
+        points.append(Point(max(seconds, 1e-6), point["metrics"]["map@10"], f"{seconds:.3g}"))
+    description = f"mAP@10 against cost: {_values_in_text(points, ' s')}"
+    picture = plots.curve(points, metrics["first_stage"]["map@10"], "worker-seconds for 1,000 queries", description)
     last = metrics["curve"][-1]
     caption = (
-        f"From the time that an image and a pair took in this run's one pass over {count_of(last['pairs'])} pairs of "
-        f"{count_of(last['images'])} images; steps after the pairwise one are not in it."
+        f"Computed from the time per image and per pair in this run's one pass over {count_of(last['pairs'])} pairs of "
+        f"{count_of(last['images'])} images; chain steps after the pairwise one are not included."
     )
     return {"title": "mAP@10 by cost", "picture": picture, "caption": caption}
 
 
-def _knee_of(metrics: Mapping[str, Any], key: str) -> str | None:
-    knee = metrics.get("knee") or {}
-    return str(knee["top_n"]) if knee.get("metric") == key else None
-
-
-def _knee(metrics: Mapping[str, Any], key: str) -> str:
-    """Which top_n is enough, where metrics.json says so."""
-    knee = metrics.get("knee") or {}
-    if knee.get("metric") != key:
-        return ""
-    if knee["top_n"] >= metrics["curve"][-1]["top_n"]:
-        return " The knee (ring) is the last point: fewer candidates are worse beyond chance."
-    return f" The knee (ring): {knee['top_n']} are enough, more are not better beyond chance."
+def _values_in_text(points: list[Point], unit: str = "") -> str:
+    return ", ".join(f"{point.y:.3f} at {point.label}{unit}" for point in points)
 
 
 def cost_rows(metrics: Mapping[str, Any], timings: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -81,23 +70,9 @@ def cost_rows(metrics: Mapping[str, Any], timings: Mapping[str, Any]) -> list[di
     knee = (metrics.get("knee") or {}).get("top_n")
     rows = []
     for point in metrics.get("curve") or []:
-        spent = timed.get(point["top_n"], {})
-        size = point.get("bytes")
-        rows.append(
-            {
-                "top_n": point["top_n"],
-                "is_knee": point["top_n"] == knee,
-                "map@10": point["metrics"].get("map@10"),
-                "cmc@1": point["metrics"].get("cmc@1"),
-                "pairs": point.get("pairs"),
-                "images": point.get("images"),
-                "gflop": point.get("gflop"),
-                "megabytes": None if size is None else size / 1e6,
-                "seconds_per_query": spent.get("seconds_per_query"),
-                "worker_seconds": spent.get("worker_seconds"),
-                "price": spent.get("price_per_1000_queries"),
-            }
-        )
+        row = dict.fromkeys(("cmc@1", "pairs", "images", "gflop", "bytes", "worker_seconds", "seconds_per_query"))
+        row |= {"price_per_1000_queries": None, "is_knee": point["top_n"] == knee}
+        rows.append(row | point | point["metrics"] | timed.get(point["top_n"], {}))
     return rows
 
 
@@ -107,32 +82,29 @@ def _by_top_n(timings: Mapping[str, Any]) -> dict[int, Mapping[str, Any]]:
 
 def adaptive_part(metrics: Mapping[str, Any]) -> Plot | None:
     """What skipping sure queries saves and loses, as a sentence and a curve; None where it was not measured."""
-    found = metrics.get("adaptive")
-    if not found:
+    adaptive = metrics.get("adaptive")
+    if not adaptive:
         return None
-    if "skipped" in found:
-        return {"sentence": f"Not measured: {found['skipped']}.", "picture": None, "caption": ""}
-    change = found["difference"]
-    low, high = change["ci95"]
-    n_queries = metrics["n_queries"]
+    if "skipped" in adaptive:
+        return {"sentence": f"Not measured: {adaptive['skipped']}.", "picture": None, "caption": ""}
+    change, n_pairs, n_saved = adaptive["difference"], adaptive["pairs"], adaptive["pairs_saved"]
     sentence = (
-        f"Leaving the {count_of(found['n_skipped'])} of {count_of(n_queries)} queries alone whose first stage looks "
-        f"surest saves {count_of(found['pairs_saved'])} of {count_of(found['pairs'])} pairs "
-        f"({percent(found['pairs_saved'] / max(1, found['pairs']))}) and changes mAP@10 by {signed(change['mean'])} "
-        f"({signed(low)} to {signed(high)}) from {found['reranked']:.3f}."
+        f"The first stage looks sure for {count_of(adaptive['n_skipped'])} of {count_of(metrics['n_queries'])} "
+        f"queries. Not re-ranking them saves {count_of(n_saved)} of {count_of(n_pairs)} pairs "
+        f"({percent(n_saved / max(1, n_pairs))}) and changes mAP@10 by {signed(change['mean'])} ({interval(change)}) "
+        f"from {adaptive['reranked']:.3f}."
     )
-    signal = found["thresholds"][0]["signal"]
+    signal = adaptive["thresholds"][0]["signal"]
     points = [
-        Point(100 * point["share"], point["map@10"], f"{100 * point['share']:g}") for point in found["curve"][signal]
+        Point(100 * point["share"], point["map@10"], f"{100 * point['share']:g}") for point in adaptive["curve"][signal]
     ]
-    said = ", ".join(f"{point.y:.3f} at {point.label} %" for point in points[::5])
-    picture = plots.curve(
-        points, found["first_stage"], "% of queries not re-ranked, surest first", f"mAP@10 against skipped: {said}",
-        is_log=False,
-    )  # fmt: skip
+    axis = "% of queries not re-ranked, surest first"
+    description = f"mAP@10 against skipped: {_values_in_text(points[::5], ' %')}"
+    picture = plots.curve(points, adaptive["first_stage"], axis, description, is_log=False)
     caption = (
-        f"How sure a query is: {SIGNALS[signal]}. The threshold of each half of the labels was chosen on the other, "
-        f"to keep {percent(found['kept_gain'])} of the pairwise step's gain; steps after it are not in this figure."
+        f"How sure a query is: {SIGNALS[signal]}. The threshold of each half of the labels was chosen on the other "
+        f"half, to keep {percent(adaptive['kept_gain'])} of the pairwise step's gain. Chain steps after it are not in "
+        "this figure."
     )
     return {"sentence": sentence, "picture": picture, "caption": caption}
 
@@ -140,16 +112,16 @@ def adaptive_part(metrics: Mapping[str, Any]) -> Plot | None:
 def distance_plots(metrics: Mapping[str, Any]) -> list[Plot]:
     """Distances of correct and wrong candidates before and after."""
     shown = []
+    measured = metrics.get("distances") or {}
     for key, name in (("first_stage", "before"), ("reranked", "after")):
-        found = (metrics.get("distances") or {}).get(key)
-        if not found:
+        histograms = measured.get(key)
+        if not histograms:
             continue
-        relevant, other = sum(found["relevant"]), sum(found["other"])
-        said = (
-            f"{count_of(relevant)} correct and {count_of(other)} wrong ones among the first "
-            f"{found['top_n']} candidates, each as shares of their own number; the two overlap by "
-            f"{percent(plots.overlap(found))}."
+        n_correct, n_wrong = (count_of(sum(histograms[kind])) for kind in ("relevant", "other"))
+        caption = (
+            f"{n_correct} correct and {n_wrong} wrong ones among the first {histograms['top_n']} candidates, each as "
+            f"shares of their own number; the two overlap by {percent(plots.overlap(histograms))}."
         )
-        title = f"Distances {name}" if metrics["distances"].get("reranked") else "Distances"
-        shown.append({"title": title, "picture": plots.distances(found, said), "caption": said})
+        title = f"Distances {name}" if measured.get("reranked") else "Distances"
+        shown.append({"title": title, "picture": plots.distances(histograms, caption), "caption": caption})
     return shown

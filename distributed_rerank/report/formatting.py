@@ -1,4 +1,4 @@
-"""How the report says things: names of metrics, numbers, and the verdict in one sentence. Layer 3."""
+"""How figures are put into words: names of metrics, numbers, and the verdict in one sentence."""
 
 import math
 from collections.abc import Mapping
@@ -17,83 +17,69 @@ class Verdict(NamedTuple):
     detail: str
 
 
-def verdict(metrics: Mapping[str, Any], both: bool) -> Verdict:
-    """Whether re-ranking helped, judged by mAP@10 and its 95 % interval, and what is left to gain.
+def verdict(metrics: Mapping[str, Any]) -> Verdict:
+    """Whether re-ranking helped, by mAP@10 and its 95 % interval, and how much more was possible.
 
     A baseline without training that is better beyond chance comes first.
     """
     first, best = metrics["first_stage"], best_without_training(metrics)
-    if not both:
-        sentence = f"First stage alone: mAP@10 is {fraction(first['map@10'])}{_and_cmc(first)}."
-        detail = "No pairwise model was applied."
-        return Verdict("plain", sentence, f"{detail} {_best_so_far(best)}" if best else detail)
+    best_text = "" if best is None else f" {_best_text(best)}"
+    if not metrics.get("reranked"):
+        cmc = f", CMC@1 {fraction(first['cmc@1'])}" if "cmc@1" in first else ""
+        sentence = f"First stage alone: mAP@10 is {fraction(first['map@10'])}{cmc}."
+        return Verdict("plain", sentence, f"No pairwise model was applied.{best_text}")
     before, after = first["map@10"], metrics["reranked"]["map@10"]
-    compared = (metrics.get("difference") or {}).get("map@10") or {}
-    low, high = compared.get("ci95") or (None, None)
-    change = compared.get("mean", after - before)
-    moved = f"mAP@10 {_verb(change)} {fraction(before)} to {fraction(after)} ({signed(change)}"
-    interval = f"; 95 % interval {signed(low)} to {signed(high)})" if low is not None else ")"
-    if low is not None and low > 0:
+    compared = metrics["difference"]["map@10"]
+    low, high = compared["ci95"]
+    if low > 0:
         tone, claim = "good", "Re-ranking helps"
-    elif high is not None and high < 0:
+    elif high < 0:
         tone, claim = "bad", "Re-ranking makes the order worse"
-    elif low is not None:
-        tone, claim = "open", "Re-ranking makes no difference that these queries can show"
     else:
-        tone, claim = "open", "Re-ranked, without a test of significance"
+        tone, claim = "open", "Re-ranking makes no difference that these queries can show"
+    change = compared["mean"]
+    moved = f"{'rises' if change > 0 else 'falls'} from {fraction(before)} to {fraction(after)}"
+    moved = moved if change else f"stays at {fraction(after)}"
+    sentence = f"{claim}: mAP@10 {moved} ({signed(change)}; 95 % interval {interval(compared)})."
     detail = _detail(metrics, before, after)
     if best is not None and best.beats:
-        return Verdict("bad", _beaten(best, after), f"{claim}: {moved}{interval}. {detail}")
-    return Verdict(tone, f"{claim}: {moved}{interval}.", f"{detail} {_best_so_far(best)}" if best else detail)
+        return Verdict("bad", _beaten(best, after), f"{sentence} {detail}")
+    return Verdict(tone, sentence, f"{detail}{best_text}")
 
 
 def _beaten(best: Best, after: float) -> str:
     against = best.figures["against_reranked"]["map@10"]
     name, value = baseline_name(best.name), fraction(best.figures["metrics"]["map@10"])
-    interval = f"95 % interval {signed(against['ci95'][0])} to {signed(against['ci95'][1])}"
     return (
         f"{name}, which needs no training, is better than this chain: mAP@10 {value} against {fraction(after)} "
-        f"({signed(against['mean'])}; {interval})."
+        f"({signed(against['mean'])}; 95 % interval {interval(against)})."
     )
 
 
-def _best_so_far(best: Best) -> str:
+def _best_text(best: Best) -> str:
     change = best.figures["difference"]["map@10"]
     value = fraction(best.figures["metrics"]["map@10"])
-    said = "Best without training" if change["mean"] > 0 else "Nothing is gained without training; at best"
-    return (
-        f"{said}: {baseline_name(best.name)}, mAP@10 {value} ({signed(change['mean'])}; "
-        f"{signed(change['ci95'][0])} to {signed(change['ci95'][1])})."
-    )
-
-
-def _verb(change: float) -> str:
-    return "rises from" if change > 0 else "falls from" if change < 0 else "stays, from"
-
-
-def _and_cmc(first: Mapping[str, float]) -> str:
-    return f", CMC@1 {fraction(first['cmc@1'])}" if "cmc@1" in first else ""
+    claim = "Best without training" if change["mean"] > 0 else "Nothing is gained without training; at best"
+    return f"{claim}: {baseline_name(best.name)}, mAP@10 {value} ({signed(change['mean'])}; {interval(change)})."
 
 
 def _detail(metrics: Mapping[str, Any], before: float, after: float) -> str:
-    parts = []
-    if "cmc@1" in metrics["first_stage"] and "cmc@1" in metrics["reranked"]:
+    """What CMC@1 did, and what a perfect re-ranker would have reached."""
+    ceiling = metrics["oracle"]["map@10"]
+    detail = f"A perfect re-ranker of the same candidates would reach mAP@10 {fraction(ceiling)}"
+    if ceiling > before and after > before:
+        detail += f"; {percent((after - before) / (ceiling - before))} of that headroom is captured"
+    if "cmc@1" in metrics["first_stage"]:
         first, last = metrics["first_stage"]["cmc@1"], metrics["reranked"]["cmc@1"]
-        parts.append(f"CMC@1 goes from {fraction(first)} to {fraction(last)}.")
-    ceiling = (metrics.get("oracle") or {}).get("map@10")
-    if ceiling is not None:
-        said = f"A perfect re-ranker of the same candidates would reach mAP@10 {fraction(ceiling)}"
-        if after > before and ceiling > before:
-            said += f"; {percent((after - before) / (ceiling - before))} of that headroom is captured"
-        parts.append(said + ".")
-    return " ".join(parts)
+        detail = f"CMC@1 goes from {fraction(first)} to {fraction(last)}. {detail}"
+    return f"{detail}."
 
 
 def metric_name(key: str) -> str:
-    """`map@10` -> `mAP@10`, as the literature spells it."""
+    """`map@10` -> `mAP@10`, as the literature writes it."""
     stem, at, cutoff = key.partition("@")
-    known = {"cmc": "CMC", "map": "mAP", "mrr": "MRR", "precision": "Precision", "recall": "Recall"}
-    return known.get(stem, stem) + at + cutoff.upper() if cutoff == "r" else known.get(stem, stem) + at + cutoff
+    names = {"cmc": "CMC", "map": "mAP", "mrr": "MRR", "precision": "Precision", "recall": "Recall"}
+    return names.get(stem, stem) + at + cutoff.upper()
 
 
 def fraction(value: float | None) -> str:
@@ -102,11 +88,16 @@ def fraction(value: float | None) -> str:
 
 
 def signed(value: float | None) -> str:
-    """Three decimals with the sign written out; what rounds to zero has none."""
+    """Three decimals with a sign; a value that rounds to zero has none."""
     if value is None:
         return "–"
     size = f"{abs(value):.3f}"
     return size if float(size) == 0 else ("+" if value > 0 else MINUS) + size
+
+
+def interval(compared: Mapping[str, Any]) -> str:
+    """The 95 % interval of a difference: `+0.010 to +0.030`."""
+    return " to ".join(signed(end) for end in compared["ci95"])
 
 
 def p_value(value: float | None) -> str:
@@ -115,12 +106,12 @@ def p_value(value: float | None) -> str:
 
 
 def count_of(value: int | None) -> str:
-    """With thousands separators."""
+    """A count with thousands separators."""
     return "–" if value is None else f"{value:,}"
 
 
 def percent(share: float) -> str:
-    """A share as whole per cent."""
+    """A share in whole per cent."""
     return f"{100 * share:.0f} %"
 
 

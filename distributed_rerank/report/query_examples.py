@@ -1,4 +1,4 @@
-"""Which queries a report shows as image strips, and their thumbnails. Layer 3."""
+"""Which queries a report shows as strips of images, and the thumbnails in them."""
 
 import base64
 import io
@@ -46,11 +46,10 @@ class ChosenQueries(NamedTuple):
 
 
 def choose_queries(per_query: pd.DataFrame, n_shown: int = SHOWN_PER_GROUP) -> ChosenQueries:
-    """The `n_shown` queries that gained most, that lost most, and that were right in first place at no time.
+    """The `n_shown` queries that gained most, that lost most, and that never had a correct candidate in first place.
 
-    Gain is the change of the reciprocal rank of the first relevant candidate (0 where there is none); the
-    missed ones come worst first. Ties by query id. In a table of the first stage alone there are only
-    missed ones.
+    Gain is the change in the reciprocal rank of the first relevant candidate (0 where there is none). Missed queries
+    come worst first; ties by query id. A table of the first stage alone has missed ones only.
     """
     ids = per_query["query_id"].astype(str).to_numpy(dtype=object)
     before = _reciprocal_ranks(per_query, "first_hit_before")
@@ -63,7 +62,7 @@ def choose_queries(per_query: pd.DataFrame, n_shown: int = SHOWN_PER_GROUP) -> C
 
 
 def is_reranked(per_query: pd.DataFrame) -> bool:
-    """Whether the table knows an order after re-ranking."""
+    """Whether the table has metrics after re-ranking."""
     return "first_hit_after" in per_query.columns and any(str(name).endswith("@10_after") for name in per_query.columns)
 
 

@@ -8,7 +8,8 @@ are the same bits for any number of threads, and ties in the randomisation test 
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float64, Int64
@@ -123,6 +124,25 @@ def compare(
         key: Difference(i.mean, i.low, i.high, p_value, n_better, n_worse, len(change) - n_better - n_worse, n_clusters)
         for key, i, p_value, n_better, n_worse in zip(keys, intervals, p_values, better, worse, strict=True)
     }
+
+
+def compare_to_json(
+    before: Mapping[str, Float64[Tensor, " query"]],
+    after: Mapping[str, Float64[Tensor, " query"]],
+    clusters: Int64[Tensor, " query"] | None,
+    *,
+    seed: int,
+    n_resamples: int = 2000,
+) -> dict[str, dict[str, Any]]:
+    """`compare`, with every difference as `difference_to_json` gives it."""
+    differences = compare(before, after, clusters, seed=seed, n_resamples=n_resamples)
+    return {key: difference_to_json(value) for key, value in differences.items()}
+
+
+def difference_to_json(difference: Difference) -> dict[str, Any]:
+    """A difference as metrics.json has it: the ends of the interval together as `ci95`, the rest by name."""
+    fields = asdict(difference)
+    return {"ci95": [fields.pop("low"), fields.pop("high")], **fields}
 
 
 def compare_by_category(

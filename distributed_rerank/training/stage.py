@@ -68,7 +68,7 @@ def train(
     """Trains a pairwise model on the train split and chooses its chain; returns the chain.
 
     `out` gets config.json and model.safetensors (`models.saving`), chain.json, training.json (config and
-    history), README.md (the model card), mining.json, suspects.parquet, curves.png and tensorboard/. A folder made
+    history), README.md (the model card), mining.json, suspects.parquet, curves.svg and tensorboard/. A folder made
     with the same fingerprint is left as it is.
     `model_config` is the config dataclass of one of the pairwise models. A `teacher` scores the mined pairs with
     `score` before training. Embeddings are taken from and added
@@ -225,7 +225,7 @@ def write_model(task: TrainingTask, state: State, run_folder: Path, folder: Path
     kept = {run.name: result["best"]["epoch"] for run, result in zip(task.runs, results, strict=True)}
     content = {"config": task.config.fingerprint(), "kept_epoch": kept, "history": figures}
     artifacts.write_json(folder / "training.json", content)
-    tracking.draw_curves(histories, folder / "curves.png")
+    tracking.draw_curves(histories, folder / "curves.svg")
     shutil.rmtree(folder / "tensorboard", ignore_errors=True)
     shutil.copytree(run_folder / "tensorboard", folder / "tensorboard")
     return chain

@@ -1,38 +1,39 @@
-"""What a training run shows while it runs and after it: TensorBoard files, a picture, MLflow or W&B on
-request.
+"""How a training run can be watched: TensorBoard files, MLflow or W&B on request, and a picture at the end.
 
-TensorBoard's event files are always written: they need no server and no account. Layer 3; used by one worker
-only.
+TensorBoard's event files are always written, for they need no server and no account. Only one worker tracks.
 """
 
 import importlib
-import logging
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import cycle
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
+from markupsafe import Markup
+
+from distributed_rerank import svg
 from distributed_rerank.config.jobs import TrackingService
 from distributed_rerank.errors import BadInput
 
-logger = logging.getLogger(__name__)
+WIDTH, HEIGHT = 450, 280
+"""Of one plot of the training curves."""
+COLOURS = ("#2f6feb", "#d9480f", "#2b8a3e", "#9c36b5")
+"""Of the runs, in turn; to be read on white and on black."""
 
 
-@runtime_checkable
-class Tracker(Protocol):
-    """Takes figures by name as training goes on."""
+@dataclass(frozen=True)
+class Curve:
+    """One line of a plot: a value for each epoch."""
 
-    def log(self, figures: Mapping[str, float], step: int) -> None:
-        """Records the figures of this step; steps ascend."""
-        ...
-
-    def close(self) -> None:
-        """Flushes; nothing is logged afterwards."""
-        ...
+    name: str
+    values: Sequence[float]
+    colour: str
+    is_dashed: bool = False
 
 
 class TensorBoardTracker:
-    """Event files under `folder`. A resumed run passes its first new step: later ones of the killed run
-    go."""
+    """Event files under `folder`; a resumed run passes its first new step, and what the killed run wrote later goes."""
 
     def __init__(self, folder: Path, first_step: int = 0) -> None:
         from torch.utils.tensorboard import SummaryWriter
@@ -84,6 +85,9 @@ class WandbTracker:
         self.run.finish()
 
 
+Tracker = TensorBoardTracker | MlflowTracker | WandbTracker
+
+
 def check_services(services: Sequence[TrackingService]) -> None:
     """Raises BadInput, before any work is done, for a service that is asked for and not installed."""
     for service in services:
@@ -93,7 +97,7 @@ def check_services(services: Sequence[TrackingService]) -> None:
 def open_trackers(
     folder: Path, services: Sequence[TrackingService] = (), run_name: str = "", first_step: int = 0
 ) -> list[Tracker]:
-    """TensorBoard under `folder` and the services asked for; a resumed run names its first new step."""
+    """TensorBoard under `folder` and the services asked for; a resumed run passes its first new step."""
     make: dict[str, Callable[[str], Tracker]] = {"mlflow": MlflowTracker, "wandb": WandbTracker}
     return [TensorBoardTracker(folder, first_step), *(make[service](run_name) for service in services)]
 
@@ -109,27 +113,41 @@ def imported(name: str) -> Any:
 
 
 def draw_curves(histories: Mapping[str, Sequence[Mapping[str, float]]], path: Path) -> None:
-    """A PNG with the loss and the validation figure of each epoch of each run.
+    """Write an SVG with the loss and, beside it, the validation figure of each epoch of each run.
 
-    A history has one entry an epoch with `loss` and, where the run is judged, `figure` and `first_stage` (the
-    figure without the model).
+    A history has one entry an epoch with `loss` and, where the run is judged, `figure` and `first_stage` (the figure
+    without the model, dashed in the plot).
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    picture = Figure(figsize=(9, 3.5), layout="constrained")
-    left, right = picture.subplots(1, 2)
-    for name, history in histories.items():
-        epochs = range(1, len(history) + 1)
-        (line,) = left.plot(epochs, [entry["loss"] for entry in history], marker=".", label=name)
+    losses, figures = [], []
+    for (name, history), colour in zip(histories.items(), cycle(COLOURS)):
+        losses.append(Curve(name, [entry["loss"] for entry in history], colour))
         if history and "figure" in history[0]:
-            style = {"color": line.get_color()}
-            right.plot(epochs, [entry["figure"] for entry in history], marker=".", label=name, **style)
-            first_stage = [entry["first_stage"] for entry in history]
-            right.plot(epochs, first_stage, linestyle="--", label=f"{name}, first stage", **style)
-    left.set(title="training loss", xlabel="epoch")
-    right.set(title="mAP@10 on labels not trained on", xlabel="epoch")
-    for side in (left, right):
-        side.legend(fontsize="small")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    FigureCanvasAgg(picture).print_png(path)
+            figures.append(Curve(name, [entry["figure"] for entry in history], colour))
+            figures.append(Curve("", [entry["first_stage"] for entry in history], colour, is_dashed=True))
+    panels = [("training loss", losses), ("mAP@10 on labels not trained on, first stage dashed", figures)]
+    drawn = [_panel(title, curves) for title, curves in panels if any(curve.values for curve in curves)]
+    parts = [svg.element("g", *panel, transform=f"translate({n * WIDTH} 0)") for n, panel in enumerate(drawn)]
+    description = "Training loss and validation figure by epoch; training.json has the values"
+    path.write_text(f"{svg.picture(parts, WIDTH * len(parts), HEIGHT, description)}\n", encoding="utf-8")
+
+
+def _panel(title: str, curves: Sequence[Curve]) -> list[Markup]:
+    """One plot of curves over epochs, with their names in their colours below."""
+    values = [value for curve in curves for value in curve.values]
+    ticks = svg.ticks(min(values), max(values))
+    n_epochs = max(len(curve.values) for curve in curves)
+    frame = svg.Frame((1, n_epochs), (ticks[0], ticks[-1]), WIDTH, HEIGHT, 56, 20, 34, 60, pad=8)
+    parts = [svg.text(frame.left, 18, title), *frame.grid(ticks)]
+    for curve in curves:
+        places = frame.points(range(1, len(curve.values) + 1), curve.values)
+        style = {"stroke_dasharray": "6 4"} if curve.is_dashed else {}
+        parts.append(svg.polyline(places, stroke=curve.colour, stroke_width=2, **style))
+        if not curve.is_dashed:
+            parts += [svg.element("circle", cx=x, cy=y, r=3, fill=curve.colour) for x, y in places]
+    parts += [svg.text(frame.x(epoch), HEIGHT - 40, str(epoch), "middle") for epoch in sorted({1, n_epochs})]
+    parts.append(svg.text((frame.left + WIDTH - frame.right) / 2, HEIGHT - 40, "epoch", "middle"))
+    named = [curve for curve in curves if curve.name]
+    step = (WIDTH - frame.left - frame.right) / len(named)
+    for number, curve in enumerate(named):
+        parts.append(svg.text(frame.left + number * step, HEIGHT - 12, curve.name, fill=curve.colour))
+    return parts

@@ -11,8 +11,7 @@ from distributed_rerank.chain.chain import Chain, PairwiseStep
 from distributed_rerank.data.candidates import CandidateLists
 from distributed_rerank.data.catalogue import read_catalogue
 from distributed_rerank.evaluation.adaptive import choose_threshold, margins, measure_adaptive
-from distributed_rerank.evaluation.measure import count_relevant
-from distributed_rerank.evaluation.ranked import Ranked, rank
+from distributed_rerank.evaluation.measure import Ranked, count_relevant, rank
 from distributed_rerank.reranking.first_stage import FirstStage
 from distributed_rerank.reranking.run import Scored
 
@@ -37,11 +36,11 @@ def ranked(tmp_path: Path) -> Ranked:
 
 
 def test_margins_are_gap_and_spread_and_inf_without_a_choice(ranked: Ranked) -> None:
-    judged = count_relevant(ranked.catalogue, ranked.query_items)
-    found = margins(ranked, judged, 2)
+    queries = count_relevant(ranked.catalogue, ranked.query_items)
+    found = margins(ranked, queries, 2)
     np.testing.assert_allclose(found["gap"], np.where(np.arange(N_LABELS) % 2 == 0, 0.8, 0.1), rtol=1e-6)
     np.testing.assert_array_equal(found["gap"], found["spread"])
-    assert np.isinf(margins(ranked, judged, 1)["spread"]).all()
+    assert np.isinf(margins(ranked, queries, 1)["spread"]).all()
 
 
 def test_choose_threshold_skips_most_that_keep_the_gain() -> None:
@@ -54,11 +53,11 @@ def test_choose_threshold_skips_most_that_keep_the_gain() -> None:
 
 
 def test_adaptive_saves_the_pairs_of_sure_queries(ranked: Ranked) -> None:
-    judged = count_relevant(ranked.catalogue, ranked.query_items)
+    queries = count_relevant(ranked.catalogue, ranked.query_items)
     is_sure = torch.arange(N_LABELS) % 2 == 0
     before = torch.where(is_sure, 1.0, 0.25).double()
     after = torch.where(is_sure, 1.0, 0.75).double()
-    found, columns = measure_adaptive(ranked, judged, before, after, seed=0, n_resamples=50)
+    found, columns = measure_adaptive(ranked, queries, before, after, seed=0, n_resamples=50)
     assert columns["adaptive_skipped"].tolist() == is_sure.double().tolist()
     assert (found["n_skipped"], found["pairs"], found["pairs_saved"]) == (20, 80, 40)
     assert found["adaptive"] == found["reranked"] == pytest.approx(0.875)
@@ -69,15 +68,15 @@ def test_adaptive_saves_the_pairs_of_sure_queries(ranked: Ranked) -> None:
 
 def test_adaptive_threshold_comes_from_the_other_half(ranked: Ranked) -> None:
     """Changing the values of one half changes which queries of the other half are skipped, and only those."""
-    judged = count_relevant(ranked.catalogue, ranked.query_items)
+    queries = count_relevant(ranked.catalogue, ranked.query_items)
     before = torch.zeros(N_LABELS, dtype=torch.float64)
     after = torch.where(torch.arange(N_LABELS) % 2 == 0, 0.0, 1.0).double()
-    _, columns = measure_adaptive(ranked, judged, before, after, seed=0, n_resamples=10)
-    chosen = np.random.default_rng([0, 0xADA]).permutation(np.unique(judged.labels.numpy()))[: N_LABELS // 2]
-    is_first = np.isin(judged.labels.numpy(), chosen)
+    _, columns = measure_adaptive(ranked, queries, before, after, seed=0, n_resamples=10)
+    chosen = np.random.default_rng([0, 0xADA]).permutation(np.unique(queries.labels.numpy()))[: N_LABELS // 2]
+    is_first = np.isin(queries.labels.numpy(), chosen)
     changed = after.clone()
     changed[torch.from_numpy(is_first)] = 1.0
-    _, other = measure_adaptive(ranked, judged, before, changed, seed=0, n_resamples=10)
+    _, other = measure_adaptive(ranked, queries, before, changed, seed=0, n_resamples=10)
     differs = columns["adaptive_skipped"] != other["adaptive_skipped"]
     assert differs.any()
     assert not differs[is_first].any()

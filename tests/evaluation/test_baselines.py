@@ -17,8 +17,7 @@ from distributed_rerank.data.candidates import CandidateLists
 from distributed_rerank.data.catalogue import Catalogue, read_catalogue
 from distributed_rerank.data.images import read_image
 from distributed_rerank.evaluation import baselines
-from distributed_rerank.evaluation.measure import count_relevant
-from distributed_rerank.evaluation.ranked import Ranked, rank
+from distributed_rerank.evaluation.measure import Ranked, count_relevant, rank
 from distributed_rerank.executors import Executors
 from distributed_rerank.extraction import Embeddings
 from distributed_rerank.models.token_siamese import TokenSiamese
@@ -66,14 +65,14 @@ def ranked_of(folder: Path, is_split: bool, chain: Chain | None = None) -> Ranke
 
 
 def found_in(ranked: Ranked, folder: Path) -> baselines.BaselineResults:
-    judged = count_relevant(ranked.catalogue, ranked.query_items)
+    queries = count_relevant(ranked.catalogue, ranked.query_items)
     values = {
-        name: metrics.per_query(judged.relevance(ranking), judged.n_relevant)
+        name: metrics.per_query(queries.relevance(ranking), queries.n_relevant)
         for name, ranking in (("before", ranked.before), ("after", ranked.final))
     }
     after = values["after"] if ranked.after else None
-    sources = baselines.Sources(ranked, None, N_LISTED, WORK, folder, Executors())
-    return baselines.measure_baselines(ranked, judged, values["before"], after, 0, sources, n_resamples=50)
+    sources = baselines.Sources(ranked, N_LISTED, WORK, None, folder, Executors())
+    return baselines.measure_baselines(queries, values["before"], after, sources, seed=0, n_resamples=50)
 
 
 def expanded(matrix: np.ndarray, items: np.ndarray, lists: dict[int, list[int]]) -> np.ndarray:
@@ -152,9 +151,9 @@ def test_baselines_are_compared_with_first_stage_and_chain(tmp_path: Path) -> No
     ranked = ranked_of(tmp_path, is_split=False, chain=chain)
     found = found_in(ranked, tmp_path)
     assert set(found.figures) == ALONE | {"pairwise"} | {f"pairwise+{name}" for name in ALONE}
-    judged = count_relevant(ranked.catalogue, ranked.query_items)
+    queries = count_relevant(ranked.catalogue, ranked.query_items)
     before, after = (
-        metrics.per_query(judged.relevance(ranking), judged.n_relevant)["map@10"]
+        metrics.per_query(queries.relevance(ranking), queries.n_relevant)["map@10"]
         for ranking in (ranked.before, ranked.final)
     )
     for name, entry in found.figures.items():
@@ -183,12 +182,12 @@ def test_maxsim_orders_the_first_candidates_by_their_tokens(tmp_path: Path, monk
     lists = make_lists(catalogue, 5)
     model = TokenSiamese(TokenSiameseConfig(extractor=EXTRACTOR, grid=2, token_dim=8, global_dim=8, pools=(1,)))
     ranked = rank(FirstStage(catalogue, lists, None, []), Scored(lists, None, []), Chain(), has_model=False)
-    judged = count_relevant(catalogue, ranked.query_items)
-    before = metrics.per_query(judged.relevance(ranked.before), judged.n_relevant)
-    sources = baselines.Sources(ranked, model, 100, WorkConfig(), tmp_path, Executors())
+    queries = count_relevant(catalogue, ranked.query_items)
+    before = metrics.per_query(queries.relevance(ranked.before), queries.n_relevant)
+    sources = baselines.Sources(ranked, 100, WorkConfig(), model, tmp_path, Executors())
 
     def measured() -> baselines.BaselineResults:
-        return baselines.measure_baselines(ranked, judged, before, None, 0, sources, n_resamples=10)
+        return baselines.measure_baselines(queries, before, None, sources, seed=0, n_resamples=10)
 
     found = measured().per_query["maxsim"]["cmc@1"].tolist()
     with torch.inference_mode():

@@ -60,6 +60,9 @@ def test_measure_planted_ranking_gives_the_values_of_the_definitions(catalogue: 
     assert found["categories"]["a"]["n_queries"] == 1
     assert found["categories"]["b"]["first_stage"]["mrr"] == 1 / 4
     assert found["categories"]["b"]["reranked"]["mrr"] == 1
+    changes = found["categories"]["b"]["difference"]
+    assert set(changes) == {"cmc@1", "map@10"}
+    assert (changes["cmc@1"]["mean"], changes["cmc@1"]["n_better"], changes["cmc@1"]["n_clusters"]) == (1, 1, 1)
 
 
 def test_measure_per_query_holds_first_hits_and_ids(catalogue: Catalogue) -> None:
@@ -121,10 +124,10 @@ def test_measure_nothing_relevant_is_refused(catalogue: Catalogue) -> None:
         measure(catalogue, torch.tensor([2]), ranking([3, 4]), {})
 
 
-def test_judge_own_item_and_sequence_are_not_relevant(catalogue: Catalogue) -> None:
+def test_count_relevant_leaves_out_own_item_and_sequence(catalogue: Catalogue) -> None:
     table = catalogue.table.assign(is_gallery=True, sequence=["s", None, None, "s", None, None, None, None, None])
-    judged = count_relevant(Catalogue(table, "test"), QUERIES)
+    labelled = count_relevant(Catalogue(table, "test"), QUERIES)
     # x: items 0 (itself), 3 (its sequence), 4, 6; y: 1 (itself), 5, 7; z: itself alone
-    assert judged.query_items.tolist() == [0, 1]
-    assert judged.n_relevant.tolist() == [2, 2]
-    assert judged.n_without_relevant == 1
+    assert labelled.query_items.tolist() == [0, 1]
+    assert labelled.n_relevant.tolist() == [2, 2]
+    assert labelled.n_without_relevant == 1

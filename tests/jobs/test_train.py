@@ -22,7 +22,7 @@ def test_trained_model_is_evaluated_by_its_path(
     assert process.returncode == 0, said
     assert "2 workers" in said
     names = {path.name for path in (tmp_path / "model").iterdir()}
-    wanted = {"config.json", "model.safetensors", "chain.json", "training.json", "curves.png", "manifest.json"}
+    wanted = {"config.json", "model.safetensors", "chain.json", "training.json", "curves.svg", "manifest.json"}
     assert wanted <= names
     history = json.loads((tmp_path / "model" / "training.json").read_text())["history"]
     assert all(len(entries) == 2 for entries in history.values())

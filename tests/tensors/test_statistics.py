@@ -172,6 +172,15 @@ def test_compare_shared_metrics_equal_those_compared_alone() -> None:
         statistics.compare({"a": before}, {"b": after}, labels, seed=0)
 
 
+def test_compare_to_json_holds_every_field_and_the_interval_as_a_pair() -> None:
+    before, after, labels = planted_improvement()
+    found = statistics.compare({"m": before}, {"m": after}, labels, seed=1, n_resamples=50)["m"]
+    written = statistics.compare_to_json({"m": before}, {"m": after}, labels, seed=1, n_resamples=50)["m"]
+    assert written.pop("ci95") == [found.low, found.high]
+    assert all(getattr(found, name) == value for name, value in written.items())
+    assert len(written) == 6
+
+
 def test_compare_by_category_equals_compare_of_each_mask() -> None:
     before, after, labels = planted_improvement()
     categories = labels % 3

@@ -271,7 +271,7 @@ def test_stage_writes_a_complete_folder_and_skips_it_the_second_time(tmp_path: P
     chain = train(catalogue, TOKENS, config, tmp_path / "model")
     names = {path.name for path in (tmp_path / "model").iterdir()}
     expected = (
-        "README.md chain.json config.json curves.png manifest.json mining.json model.safetensors suspects.parquet "
+        "README.md chain.json config.json curves.svg manifest.json mining.json model.safetensors suspects.parquet "
         "tensorboard training.json"
     )
     assert names == set(expected.split())

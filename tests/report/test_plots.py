@@ -1,0 +1,56 @@
+"""The numbers behind the plots, and that the plots show them."""
+
+import xml.etree.ElementTree as ET
+
+import numpy as np
+import pytest
+from report_examples import made_up_queries
+
+from distributed_rerank.report.plots import Point, curve, distances, histogram, overlap, rank_changes
+
+SVG = "{http://www.w3.org/2000/svg}"
+
+
+def test_rank_changes_count_every_query_once() -> None:
+    table = made_up_queries(500)
+    counts = dict(rank_changes(table))
+    assert sum(counts.values()) == 500
+    before, after = (table[f"first_hit_{side}"].fillna(99).astype(int) for side in ("before", "after"))
+    assert counts["same"] == (before == after).sum()
+    assert counts["up 1"] == ((before - after == 1) & (before < 99)).sum()
+    assert counts["lost"] == ((before < 99) & (after == 99)).sum()
+
+
+def test_histogram_bars_are_as_long_as_their_counts() -> None:
+    counts = [("lost", 2), ("same", 90), ("up 1", 8), ("found", 0)]
+    root = ET.fromstring(histogram(counts, "moves <&>"))
+    widths = [float(bar.attrib["width"]) for bar in root.iter(f"{SVG}rect")]
+    assert widths == pytest.approx([0, 4 * widths[2], widths[2]], abs=0.2), "found, up 1, lost; same is not drawn"
+    assert root.attrib["aria-label"] == "moves <&>"
+
+
+def test_curve_marks_one_point_and_leaves_out_labels_that_collide() -> None:
+    points = [Point(x, y, str(x)) for x, y in ((100, 0.5), (101, 0.6), (500, 0.7))]
+    root = ET.fromstring(curve(points, 0.55, "top_n", "a curve", marked="500"))
+    rings = [ring for ring in root.iter(f"{SVG}circle") if ring.attrib["class"] == "ring"]
+    dots = [dot for dot in root.iter(f"{SVG}circle") if dot.attrib["class"] == "point"]
+    assert [ring.attrib["cx"] for ring in rings] == [dots[2].attrib["cx"]]
+    heights = [float(dot.attrib["cy"]) for dot in dots]
+    assert heights[0] - heights[1] == pytest.approx(heights[1] - heights[2], abs=0.2)
+    words = [text.text for text in root.iter(f"{SVG}text")]
+    assert {"101", "500", "first stage"} <= set(words)
+    assert "100" not in words
+
+
+def test_distances_fill_the_frame_and_overlap_is_the_shared_area() -> None:
+    histograms = {"edges": [0.0, 0.5, 1.0], "relevant": [3, 1], "other": [0, 8]}
+    assert overlap(histograms) == 0.25
+    root = ET.fromstring(distances(histograms, "two histograms"))
+    relevant, other = (
+        np.array([point.split(",") for point in path.attrib["points"].split()], float)
+        for path in root.iter(f"{SVG}polyline")
+    )
+    bottom = relevant[0, 1]
+    assert relevant[:, 0].tolist() == other[:, 0].tolist() == [8, 8, 190, 190, 372, 372]
+    heights = bottom - np.array([relevant[1, 1], relevant[3, 1], other[3, 1]])
+    assert heights / heights[2] == pytest.approx([0.75, 0.25, 1.0], abs=0.01)
