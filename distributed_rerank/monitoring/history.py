@@ -4,9 +4,7 @@ It holds no time: a run id is usually a date. A row is appended under a lock to 
 a reader sees the file before or after, never between.
 """
 
-import fcntl
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +12,8 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from distributed_rerank.data.artifacts import atomic_path
+from distributed_rerank.data import locks
+from distributed_rerank.data.files import atomic_path
 from distributed_rerank.errors import BadInput
 
 COLUMNS = pa.schema(
@@ -51,7 +50,7 @@ def append(path: Path, row: Mapping[str, Any], metrics: Mapping[str, float]) -> 
     schema = pa.schema([*COLUMNS, *(pa.field(key, pa.float64()) for key in metrics)])
     new = pa.Table.from_pylist([{**row, **metrics}], schema)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with _locked(path.with_name(f".{path.name}.lock")):
+    with locks.wait_for(path.with_name(f".{path.name}.lock")):
         old = _read(path) if path.exists() else None
         if old is not None and row["run_id"] in old["run_id"].to_pylist():
             return
@@ -69,11 +68,3 @@ def _read(path: Path) -> pa.Table:
     if missing:
         raise BadInput(f"--history {path} is no history of runs: columns missing {missing}; give another file")
     return table
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Hold a lock that the kernel frees when the process ends; the empty file stays."""
-    with open(path, "a", encoding="utf-8") as file:
-        fcntl.lockf(file, fcntl.LOCK_EX)
-        yield
