@@ -91,7 +91,7 @@ def test_embed_lost_block_is_an_error(tmp_path: Path) -> None:
 def test_embed_lost_image_is_an_error(tmp_path: Path) -> None:
     def loses(blocks: list[Block], config: ExtractionConfig) -> Iterator[tuple[int, EmbeddedBlock]]:
         for number, block in extraction.extract(blocks, config):
-            yield number, EmbeddedBlock(block.ids[1:], block.embeddings[1:], block.rejects)
+            yield number, replace(block, ids=block.ids[1:], embeddings=block.embeddings[1:])
 
     with pytest.raises(AssertionError, match="other images"):
         embed(make_catalogue(tmp_path / "images", 7), CONFIG, tmp_path / "out", extract=loses)

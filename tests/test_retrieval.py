@@ -8,11 +8,10 @@ import pytest
 from distributed_rerank import retrieval
 from distributed_rerank.data import tables
 from distributed_rerank.data.artifacts import read_manifest
-from distributed_rerank.data.candidates import CandidateLists
 from distributed_rerank.data.catalogue import Catalogue
 from distributed_rerank.data.embeddings import Embeddings
 from distributed_rerank.errors import BadInput
-from distributed_rerank.retrieval import Block, RetrievalConfig, SearchSide, retrieve
+from distributed_rerank.retrieval import Block, RetrievalConfig, SearchedBlock, SearchSide, retrieve
 from tests.small_catalogue import make_catalogue
 
 CONFIG = RetrievalConfig(n_items=4, queries_per_block=5, tile_size=6)
@@ -70,7 +69,7 @@ def test_retrieve_killed_continues_to_the_same_bytes(tmp_path: Path) -> None:
 
     def dies(
         blocks: list[Block], queries: SearchSide, gallery: SearchSide, config: RetrievalConfig
-    ) -> Iterator[tuple[int, CandidateLists]]:
+    ) -> Iterator[tuple[int, SearchedBlock]]:
         yield from list(retrieval.search(blocks, queries, gallery, config))[3:]
         raise KeyboardInterrupt
 
@@ -88,7 +87,7 @@ def test_retrieve_lost_block_is_an_error(tmp_path: Path) -> None:
 
     def loses(
         blocks: list[Block], queries: SearchSide, gallery: SearchSide, config: RetrievalConfig
-    ) -> Iterator[tuple[int, CandidateLists]]:
+    ) -> Iterator[tuple[int, SearchedBlock]]:
         yield from list(retrieval.search(blocks, queries, gallery, config))[:-1]
 
     with pytest.raises(AssertionError, match="never came back"):

@@ -9,8 +9,7 @@ import ray
 from distributed_rerank import retrieval as procedure
 from distributed_rerank.cluster.fan_out import fan_out, start_workers
 from distributed_rerank.cluster.session import Session
-from distributed_rerank.data.candidates import CandidateLists
-from distributed_rerank.retrieval import Block, RetrievalConfig, Searcher, SearchSide, tiles_of
+from distributed_rerank.retrieval import Block, RetrievalConfig, SearchedBlock, Searcher, SearchSide, tiles_of
 
 
 class TileSearcher:
@@ -19,7 +18,7 @@ class TileSearcher:
     def __init__(self, tiles: list[ray.ObjectRef], config: RetrievalConfig) -> None:
         self._searcher = Searcher(lambda: map(ray.get, tiles), config)
 
-    def search(self, queries: SearchSide) -> CandidateLists:
+    def search(self, queries: SearchSide) -> SearchedBlock:
         """The candidate lists of a block of queries."""
         return self._searcher.search(queries)
 
@@ -31,7 +30,7 @@ def search(
     config: RetrievalConfig,
     *,
     session: Session,
-) -> Iterator[tuple[int, CandidateLists]]:
+) -> Iterator[tuple[int, SearchedBlock]]:
     """`procedures.retrieval.search` on the session's workers, blocks as they complete.
 
     One block against one tile is searched here: a second of work, and workers take some to start.

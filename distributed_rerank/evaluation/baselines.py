@@ -217,7 +217,7 @@ class _Sources:
         blocks = list(enumerate(sharding.blocks(len(queries.items), self._config.queries_per_block)))
         found = dict(search(blocks, queries, gallery, self._config))
         assert len(found) == len(blocks), "a block of queries never came back"
-        parts = [neighbours(found[number]) for number in sorted(found)]
+        parts = [neighbours(found[number].lists) for number in sorted(found)]
         return Neighbours(torch.cat([part.items for part in parts]), torch.cat([part.distances for part in parts]))
 
     def _lists_of_all(self, is_pairwise: bool) -> CandidateLists:

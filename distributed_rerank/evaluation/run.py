@@ -1,5 +1,4 @@
 """An evaluation from catalogue to report: metrics.json, per_query.parquet, report.html and what they rest on.
-Layer 3.
 
 `metrics.json` and `per_query.parquet` hold nothing that depends on time, workers or interruptions. Seconds go
 into `timings.json`, counts of work actually done into the manifests of the stages.
@@ -54,11 +53,11 @@ def evaluate(
             raise BadInput(f"{catalogue.source}: no row of this split has {role}; set it or choose another --split")
     check_depth(config, chain)
     fingerprint = _fingerprint(catalogue, config, model, chain)
-    if artifacts.is_complete(out, fingerprint, overwrite):
+    if artifacts.recover(out, fingerprint, overwrite) or artifacts.is_complete(out, fingerprint, overwrite):
         logger.info("%s is complete: nothing to do", out)
         return json.loads((out / "metrics.json").read_text())
     timings: dict[str, float] = {}
-    with artifacts.stage(out, fingerprint) as staging:
+    with artifacts.stage(out, fingerprint, overwrite) as staging:
         first = first_stage(catalogue, config, staging.path, steps, timings)
         scored = _score(first, config, model, chain, staging.path, steps, timings)
         with timed(timings, "measure"):

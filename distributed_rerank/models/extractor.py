@@ -20,6 +20,8 @@ from timm.models import load_model_config_from_hf
 from torch import Tensor, nn
 from torch.nn import functional
 
+from distributed_rerank.data.begun import ComputedWith
+from distributed_rerank.data.files import file_digest
 from distributed_rerank.data.transforms import InferenceTransform, Interpolation
 from distributed_rerank.errors import BadInput
 from distributed_rerank.models import inference, vit, weights
@@ -85,6 +87,16 @@ class Extractor(nn.Module):
         """The number format of what enters and leaves the network's layers on `device`."""
         return resolve_precision(self.config.precision, device, has_narrow_maps=self.has_narrow_maps)
 
+    def computed_with(self, device: torch.device) -> ComputedWith:
+        """What the results of this network on `device` are computed with."""
+        is_auto = self.config.precision == "auto"
+        return ComputedWith(
+            device=device.type,
+            precision=str(self.dtype_on(device)).removeprefix("torch."),
+            auto_precision=str(resolve_precision("auto", device)).removeprefix("torch.") if is_auto else None,
+            gpu=torch.cuda.get_device_name(device) if device.type == "cuda" else None,
+        )
+
     def pads_keys(self, device: torch.device) -> bool:
         """Whether attention keys are padded to a multiple of 16: measured 1.2 times faster with AMX tiles and torch's
         fused attention, slower elsewhere."""
@@ -142,10 +154,9 @@ def build_extractor(config: ExtractorConfig, stacked: int = 1) -> Extractor:
 
 
 def weights_digest(config: ExtractorConfig) -> str:
-    """sha256 that identifies the weights: of the local file, else of the state dict fetched or
-    initialised."""
+    """sha256 that identifies the weights: of the local file, else of the state dict fetched or initialised."""
     if config.weights not in (None, "none"):
-        return weights.digest_of_file(config.weights)
+        return file_digest(config.weights)
     return weights.digest_of_state(_create(config).state_dict())
 
 

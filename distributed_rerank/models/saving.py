@@ -1,4 +1,4 @@
-"""A pairwise model as a folder: config.json + model.safetensors. Nothing is ever unpickled. Layer 2.
+"""A pairwise model as a folder: config.json + model.safetensors. Nothing is ever unpickled.
 
 The folder is complete: it holds the backbone's weights and every choice of the image transform, so that
 loading needs neither the network nor the extractor's own weights.
@@ -6,7 +6,6 @@ loading needs neither the network nor the extractor's own weights.
 
 import dataclasses
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,8 @@ import safetensors
 import safetensors.torch
 from torch import nn
 
+from distributed_rerank.data.files import write_bytes
+from distributed_rerank.data.manifests import MANIFEST, check_files
 from distributed_rerank.errors import BadInput
 from distributed_rerank.models import weights
 from distributed_rerank.models.concat_siamese import ConcatSiamese, ConcatSiameseConfig
@@ -40,12 +41,11 @@ def model_name(model: nn.Module) -> str:
 
 
 def save_model(model: PairwiseModel, folder: str | Path) -> Path:
-    """Write `model` to `folder` (made if absent; its two files are replaced one after the other). Returns the
-    folder."""
+    """Write `model` to `folder`, made if absent, and return it; its two files are replaced one after the other."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     state = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
-    _replace(folder / "model.safetensors", safetensors.torch.save(state, metadata={"format": "pt"}))
+    write_bytes(folder / "model.safetensors", safetensors.torch.save(state, metadata={"format": "pt"}))
     content = {
         "schema_version": SCHEMA_VERSION,
         "model": model_name(model),
@@ -53,31 +53,28 @@ def save_model(model: PairwiseModel, folder: str | Path) -> Path:
         "bytes_per_image": model.bytes_per_image,
         "gflop_per_pair": round(model.gflop_per_pair(), 6),
     }
-    _replace(folder / "config.json", (json.dumps(content, indent=2) + "\n").encode())
+    write_bytes(folder / "config.json", (json.dumps(content, indent=2) + "\n").encode())
     return folder
 
 
 def save_extractor(extractor: Extractor, path: str | Path) -> Path:
     """Write the weights of the extractor's network, by timm's names, as a file for `ExtractorConfig.weights`."""
     state = {name: value.detach().cpu().contiguous() for name, value in extractor.model.state_dict().items()}
-    _replace(Path(path), safetensors.torch.save(state, metadata={"format": "pt"}))
+    write_bytes(path, safetensors.torch.save(state, metadata={"format": "pt"}))
     return Path(path)
 
 
-def _replace(path: Path, content: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_bytes(content)
-    os.replace(temporary, path)
-
-
 def load_model(folder: str | Path) -> PairwiseModel:
-    """The model that `save_model` wrote to `folder`, or that `push_model` sent to `hf-hub:owner/name`; in
-    evaluation mode.
+    """The model that `save_model` wrote to `folder`, or `push_model` to `hf-hub:owner/name`; in evaluation mode.
+
+    The files of a finished training folder, its chain included, are compared with the manifest; a folder without one
+    (from the hub) is taken as it is.
 
     Raises:
-        BadInput: no such folder, a file missing, not one of ours, or weights that do not fit the config.
+        BadInput: no such folder, a file missing or changed, not one of ours, or weights that do not fit the config.
     """
     path = local_folder(folder)
+    check_files(path, ["config.json", "chain.json", "model.safetensors"])
     for name in ("config.json", "model.safetensors"):
         if not (path / name).is_file():
             raise BadInput(f"{folder} is no saved pairwise model: it has no {name}; give a folder of jobs/train.py")
@@ -98,8 +95,7 @@ def load_model(folder: str | Path) -> PairwiseModel:
 
 
 def config_from_json(kind: type, values: Mapping[str, Any]) -> Any:
-    """A model's config from what dataclasses.asdict made of it, told to initialise no weights from
-    elsewhere."""
+    """A model's config from what dataclasses.asdict made of it, told to initialise no weights from elsewhere."""
     known = {field.name for field in dataclasses.fields(kind)}
     unknown = sorted(set(values) - known)
     if unknown:
@@ -113,13 +109,19 @@ def config_from_json(kind: type, values: Mapping[str, Any]) -> Any:
 
 
 def push_model(folder: str | Path, repo_id: str) -> str:
-    """Send a saved folder to the Hugging Face hub as `repo_id` (created if absent); returns the address of
-    the commit."""
+    """Send a saved folder to the Hugging Face hub as `repo_id`, created if absent; returns the commit's address.
+
+    Weights, config, chain and card go there, the manifest does not: it lists files that stay here.
+    """
     api = huggingface_hub.HfApi()
     api.create_repo(repo_id, exist_ok=True)
-    return str(
-        api.upload_folder(repo_id=repo_id, folder_path=str(folder), allow_patterns=["*.json", "*.safetensors", "*.md"])
+    commit = api.upload_folder(
+        repo_id=repo_id,
+        folder_path=str(folder),
+        allow_patterns=["*.json", "*.safetensors", "*.md"],
+        ignore_patterns=[MANIFEST],
     )
+    return str(commit)
 
 
 def local_folder(folder: str | Path) -> Path:
@@ -133,7 +135,8 @@ def local_folder(folder: str | Path) -> Path:
         return Path(folder)
     try:
         patterns = ["*.json", "*.safetensors", "*.md"]
-        return Path(huggingface_hub.snapshot_download(name.removeprefix("hf-hub:"), allow_patterns=patterns))
+        repo_id = name.removeprefix("hf-hub:")
+        return Path(huggingface_hub.snapshot_download(repo_id, allow_patterns=patterns, ignore_patterns=[MANIFEST]))
     except (OSError, ValueError) as error:
         raise BadInput(
             f"{name} could not be fetched from the hub: {str(error).splitlines()[0]}; give a local folder"

@@ -1,5 +1,4 @@
-"""Reading state dicts from files and fitting them to a network, or saying exactly why they do not fit. Layer
-2."""
+"""Reading state dicts from files and fitting them to a network, or saying exactly why they do not fit."""
 
 import hashlib
 import pickle
@@ -12,21 +11,25 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from distributed_rerank.data.manifests import check_paths
 from distributed_rerank.errors import BadInput
 
 WRAPPERS = ("module.", "model.", "extractor.", "backbone.")
 
 
 def read_state_dict(path: str | Path) -> dict[str, Tensor]:
-    """The tensors of a .safetensors, .pth, .pt or .ckpt file, on the CPU; one nested under `state_dict` or
-    `model` is unwrapped.
+    """The tensors of a .safetensors, .pth, .pt or .ckpt file, on the CPU.
+
+    One nested under `state_dict` or `model` is unwrapped.
 
     Raises:
-        BadInput: absent, of another kind, unreadable, or holding anything that would have to be unpickled
-            as code."""
+        BadInput: absent, of another kind, unreadable, holding anything that would have to be unpickled as code, or
+            a file of a finished folder that has changed since it was written.
+    """
     path = Path(path)
     if not path.is_file():
         raise BadInput(f"weights file {path} does not exist")
+    check_paths([path])
     try:
         if path.suffix == ".safetensors":
             return safetensors.torch.load_file(path)
@@ -52,8 +55,7 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
 
 
 def strip_wrappers(state: Mapping[str, Tensor], known: Iterable[str]) -> dict[str, Tensor]:
-    """Names without the prefixes that DataParallel, Lightning and OML put before them, as far as that leads
-    to a `known` name."""
+    """Names without the prefixes of DataParallel, Lightning and OML, as far as that leads to a `known` name."""
     known = set(known)
     return {_unwrapped(name, known): value for name, value in state.items()}
 
@@ -75,8 +77,9 @@ def without_parts(state: Mapping[str, Tensor], parts: Iterable[str]) -> dict[str
 
 
 def load_exactly(module: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
-    """Load `state` in `module`; every name and shape must agree (counters of batch normalisation may be
-    absent).
+    """Load `state` in `module`; every name and shape must agree.
+
+    Counters of batch normalisation may be absent.
 
     Raises:
         BadInput: naming `source` and the first missing, unexpected and mis-shaped entries.
@@ -99,15 +102,8 @@ def load_exactly(module: nn.Module, state: Mapping[str, Tensor], source: str) ->
     module.load_state_dict(dict(state), strict=False)
 
 
-def digest_of_file(path: str | Path) -> str:
-    """sha256 of the bytes of a file, in hexadecimal."""
-    with Path(path).open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def digest_of_state(state: Mapping[str, Any]) -> str:
-    """sha256 of the names, types, shapes and values of a state dict, in hexadecimal, whatever the order of
-    its entries."""
+    """sha256 (hex) of the names, types, shapes and values of a state dict, whatever the order of its entries."""
     total = hashlib.sha256()
     for name in sorted(state):
         value = state[name].detach().cpu().contiguous()

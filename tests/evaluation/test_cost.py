@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from small_catalogue import concat_model, make_catalogue, make_lists
 
-from distributed_rerank.data import artifacts
+from distributed_rerank.data import artifacts, manifests
 from distributed_rerank.data.candidates import CandidateLists
 from distributed_rerank.evaluation.cost import cost_of_each, read_pace, seconds_of_each, total_cost
 from distributed_rerank.reranking.run import Scored
@@ -55,7 +55,7 @@ def test_pace_of_a_continued_run_is_that_of_what_it_scored(tmp_path: Path) -> No
     assert pace["seconds_per_image"] > 0
     assert pace["seconds_per_pair"] > 0
     manifest = artifacts.read_manifest(tmp_path / "out")
-    artifacts.write_json(tmp_path / "out" / "manifest.json", manifest | {"counts": {"pairs_scored": 0}})
+    manifests.write_manifest(tmp_path / "out", manifest | {"counts": {"pairs_scored": 0}})
     assert read_pace(tmp_path / "out") is None, "a run that scored nothing knows no seconds"
     assert read_pace(tmp_path / "nowhere") is None
 
