@@ -156,9 +156,9 @@ def time_search(threads: int) -> tuple[dict[str, float], np.ndarray]:
     work = WorkConfig(threads_per_worker=threads)
     with torch_threads(threads):
         started = time.perf_counter()
-        ((_, lists),) = retrieval.search([(0, (0, 10_000))], searched_for, searched_in, 100, work)
+        ((_, searched_block),) = retrieval.search([(0, (0, 10_000))], searched_for, searched_in, 100, work)
         searched = time.perf_counter()
-        found = torch.from_numpy(lists.items)
+        found = torch.from_numpy(searched_block.lists.items)
         is_relevant = metrics.relevance(found, query_labels, gallery_labels)
         n_relevant = metrics.count_relevant(own, query_labels, None, others, gallery_labels, None)
         lengths = (found >= 0).sum(dim=1)
@@ -168,7 +168,7 @@ def time_search(threads: int) -> tuple[dict[str, float], np.ndarray]:
         "knn_queries_per_s": 10_000 / (searched - started),
         "metrics_queries_per_s": 10_000 / (measured - searched),
     }
-    return rates, lists.items.astype(np.int32)
+    return rates, searched_block.lists.items.astype(np.int32)
 
 
 def measure(arguments: argparse.Namespace, folder: Path, steps: Executors) -> dict[str, float]:

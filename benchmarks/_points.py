@@ -168,7 +168,8 @@ def search(folder: Path, n_queries: int, n_gallery: int, dim: int, n_items: int,
     work = WorkConfig()
     blocks = list(enumerate(sharding.blocks(n_queries, work.queries_per_search_block)))
     started = time.perf_counter()
-    found = sum(len(lists.query_items) for _, lists in retrieval.search(blocks, queries, gallery, n_items, work))
+    results = retrieval.search(blocks, queries, gallery, n_items, work)
+    found = sum(len(block.lists.query_items) for _, block in results)
     return {"seconds": time.perf_counter() - started, "queries": found}
 
 
@@ -192,7 +193,7 @@ def mine(
         search_blocks = retrieval.search if connected is None else executors_on(connected).search
         started = time.perf_counter()
         found = dict(search_blocks(blocks, side, side, n_items, work))
-        parts = [found.pop(number) for number, _ in blocks]
+        parts = [found.pop(number).lists for number, _ in blocks]
         lists = CandidateLists(*(np.concatenate(columns) for columns in zip(*parts, strict=True)))
         searched = time.perf_counter() - started
         task = TrainingTask(

@@ -143,7 +143,7 @@ def measure_scorer(model: PairwiseModel, encoded: torch.Tensor, n_pairs: int, ar
     rows = np.arange(len(array))
     task = PairTask(np.zeros_like(rows), rows, query, candidate, np.ones(n_pairs, np.float32))
     tasks = [task] * work.score_blocks_per_call(scorer.device.type == "cuda")
-    return rate(lambda: sum(map(len, scorer.score(tasks, array))), arguments.seconds, encoded.device)
+    return rate(lambda: sum(map(len, scorer.score(tasks, array).logits)), arguments.seconds, encoded.device)
 
 
 def wait_for_others(arguments: argparse.Namespace, name: str) -> None:

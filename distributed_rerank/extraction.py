@@ -17,6 +17,7 @@ from torch import Tensor
 from distributed_rerank.config.extractor import ExtractorConfig
 from distributed_rerank.config.work import WorkConfig
 from distributed_rerank.data import artifacts, tables
+from distributed_rerank.data.begun import ComputedWith
 from distributed_rerank.data.catalogue import Catalogue, ImageRef
 from distributed_rerank.data.decoding import decode, is_readable
 from distributed_rerank.data.embeddings import Embeddings, join_embeddings, read_embeddings
@@ -37,6 +38,7 @@ class EmbeddedBlock:
     ids: list[str]
     embeddings: Float32[np.ndarray, "image dim"]
     rejects: list[Reject]
+    computed_with: ComputedWith
 
 
 Extract = Callable[[Sequence[Block], ExtractorConfig, WorkConfig], Iterator[tuple[int, EmbeddedBlock]]]
@@ -51,6 +53,7 @@ class Embedder:
         self._extractor = extractor.prepare_for_inference(self._device)
         self._lanes = InferenceThreads(work.threads_per_worker)
         self._batch = work.images_per_batch or (8 if self._device.type == "cpu" else 256)
+        self.computed_with = self._extractor.computed_with(self._device)
 
     def embed(self, pixels: UInt8[Tensor, "image 3 height width"]) -> Float32[np.ndarray, "image dim"]:
         """Embeddings of a block, in its order, a micro-batch at a time."""
@@ -75,7 +78,7 @@ def extract(blocks: Sequence[Block], config: ExtractorConfig, work: WorkConfig) 
     for number, refs in blocks:
         decoded = decode(refs, extractor.transform, threads=work.decode_threads)
         ids = [refs[position].id for position in decoded.kept]
-        yield number, EmbeddedBlock(ids, embedder.embed(decoded.pixels), decoded.rejects)
+        yield number, EmbeddedBlock(ids, embedder.embed(decoded.pixels), decoded.rejects, embedder.computed_with)
 
 
 def embed(
@@ -93,16 +96,21 @@ def embed(
     run continues with the next block. Rejected images are tried again once they can be read. An explicit id
     is taken for the same image whatever its path is.
 
-    Raises BadInput for a folder made with another extractor or config (`overwrite` recomputes it), and, after
-    all images were tried, when more than the share `work.max_rejects` of the catalogue cannot be read.
+    Raises BadInput for a folder made with another extractor or config, on another kind of device or in another
+    precision, or damaged (`overwrite` recomputes it), and, after all images were tried, when more than the share
+    `work.max_rejects` of the catalogue cannot be read.
     """
     out, work = Path(out), work or WorkConfig()
     fingerprint = artifacts.make_fingerprint("embed", config=embedding_settings(config, work))
+    if artifacts.recover(out, fingerprint, overwrite):
+        overwrite = False
     earlier = read_embeddings(out) if artifacts.is_complete(out, fingerprint, overwrite) else None
     if earlier is not None and not _missing(catalogue, earlier):
         _check(earlier, catalogue, work.max_rejects, out)
         return earlier
-    with artifacts.stage(out, fingerprint) as staging:
+    with artifacts.stage(out, fingerprint, overwrite) as staging:
+        # Read again: another run may have added images before this one had the lock.
+        earlier = read_embeddings(out) if artifacts.is_complete(out, fingerprint, overwrite) else None
         done = join_embeddings([earlier, *_staged(staging)])
         _compute(_missing(catalogue, done), config, work, staging, extract)
         complete = join_embeddings([earlier, *_staged(staging)])
@@ -134,12 +142,13 @@ def _compute(
     if not refs:
         return
     embedded, rejected = staging.blocks("embeddings"), staging.blocks("rejects")
-    blocks = dict(plan(refs, work.images_per_block, max(embedded.done(), default=-1) + 1))
+    blocks = dict(plan(refs, work.images_per_block, max(embedded.done() | rejected.done(), default=-1) + 1))
     results = extract(list(blocks.items()), config, work)
     for number, result in progress(results, total=len(blocks), title="embedding"):
         expected = sorted(ref.id for ref in blocks.pop(number))
         found = sorted([*result.ids, *(reject.id for reject in result.rejects)])
         assert found == expected, f"block {number} came back with other images"
+        staging.remember(result.computed_with)
         rejected.write(number, reject_table(result.rejects, "embed"))
         ids = np.array(result.ids, dtype=object)
         embedded.write(number, tables.embeddings_table(ids, result.embeddings))
@@ -148,7 +157,7 @@ def _compute(
 
 def _staged(staging: artifacts.Staging) -> Iterator[Embeddings]:
     embedded, rejected = staging.blocks("embeddings"), staging.blocks("rejects")
-    for number in sorted(embedded.done()):
+    for number in sorted(embedded.done() & rejected.done()):
         table = embedded.read(number)
         column = table["embedding"].combine_chunks()
         matrix = column.flatten().to_numpy(zero_copy_only=False).reshape(len(table), column.type.list_size)

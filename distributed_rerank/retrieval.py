@@ -16,6 +16,7 @@ from torch import Tensor
 
 from distributed_rerank.config.work import WorkConfig
 from distributed_rerank.data import artifacts, tables
+from distributed_rerank.data.begun import ComputedWith
 from distributed_rerank.data.candidate_files import read_candidates
 from distributed_rerank.data.candidates import CandidateLists, candidates_table
 from distributed_rerank.data.catalogue import Catalogue
@@ -41,9 +42,17 @@ class SearchSide:
         return SearchSide(self.embeddings[start:stop], self.items[start:stop], self.sequences[start:stop])
 
 
+@dataclass(frozen=True)
+class SearchedBlock:
+    """The candidate lists of a block of queries."""
+
+    lists: CandidateLists
+    computed_with: ComputedWith
+
+
 Block = tuple[int, tuple[int, int]]
 """Number of a block and its (start, stop) among the queries."""
-Search = Callable[[Sequence[Block], SearchSide, SearchSide, int, WorkConfig], Iterator[tuple[int, CandidateLists]]]
+Search = Callable[[Sequence[Block], SearchSide, SearchSide, int, WorkConfig], Iterator[tuple[int, SearchedBlock]]]
 """A step: the candidate lists of the blocks by number, in any order."""
 
 
@@ -57,13 +66,13 @@ class Searcher:
         self._device = pick_device()
         self._lanes = InferenceThreads(n_threads)
 
-    def search(self, queries: SearchSide) -> CandidateLists:
+    def search(self, queries: SearchSide) -> SearchedBlock:
         """The nearest items of each query by (distance, item), never itself nor its own sequence."""
         n_rows = -(-len(queries.items) // self._n_threads)
         parts = [queries.part(start, stop) for start, stop in sharding.blocks(len(queries.items), max(1, n_rows))]
         found = self._lanes.map(self._search_part, parts or [queries])
         items, distances = (np.concatenate(columns) for columns in zip(*found, strict=True))
-        return CandidateLists(queries.items, items, distances)
+        return SearchedBlock(CandidateLists(queries.items, items, distances), ComputedWith(self._device.type))
 
     def _search_part(self, queries: SearchSide) -> tuple[np.ndarray, np.ndarray]:
         embeddings, items, sequences = self._tensors(queries)
@@ -83,7 +92,7 @@ class Searcher:
 
 def search(
     blocks: Sequence[Block], queries: SearchSide, gallery: SearchSide, n_items: int, work: WorkConfig
-) -> Iterator[tuple[int, CandidateLists]]:
+) -> Iterator[tuple[int, SearchedBlock]]:
     """The step in one process: one block of queries after the other."""
     searcher = Searcher(lambda: tiles_of(gallery, work.tile_size), n_items, work.threads_per_worker)
     for number, (start, stop) in blocks:
@@ -106,32 +115,32 @@ def retrieve(
     search: Search = search,
     overwrite: bool = False,
 ) -> CandidateLists:
-    """The `n_items` nearest gallery items of each query of the catalogue, kept as candidates.parquet in the
-    folder `out`.
+    """The `n_items` nearest gallery items of each query, kept as candidates.parquet in the folder `out`.
 
     Queries and gallery items without an embedding (rejects) take no part. Lists are shorter where fewer items
     are possible; a query with none is not in the result. A killed run continues with the next block.
 
-    Raises BadInput for no query, no gallery item, and a folder made from other inputs (`overwrite` recomputes
-    it).
+    Raises BadInput for no query, no gallery item, and a folder that is damaged or was made from other inputs
+    (`overwrite` recomputes it).
     """
     work = work or WorkConfig()
     fingerprint = artifacts.make_fingerprint(
         "retrieve", **retrieval_settings(n_items, work), catalogue=catalogue.digest(), embeddings=embeddings.digest
     )
-    if artifacts.is_complete(out, fingerprint, overwrite):
+    if artifacts.recover(out, fingerprint, overwrite) or artifacts.is_complete(out, fingerprint, overwrite):
         return read_candidates(out, catalogue)
     queries = _side(catalogue, embeddings, catalogue.query_items, "query")
     gallery = _side(catalogue, embeddings, catalogue.gallery_items, "gallery item")
     plan = dict(enumerate(sharding.blocks(len(queries.items), work.queries_per_search_block)))
-    with artifacts.stage(out, fingerprint) as staging:
+    with artifacts.stage(out, fingerprint, overwrite) as staging:
         store = staging.blocks("candidates")
         todo = {number: block for number, block in plan.items() if number not in store.done()}
         results = search(list(todo.items()), queries, gallery, n_items, work)
-        for number, lists in progress(results, total=len(todo), title="retrieval"):
+        for number, result in progress(results, total=len(todo), title="retrieval"):
             expected = queries.part(*todo.pop(number)).items
-            assert np.array_equal(lists.query_items, expected), f"block {number} came back with other queries"
-            store.write(number, candidates_table(lists, catalogue.ids))
+            assert np.array_equal(result.lists.query_items, expected), f"block {number} came back with other queries"
+            staging.remember(result.computed_with)
+            store.write(number, candidates_table(result.lists, catalogue.ids))
         assert store.done() == plan.keys(), f"blocks {sorted(todo)} never came back"
         in_order = (store.read(number) for number in sorted(store.done()))
         rows = tables.write_batches(staging.path / "candidates.parquet", in_order, "candidates")

@@ -93,7 +93,7 @@ def test_embed_lost_block_is_an_error(tmp_path: Path) -> None:
 def test_embed_lost_image_is_an_error(tmp_path: Path) -> None:
     def loses(blocks: list[Block], config: ExtractorConfig, work: WorkConfig) -> Iterator[tuple[int, EmbeddedBlock]]:
         for number, block in extraction.extract(blocks, config, work):
-            yield number, EmbeddedBlock(block.ids[1:], block.embeddings[1:], block.rejects)
+            yield number, replace(block, ids=block.ids[1:], embeddings=block.embeddings[1:])
 
     with pytest.raises(AssertionError, match="other images"):
         embed(make_catalogue(tmp_path / "images", 7), EXTRACTOR, tmp_path / "out", work=WORK, extract=loses)

@@ -9,11 +9,10 @@ from distributed_rerank import retrieval
 from distributed_rerank.config.work import WorkConfig
 from distributed_rerank.data import tables
 from distributed_rerank.data.artifacts import read_manifest
-from distributed_rerank.data.candidates import CandidateLists
 from distributed_rerank.data.catalogue import Catalogue
 from distributed_rerank.data.embeddings import Embeddings
 from distributed_rerank.errors import BadInput
-from distributed_rerank.retrieval import Block, SearchSide, retrieve
+from distributed_rerank.retrieval import Block, SearchedBlock, SearchSide, retrieve
 from tests.small_catalogue import make_catalogue
 
 WORK = WorkConfig(queries_per_block=5, tile_size=6)
@@ -71,7 +70,7 @@ def test_retrieve_killed_continues_to_the_same_bytes(tmp_path: Path) -> None:
 
     def dies(
         blocks: list[Block], queries: SearchSide, gallery: SearchSide, n_items: int, work: WorkConfig
-    ) -> Iterator[tuple[int, CandidateLists]]:
+    ) -> Iterator[tuple[int, SearchedBlock]]:
         yield from list(retrieval.search(blocks, queries, gallery, n_items, work))[3:]
         raise KeyboardInterrupt
 
@@ -89,7 +88,7 @@ def test_retrieve_lost_block_is_an_error(tmp_path: Path) -> None:
 
     def loses(
         blocks: list[Block], queries: SearchSide, gallery: SearchSide, n_items: int, work: WorkConfig
-    ) -> Iterator[tuple[int, CandidateLists]]:
+    ) -> Iterator[tuple[int, SearchedBlock]]:
         yield from list(retrieval.search(blocks, queries, gallery, n_items, work))[:-1]
 
     with pytest.raises(AssertionError, match="never came back"):

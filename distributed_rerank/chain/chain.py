@@ -11,6 +11,8 @@ from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from distributed_rerank.data.files import write_json
+from distributed_rerank.data.manifests import check_paths
 from distributed_rerank.errors import BadInput
 from distributed_rerank.tensors.match_neighbourhood import Kind
 
@@ -174,7 +176,7 @@ def describe_step(step: Step) -> str:
 
 
 def write_chain(chain: Chain, folder: Path) -> None:
-    """Writes chain.json into the folder."""
+    """Write chain.json into the folder, atomically."""
     steps = [{"step": kind_of(step), **asdict(step)} for step in chain.steps]
     content = {
         "schema_version": SCHEMA_VERSION,
@@ -182,12 +184,16 @@ def write_chain(chain: Chain, folder: Path) -> None:
         "chosen_on": chain.chosen_on,
         "calibration": chain.calibration,
     }
-    (folder / "chain.json").write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
+    write_json(folder / "chain.json", content)
 
 
 def read_chain(path: Path) -> Chain:
-    """The chain of a chain.json, or of the model folder that holds one. BadInput names what does not fit."""
+    """The chain of a chain.json, or of the model folder that holds one.
+
+    Raises BadInput naming what does not fit, and for a file of a finished folder that is gone or has changed.
+    """
     path = path / "chain.json" if path.is_dir() else path
+    check_paths([path])
     if not path.is_file():
         raise BadInput(f"{path} does not exist; give a model folder or a chain.json")
     try:

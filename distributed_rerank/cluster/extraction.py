@@ -7,7 +7,9 @@ nodes need no folder in common with the driver, and which blocks are finished is
 store.
 """
 
+import dataclasses
 import functools
+import json
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -20,6 +22,7 @@ from distributed_rerank.cluster.decode_rows import as_binary, decode_row, manife
 from distributed_rerank.cluster.session import Session
 from distributed_rerank.config.extractor import ExtractorConfig
 from distributed_rerank.config.work import WorkConfig
+from distributed_rerank.data.begun import ComputedWith
 from distributed_rerank.data.rejects import Reject
 from distributed_rerank.errors import BadInput
 from distributed_rerank.extraction import Block, EmbeddedBlock, Embedder
@@ -95,9 +98,10 @@ class _EmbedRow:
     """
 
     def __init__(self, extractor: list[ray.ObjectRef], work: WorkConfig) -> None:
-        self._refusal = ""
+        self._refusal, self._computed_with = "", "{}"
         try:
             self._embedder = Embedder(ray.get(extractor[0]), work)
+            self._computed_with = json.dumps(dataclasses.asdict(self._embedder.computed_with))
         except BadInput as error:
             self._refusal = str(error)
 
@@ -108,7 +112,8 @@ class _EmbedRow:
             shape = row["shape"][0].as_py()
             pixels = np.frombuffer(row["pixels"][0].as_buffer(), np.uint8).reshape(shape)
             embeddings = self._embedder.embed(tensor_of(pixels))
-        columns = {name: row[name] for name in ("block", "ids", "rejects")} | {"refusal": [self._refusal]}
+        columns = {name: row[name] for name in ("block", "ids", "rejects")}
+        columns |= {"refusal": [self._refusal], "computed_with": [self._computed_with]}
         return pa.table({**columns, "shape": [list(embeddings.shape)], "embeddings": as_binary(embeddings)})
 
 
@@ -121,7 +126,8 @@ def _rows(dataset: Any) -> Iterator[tuple[int, EmbeddedBlock]]:
             shape = row["shape"][0].as_py()
             embeddings = np.frombuffer(row["embeddings"][0].as_buffer(), np.float32).reshape(shape)
             rejects = [Reject(r["id"], r["path"], r["reason"]) for r in row["rejects"][0].as_py()]
-            yield row["block"][0].as_py(), EmbeddedBlock(row["ids"][0].as_py(), embeddings, rejects)
+            computed_with = ComputedWith(**json.loads(row["computed_with"][0].as_py()))
+            yield row["block"][0].as_py(), EmbeddedBlock(row["ids"][0].as_py(), embeddings, rejects, computed_with)
 
 
 def _data_context() -> ray.data.DataContext:

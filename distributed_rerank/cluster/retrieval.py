@@ -10,8 +10,7 @@ from distributed_rerank import retrieval as procedure
 from distributed_rerank.cluster.fan_out import fan_out, start_workers
 from distributed_rerank.cluster.session import Session
 from distributed_rerank.config.work import WorkConfig
-from distributed_rerank.data.candidates import CandidateLists
-from distributed_rerank.retrieval import Block, Searcher, SearchSide, tiles_of
+from distributed_rerank.retrieval import Block, SearchedBlock, Searcher, SearchSide, tiles_of
 
 
 class TileSearcher:
@@ -20,7 +19,7 @@ class TileSearcher:
     def __init__(self, tiles: list[ray.ObjectRef], n_items: int, n_threads: int) -> None:
         self._searcher = Searcher(lambda: map(ray.get, tiles), n_items, n_threads)
 
-    def search(self, queries: SearchSide) -> CandidateLists:
+    def search(self, queries: SearchSide) -> SearchedBlock:
         """The candidate lists of a block of queries."""
         return self._searcher.search(queries)
 
@@ -33,7 +32,7 @@ def search(
     work: WorkConfig,
     *,
     session: Session,
-) -> Iterator[tuple[int, CandidateLists]]:
+) -> Iterator[tuple[int, SearchedBlock]]:
     """`procedures.retrieval.search` on the session's workers, blocks as they complete.
 
     One block against one tile is searched here: a second of work, and workers take some to start.

@@ -4,7 +4,6 @@ Layer 4."""
 import copy
 from collections.abc import Iterable, Iterator, Sequence
 
-import numpy as np
 import ray
 
 from distributed_rerank.cluster.fan_out import Worker, fan_out, start_workers
@@ -21,6 +20,7 @@ from distributed_rerank.scoring.score import (
     PairTask,
     ScoredBlock,
     Scorer,
+    Scores,
     ScoringCounters,
     run_rounds,
 )
@@ -69,7 +69,7 @@ def _encode(workers: list[Worker], tasks: Sequence[EncodeTask]) -> Iterator[tupl
 
 def _score(
     workers: list[Worker], calls: Iterable[tuple[int, tuple[list[PairTask], list[ray.ObjectRef]]]]
-) -> Iterator[tuple[int, list[np.ndarray]]]:
+) -> Iterator[tuple[int, Scores]]:
     def submit(worker: Worker, call: tuple[list[PairTask], list[ray.ObjectRef]]) -> ray.ObjectRef:
         tasks, arrays = call
         return worker.call("score", tasks, *arrays)

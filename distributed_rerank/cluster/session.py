@@ -4,7 +4,6 @@ With RAY_ADDRESS set (as in `ray job submit`) the running cluster is used; other
 started and stopped again. It never joins a Ray that happens to run on the machine.
 """
 
-import fcntl
 import logging
 import os
 import secrets
@@ -26,6 +25,7 @@ from ray.exceptions import AuthenticationError
 
 from distributed_rerank.cluster.quiet import quieten
 from distributed_rerank.config.cluster import ClusterConfig
+from distributed_rerank.data import locks
 from distributed_rerank.errors import BadInput
 
 logger = logging.getLogger(__name__)
@@ -120,8 +120,7 @@ def _start_local(config: ClusterConfig) -> Iterator[None]:
     _remove_left_behind()
     # /tmp and not TMPDIR: Ray's socket paths must stay below 107 characters
     folder = Path(tempfile.mkdtemp(prefix=_FOLDER_PREFIX, dir="/tmp"))
-    lock = open(folder / _LOCK, "w")
-    fcntl.flock(lock, fcntl.LOCK_EX)
+    lock = locks.wait_for(folder / _LOCK)
     needed = (config.num_workers or 0) * config.cpus_per_worker + 2
     _use_own_token()
     try:
@@ -138,18 +137,22 @@ def _start_local(config: ClusterConfig) -> Iterator[None]:
     finally:
         ray.shutdown()
         shutil.rmtree(folder, ignore_errors=True)
-        lock.close()
+        lock.release()
 
 
 def _remove_left_behind() -> None:
     """Remove the folders of drivers that were killed: the kernel has freed the locks that they held."""
     for folder in Path("/tmp").glob(f"{_FOLDER_PREFIX}*"):
         try:
-            with open(folder / _LOCK) as lock:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                shutil.rmtree(folder, ignore_errors=True)
+            # Without a lock file it is not one of these, or just being made.
+            lock = locks.take(folder / _LOCK) if (folder / _LOCK).is_file() else None
         except OSError:
+            lock = None
+        if lock is None:
             logger.debug("%s is in use or not ours", folder)
+            continue
+        with lock:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextmanager

@@ -1,19 +1,15 @@
-"""Output folders that are complete or absent: staging, resumable blocks, manifests, digests (layer 2).
+"""Output folders that are complete or absent: fingerprints, unfinished folders, resumable blocks, publishing.
 
-A stage works in a hidden sibling of its output folder, named by the digest of its fingerprint. A killed run
-leaves that staging folder; the next run with the same fingerprint continues it, one with another fingerprint
-does not touch it. Nothing written here carries a time stamp, so equal work gives equal bytes.
+A stage works in a hidden folder beside its output folder, named by the digest of its fingerprint, and renames it when
+it is complete. A killed run leaves the hidden folder; the next run with the same fingerprint goes on in it, one with
+another fingerprint does not touch it. Only manifests hold times, so equal work gives equal bytes in all other files.
 """
 
-import errno
-import fcntl
-import hashlib
 import json
+import logging
 import os
+import re
 import shutil
-import socket
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -21,83 +17,47 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from distributed_rerank import __version__
+from distributed_rerank.data import begun, locks
+from distributed_rerank.data.begun import BEGUN, ComputedWith
+from distributed_rerank.data.files import atomic_path as atomic_path
+from distributed_rerank.data.files import bytes_digest, file_digests, json_digest, write_bytes
+from distributed_rerank.data.files import file_digest as file_digest
+from distributed_rerank.data.files import write_json as write_json
+from distributed_rerank.data.manifests import MANIFEST, SCHEMA_VERSION, check_folder, read_manifest, write_manifest
 from distributed_rerank.errors import BadInput
 
-SCHEMA_VERSION = 1
-MANIFEST = "manifest.json"
-_LOCK = ".lock"
+logger = logging.getLogger(__name__)
+
+RESULT_VERSIONS = {"embed": 1, "retrieve": 1, "score": 1, "train": 1, "evaluate": 1, "rerank": 1}
+"""Raise a stage's number by hand when its results change; folders made before are then refused, not continued."""
+_RUNS = {
+    "train": ("embed", "retrieve", "score"),
+    "evaluate": ("embed", "retrieve", "score"),
+    "rerank": ("embed", "retrieve", "score"),
+}
+"""Stages that another one runs: its result changes with theirs."""
+_BLOCK = re.compile(r"block-(\d{8})\.([0-9a-f]{16})\.parquet")
 
 
 def make_fingerprint(stage: str, **parts: Any) -> dict[str, Any]:
-    """All that decides a stage's result as plain JSON: versions, its name, `parts` (config, digests)."""
-    return _plain({"schema_version": SCHEMA_VERSION, "code_version": __version__, "stage": stage, **parts})
-
-
-def json_digest(value: Any) -> str:
-    """sha256 (hex) of a JSON-able value; the order of dictionary keys does not matter."""
-    text = json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def file_digest(path: str | Path) -> str:
-    """sha256 (hex) of a file's bytes, read in pieces."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-@contextmanager
-def atomic_path(path: str | Path) -> Iterator[Path]:
-    """A temporary path beside `path`. At the end it replaces `path`; on an error it is removed."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        yield temporary
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def write_json(path: str | Path, value: Any) -> None:
-    """Write `value` as JSON with sorted keys, atomically. NaN and infinity raise ValueError."""
-    text = json.dumps(value, sort_keys=True, indent=2, allow_nan=False, ensure_ascii=False)
-    with atomic_path(path) as temporary:
-        temporary.write_text(text + "\n", encoding="utf-8")
-
-
-def read_manifest(folder: str | Path) -> dict[str, Any]:
-    """The manifest of a complete output folder. Raises BadInput where there is none or it is not ours."""
-    path = Path(folder) / MANIFEST
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
-        raise BadInput(f"{folder} holds no {MANIFEST}: it is not a complete output of this tool") from None
-    except ValueError as error:
-        raise BadInput(f"{path} is not valid JSON ({error}); delete the folder or choose another --out") from None
-    if not isinstance(manifest, dict) or not isinstance(manifest.get("fingerprint"), dict):
-        raise BadInput(f"{path} has no fingerprint: it is not an output of this tool; choose another --out")
-    return manifest
+    """All that decides a stage's result as plain JSON: result versions, its name, `parts` (config, digests)."""
+    versions = {name: RESULT_VERSIONS[name] for name in (stage, *_RUNS.get(stage, ()))}
+    return _plain({"schema_version": SCHEMA_VERSION, "result_version": versions, "stage": stage, **parts})
 
 
 def is_complete(folder: str | Path, fingerprint: dict[str, Any], overwrite: bool = False) -> bool:
-    """True: `folder` was made with this fingerprint, skip the stage. False: there is work to do.
+    """True: `folder` was made with this fingerprint and is intact, skip the stage. False: there is work to do.
 
-    Nothing is removed here; with `overwrite` the old folder stays until `Staging.finish` replaces it. Raises
-    BadInput for a folder made with another fingerprint (first differing key, both values) and, even with
-    `overwrite`, for a folder that this tool did not make.
+    A question: nothing on disk is changed. With `overwrite` the answer is False where `folder` may be replaced. Raises
+    BadInput for a folder made with another fingerprint (first differing key, both values), for a file that is gone or
+    has changed, and, even with `overwrite`, for a folder that this tool did not make.
     """
     folder = Path(folder).absolute()
-    is_absent = _is_absent(folder)
-    staged = _staging_path(folder, fingerprint)
-    if (is_absent or overwrite) and (staged / MANIFEST).is_file():
-        _publish(staged, folder)  # a run was killed after its last block, before or between the renames
-        return True
-    if is_absent or overwrite:
+    if _is_absent(folder) or overwrite:
         return False
     difference = _first_difference(read_manifest(folder)["fingerprint"], _plain(fingerprint))
     if difference is None:
+        check_folder(folder)
         return True
     key, old, new = difference
     raise BadInput(
@@ -106,27 +66,54 @@ def is_complete(folder: str | Path, fingerprint: dict[str, Any], overwrite: bool
     )
 
 
-def stage(folder: str | Path, fingerprint: dict[str, Any]) -> "Staging":
-    """Open the staging folder of this fingerprint beside `folder`, continuing what a killed run left there.
+def recover(folder: str | Path, fingerprint: dict[str, Any], overwrite: bool = False) -> bool:
+    """Put in order what a killed run of this fingerprint left. True: that has made `folder` complete.
 
-    Raises BadInput when another live process is working in it.
+    A hidden folder that was finished but not renamed is published. A damaged output folder inside a run that is itself
+    unfinished is renamed to `*.damaged`, so that it is computed again. Raises BadInput where another process is at it.
+    """
+    folder = Path(folder).absolute()
+    if begun.unfinished_around(folder) and folder.is_dir() and any(folder.iterdir()):
+        _set_aside_if_damaged(folder)
+    staged = _staging_path(folder, fingerprint)
+    if not (staged / MANIFEST).is_file() or not (overwrite or _may_be_replaced(folder, fingerprint)):
+        return False
+    with _take_over(folder, fingerprint):
+        _set_aside_if_damaged(staged)
+        if not (staged / MANIFEST).is_file():
+            return False
+        _publish(staged, folder, _plain(fingerprint), overwrite)
+        return True
+
+
+def stage(folder: str | Path, fingerprint: dict[str, Any], overwrite: bool = False) -> "Staging":
+    """Open the hidden folder of this fingerprint beside `folder`, and go on with what a killed run left there.
+
+    With `overwrite`, `finish` replaces whatever output of this tool stands at `folder` then. Raises BadInput when
+    another live process is working in it.
     """
     folder = Path(folder).absolute()
     fingerprint = _plain(fingerprint)
+    lock = _take_over(folder, fingerprint)
     path = _staging_path(folder, fingerprint)
-    path.mkdir(parents=True, exist_ok=True)
-    return Staging(folder, path, fingerprint)
+    begun.begin(path)
+    (path / MANIFEST).unlink(missing_ok=True)
+    return Staging(folder, path, fingerprint, lock, overwrite)
 
 
 class Staging:
     """A hidden working folder, `path`, that becomes the output folder when it is complete."""
 
-    def __init__(self, folder: Path, path: Path, fingerprint: dict[str, Any]) -> None:
+    def __init__(
+        self, folder: Path, path: Path, fingerprint: dict[str, Any], lock: locks.Lock, overwrite: bool
+    ) -> None:
         self.folder = folder
         self.path = path
         self.fingerprint = fingerprint
         self._stores: dict[str, BlockStore] = {}
-        self._lock = _acquire(path / _LOCK)
+        self._lock = lock
+        self._overwrite = overwrite
+        self._remembered: set[ComputedWith] = set()
 
     def __enter__(self) -> "Staging":
         return self
@@ -138,70 +125,112 @@ class Staging:
 
     def close(self) -> None:
         """Let another process work here. The folder stays as it is, to be continued."""
-        self._lock.close()
+        self._lock.release()
 
     def blocks(self, name: str, keep: bool = False) -> "BlockStore":
-        """The block results called `name`. They are removed by `finish`, unless `keep`: then they stay as the
-        folder `name` of Parquet files in the output."""
+        """The block results called `name`; damaged ones are set aside.
+
+        `finish` removes them, unless `keep`: then they stay as the folder `name` of Parquet files in the output.
+        """
         if name not in self._stores:
             self._stores[name] = BlockStore(self.path / name if keep else self.path / "blocks" / name)
         return self._stores[name]
 
-    def finish(self, manifest_extra: dict[str, Any] | None = None, rows: int | None = None) -> None:
-        """Write the manifest and rename the staging folder to the output folder, replacing an older output.
+    def remember(self, found: ComputedWith) -> None:
+        """Note what a worker computed with; it is in the manifest of the finished folder.
 
-        The old output is moved aside, the new one takes its place, then the old one is deleted: at every
-        moment one complete folder exists. Raises BadInput where something that is not an output of this tool
-        is in the way.
+        Raises BadInput where this folder was begun with another device or precision, where a run around it was, and
+        where the output folder, whose results would be taken over, was.
+        """
+        if found not in self._remembered:
+            fix = "pass --overwrite to recompute it or choose another --out"
+            begun.compare(self._earlier(), found, f"{self.folder} was made", fix)
+            begun.remember(self.path, found)
+            self._remembered.add(found)
+
+    def remember_from(self, folder: Path) -> None:
+        """Note what `begun.remember` has noted in another folder."""
+        known = begun.join(begun.recall(self.path), begun.recall(folder))
+        write_json(self.path / BEGUN, known)
+
+    def finish(self, manifest_extra: dict[str, Any] | None = None, rows: int | None = None) -> None:
+        """Write the manifest and rename this folder to the output folder, replacing an older output.
+
+        The old output is moved aside, the new one takes its place, then the old one is deleted: at every moment one
+        complete folder exists. Raises BadInput where something that is not an output of this tool is in the way, or,
+        without `overwrite`, an output that another configuration has finished meanwhile; this one is then kept in its
+        hidden folder.
         """
         blocks = {
             "computed": sum(store.computed for store in self._stores.values()),
             "reused": sum(store.reused for store in self._stores.values()),
         }
-        manifest = {"rows": rows, **(manifest_extra or {}), "blocks": blocks, "fingerprint": self.fingerprint}
-        for key in ("schema_version", "code_version"):
-            manifest[key] = self.fingerprint.get(key)
         shutil.rmtree(self.path / "blocks", ignore_errors=True)
-        write_json(self.path / MANIFEST, manifest)
-        _publish(self.path, self.folder)
+        for damaged in list(self.path.rglob("*.damaged")):
+            _remove(damaged)
+        content = {"rows": rows, **(manifest_extra or {}), "blocks": blocks, "fingerprint": self.fingerprint}
+        # What no worker computed, this process did, on its CPU.
+        content["computed_with"] = begun.join(self._earlier(), begun.recall(self.path)) or {"device": "cpu"}
+        inner = {path.parent.name: path.parent for path in self.path.glob(f"*/{MANIFEST}")}
+        content["stages"] = {name: read_manifest(path).get("computed_with") for name, path in inner.items()}
+        write_manifest(self.path, content, without=[BEGUN])
+        _publish(self.path, self.folder, self.fingerprint, self._overwrite)
         self.close()
+
+    def _earlier(self) -> dict[str, Any]:
+        """What the output folder was computed with, if this run adds to it; else {}."""
+        if self._overwrite or not (self.folder / MANIFEST).is_file():
+            return {}
+        return read_manifest(self.folder).get("computed_with", {})
 
 
 class BlockStore:
-    """Results of numbered blocks, one Parquet file each, written atomically.
+    """Results of numbered blocks, one Parquet file each, written atomically and named by number and digest.
 
-    `reused` counts the blocks found when it was opened, `computed` those written since.
+    Opening it compares each file with the digest in its name; a damaged one is renamed to `*.damaged` and counts as
+    not there. `reused` counts the blocks found then, `computed` those written since.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.computed = 0
         folder.mkdir(parents=True, exist_ok=True)
-        self.reused = len(self.done())
+        found = {path: match for path in sorted(folder.iterdir()) if (match := _BLOCK.fullmatch(path.name))}
+        self._paths: dict[int, Path] = {}
+        for (path, match), digest in zip(found.items(), file_digests(list(found)), strict=True):
+            if digest.startswith(match[2]):
+                self._paths[int(match[1])] = path
+            else:
+                _set_aside(path, "its bytes have changed since it was written")
+        self.reused = len(self._paths)
 
     def done(self) -> set[int]:
         """Numbers of the blocks that are complete on disk."""
-        return {int(path.stem.removeprefix("block-")) for path in self.folder.glob("block-*.parquet")}
+        return set(self._paths)
 
     def write(self, number: int, table: pa.Table) -> None:
         """Store the result of one block; a block written twice keeps the last."""
         assert number >= 0, f"block number {number} is negative"
-        with atomic_path(self._path(number)) as temporary:
-            pq.write_table(table, temporary)
+        sink = pa.BufferOutputStream()
+        pq.write_table(table, sink)
+        content = sink.getvalue().to_pybytes()
+        if number in self._paths:
+            # Removed first: a run killed in between has no block of this number, never two.
+            self._paths.pop(number).unlink()
+        path = self.folder / f"block-{number:08d}.{bytes_digest(content)[:16]}.parquet"
+        write_bytes(path, content)
+        self._paths[number] = path
         self.computed += 1
 
     def read(self, number: int) -> pa.Table:
         """The result of one block."""
-        return pq.ParquetFile(self._path(number)).read()
+        return pq.ParquetFile(self._paths[number]).read()
 
     def table(self) -> pa.Table:
         """All blocks in number order as one table."""
         numbers = sorted(self.done())
         assert numbers, f"no block has been written to {self.folder}"
         return pa.concat_tables([self.read(number) for number in numbers])
-
-    def _path(self, number: int) -> Path:
-        return self.folder / f"block-{number:08d}.parquet"
 
 
 def _plain(value: Any) -> Any:
@@ -213,6 +242,23 @@ def _staging_path(folder: Path, fingerprint: dict[str, Any]) -> Path:
     return folder.with_name(f".{folder.name}.{json_digest(fingerprint)[:16]}")
 
 
+def _take_over(folder: Path, fingerprint: dict[str, Any]) -> locks.Lock:
+    """The lock of the hidden folder of this fingerprint. Raises BadInput where it is held or cannot be."""
+    staged = _staging_path(folder, fingerprint)
+    path = staged.with_name(f"{staged.name}.lock")
+    try:
+        lock = locks.take(path)
+    except OSError as error:
+        raise _no_lock(path, error) from None
+    if lock is None:
+        raise BadInput(f"{folder} is in use by {locks.holder_of(path)}; wait for it or choose another --out")
+    return lock
+
+
+def _no_lock(path: Path, error: OSError) -> BadInput:
+    return BadInput(f"{path.parent}: no file can be locked here ({error}); choose another --out")
+
+
 def _is_absent(folder: Path) -> bool:
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return True
@@ -221,15 +267,51 @@ def _is_absent(folder: Path) -> bool:
     return False
 
 
-def _publish(staged: Path, folder: Path) -> None:
-    is_absent = _is_absent(folder)
-    (staged / _LOCK).unlink(missing_ok=True)
-    replaced = folder.with_name(f".{folder.name}.replaced")
-    shutil.rmtree(replaced, ignore_errors=True)
-    if not is_absent:
-        os.rename(folder, replaced)
-    os.rename(staged, folder)
-    shutil.rmtree(replaced, ignore_errors=True)
+def _may_be_replaced(folder: Path, fingerprint: dict[str, Any]) -> bool:
+    return _is_absent(folder) or read_manifest(folder)["fingerprint"] == _plain(fingerprint)
+
+
+def _publish(staged: Path, folder: Path, fingerprint: dict[str, Any], overwrite: bool) -> None:
+    """Rename `staged` to `folder`. Looks again, under a lock that all configurations share, at what stands there."""
+    with locks.wait_for(folder.with_name(f".{folder.name}.lock")):
+        is_absent = _is_absent(folder)
+        if not is_absent and not overwrite:
+            difference = _first_difference(read_manifest(folder)["fingerprint"], fingerprint)
+            if difference is not None:
+                key, old, new = difference
+                raise BadInput(
+                    f"{folder} was finished meanwhile with {key}={old}, this run has {key}={new} and its result is in "
+                    f"{staged}; pass --overwrite to replace the other or choose another --out"
+                )
+        (staged / BEGUN).unlink(missing_ok=True)
+        replaced = folder.with_name(f".{folder.name}.replaced")
+        shutil.rmtree(replaced, ignore_errors=True)
+        if not is_absent:
+            os.rename(folder, replaced)
+        os.rename(staged, folder)
+        shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _set_aside_if_damaged(folder: Path) -> None:
+    try:
+        check_folder(folder)
+    except BadInput as error:
+        _set_aside(folder, str(error))
+
+
+def _set_aside(path: Path, reason: str) -> None:
+    aside = path.with_name(f"{path.name}.damaged")
+    if aside.exists():
+        _remove(aside)
+    os.rename(path, aside)
+    logger.warning("%s is damaged and is computed again; it is kept as %s (%s)", path, aside.name, reason)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
 
 
 def _first_difference(old: Any, new: Any, key: str = "") -> tuple[str, str, str] | None:
@@ -247,29 +329,3 @@ def _first_difference(old: Any, new: Any, key: str = "") -> tuple[str, str, str]
 
 def _shown(side: dict[str, Any], name: str) -> str:
     return json.dumps(side[name]) if name in side else "(absent)"
-
-
-def _acquire(path: Path) -> Any:
-    """Lock `path` for this process. The kernel frees the lock of a dead process, so a stale one needs no
-    clean-up.
-
-    POSIX record locks: they hold over NFS, and data-loading processes forked later do not inherit them.
-    """
-    file = open(path, "a+", encoding="utf-8")
-    try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        file.seek(0)
-        holder = file.read().strip()
-        file.close()
-        if error.errno not in (errno.EACCES, errno.EAGAIN):
-            raise BadInput(
-                f"{path.parent}: this file system cannot lock files ({error}); choose another --out"
-            ) from None
-        raise BadInput(
-            f"{path.parent} is in use by {holder or 'another process'}; wait for it or choose another --out"
-        ) from None
-    file.truncate(0)
-    file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-    file.flush()
-    return file

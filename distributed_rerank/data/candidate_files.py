@@ -8,7 +8,7 @@ from typing import Any, BinaryIO
 import pandas as pd
 import pyarrow as pa
 
-from distributed_rerank.data import locations, tables
+from distributed_rerank.data import locations, manifests, tables
 from distributed_rerank.data.candidates import CandidateLists
 from distributed_rerank.data.catalogue import Catalogue
 from distributed_rerank.data.gathering import gather_lists
@@ -55,6 +55,7 @@ def _batches(path: str | Path, schemes: frozenset[str], rows: int) -> Iterator[p
 def _opened(text: str, schemes: frozenset[str]) -> BinaryIO:
     try:
         if locations.scheme_of(text) is None:
+            manifests.check_paths([Path(text)])
             return open(text, "rb")
         return io.BytesIO(locations.read_bytes(text, schemes))
     except OSError as error:

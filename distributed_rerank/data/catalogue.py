@@ -14,7 +14,7 @@ import pandas as pd
 from jaxtyping import Int64
 
 from distributed_rerank.data import catalogue_checks, locations
-from distributed_rerank.data.artifacts import json_digest
+from distributed_rerank.data.files import json_digest
 from distributed_rerank.errors import BadInput
 
 Purpose = Literal["images", "evaluation", "training"]

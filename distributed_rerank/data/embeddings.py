@@ -10,7 +10,8 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Float32, Int64
 
-from distributed_rerank.data import artifacts, tables
+from distributed_rerank.data import manifests, tables
+from distributed_rerank.data.files import json_digest
 from distributed_rerank.data.rejects import Reject, rejects_of
 
 
@@ -29,7 +30,7 @@ class Embeddings:
     @cached_property
     def digest(self) -> str:
         """sha256 of ids and values."""
-        total = hashlib.sha256(artifacts.json_digest(self.ids.tolist()).encode())
+        total = hashlib.sha256(json_digest(self.ids.tolist()).encode())
         total.update(np.ascontiguousarray(self.matrix).data)
         return total.hexdigest()
 
@@ -39,8 +40,12 @@ class Embeddings:
 
 
 def read_embeddings(folder: str | Path) -> Embeddings:
-    """What the embedding stage wrote to `folder`, or any embeddings table (then nothing is known to be rejected)."""
+    """What the embedding stage wrote to `folder`, or any embeddings table (then nothing is known to be rejected).
+
+    Raises BadInput for a file of a finished folder that is gone or has changed, and as `tables.read_embeddings` does.
+    """
     ids, matrix = tables.read_embeddings(folder)
+    manifests.check_files(folder, ["rejects.parquet"])
     rejects = Path(folder) / "rejects.parquet"
     known = rejects_of(tables.read_table(rejects, "rejects")) if rejects.is_file() else []
     order = np.argsort(ids, kind="stable")

@@ -1,8 +1,8 @@
-"""The Parquet tables between stages: exact schemas, atomic writers, checking readers (layer 2).
+"""The Parquet tables between stages: exact schemas, atomic writers, checking readers.
 
 Every table is keyed by ids. Readers take a file, a URI, or a folder: `folder/<table>.parquet`, else the
 Parquet files in `folder/<table>/`, else those in `folder` itself. Columns that are missing or unknown raise
-BadInput.
+BadInput, and so does a file of a finished folder that is gone or has changed since it was written.
 """
 
 import io
@@ -16,8 +16,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from jaxtyping import Float32
 
-from distributed_rerank.data import locations
-from distributed_rerank.data.artifacts import atomic_path
+from distributed_rerank.data import locations, manifests
+from distributed_rerank.data.files import atomic_path
 from distributed_rerank.errors import BadInput
 
 SCHEMAS = {
@@ -159,13 +159,16 @@ def load_batches(path: str | Path | BinaryIO, name: str, rows: int, source: str 
 
 
 def _files(path: Path, name: str) -> list[Path]:
-    if not path.is_dir():
-        return [path]
-    if (path / f"{name}.parquet").is_file():
-        return [path / f"{name}.parquet"]
-    files = sorted((path / name).glob("[!.]*.parquet")) or sorted(path.glob("[!.]*.parquet"))
+    """The Parquet files of the table, compared with the manifest of their folder where it has one."""
+    files = [path]
+    if path.is_dir():
+        manifests.check_files(path, [f"{name}.parquet"])
+        whole = path / f"{name}.parquet"
+        parts = sorted((path / name).glob("[!.]*.parquet")) or sorted(path.glob("[!.]*.parquet"))
+        files = [whole] if whole.is_file() else parts
     if not files:
         raise BadInput(f"{path} holds no Parquet files of {name}; give the folder that the earlier job wrote")
+    manifests.check_paths(files)
     return files
 
 

@@ -206,7 +206,7 @@ class Sources:
         blocks = list(enumerate(sharding.blocks(len(queries.items), self.work.queries_per_search_block)))
         by_block = dict(search(blocks, queries, gallery, self.n_items, self.work))
         assert len(by_block) == len(blocks), "a block of queries never came back"
-        parts = [neighbours(by_block[number]) for number in sorted(by_block)]
+        parts = [neighbours(by_block[number].lists) for number in sorted(by_block)]
         return Neighbours(torch.cat([part.items for part in parts]), torch.cat([part.distances for part in parts]))
 
     def _lists_of_all(self, is_pairwise: bool) -> CandidateLists:

@@ -64,11 +64,11 @@ def evaluate(
             raise BadInput(f"{catalogue.source}: no row of this split has {role}; set it or choose another --split")
     check_depth(config, chain)
     fingerprint = _fingerprint(catalogue, config, measure, work, model, chain)
-    if artifacts.is_complete(out, fingerprint, overwrite):
+    if artifacts.recover(out, fingerprint, overwrite) or artifacts.is_complete(out, fingerprint, overwrite):
         logger.info("%s is complete: nothing to do", out)
         return json.loads((out / "metrics.json").read_text())
     timings: dict[str, float] = {}
-    with artifacts.stage(out, fingerprint) as staging:
+    with artifacts.stage(out, fingerprint, overwrite) as staging:
         first = first_stage(catalogue, config, work, staging.path, executors, timings)
         scored = _score(first, config.n_items, work, model, chain, staging.path, executors, timings)
         with timed(timings, "measure"):

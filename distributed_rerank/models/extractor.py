@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from distributed_rerank.config.extractor import ExtractorConfig, python_literal
+from distributed_rerank.data.begun import ComputedWith
+from distributed_rerank.data.files import file_digest
 from distributed_rerank.data.transforms import InferenceTransform
 from distributed_rerank.errors import BadInput
 from distributed_rerank.models import inference, vit, weights
@@ -58,6 +60,16 @@ class Extractor(nn.Module):
     def dtype_on(self, device: torch.device) -> torch.dtype:
         """Number format of the inputs and outputs of the network's layers on `device`."""
         return resolve_precision(self.config.precision, device, has_narrow_maps=self.has_narrow_maps)
+
+    def computed_with(self, device: torch.device) -> ComputedWith:
+        """What the results of this network on `device` are computed with."""
+        is_auto = self.config.precision == "auto"
+        return ComputedWith(
+            device=device.type,
+            precision=str(self.dtype_on(device)).removeprefix("torch."),
+            auto_precision=str(resolve_precision("auto", device)).removeprefix("torch.") if is_auto else None,
+            gpu=torch.cuda.get_device_name(device) if device.type == "cuda" else None,
+        )
 
     def pads_keys(self, device: torch.device) -> bool:
         """Whether to pad attention keys to a multiple of 16: 1.2 times faster with AMX and fused attention only."""
@@ -126,7 +138,7 @@ def _no_vector(config: ExtractorConfig) -> BadInput:
 def weights_digest(config: ExtractorConfig) -> str:
     """sha256 of the weights: of the local file, else of the fetched or initialised state dict."""
     if config.weights not in (None, "none"):
-        return weights.digest_of_file(config.weights)
+        return file_digest(config.weights)
     return weights.digest_of_state(_create(config).state_dict())
 
 

@@ -6,7 +6,6 @@ neither the internet nor the extractor's own weights.
 
 import dataclasses
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,8 @@ from torch import nn
 
 from distributed_rerank.config.extractor import ExtractorConfig
 from distributed_rerank.config.pairwise import PAIRWISE_CONFIGS, PairwiseConfig, pairwise_name
+from distributed_rerank.data.files import write_bytes
+from distributed_rerank.data.manifests import MANIFEST, check_files
 from distributed_rerank.errors import BadInput
 from distributed_rerank.models import weights
 from distributed_rerank.models.concat_siamese import ConcatSiamese
@@ -56,7 +57,7 @@ def save_model(model: PairwiseModel, folder: str | Path) -> Path:
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     state = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
-    _replace(folder / "model.safetensors", safetensors.torch.save(state, metadata={"format": "pt"}))
+    write_bytes(folder / "model.safetensors", safetensors.torch.save(state, metadata={"format": "pt"}))
     content = {
         "schema_version": SCHEMA_VERSION,
         "model": model_name(model),
@@ -64,29 +65,26 @@ def save_model(model: PairwiseModel, folder: str | Path) -> Path:
         "bytes_per_image": model.bytes_per_image,
         "gflop_per_pair": round(model.gflop_per_pair(), 6),
     }
-    _replace(folder / "config.json", (json.dumps(content, indent=2) + "\n").encode())
+    write_bytes(folder / "config.json", (json.dumps(content, indent=2) + "\n").encode())
     return folder
 
 
 def save_extractor(extractor: Extractor, path: str | Path) -> Path:
     """Write the weights of the extractor's network, by timm's names, as a file for `ExtractorConfig.weights`."""
     state = {name: value.detach().cpu().contiguous() for name, value in extractor.model.state_dict().items()}
-    _replace(Path(path), safetensors.torch.save(state, metadata={"format": "pt"}))
+    write_bytes(path, safetensors.torch.save(state, metadata={"format": "pt"}))
     return Path(path)
-
-
-def _replace(path: Path, content: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_bytes(content)
-    os.replace(temporary, path)
 
 
 def load_model(folder: str | Path) -> PairwiseModel:
     """The model that `save_model` wrote to `folder` or `push_model` sent to `hf-hub:owner/name`, in evaluation mode.
 
-    Raises BadInput for a folder that does not exist, lacks a file or is not a saved model, and weights that do not fit.
+    The files of a finished training folder, its chain included, are compared with the manifest; a folder without one
+    (from the hub) is taken as it is. Raises BadInput for a folder that does not exist, lacks a file, has a changed file
+    or is not a saved model, and for weights that do not fit.
     """
     path = local_folder(folder)
+    check_files(path, ["config.json", "chain.json", "model.safetensors"])
     for name in ("config.json", "model.safetensors"):
         if not (path / name).is_file():
             raise BadInput(f"{folder} is no saved pairwise model: it has no {name}; give a folder of jobs/train.py")
@@ -122,12 +120,19 @@ def config_from_json(kind: type, values: Mapping[str, Any]) -> Any:
 
 
 def push_model(folder: str | Path, repo_id: str) -> str:
-    """Send a saved folder to the Hugging Face hub as `repo_id` (created if absent). Returns the commit's address."""
+    """Send a saved folder to the Hugging Face hub as `repo_id`, created if absent; returns the commit's address.
+
+    Weights, config, chain and card go there, the manifest does not: it lists files that stay here.
+    """
     api = huggingface_hub.HfApi()
     api.create_repo(repo_id, exist_ok=True)
-    return str(
-        api.upload_folder(repo_id=repo_id, folder_path=str(folder), allow_patterns=["*.json", "*.safetensors", "*.md"])
+    commit = api.upload_folder(
+        repo_id=repo_id,
+        folder_path=str(folder),
+        allow_patterns=["*.json", "*.safetensors", "*.md"],
+        ignore_patterns=[MANIFEST],
     )
+    return str(commit)
 
 
 def local_folder(folder: str | Path) -> Path:
@@ -140,7 +145,8 @@ def local_folder(folder: str | Path) -> Path:
         return Path(folder)
     try:
         patterns = ["*.json", "*.safetensors", "*.md"]
-        return Path(huggingface_hub.snapshot_download(name.removeprefix("hf-hub:"), allow_patterns=patterns))
+        repo_id = name.removeprefix("hf-hub:")
+        return Path(huggingface_hub.snapshot_download(repo_id, allow_patterns=patterns, ignore_patterns=[MANIFEST]))
     except (OSError, ValueError) as error:
         raise BadInput(
             f"{name} could not be fetched from the hub: {str(error).splitlines()[0]}; give a local folder"

@@ -11,6 +11,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from distributed_rerank.data.manifests import check_paths
 from distributed_rerank.errors import BadInput
 
 WRAPPERS = ("module.", "model.", "extractor.", "backbone.", "_orig_mod.")
@@ -21,12 +22,13 @@ NESTED = ("state_dict", "model", "model_state_dict", "state_dict_ema", "ema_stat
 def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     """The tensors of a .safetensors, .pth, .pt, .ckpt or .bin file, on the CPU.
 
-    A state dict nested under one of `NESTED` is unwrapped. Raises BadInput for a file that is absent, of
-    another kind or unreadable, or that would need code to be unpickled.
+    A state dict nested under one of `NESTED` is unwrapped. Raises BadInput for a file that is absent, of another kind
+    or unreadable, that would need code to be unpickled, or that belongs to a finished folder and has changed.
     """
     path = Path(path)
     if not path.is_file():
         raise BadInput(f"weights file {path} does not exist")
+    check_paths([path])
     try:
         if path.suffix == ".safetensors":
             return safetensors.torch.load_file(path)
@@ -121,12 +123,6 @@ def load_exactly(module: nn.Module, state: Mapping[str, Tensor], source: str) ->
     if problems:
         raise BadInput(f"weights {source} do not fit the architecture: {'; '.join(problems)}; name their own model")
     module.load_state_dict(dict(state), strict=False)
-
-
-def digest_of_file(path: str | Path) -> str:
-    """sha256 of the bytes of a file, in hexadecimal."""
-    with Path(path).open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def digest_of_state(state: Mapping[str, Any]) -> str:

@@ -11,9 +11,9 @@ from typing import Any
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
-from filelock import FileLock
 
-from distributed_rerank.data.artifacts import atomic_path
+from distributed_rerank.data import locks
+from distributed_rerank.data.files import atomic_path
 from distributed_rerank.errors import BadInput
 
 COLUMNS = pa.schema(
@@ -50,7 +50,7 @@ def append(path: Path, row: Mapping[str, Any], metrics: Mapping[str, float]) -> 
     schema = pa.schema([*COLUMNS, *(pa.field(key, pa.float64()) for key in metrics)])
     new = pa.Table.from_pylist([{**row, **metrics}], schema)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(path.with_name(f".{path.name}.lock")):
+    with locks.wait_for(path.with_name(f".{path.name}.lock")):
         old = _read(path) if path.exists() else None
         if old is not None and row["run_id"] in old["run_id"].to_pylist():
             return

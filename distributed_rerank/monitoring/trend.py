@@ -13,7 +13,8 @@ import pandas as pd
 from markupsafe import Markup, escape
 
 from distributed_rerank import svg
-from distributed_rerank.data.artifacts import atomic_path
+from distributed_rerank.data.files import atomic_path
+from distributed_rerank.data.manifests import rewriting
 from distributed_rerank.report.formatting import fraction, metric_name, signed
 
 MAX_RUNS = 60
@@ -76,7 +77,10 @@ def write_trend(folder: Path, history: pd.DataFrame, metric: str) -> None:
     assert end, f"{report} has no </main> to put the trend before"
     reason = escape(history["reason"].iloc[-1])
     section = f'<section aria-labelledby="h-trend">\n<h2 id="h-trend">Trend</h2>\n<p>{reason}</p>\n{plot}\n</section>\n'
-    _write(report, f"{head}{_START}\n{section}{_END}\n{end}{tail}")
+    page = f"{head}{_START}\n{section}{_END}\n{end}{tail}"
+    if page != report.read_text(encoding="utf-8"):
+        with rewriting(report):
+            _write(report, page)
 
 
 def write_page(path: Path, history: pd.DataFrame, metric: str, runs: Path) -> None:

@@ -64,10 +64,10 @@ def rerank(
         chain=[{"step": kind_of(step), **asdict(step)} for step in chain.steps],
         calibration={name: chain.calibration.get(name) for name in ("slope", "intercept")},
     )
-    if artifacts.is_complete(out, fingerprint, overwrite):
+    if artifacts.recover(out, fingerprint, overwrite) or artifacts.is_complete(out, fingerprint, overwrite):
         logger.info("%s is complete: nothing to do", out)
         return pq.read_table(out / "reranked.parquet")
-    with artifacts.stage(out, fingerprint) as staging:
+    with artifacts.stage(out, fingerprint, overwrite) as staging:
         timings: dict[str, float] = {}
         first = first_stage(catalogue, config, work, staging.path, executors, timings)
         lists = ranking_run.lists_for(

@@ -17,6 +17,7 @@ from jaxtyping import Bool, Float32, Int64
 from torch import Tensor
 
 from distributed_rerank.config.work import WorkConfig
+from distributed_rerank.data.begun import ComputedWith
 from distributed_rerank.data.catalogue import ImageRef
 from distributed_rerank.data.decoding import decode
 from distributed_rerank.data.rejects import Reject
@@ -42,6 +43,7 @@ class Encoded:
     """Places of the images in the array's rows."""
     rejects: dict[int, Reject]
     """The images that could not be read, by place."""
+    computed_with: ComputedWith
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,16 @@ class ScoredBlock:
 
     logits: Float32[np.ndarray, "query top_n"]
     rejects: list[Reject]
+    computed_with: frozenset[ComputedWith]
+    """Of the workers that encoded its round and that scored it."""
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What a score call returns: the logits of the pairs of each task."""
+
+    logits: list[Float32[np.ndarray, " _"]]
+    computed_with: ComputedWith
 
 
 @dataclass
@@ -118,6 +130,7 @@ class Scorer:
         is_gpu = self.device.type == "cuda"
         self._batch = work.pairs_per_batch or scoring_plan.pairs_per_batch(model.gflop_per_pair(), is_gpu)
         self._model = model.prepare_for_inference(self.device)
+        self._computed_with = model.extractor.computed_with(self.device)
         self._lanes = InferenceThreads(max(work.threads_per_worker, _LANES_OF_GPU if is_gpu else 1))
 
     def encode(self, task: EncodeTask) -> tuple[np.ndarray, Encoded]:
@@ -125,7 +138,7 @@ class Scorer:
         parts = self._lanes.map(self._encode_batch, zip(task.places, task.refs, strict=True))
         places = [place for _, encoded in parts for place in encoded.places]
         rejects = {place: reject for _, encoded in parts for place, reject in encoded.rejects.items()}
-        return np.concatenate([array for array, _ in parts]), Encoded(places, rejects)
+        return np.concatenate([array for array, _ in parts]), Encoded(places, rejects, self._computed_with)
 
     def _encode_batch(self, batch: tuple[range, list[ImageRef]]) -> tuple[np.ndarray, Encoded]:
         places, refs = batch
@@ -136,16 +149,18 @@ class Scorer:
             encodings = self._model.encode(decoded.pixels.to(self.device))
         else:
             encodings = torch.empty((0, *self._model.encoding_shape), dtype=self._model.encoding_dtype)
-        return array_of(encodings), Encoded([places[at] for at in decoded.kept], rejects)
+        return array_of(encodings), Encoded([places[at] for at in decoded.kept], rejects, self._computed_with)
 
-    def score(self, tasks: Sequence[PairTask], *encodings: np.ndarray) -> list[Float32[np.ndarray, " pair"]]:
-        """Float32 logits of the pairs of each task, a micro-batch at a time.
+    def score(self, tasks: Sequence[PairTask], *encodings: np.ndarray) -> Scores:
+        """The logits of the pairs of each task, a micro-batch at a time.
 
         No micro-batch has pairs of two tasks: logits have the same bits whatever is scored in one call.
         """
         if len(tasks) == 1:
-            return [self._score_task(tasks[0], encodings, self._lanes.map)]
-        return self._lanes.map(lambda task: self._score_task(task, encodings, map), tasks)
+            logits = [self._score_task(tasks[0], encodings, self._lanes.map)]
+        else:
+            logits = self._lanes.map(lambda task: self._score_task(task, encodings, map), tasks)
+        return Scores(logits, self._computed_with)
 
     def _score_task(
         self, task: PairTask, encodings: Sequence[np.ndarray], each: Callable[..., Iterable[np.ndarray]]
@@ -182,7 +197,7 @@ class Backend:
 
     encode: Callable[[Sequence[EncodeTask]], Iterator[tuple[Any, Encoded]]]
     """Handles and descriptions, in any order."""
-    score: Callable[[Iterable[tuple[int, tuple[list[PairTask], list[Any]]]]], Iterator[tuple[int, list[np.ndarray]]]]
+    score: Callable[[Iterable[tuple[int, tuple[list[PairTask], list[Any]]]]], Iterator[tuple[int, Scores]]]
     """Logits of the tasks of each numbered call, the calls in any order."""
     n_workers: int
     max_bytes: int
@@ -237,26 +252,24 @@ def _run_round(
     sources, rows = (np.full(len(plan.items), -1, np.int64) for _ in range(2))
     handles: list[Any] = []
     rejects: dict[int, Reject] = {}
+    encoders: set[ComputedWith] = set()
     started = time.perf_counter()
     for handle, encoded in backend.encode(_encode_tasks(plan, now, images, bytes_per_image, backend.n_workers)):
         sources[encoded.places], rows[encoded.places] = len(handles), np.arange(len(encoded.places))
         handles.append(handle)
         rejects |= encoded.rejects
+        encoders.add(encoded.computed_with)
         counters.add(encoded)
     encoded_at = time.perf_counter()
     cuts = sharding.blocks(len(now), backend.blocks_per_call)
     calls = {number: [plan.blocks[at] for at in now[slice(*cut)]] for number, cut in enumerate(cuts)}
     tasks = ((number, _pair_tasks(blocks, sources, rows, handles)) for number, blocks in calls.items())
     for number, scored in backend.score(tasks):
-        for at, block, logits in zip(now[slice(*cuts[number])], calls[number], scored, strict=True):
+        computed_with = frozenset({*encoders, scored.computed_with})
+        for at, block, logits in zip(now[slice(*cuts[number])], calls[number], scored.logits, strict=True):
             counters.pairs_scored += len(logits)
-            yield (
-                at,
-                ScoredBlock(
-                    _in_place(block, sources, logits),
-                    [rejects[place] for place in block.places().tolist() if place in rejects],
-                ),
-            )
+            unreadable = [rejects[place] for place in block.places().tolist() if place in rejects]
+            yield at, ScoredBlock(_in_place(block, sources, logits), unreadable, computed_with)
     counters.add_seconds(encoded_at - started, time.perf_counter() - encoded_at, backend.n_workers)
 
 

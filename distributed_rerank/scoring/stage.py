@@ -1,5 +1,4 @@
 """The scoring stage: candidate lists and a pairwise model in, a folder with the logit of every pair out.
-Layer 3.
 
 Finished score blocks survive a kill. Rejects are stored with the block that met them, so that a continued run
 reports the same ones as an uninterrupted run.
@@ -58,21 +57,20 @@ def score_candidates(
     score: Score = score,
     overwrite: bool = False,
 ) -> PairLogits:
-    """Logits of the first `top_n` candidates of each query, kept as pair_distances.parquet in the folder
-    `out`.
+    """Logits of the first `top_n` candidates of each query, kept as pair_distances.parquet in the folder `out`.
 
-    A killed run continues with the unfinished blocks; the manifest counts blocks, images and pairs of the
-    last run. Raises BadInput for a folder made from other inputs (`overwrite` recomputes it), for logits that
-    are not finite, and, after all pairs were tried, when more than the share `work.max_rejects` of the images
-    cannot be read.
+    A killed run continues with the unfinished blocks; the manifest counts blocks, images and pairs of the last run.
+    Raises BadInput for a folder that is damaged or was made from other inputs (`overwrite` recomputes it), for one
+    begun on another kind of device or in another precision, for logits that are not finite, and, after all pairs were
+    tried, when more than the share `work.max_rejects` of the images cannot be read.
     """
     out, work = Path(out), work or WorkConfig()
     lists = CandidateLists(lists.query_items, lists.items[:, :top_n], lists.distances[:, :top_n])
     plan = _plan(lists, model, work)
     fingerprint = _fingerprint(catalogue, lists, model, top_n, work, plan)
-    if artifacts.is_complete(out, fingerprint, overwrite):
+    if artifacts.recover(out, fingerprint, overwrite) or artifacts.is_complete(out, fingerprint, overwrite):
         return _read(out, catalogue, lists, plan)
-    with artifacts.stage(out, fingerprint) as staging:
+    with artifacts.stage(out, fingerprint, overwrite) as staging:
         counters = ScoringCounters()
         _compute(catalogue, lists, plan, model, work, staging, score, counters)
         logits = _reduce(staging, catalogue, lists, plan)
@@ -127,10 +125,10 @@ def _compute(
     score: Score,
     counters: ScoringCounters,
 ) -> None:
-    """Score and store the blocks that are not stored; the rejects go first, so that a stored block is a
-    complete one."""
+    """Score and store the blocks that are not stored; rejects go first, so that a stored block is a complete one."""
     scored, rejected = staging.blocks("pair_distances"), staging.blocks("rejects")
-    finished = {number for number in scored.done() if not _is_repaired(rejected.read(number), catalogue)}
+    stored = scored.done() & rejected.done()
+    finished = {number for number in stored if not _is_repaired(rejected.read(number), catalogue)}
     todo = [number for number in range(len(plan.blocks)) if number not in finished]
     if not todo:
         return
@@ -139,6 +137,8 @@ def _compute(
     for number, result in progress(results, total=len(todo), title="scoring pairs"):
         assert number in open_blocks, f"block {number} came twice or was not asked for"
         open_blocks.remove(number)
+        for found in result.computed_with:
+            staging.remember(found)
         rejected.write(number, reject_table(result.rejects, "score"))
         scored.write(number, _block_table(catalogue, lists, plan.blocks[number], result))
     assert not open_blocks, f"blocks {sorted(open_blocks)} never came back"

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from distributed_rerank.data.artifacts import atomic_path
+from distributed_rerank.data.files import atomic_path
 
 PATTERN = re.compile(r"epoch-(\d{5})\.pt")
 

@@ -17,7 +17,7 @@ from jaxtyping import Int64
 from torch import Tensor
 
 from distributed_rerank.config.training import TrainingConfig
-from distributed_rerank.data.artifacts import atomic_path
+from distributed_rerank.data.files import atomic_path
 from distributed_rerank.models.saving import load_model, save_model
 from distributed_rerank.runtime.devices import tensor_of
 from distributed_rerank.runtime.progress import progress

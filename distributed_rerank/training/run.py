@@ -17,6 +17,7 @@ from torch import Tensor
 from distributed_rerank.chain.chain import Chain
 from distributed_rerank.chain.choice import fusion_figure, try_chain
 from distributed_rerank.config.training import TrainingConfig
+from distributed_rerank.data import begun
 from distributed_rerank.errors import BadInput
 from distributed_rerank.models.pairwise import PairwiseModel
 from distributed_rerank.models.saving import load_model
@@ -106,6 +107,7 @@ def result_of(state: State) -> State:
 def prepare(task: TrainingTask, folder: Path, worker: Worker) -> Place:
     """Encodings, where training cannot change them, else the image files."""
     model = load_model(task.model_folder)
+    note_device(model, folder, worker)
     decoded = DecodedImages(task.catalogue, model.transform, task.config, worker.device)
     # Encodings are kept where the backbone stays as it is and they are more than the pixels.
     if task.config.backbone_lr > 0 or model.encoding_dtype == torch.uint8:
@@ -118,6 +120,24 @@ def prepare(task: TrainingTask, folder: Path, worker: Worker) -> Place:
         decoded, task.catalogue.labels, task.half, task.model_folder, folder / "encodings", worker
     )
     return Place(worker, encoded, model_folder, folder)
+
+
+def note_device(model: PairwiseModel, folder: Path, worker: Worker) -> None:
+    """Remembers in `folder` what the workers compute with.
+
+    Raises BadInput, in all workers alike, where they differ or where `folder` was begun with something else.
+    """
+    found = model.extractor.computed_with(torch.device(worker.device))
+    is_so = torch.tensor([found.device == "cuda", found.precision == "bfloat16"], device=worker.device)
+    shares = worker.all_reduce(is_so.float()) / worker.world_size
+    if not bool(((shares == 0) | (shares == 1)).all()):
+        raise BadInput(
+            f"some workers compute with precision={found.precision} on {found.device}, others do not; give --precision "
+            "fp32, or workers of one kind"
+        )
+    begun.refuse_other(folder, found)
+    if worker.rank == 0:
+        begun.remember(folder, found)
 
 
 def train_run(task: TrainingTask, run: Run, place: Place, restored: State | None, report: Report) -> State:

@@ -83,10 +83,10 @@ def train(
         check_teachable(config)
     images = catalogue.restrict("train").as_query_and_gallery()
     fingerprint = fingerprint_of(images, work, model_config, config, teacher)
-    if artifacts.is_complete(out, fingerprint, overwrite):
+    if artifacts.recover(out, fingerprint, overwrite) or artifacts.is_complete(out, fingerprint, overwrite):
         logger.info("%s is complete", out)
         return read_chain(Path(out))
-    with artifacts.stage(out, fingerprint) as staging:
+    with artifacts.stage(out, fingerprint, overwrite) as staging:
         scratch = staging.path / "work"
         embeddings = extraction.embed(
             images,
@@ -104,6 +104,7 @@ def train(
         run_name = f"{Path(out).name}-{artifacts.json_digest(fingerprint)[:8]}"
         state = fit(replace(task, services=tuple(services), run_name=run_name), scratch / "run")
         chain = write_model(task, state, scratch / "run", staging.path)
+        staging.remember_from(scratch / "run")
         shutil.rmtree(scratch)
         staging.finish({"chain": chain.describe(), "runs": [run.name for run in task.runs]}, rows=len(task.catalogue))
     return chain

@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 from planted_runs import CATEGORIES, planted_catalogue, planted_ranking, write_run
 
-from distributed_rerank.data import artifacts
+from distributed_rerank.data import artifacts, manifests
 from distributed_rerank.errors import BadInput
 from distributed_rerank.monitoring.comparison import compare_runs, comparison_in_text
 
@@ -59,7 +59,8 @@ def test_compare_runs_counts_queries_that_one_side_rejected(tmp_path: Path) -> N
     for name in "ab":
         write_run(tmp_path / name, catalogue, planted_ranking(catalogue, {}))
     table = pd.read_parquet(tmp_path / "b" / "per_query.parquet")
-    table.drop(index=[0, 5]).to_parquet(tmp_path / "b" / "per_query.parquet", index=False)
+    with manifests.rewriting(tmp_path / "b" / "per_query.parquet"):
+        table.drop(index=[0, 5]).to_parquet(tmp_path / "b" / "per_query.parquet", index=False)
     summary = compare_runs(tmp_path / "a", tmp_path / "b").summary
     assert (summary["n_queries"], summary["n_only_in_baseline"], summary["n_only_in_run"]) == (22, 2, 0)
 

@@ -69,7 +69,7 @@ def test_score_several_blocks_in_a_call_gives_the_same_bytes(
     calls: list[int] = []
 
     class Counted(scoring.Scorer):
-        def score(self, tasks: Any, *encodings: np.ndarray) -> list[np.ndarray]:
+        def score(self, tasks: Any, *encodings: np.ndarray) -> scoring.Scores:
             calls.append(len(tasks))
             return super().score(tasks, *encodings)
 
