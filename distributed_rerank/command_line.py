@@ -11,7 +11,6 @@ import difflib
 import importlib
 import inspect
 import io
-import logging
 import os
 import re
 import sys
@@ -30,6 +29,7 @@ from distributed_rerank.config.options import Option, configs_in, flags_in, opti
 from distributed_rerank.config.pairwise import PAIRWISE_CONFIGS
 from distributed_rerank.config.training import EXTRACTOR_DEFAULTS, defaults_for
 from distributed_rerank.errors import BadInput
+from distributed_rerank.runtime import logs
 
 PROGRAM = "distributed-rerank"
 FIRST_OPTIONS: Mapping[str, str] = {
@@ -49,7 +49,7 @@ _TYRO = (tyro.conf.AvoidSubcommands,)
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the job that `argv` (default: the process's words) names, and end the process with its exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
-    configure_logging()
+    logs.configure_driver()
     try:
         sys.exit(run(words) or 0)
     except BadInput as error:
@@ -83,13 +83,6 @@ def run(words: Sequence[str]) -> int | None:
     job = parse(name, argv)
     inputs = importlib.import_module("distributed_rerank.jobs.inputs").read_inputs(job)
     return importlib.import_module(f"distributed_rerank.jobs.{name.replace('-', '_')}").main(job, *inputs)
-
-
-def configure_logging() -> None:
-    """Log lines with time and level on standard error, the same in the driver as in the workers; once per process."""
-    root = logging.getLogger()
-    if not root.handlers:
-        logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S")
 
 
 def overview() -> str:

@@ -14,8 +14,9 @@ from typing import Any, TypeVar
 import ray
 from ray.exceptions import RayTaskError
 
-from distributed_rerank.cluster.session import Session, configure_logging
+from distributed_rerank.cluster.session import Session
 from distributed_rerank.errors import BadInput
+from distributed_rerank.runtime import logs
 
 T = TypeVar("T")
 
@@ -32,7 +33,7 @@ class _Host:
     """
 
     def __init__(self) -> None:
-        configure_logging()
+        logs.configure_worker()
         self._object: Any = None
 
     def call(self, made_from: list[ray.ObjectRef], method: str, *arguments: Any) -> Any:

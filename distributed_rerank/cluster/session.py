@@ -9,6 +9,7 @@ import os
 import secrets
 import shutil
 import signal
+import sys
 import tempfile
 import threading
 import time
@@ -27,6 +28,7 @@ from distributed_rerank.cluster.quiet import quieten
 from distributed_rerank.config.cluster import ClusterConfig
 from distributed_rerank.data import locks
 from distributed_rerank.errors import BadInput
+from distributed_rerank.runtime import logs
 
 logger = logging.getLogger(__name__)
 
@@ -62,7 +64,7 @@ def connect(config: ClusterConfig | None = None) -> Iterator[Session]:
     Raises BadInput when RAY_ADDRESS does not answer, or when the workers asked for do not fit the cluster.
     """
     config = config or ClusterConfig()
-    configure_logging()
+    logs.configure_driver()
     quieten()
     with ExitStack() as stack:
         is_local = False
@@ -104,16 +106,6 @@ def make_session(config: ClusterConfig, resources: Mapping[str, float], *, cores
     )
 
 
-def configure_logging() -> None:
-    """Show this package's log lines on standard error, in the driver as in the workers; once per process."""
-    package = logging.getLogger("distributed_rerank")
-    if not package.handlers and not logging.getLogger().handlers:
-        handler = logging.StreamHandler()
-        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S"))
-        package.addHandler(handler)
-        package.setLevel(logging.INFO)
-
-
 @contextmanager
 def _start_local(config: ClusterConfig) -> Iterator[None]:
     """A private Ray of this process: own folder, own token, no dashboard."""
@@ -123,6 +115,8 @@ def _start_local(config: ClusterConfig) -> Iterator[None]:
     lock = locks.wait_for(folder / _LOCK)
     needed = (config.num_workers or 0) * config.cpus_per_worker + 2
     _use_own_token()
+    if not sys.stderr.isatty():
+        os.environ.setdefault("RAY_COLOR_PREFIX", "0")  # no escape codes in a log file
     try:
         ray.init(
             address="local",

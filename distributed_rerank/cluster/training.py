@@ -20,9 +20,10 @@ from ray.train.torch import TorchConfig, TorchTrainer, get_device
 from torch import Tensor
 
 from distributed_rerank.cluster.quiet import quieten
-from distributed_rerank.cluster.session import Session, configure_logging
+from distributed_rerank.cluster.session import Session
 from distributed_rerank.config.cluster import RetryConfig
 from distributed_rerank.errors import BadInput
+from distributed_rerank.runtime import logs
 from distributed_rerank.training import checkpoints
 from distributed_rerank.training.epoch import Worker
 from distributed_rerank.training.run import State, train_all
@@ -44,7 +45,7 @@ def train_worker(arguments: dict) -> str | None:
     """What each Ray worker does. Returns the message of a BadInput: raised, it would count as a failure and
     be retried."""
     task: TrainingTask = arguments["task"]
-    configure_logging()
+    logs.configure_worker()
     quieten()
     context = ray.train.get_context()
     worker = Worker(
