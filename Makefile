@@ -6,7 +6,7 @@ PYTEST_ARGS ?=
 # first. One thread each, or the threads of one process would spin while the other computes.
 TEST_PROCESSES ?= 2
 # compare_oml.py and quality.py need an environment or a catalogue of their own.
-SMOKE := benchmarks/pairs.py benchmarks/scale.py benchmarks/distillation.py
+SMOKE := benchmarks/pairs.py benchmarks/scale.py benchmarks/distillation.py benchmarks/gpu.py
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed.stamp
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
