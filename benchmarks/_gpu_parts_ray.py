@@ -18,7 +18,8 @@ BUSY_WANTED: Wanted = ("at least", 85.0)
 @contextmanager
 def session_of(context: Context) -> Iterator[Any]:
     """A Ray of one worker, started here."""
-    from distributed_rerank.cluster.session import ClusterConfig, connect
+    from distributed_rerank.cluster.session import connect
+    from distributed_rerank.config.cluster import ClusterConfig
 
     store = 0.3 if context.is_quick else 8.0
     started = time.perf_counter()
@@ -30,17 +31,18 @@ def session_of(context: Context) -> Iterator[Any]:
 
 def ray_embed(context: Context) -> None:
     """Ray Data: JPEG files decoded by many tasks, embedded by one actor."""
-    from distributed_rerank.cluster.steps import steps_on
-    from distributed_rerank.procedures import extraction
+    from distributed_rerank import extraction
+    from distributed_rerank.cluster.executors import executors_on
+    from distributed_rerank.config.work import WorkConfig
 
     size = project.sizes(context.is_quick)
     refs = project.photo_catalogue(context.work, size).images()
-    options: dict[str, Any] = {"block_size": 16} if context.is_quick else {}
-    config = extraction.ExtractionConfig(extractor=project.extractor_config("vit", size), **options)
-    blocks = extraction.plan(refs, config.block_size)
+    config, work = project.extractor_config("vit", size), WorkConfig(images_per_block=16 if context.is_quick else 256)
+    blocks = extraction.plan(refs, work.images_per_block)
     with session_of(context) as session, Busy(context) as busy:
         started = time.perf_counter()
-        came = [(time.perf_counter(), len(block.ids)) for _, block in steps_on(session).extract(blocks, config)]
+        embedded = executors_on(session).extract(blocks, config, work)
+        came = [(time.perf_counter(), len(block.ids)) for _, block in embedded]
         context.row("embedding by Ray Data, start of its actors included", "images/s", rate_since(started, came))
         # From the first block to the last: the actors are up.
         steady = rate_since(came[0][0], came[1:])
@@ -57,14 +59,14 @@ def rate_since(started: float, came: list[tuple[float, int]]) -> float:
 
 def ray_score(context: Context) -> None:
     """Scoring actors: the whole stage from JPEG files to its folder, with concat and with token."""
-    from distributed_rerank.cluster.steps import steps_on
+    from distributed_rerank.cluster.executors import executors_on
+    from distributed_rerank.config.work import WorkConfig
     from distributed_rerank.data.artifacts import read_manifest
-    from distributed_rerank.procedures.scoring.score import ScoringConfig
-    from distributed_rerank.procedures.scoring.stage import score_candidates
+    from distributed_rerank.scoring.stage import score_candidates
 
     size = project.sizes(context.is_quick)
     catalogue, lists = project.photo_catalogue(context.work, size), project.random_lists(size)
-    config = ScoringConfig(top_n=size.top_n, decode_threads=project.CORES)
+    work = WorkConfig(decode_threads=project.CORES)
     with session_of(context) as session:
         for name, wanted in (("concat", SCORE_WANTED), ("token", None)):
             with context.attempt(f"scoring actors, {name}"):
@@ -73,8 +75,8 @@ def ray_score(context: Context) -> None:
                 started = time.perf_counter()
                 came: list[float] = []
                 with Busy(context) as busy:
-                    score = noting_times(steps_on(session).score, came)
-                    scored = score_candidates(catalogue, lists, model, config, folder, score=score)
+                    score = noting_times(executors_on(session).score, came)
+                    scored = score_candidates(catalogue, lists, model, size.top_n, folder, work=work, score=score)
                 seconds = time.perf_counter() - started
                 spent = read_manifest(folder)["seconds"]
                 assert scored.n_pairs == lists.items.size, f"{scored.n_pairs} of {lists.items.size} pairs were scored"

@@ -100,12 +100,13 @@ class Pairs:
 
 def scorer_work(model: Any, encoded: torch.Tensor, n_images: int, context: Context) -> Callable[[], int]:
     """A call of the project's Scorer with as many blocks as it gets on Ray, each of its usual size."""
-    from distributed_rerank.procedures.devices import array_of
-    from distributed_rerank.procedures.scoring import plan
-    from distributed_rerank.procedures.scoring.score import PairTask, Scorer, ScoringConfig
+    from distributed_rerank.config.work import WorkConfig
+    from distributed_rerank.runtime.devices import array_of
+    from distributed_rerank.scoring import plan
+    from distributed_rerank.scoring.score import PairTask, Scorer
 
-    config = ScoringConfig()
-    scorer = Scorer(model, config)
+    work = WorkConfig()
+    scorer = Scorer(model, work)
     array, rng = array_of(encoded), np.random.default_rng(0)
     top_n = project.sizes(context.is_quick).top_n
     n_queries = min(plan.queries_per_block(top_n, model.gflop_per_pair()), 4 if context.is_quick else 10**6)
@@ -118,8 +119,8 @@ def scorer_work(model: Any, encoded: torch.Tensor, n_images: int, context: Conte
         own, other = places[: len(queries)], places[len(queries) :]
         return PairTask(np.zeros_like(used), used, own, other, np.ones(len(own), np.float32))
 
-    tasks = [task() for _ in range(config.blocks_of_call(context.is_gpu))]
-    return lambda: sum(map(len, scorer.score(tasks, array)))
+    tasks = [task() for _ in range(work.score_blocks_per_call(context.is_gpu))]
+    return lambda: sum(map(len, scorer.score(tasks, array).logits))
 
 
 def peak_of(model: Any, context: Context) -> float:
@@ -206,13 +207,13 @@ def on_device(kind: str, size: project.Sizes, context: Context) -> None:
 
 def from_memory(kind: str, size: project.Sizes, context: Context) -> None:
     """The project's Embedder: uint8 tensors in memory to embeddings there."""
-    from distributed_rerank.procedures.extraction import Embedder, ExtractionConfig
+    from distributed_rerank.config.work import WorkConfig
+    from distributed_rerank.extraction import Embedder
 
     extractor = project.build_extractor(kind, size)
     pixels = project.pixels_of(min(size.n_images, 2048), extractor.transform.size[0])
     for n in (None, size.image_batches[-1]):
-        config = ExtractionConfig(extractor=project.extractor_config(kind, size), images_per_batch=n)
-        embedder = Embedder(project.build_extractor(kind, size), config)
+        embedder = Embedder(project.build_extractor(kind, size), WorkConfig(images_per_batch=n))
         with Busy(context) as busy:
             found = rate(lambda embedder=embedder: len(embedder.embed(pixels)), context)
         name = "the project's own batches" if n is None else f"batches of {n}"
@@ -223,19 +224,20 @@ def from_memory(kind: str, size: project.Sizes, context: Context) -> None:
 
 def from_jpeg(size: project.Sizes, context: Context) -> None:
     """Files to embeddings in this process, and the decoding alone."""
-    from distributed_rerank.procedures import extraction
-    from distributed_rerank.procedures.decoding import decode
+    from distributed_rerank import extraction
+    from distributed_rerank.config.work import WorkConfig
+    from distributed_rerank.data.decoding import decode
 
     catalogue = project.photo_catalogue(context.work, size)
-    config = extraction.ExtractionConfig(extractor=project.extractor_config("vit", size), decode_threads=project.CORES)
+    config, work = project.extractor_config("vit", size), WorkConfig(decode_threads=project.CORES)
     refs = catalogue.images()[: 16 if context.is_quick else 2000]
     transform = project.build_extractor("vit", size).transform
     found = rate(lambda: len(decode(refs, transform, threads=project.CORES).kept), context, rounds=1)
     context.row(f"JPEG decoded alone, {project.CORES} threads", "images/s", found)
-    blocks = extraction.plan(refs, config.block_size)
+    blocks = extraction.plan(refs, work.images_per_block)
 
     def from_files() -> int:
-        return sum(len(block.ids) for _, block in extraction.extract(blocks, config))
+        return sum(len(block.ids) for _, block in extraction.extract(blocks, config, work))
 
     context.row("vit, from JPEG, one process", "images/s", rate(from_files, context, rounds=1))
 
@@ -268,7 +270,7 @@ def search(context: Context) -> None:
 
 def training(context: Context) -> None:
     """Training steps of ConcatSiamese, all weights trained: from pixels on the device, and from JPEG files."""
-    from distributed_rerank.procedures.training.images import DecodedImages
+    from distributed_rerank.training.images import DecodedImages
 
     size = project.sizes(context.is_quick)
     catalogue = project.photo_catalogue(context.work, size)

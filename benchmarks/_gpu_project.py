@@ -69,7 +69,7 @@ def sizes(is_quick: bool) -> Sizes:
 
 def extractor_config(kind: str, size: Sizes, precision: Any = "auto") -> Any:
     """The config of the untrained `vit` or `cnn`."""
-    from distributed_rerank.models.extractor import ExtractorConfig
+    from distributed_rerank.config.extractor import ExtractorConfig
 
     name, side = (size.vit, size.vit_size) if kind == "vit" else (size.cnn, size.cnn_size)
     return ExtractorConfig(name=name, weights="none", image_size=side, precision=precision, resize="square")
@@ -77,20 +77,19 @@ def extractor_config(kind: str, size: Sizes, precision: Any = "auto") -> Any:
 
 def build_pairwise(name: str, size: Sizes, precision: Any = "auto", storage: str | None = None) -> Any:
     """An untrained pairwise model: concat, split-<block> or token; `storage` is the format of its encodings."""
-    from distributed_rerank.models.concat_siamese import ConcatSiamese, ConcatSiameseConfig
-    from distributed_rerank.models.split_siamese import SplitSiamese, SplitSiameseConfig
-    from distributed_rerank.models.token_siamese import TokenSiamese, TokenSiameseConfig
+    from distributed_rerank.config.pairwise import ConcatSiameseConfig, SplitSiameseConfig, TokenSiameseConfig
+    from distributed_rerank.models.saving import build_model
 
     vit = extractor_config("vit", size, precision)
     if name == "concat":
-        return ConcatSiamese(ConcatSiameseConfig(extractor=vit, dropout=0.0))
+        return build_model(ConcatSiameseConfig(extractor=vit, dropout=0.0))
     if name.startswith("split-"):
         kept: Any = {"storage": "fp32"} if storage == "float32" else {}
         config = SplitSiameseConfig(extractor=vit, split_at=int(name.removeprefix("split-")), **kept)
-        return SplitSiamese(config)
+        return build_model(config)
     assert name == "token", f"no model {name!r}"
-    kept = {"storage": storage} if storage else {}
-    return TokenSiamese(TokenSiameseConfig(extractor=extractor_config("cnn", size, precision), **kept))
+    kept = {"token_storage": storage} if storage else {}
+    return build_model(TokenSiameseConfig(extractor=extractor_config("cnn", size, precision), **kept))
 
 
 def build_extractor(kind: str, size: Sizes, precision: Any = "auto") -> Any:
@@ -176,7 +175,7 @@ def planted_embeddings(n: int, dim: int, device: torch.device | str = "cpu", see
 
 def search_side(embeddings: torch.Tensor, first_item: int) -> Any:
     """Embeddings as the search takes them, items numbered from `first_item`, of no sequence."""
-    from distributed_rerank.procedures.retrieval import SearchSide
+    from distributed_rerank.retrieval import SearchSide
 
     n = len(embeddings)
     return SearchSide(embeddings.cpu().numpy(), np.arange(first_item, first_item + n), np.full(n, -1))
@@ -184,22 +183,23 @@ def search_side(embeddings: torch.Tensor, first_item: int) -> Any:
 
 def search(queries: Any, gallery: Any, n_neighbours: int, **options: Any) -> Any:
     """Candidate lists of all queries by the project's search, with its default portions or those given."""
+    from distributed_rerank import retrieval
+    from distributed_rerank.config.work import WorkConfig
     from distributed_rerank.data.candidates import CandidateLists
-    from distributed_rerank.procedures import retrieval
     from distributed_rerank.tensors import sharding
 
-    config = retrieval.RetrievalConfig(n_items=n_neighbours, **options)
-    blocks = list(enumerate(sharding.blocks(len(queries.items), config.queries_per_block)))
-    found = dict(retrieval.search(blocks, queries, gallery, config))
-    parts = [found[number] for number, _ in blocks]
+    work = WorkConfig(**options)
+    blocks = list(enumerate(sharding.blocks(len(queries.items), work.queries_per_search_block)))
+    found = dict(retrieval.search(blocks, queries, gallery, n_neighbours, work))
+    parts = [found[number].lists for number, _ in blocks]
     return CandidateLists(*(np.concatenate(columns) for columns in zip(*parts, strict=True)))
 
 
 def training_task(catalogue: Any, model: Any, folder: Path, n_labelled: int, **options: Any) -> Any:
     """A task of one run that trains all weights of `model` on the first images, near ones as candidates."""
+    from distributed_rerank.config.training import TrainingConfig
     from distributed_rerank.models.saving import save_model
-    from distributed_rerank.procedures.training.config import TrainingConfig
-    from distributed_rerank.procedures.training.task import Run, TrainingTask
+    from distributed_rerank.training.task import Run, TrainingTask
 
     images = catalogue.take(np.arange(n_labelled)).as_query_and_gallery()
     embeddings = planted_embeddings(n_labelled, 64)
@@ -215,7 +215,7 @@ def training_task(catalogue: Any, model: Any, folder: Path, n_labelled: int, **o
 
 def steps_of(task: Any, epoch: int = 0) -> list[Any]:
     """The steps of an epoch of the task."""
-    from distributed_rerank.procedures.training.task import plan_epoch
+    from distributed_rerank.training.task import plan_epoch
 
     return plan_epoch(task, task.runs[0], epoch)
 
@@ -235,8 +235,8 @@ class ImagesInMemory:
 
 def train(model: Any, steps: list[Any], images: Any, config: Any, device: torch.device) -> list[float]:
     """The losses of one epoch of these steps; the model is trained in place."""
-    from distributed_rerank.procedures.training.epoch import Worker, train_epoch
-    from distributed_rerank.procedures.training.state import TrainingState, build_optimizer
+    from distributed_rerank.training.epoch import Worker, train_epoch
+    from distributed_rerank.training.state import TrainingState, build_optimizer
 
     state = TrainingState(model, build_optimizer(model, config))
     return train_epoch(state, steps, images, config, Worker(device=str(device)))

@@ -30,7 +30,6 @@ PROJECT = (
     "benchmarks",
     "jobs",
     "pyproject.toml",
-    "setup.py",
     "constraints.txt",
     "README.md",
     "LICENSE",
