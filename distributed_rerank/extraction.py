@@ -24,6 +24,7 @@ from distributed_rerank.data.embeddings import Embeddings, join_embeddings, read
 from distributed_rerank.data.rejects import Reject, check_rejects, reject_table, rejects_of
 from distributed_rerank.models.extractor import Extractor, build_extractor, weights_digest
 from distributed_rerank.runtime.devices import InferenceThreads, pick_device
+from distributed_rerank.runtime.gpu import Copier, MicroBatch
 from distributed_rerank.runtime.progress import progress
 from distributed_rerank.tensors import sharding
 
@@ -52,17 +53,25 @@ class Embedder:
         self._device = pick_device()
         self._extractor = extractor.prepare_for_inference(self._device)
         self._lanes = InferenceThreads(work.threads_per_worker)
-        self._batch = work.images_per_batch or (8 if self._device.type == "cpu" else 256)
+        self._batch = MicroBatch(
+            work.images_per_batch or (8 if self._device.type == "cpu" else 256), "--images-per-batch"
+        )
+        self._to_device = Copier(self._device)
         self.computed_with = self._extractor.computed_with(self._device)
 
     def embed(self, pixels: UInt8[Tensor, "image 3 height width"]) -> Float32[np.ndarray, "image dim"]:
         """Embeddings of a block, in its order, a micro-batch at a time."""
 
-        def embed_part(part: tuple[int, int]) -> Float32[np.ndarray, "image dim"]:
-            return self._extractor(pixels[slice(*part)].to(self._device)).cpu().numpy()
+        def embed_rows(rows: slice) -> Float32[np.ndarray, "image dim"]:
+            return self._extractor(self._to_device(pixels[rows])).cpu().numpy()
 
-        parts = self._lanes.map(embed_part, sharding.blocks(len(pixels), self._batch))
-        return np.concatenate([np.empty((0, self._extractor.dim), np.float32), *parts])
+        def embed_part(part: tuple[int, int]) -> list[Float32[np.ndarray, "image dim"]]:
+            return self._batch.run(embed_rows, slice(*part))
+
+        parts = self._lanes.map(embed_part, sharding.blocks(len(pixels), self._batch.size))
+        return np.concatenate(
+            [np.empty((0, self._extractor.dim), np.float32), *(row for part in parts for row in part)]
+        )
 
 
 def plan(images: Sequence[ImageRef], block_size: int, first_number: int = 0) -> list[Block]:

@@ -24,6 +24,7 @@ from distributed_rerank.data.rejects import Reject
 from distributed_rerank.errors import BadInput
 from distributed_rerank.models.pairwise import PairwiseModel
 from distributed_rerank.runtime.devices import InferenceThreads, array_of, pick_device, tensor_of
+from distributed_rerank.runtime.gpu import Copier, MicroBatch, errors_in_one_line
 from distributed_rerank.scoring import plan as scoring_plan
 from distributed_rerank.scoring.plan import ScoreBlock, ScorePlan
 from distributed_rerank.tensors import sharding
@@ -128,7 +129,9 @@ class Scorer:
         self.device = pick_device()
         self._work = work
         is_gpu = self.device.type == "cuda"
-        self._batch = work.pairs_per_batch or scoring_plan.pairs_per_batch(model.gflop_per_pair(), is_gpu)
+        n_pairs = work.pairs_per_batch or scoring_plan.pairs_per_batch(model.gflop_per_pair(), is_gpu)
+        self._batch = MicroBatch(n_pairs, "--pairs-per-batch")
+        self._to_device = Copier(self.device)
         self._model = model.prepare_for_inference(self.device)
         self._computed_with = model.extractor.computed_with(self.device)
         self._lanes = InferenceThreads(max(work.threads_per_worker, _LANES_OF_GPU if is_gpu else 1))
@@ -146,7 +149,8 @@ class Scorer:
         unreadable = sorted(set(range(len(refs))) - set(decoded.kept))
         rejects = {places[at]: reject for at, reject in zip(unreadable, decoded.rejects, strict=True)}
         if decoded.kept:
-            encodings = self._model.encode(decoded.pixels.to(self.device))
+            with errors_in_one_line("--encode-batch"):
+                encodings = self._model.encode(self._to_device(decoded.pixels))
         else:
             encodings = torch.empty((0, *self._model.encoding_shape), dtype=self._model.encoding_dtype)
         return array_of(encodings), Encoded([places[at] for at in decoded.kept], rejects, self._computed_with)
@@ -163,32 +167,34 @@ class Scorer:
         return Scores(logits, self._computed_with)
 
     def _score_task(
-        self, task: PairTask, encodings: Sequence[np.ndarray], each: Callable[..., Iterable[np.ndarray]]
+        self, task: PairTask, encodings: Sequence[np.ndarray], each: Callable[..., Iterable[list[np.ndarray]]]
     ) -> Float32[np.ndarray, " pair"]:
         """The logits of the task, whose micro-batches are computed by `each`: `map`, or that of the lanes."""
         images = self._table(task, encodings)
-        distances = torch.from_numpy(task.distances.copy()).to(self.device)
-        queries, candidates = (
-            torch.from_numpy(places.copy()).to(self.device) for places in (task.queries, task.candidates)
+        distances, queries, candidates = (
+            self._to_device(torch.from_numpy(column.copy()))
+            for column in (task.distances, task.queries, task.candidates)
         )
 
-        def score_part(part: tuple[int, int]) -> Float32[np.ndarray, " pair"]:
-            pairs = slice(*part)
+        def score_pairs(pairs: slice) -> Float32[np.ndarray, " pair"]:
             logits = self._model(images[queries[pairs]], images[candidates[pairs]], distances[pairs])
             return logits.float().cpu().numpy()
 
-        parts = sharding.blocks(len(queries), self._batch)
-        return np.concatenate([np.empty(0, np.float32), *each(score_part, parts)])
+        def score_part(part: tuple[int, int]) -> list[Float32[np.ndarray, " pair"]]:
+            return self._batch.run(score_pairs, slice(*part))
+
+        parts = each(score_part, sharding.blocks(len(queries), self._batch.size))
+        return np.concatenate([np.empty(0, np.float32), *(rows for part in parts for rows in part)])
 
     def _table(self, task: PairTask, encodings: Sequence[np.ndarray]) -> Tensor:
-        """The images of one score block on the device, gathered from the arrays that hold them."""
+        """The images of one score block on the device: gathered on the host from their arrays, then copied at once."""
         dtype = self._model.encoding_dtype
-        table = torch.empty((len(task.rows), *self._model.encoding_shape), dtype=dtype, device=self.device)
+        table = torch.empty((len(task.rows), *self._model.encoding_shape), dtype=dtype)
         for source in np.unique(task.sources):
             places = np.flatnonzero(task.sources == source)
-            chosen = tensor_of(encodings[source], dtype)[torch.from_numpy(task.rows[places])]
-            table[torch.from_numpy(places).to(self.device)] = chosen.to(self.device)
-        return table
+            table[torch.from_numpy(places)] = tensor_of(encodings[source], dtype)[torch.from_numpy(task.rows[places])]
+        with errors_in_one_line("--queries-per-block"):
+            return self._to_device(table)
 
 
 @dataclass(frozen=True)
