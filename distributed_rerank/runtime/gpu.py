@@ -56,7 +56,7 @@ class MicroBatch:
         self._is_halved = False
 
     def run(self, compute: Callable[[slice], T], rows: slice) -> list[T]:
-        """`compute` of the rows, in two halves where they do not fit. Raises BadInput where halves do not fit either."""
+        """`compute` of the rows, in two halves where they do not fit; BadInput where halves do not fit either."""
         with errors_in_one_line(self._flag):
             try:
                 return [compute(rows)]
