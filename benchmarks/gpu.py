@@ -50,7 +50,7 @@ class Part:
 
 PARTS = {
     "machine": Part("_gpu_parts_check", "machine", 45),
-    "correctness": Part("_gpu_parts_check", "correctness", 80),
+    "correctness": Part("_gpu_parts_check", "correctness", 100),
     "pairs": Part("_gpu_parts_speed", "pairs", 130),
     "ray-score": Part("_gpu_parts_ray", "ray_score", 75),
     "search": Part("_gpu_parts_speed", "search", 45),
