@@ -12,7 +12,7 @@ from distributed_rerank.config.work import WorkConfig
 from distributed_rerank.executors import Executors
 from distributed_rerank.extraction import Block, EmbeddedBlock
 from distributed_rerank.models.extractor import build_extractor
-from distributed_rerank.training.stage import Fit
+from distributed_rerank.training.task import Fit
 
 
 @contextmanager

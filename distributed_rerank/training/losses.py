@@ -6,10 +6,12 @@ from torch import Tensor
 
 from distributed_rerank.config.training import TrainingConfig
 from distributed_rerank.tensors import losses
-from distributed_rerank.training.plan import Step
+from distributed_rerank.training.plan import TrainingStep
 
 
-def step_loss(part: Step, logits: Float[Tensor, " pair"], config: TrainingConfig, n_units: int) -> Float[Tensor, ""]:
+def step_loss(
+    part: TrainingStep, logits: Float[Tensor, " pair"], config: TrainingConfig, n_units: int
+) -> Float[Tensor, ""]:
     """The part's share of the mean loss over a step of `n_units`: pairs for bce, lists for the others.
 
     Logits are divided by `config.temperature` first. Losses of lists take every list by itself. Where the step has a
@@ -63,7 +65,7 @@ def label_loss(
     return losses.ranknet(*compared, weights, normaliser=float(n_units))
 
 
-def as_lists(part: Step, logits: Float[Tensor, " pair"]) -> tuple[Tensor, Tensor, Tensor]:
+def as_lists(part: TrainingStep, logits: Float[Tensor, " pair"]) -> tuple[Tensor, Tensor, Tensor]:
     """Logits, presence and positives as one row a list, shorter lists filled up."""
     row = part.list_of_pair.to(logits.device)
     counts = torch.bincount(row, minlength=part.n_lists())
