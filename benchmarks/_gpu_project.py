@@ -199,7 +199,7 @@ def training_task(catalogue: Any, model: Any, folder: Path, n_labelled: int, **o
     """A task of one run that trains all weights of `model` on the first images, near ones as candidates."""
     from distributed_rerank.config.training import TrainingConfig
     from distributed_rerank.models.saving import save_model
-    from distributed_rerank.training.task import Run, TrainingTask
+    from distributed_rerank.training.task import TrainingRun, TrainingTask
 
     images = catalogue.take(np.arange(n_labelled)).as_query_and_gallery()
     embeddings = planted_embeddings(n_labelled, 64)
@@ -209,7 +209,15 @@ def training_task(catalogue: Any, model: Any, folder: Path, n_labelled: int, **o
     lists = search(side, side, config.n_items)
     save_model(model, folder)
     return TrainingTask(
-        catalogue=images, config=config, model_folder=folder, embeddings=embeddings, runs=(Run("all", lists, None),)
+        catalogue=images,
+        config=config,
+        model_folder=folder,
+        embeddings=embeddings,
+        runs=(TrainingRun("all", lists, None),),
+        config=config,
+        model_folder=folder,
+        embeddings=embeddings,
+        runs=(TrainingRun("all", lists, None),),
     )
 
 
@@ -235,8 +243,9 @@ class ImagesInMemory:
 
 def train(model: Any, steps: list[Any], images: Any, config: Any, device: torch.device) -> list[float]:
     """The losses of one epoch of these steps; the model is trained in place."""
-    from distributed_rerank.training.epoch import Worker, train_epoch
+    from distributed_rerank.training.epoch import train_epoch
     from distributed_rerank.training.state import TrainingState, build_optimizer
+    from distributed_rerank.training.task import TrainingWorker
 
     state = TrainingState(model, build_optimizer(model, config))
-    return train_epoch(state, steps, images, config, Worker(device=str(device)))
+    return train_epoch(state, steps, images, config, TrainingWorker(device=str(device)))

@@ -39,10 +39,11 @@ from distributed_rerank.retrieval import SearchSide
 from distributed_rerank.runtime.devices import torch_threads
 from distributed_rerank.scoring.stage import score_candidates
 from distributed_rerank.tensors import metrics, oml_metrics
-from distributed_rerank.training.epoch import Worker, train_epoch
+from distributed_rerank.training.epoch import train_epoch
 from distributed_rerank.training.images import DecodedImages
-from distributed_rerank.training.plan import Step, plan_batches
+from distributed_rerank.training.plan import TrainingStep, plan_batches
 from distributed_rerank.training.state import TrainingState, build_optimizer
+from distributed_rerank.training.task import TrainingWorker
 
 AS_OML = Augmentation(brightness=0, contrast=0, saturation=0, hue=0)
 """OML's get_augs_torch: resize and mirror; its ColorJitter() has no strength and does nothing."""
@@ -130,16 +131,16 @@ def time_training(
         mining="batch", loss="bce", n_labels=4, n_instances=4, lr=1e-4, backbone_lr=1e-4, warmup_steps=0,
         schedule="constant", augmentation=AS_OML, threads=threads, loader_workers=1,
     )  # fmt: skip
-    steps: list[Step] = []
+    steps: list[TrainingStep] = []
     while len(steps) < n_steps + 1:
         items, epoch = np.arange(len(catalogue)), len(steps)
         steps += plan_batches(items, catalogue.labels, torch.from_numpy(embeddings), config, epoch)
     state = TrainingState(model, build_optimizer(model, config))
     images = DecodedImages(catalogue, model.transform, config)
     with torch_threads(threads):
-        train_epoch(state, steps[:1], images, config, Worker())
+        train_epoch(state, steps[:1], images, config, TrainingWorker())
         started = time.perf_counter()
-        train_epoch(state, steps[1 : n_steps + 1], images, config, Worker())
+        train_epoch(state, steps[1 : n_steps + 1], images, config, TrainingWorker())
     return sum(map(len, steps[1 : n_steps + 1])) / (time.perf_counter() - started)
 
 

@@ -47,7 +47,7 @@ from distributed_rerank.scoring import plan as scoring_plan
 from distributed_rerank.scoring.stage import score_candidates
 from distributed_rerank.tensors import sharding
 from distributed_rerank.training.mining import mining_figures
-from distributed_rerank.training.task import Run, TrainingTask, plan_epoch
+from distributed_rerank.training.task import TrainingRun, TrainingTask, plan_epoch
 
 Answer = dict[str, float]
 
@@ -198,7 +198,7 @@ def mine(
         searched = time.perf_counter() - started
         task = TrainingTask(
             catalogue=labelled(labels.numpy()), config=training, model_folder=folder, embeddings=embeddings,
-            runs=(Run("all", lists, None),),
+            runs=(TrainingRun("all", lists, None),),
         )  # fmt: skip
         figures, steps = mining_figures(task), plan_epoch(task, task.runs[0], 0)
         seconds = time.perf_counter() - started

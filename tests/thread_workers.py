@@ -8,9 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distributed_rerank.training.epoch import Worker
 from distributed_rerank.training.run import train_all
-from distributed_rerank.training.task import TrainingTask
+from distributed_rerank.training.task import TrainingTask, TrainingWorker
 
 
 def train_together(task: TrainingTask, folder: Path, world_size: int) -> list[dict[str, Any]]:
@@ -28,7 +27,7 @@ def train_together(task: TrainingTask, folder: Path, world_size: int) -> list[di
 
         try:
             return train_all(
-                task, folder, Worker(rank, world_size, "cpu", all_reduce), None, lambda state, figures: None
+                task, folder, TrainingWorker(rank, world_size, "cpu", all_reduce), None, lambda state, figures: None
             )
         except BaseException:
             barrier.abort()

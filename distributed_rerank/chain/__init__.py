@@ -1,1 +1,1 @@
-"""The re-ranking chain: as data, applied to lists, and chosen on labels set aside from train."""
+"""The re-ranking chain: as data, applied to candidate lists, and chosen on labels set aside from train."""

@@ -1,8 +1,7 @@
-"""A chain applied to candidate lists: each step re-orders what the one before it left. Layer 3.
+"""A chain applied to candidate lists: each chain step re-orders the lists of the one before.
 
-The lists are those of all items of a search, queries and gallery alike, numbered 0, 1, ...: neighbourhood
-steps ask whether two items are in each other's lists. Nothing enters a list, except by alpha_qe, which searches
-again.
+The lists are those of all items of a search, queries and gallery alike, numbered 0, 1, ...: neighbourhood steps ask
+whether two items are in each other's lists. Only alpha_qe, which searches again, brings new candidates into a list.
 """
 
 import torch
@@ -31,12 +30,11 @@ def apply(
     embeddings: Float[Tensor, "item dim"] | None = None,
     sequences: Int64[Tensor, " item"] | None = None,
 ) -> Neighbours:
-    """The lists after all steps. `logits` are those of the first candidates of each list, NaN where there is
-    none.
+    """The lists after all chain steps; the input is not changed.
 
-    `sequences`, negative = none, keep the new search of alpha_qe from finding an item's own sequence. Logits are
-    needed by a pairwise step, embeddings by alpha_qe and query_expansion; an assertion says so.
-    The input is left as it is.
+    `logits` are those of the first candidates of each list, NaN where there is none; a pairwise step needs them.
+    alpha_qe and query_expansion need `embeddings`. `sequences` (negative = none) keep the new search of alpha_qe from
+    finding an item's own sequence.
     """
     for step in chain.steps:
         if isinstance(step, PairwiseStep):
@@ -53,7 +51,8 @@ def apply(
 
 
 def apply_pairwise(step: PairwiseStep, lists: Neighbours, logits: Float[Tensor, "query top_n"]) -> Neighbours:
-    """The lists of any queries by the step's rule; the tail behind `top_n` keeps its places."""
+    """The lists of any queries by the chain step's rule; the tail behind `top_n` keeps its places."""
+    # [query, top_n] logits -> [query, k] places of the candidates in their new order, and their new distances.
     head = logits[:, : step.top_n]
     if step.rule == "replace":
         order, distances = reranking.merge_replace(lists.distances, head)
@@ -65,8 +64,7 @@ def apply_pairwise(step: PairwiseStep, lists: Neighbours, logits: Float[Tensor, 
 
 
 def apply_k_reciprocal(step: KReciprocalStep, lists: Neighbours) -> Neighbours:
-    """The lists of all items by k-reciprocal encoding; fused distances are shifted so that none is
-    negative."""
+    """The lists of all items by k-reciprocal encoding; fused distances are shifted so that none is negative."""
     finite = lists.distances[lists.distances.isfinite()]
     shift = min(0.0, float(finite.min())) if len(finite) else 0.0
     items, distances = k_reciprocal(
@@ -78,18 +76,18 @@ def apply_k_reciprocal(step: KReciprocalStep, lists: Neighbours) -> Neighbours:
 def apply_by_probability(
     step: ProbabilityStep, lists: Neighbours, embeddings: Float[Tensor, "item dim"] | None
 ) -> Neighbours:
-    """The lists of all items by neighbourhood or query expansion, with the probabilities that the step's curve
-    gives."""
+    """The lists of all items by neighbourhood or query expansion, with probabilities from the chain step's curve."""
     probabilities = probabilities_of(step, lists)
     everything = torch.arange(len(lists.items))
+    # [item, k]: for each candidate the distance by neighbours, mixed with its own probability, then sorted.
     distances = neighbour_distances(step, lists, probabilities, embeddings, everything)
     return Neighbours(*reorder_stably(lists.items, mix(distances, probabilities, original_weight=step.weight)))
 
 
 def probabilities_of(step: ProbabilityStep, lists: Neighbours) -> Float64[Tensor, "item k"]:
-    """What the step's curve makes of the lists' distances: the probability of a match, 0 where nothing is."""
-    found = calibration.probability(lists.distances, calibration.Logistic(step.slope, step.intercept))
-    return torch.where(lists.items >= 0, found, 0.0)
+    """The probability of a match of each candidate, by the chain step's curve; 0 where there is no candidate."""
+    probabilities = calibration.probability(lists.distances, calibration.Logistic(step.slope, step.intercept))
+    return torch.where(lists.items >= 0, probabilities, 0.0)
 
 
 def neighbour_distances(
@@ -99,9 +97,9 @@ def neighbour_distances(
     embeddings: Float[Tensor, "item dim"] | None,
     queries: Int64[Tensor, " query"],
 ) -> Float32[Tensor, "query k"]:
-    """What the step mixes the probabilities of these items' lists with; it does not depend on `step.weight`.
+    """Distances of these items' candidates by their neighbours, before mixing; they do not depend on `step.weight`.
 
-    Where lists are shorter than the step's k1, k2 or k, they are used whole.
+    Lists shorter than the chain step's k1, k2 or k are used whole.
     """
     longest = lists.items.shape[1]
     if longest == 0:
@@ -111,8 +109,9 @@ def neighbour_distances(
         return overlap_distances(lists.items, probabilities, queries, kind=step.kind, k1=k1, k2=k2)
     assert embeddings is not None, "query expansion needs embeddings"
     everything = torch.arange(len(lists.items))
-    found = expanded_distances(embeddings, lists.items, probabilities, everything, k=step.k, alpha=step.alpha)
-    return found[queries] / distance_scale(found)
+    # The scale is that of all items' lists, so all are computed although only those of `queries` are returned.
+    distances = expanded_distances(embeddings, lists.items, probabilities, everything, k=step.k, alpha=step.alpha)
+    return distances[queries] / distance_scale(distances)
 
 
 def apply_alpha_qe(
@@ -125,11 +124,6 @@ def apply_alpha_qe(
     expanded = expand_embeddings(embeddings, embeddings, lists.items, n_neighbours=step.k, alpha=step.alpha)
     items: Int64[Tensor, " item"] = torch.arange(len(embeddings))
     return nearest(
-        expanded,
-        expanded,
-        query_items=items,
-        gallery_items=items,
-        query_sequences=sequences,
-        gallery_sequences=sequences,
-        n_items=lists.items.shape[1],
-    )
+        expanded, expanded, query_items=items, gallery_items=items,
+        query_sequences=sequences, gallery_sequences=sequences, n_items=lists.items.shape[1],
+    )  # fmt: skip

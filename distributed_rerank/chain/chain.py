@@ -1,9 +1,8 @@
-"""The re-ranking chain as data: which steps follow the first stage, with which constants, and who decided so.
-Layer 3.
+"""The re-ranking chain as data: the chain steps after the first stage, their constants, and how they were chosen.
 
-`chain.json` lies beside a model. Its `steps` are applied in order, each to the lists that the one before it
-left; no step at all means that the first stage's order stays. `chosen_on` tells which labels and figures led
-to the choice, `calibration` how a distance of the chain's output becomes the probability of a match.
+`chain.json` lies beside a model. Its `steps` are applied in order, each to the lists of the one before; with no step
+the first stage's order stays. `chosen_on` has the labels and figures that led to the choice, `calibration` the curve
+that turns a distance of the chain's output into the probability of a match.
 """
 
 import json
@@ -18,15 +17,15 @@ from distributed_rerank.tensors.match_neighbourhood import Kind
 
 Rule = Literal["fuse", "replace"]
 SCHEMA_VERSION = 2
-"""Of chain.json. 1 had no version, no neighbourhood and query_expansion steps, and another calibration."""
+"""Of chain.json. 1 had no version field, no neighbourhood and query_expansion steps, and another calibration."""
 
 
 @dataclass(frozen=True)
 class PairwiseStep:
     """Re-orders the first `top_n` by the pairwise model's logits.
 
-    fuse: weight * distance + logit / temperature; replace: by the logit alone, OML's rule (weight and
-    temperature are not used). What lies behind the first `top_n` keeps its places.
+    fuse: weight * distance + logit / temperature; replace: by the logit alone, OML's rule (weight and temperature are
+    not used). The candidates behind the first `top_n` keep their places.
     """
 
     top_n: int
@@ -35,10 +34,10 @@ class PairwiseStep:
     temperature: float = 1.0
 
     def __post_init__(self) -> None:
-        check(self.rule in get_args(Rule), f"rule={self.rule!r} is unknown; known are {get_args(Rule)}")
-        check(self.top_n >= 2, f"top_n={self.top_n} re-ranks nothing; give at least 2")
-        check(self.weight >= 0, f"weight={self.weight} is negative; distances count positively or not at all")
-        check(self.temperature > 0, f"temperature={self.temperature} must be positive")
+        require(self.rule in get_args(Rule), f"rule={self.rule!r} is unknown; known are {get_args(Rule)}")
+        require(self.top_n >= 2, f"top_n={self.top_n} re-ranks nothing; give at least 2")
+        require(self.weight >= 0, f"weight={self.weight} is negative; distances count positively or not at all")
+        require(self.temperature > 0, f"temperature={self.temperature} must be positive")
 
 
 @dataclass(frozen=True)
@@ -50,17 +49,17 @@ class KReciprocalStep:
     weight: float = 0.3
 
     def __post_init__(self) -> None:
-        check(self.k1 >= 1, f"k1={self.k1} must be at least 1")
-        check(1 <= self.k2 <= self.k1, f"k2={self.k2} must lie between 1 and k1={self.k1}")
-        check(0 <= self.weight <= 1, f"weight={self.weight} must lie between 0 and 1")
+        require(self.k1 >= 1, f"k1={self.k1} must be at least 1")
+        require(1 <= self.k2 <= self.k1, f"k2={self.k2} must lie between 1 and k1={self.k1}")
+        require(0 <= self.weight <= 1, f"weight={self.weight} must lie between 0 and 1")
 
 
 @dataclass(frozen=True)
 class NeighbourhoodStep:
-    """Two items are near where their neighbourhoods overlap, a neighbour counting as probably as it is a match.
+    """Two items are near where their neighbourhoods overlap; each neighbour counts with its probability of a match.
 
-    (1 - weight) * Jaccard distance + weight * (1 - p) with p = sigmoid(intercept - slope * distance), the distance
-    being what the step before left. kind: reciprocal neighbours, or directly the first k1.
+    (1 - weight) * Jaccard distance + weight * (1 - p) with p = sigmoid(intercept - slope * distance), with the distance
+    of the chain step before. kind: reciprocal neighbours, or directly the first k1.
     """
 
     slope: float
@@ -71,19 +70,19 @@ class NeighbourhoodStep:
     weight: float = 0.3
 
     def __post_init__(self) -> None:
-        check(self.kind in get_args(Kind), f"kind={self.kind!r} is unknown; known are {get_args(Kind)}")
-        check(self.slope >= 0, f"slope={self.slope} is negative; a larger distance is no likelier match")
-        check(self.k1 >= 1, f"k1={self.k1} must be at least 1")
-        check(1 <= self.k2 <= self.k1, f"k2={self.k2} must lie between 1 and k1={self.k1}")
-        check(0 <= self.weight <= 1, f"weight={self.weight} must lie between 0 and 1")
+        require(self.kind in get_args(Kind), f"kind={self.kind!r} is unknown; known are {get_args(Kind)}")
+        require(self.slope >= 0, f"slope={self.slope} is negative; a larger distance is no likelier match")
+        require(self.k1 >= 1, f"k1={self.k1} must be at least 1")
+        require(1 <= self.k2 <= self.k1, f"k2={self.k2} must lie between 1 and k1={self.k1}")
+        require(0 <= self.weight <= 1, f"weight={self.weight} must lie between 0 and 1")
 
 
 @dataclass(frozen=True)
 class QueryExpansionStep:
     """Alpha query expansion with database augmentation inside the lists, which keep their candidates.
 
-    Every embedding becomes the normalised sum of itself and the first k of its list, each weighing p ** alpha; the
-    new distance is (1 - weight) * (distance of the expanded embeddings / its scale) + weight * (1 - p). p: as in
+    Every embedding becomes the normalised sum of itself and the first k of its list with weights p ** alpha; the new
+    distance is (1 - weight) * (distance of the expanded embeddings / its scale) + weight * (1 - p), with p as in
     `NeighbourhoodStep`.
     """
 
@@ -94,28 +93,30 @@ class QueryExpansionStep:
     weight: float = 0.5
 
     def __post_init__(self) -> None:
-        check(self.slope >= 0, f"slope={self.slope} is negative; a larger distance is no likelier match")
-        check(self.k >= 1, f"k={self.k} must be at least 1")
-        check(self.alpha >= 0, f"alpha={self.alpha} must not be negative")
-        check(0 <= self.weight <= 1, f"weight={self.weight} must lie between 0 and 1")
+        require(self.slope >= 0, f"slope={self.slope} is negative; a larger distance is no likelier match")
+        require(self.k >= 1, f"k={self.k} must be at least 1")
+        require(self.alpha >= 0, f"alpha={self.alpha} must not be negative")
+        require(0 <= self.weight <= 1, f"weight={self.weight} must lie between 0 and 1")
 
 
 @dataclass(frozen=True)
 class AlphaQEStep:
-    """Alpha query expansion (Radenovic et al. 2018) with the same expansion of the gallery (DBA): a new search, so
-    that new candidates come in and what the steps before knew of the old ones is lost."""
+    """Alpha query expansion (Radenovic et al. 2018) with the same expansion of the gallery (DBA), and a new search.
+
+    New candidates come in, and the distances of the chain steps before are lost.
+    """
 
     k: int = 5
     alpha: float = 3.0
 
     def __post_init__(self) -> None:
-        check(self.k >= 1, f"k={self.k} must be at least 1")
-        check(self.alpha >= 0, f"alpha={self.alpha} must not be negative")
+        require(self.k >= 1, f"k={self.k} must be at least 1")
+        require(self.alpha >= 0, f"alpha={self.alpha} must not be negative")
 
 
 ProbabilityStep = NeighbourhoodStep | QueryExpansionStep
-Step = PairwiseStep | KReciprocalStep | AlphaQEStep | ProbabilityStep
-KINDS: dict[str, type[Step]] = {
+ChainStep = PairwiseStep | KReciprocalStep | AlphaQEStep | ProbabilityStep
+KINDS: dict[str, type[ChainStep]] = {
     "pairwise": PairwiseStep,
     "k_reciprocal": KReciprocalStep,
     "neighbourhood": NeighbourhoodStep,
@@ -126,22 +127,19 @@ KINDS: dict[str, type[Step]] = {
 
 @dataclass(frozen=True)
 class Chain:
-    """Steps after the first stage; none = its order stays."""
+    """Chain steps after the first stage; none = its order stays."""
 
-    steps: tuple[Step, ...] = ()
+    steps: tuple[ChainStep, ...] = ()
     chosen_on: dict[str, Any] = field(default_factory=dict)
-    """Labels, queries and figures that the choice was made on; {} = given by hand."""
+    """Labels, queries and figures of the choice; {} = given by hand."""
     calibration: dict[str, Any] = field(default_factory=dict)
-    """What turns a distance of the output into the probability of a match (`slope`, `intercept`) and how far it can
-    be trusted; {} = nothing fitted."""
+    """The curve from a distance of the output to the probability of a match, and its error; {} = nothing fitted."""
 
     def __post_init__(self) -> None:
         kinds = [type(step) for step in self.steps]
-        check(kinds.count(PairwiseStep) <= 1, "a chain has at most one pairwise step")
-        check(
-            PairwiseStep not in kinds[1:],
-            "the pairwise step comes first: its logits belong to the first stage's lists",
-        )
+        require(kinds.count(PairwiseStep) <= 1, "a chain has at most one pairwise step")
+        is_first = PairwiseStep not in kinds[1:]
+        require(is_first, "the pairwise step comes first: its logits belong to the first stage's lists")
 
     @property
     def pairwise(self) -> PairwiseStep | None:
@@ -149,38 +147,37 @@ class Chain:
         return next((step for step in self.steps if isinstance(step, PairwiseStep)), None)
 
     @property
-    def neighbourhood(self) -> tuple[Step, ...]:
-        """The steps that look at the lists of the neighbours as well."""
+    def neighbourhood(self) -> tuple[ChainStep, ...]:
+        """The chain steps that look at the lists of the neighbours as well."""
         return tuple(step for step in self.steps if not isinstance(step, PairwiseStep))
 
     def describe(self) -> str:
-        """The steps in one line, for a log and a report."""
+        """The chain steps in one line, for a log and a report."""
         return " -> ".join(["first stage", *(describe_step(step) for step in self.steps)])
 
 
-def check(is_right: bool, message: str) -> None:
-    """Raises BadInput with the message where something is wrong."""
+def require(is_right: bool, message: str) -> None:
+    """Raises BadInput with the message where `is_right` is False."""
     if not is_right:
         raise BadInput(f"chain: {message}")
 
 
-def kind_of(step: Step) -> str:
-    """The name of the step in chain.json."""
+def kind_of(step: ChainStep) -> str:
+    """The name of the chain step in chain.json."""
     return next(name for name, kind in KINDS.items() if isinstance(step, kind))
 
 
-def describe_step(step: Step) -> str:
-    """One step with its constants, to four digits: `k_reciprocal(k1=20, k2=6, weight=0.3)`."""
+def describe_step(step: ChainStep) -> str:
+    """One chain step with its constants, to four digits: `k_reciprocal(k1=20, k2=6, weight=0.3)`."""
     constants = {name: f"{value:.4g}" if isinstance(value, float) else value for name, value in asdict(step).items()}
     return f"{kind_of(step)}({', '.join(f'{name}={value}' for name, value in constants.items())})"
 
 
 def write_chain(chain: Chain, folder: Path) -> None:
     """Write chain.json into the folder, atomically."""
-    steps = [{"step": kind_of(step), **asdict(step)} for step in chain.steps]
     content = {
         "schema_version": SCHEMA_VERSION,
-        "steps": steps,
+        "steps": [{"step": kind_of(step), **asdict(step)} for step in chain.steps],
         "chosen_on": chain.chosen_on,
         "calibration": chain.calibration,
     }
@@ -200,35 +197,35 @@ def read_chain(path: Path) -> Chain:
         content = json.loads(path.read_text())
     except json.JSONDecodeError as error:
         raise BadInput(f"{path} is no JSON ({error}); write it anew") from error
-    check(isinstance(content, dict), f"{path} holds no object")
+    require(isinstance(content, dict), f"{path} holds no object")
     version = content.pop("schema_version", 1)
-    check(
+    require(
         version == SCHEMA_VERSION,
         f"{path} has schema_version {version}, this code reads {SCHEMA_VERSION}; train the model again, or give "
         f'--chain replace or a file with "schema_version": {SCHEMA_VERSION}',
     )
     unknown = set(content) - {"steps", "chosen_on", "calibration"}
-    check(not unknown, f"{path} has unknown keys {sorted(unknown)}; known are steps, chosen_on, calibration")
+    require(not unknown, f"{path} has unknown keys {sorted(unknown)}; known are steps, chosen_on, calibration")
     steps = tuple(step_from(entry) for entry in content.get("steps", []))
     return Chain(steps, content.get("chosen_on", {}), content.get("calibration", {}))
 
 
-def step_from(entry: dict[str, Any]) -> Step:
-    """One step from its entry in chain.json."""
+def step_from(entry: dict[str, Any]) -> ChainStep:
+    """One chain step from its entry in chain.json."""
     constants = dict(entry)
     name = constants.pop("step", None)
-    check(name in KINDS, f"step {name!r} is unknown; known are {sorted(KINDS)}")
+    require(name in KINDS, f"step {name!r} is unknown; known are {sorted(KINDS)}")
     kind = KINDS[str(name)]
     known = {f.name: f.type for f in fields(kind)}
     unknown = set(constants) - set(known)
-    check(not unknown, f"step {name} has unknown constants {sorted(unknown)}; known are {sorted(known)}")
+    require(not unknown, f"step {name} has unknown constants {sorted(unknown)}; known are {sorted(known)}")
     missing = [f.name for f in fields(kind) if f.default is MISSING and f.name not in constants]
-    check(not missing, f"step {name} lacks {', '.join(missing)}")
+    require(not missing, f"step {name} lacks {', '.join(missing)}")
     for constant, value in constants.items():
         wanted = {int: (int,), float: (int, float)}.get(known[constant], (str,))
         is_right = isinstance(value, wanted) and not isinstance(value, bool)
-        check(is_right, f"{constant}={value!r} of step {name} must be {known[constant]}")
+        require(is_right, f"{constant}={value!r} of step {name} must be {known[constant]}")
         words = get_args(known[constant])
-        check(not words or value in words, f"{constant}={value!r} is unknown; known are {words}")
+        require(not words or value in words, f"{constant}={value!r} is unknown; known are {words}")
         constants[constant] = float(value) if known[constant] is float else value
     return kind(**constants)

@@ -1,50 +1,79 @@
-"""Which chain to use, decided by labels set aside from `train`. Layer 3.
+"""The chain is chosen on labels set aside from `train`.
 
-Steps are tried one after the other: first fusion of the logits with the first-stage distances,
-then neighbourhoods and query expansion on what came out. A step joins the chain only if its gain holds on labels that
-its constants were not chosen on: the set-aside labels are halved, the best constants of either half are measured on
-the other, and the interval of the gain over what the chain had before must lie above zero. Otherwise the chain stays
-as it was; with no step at all it is the first stage, and the log says so.
+Chain steps are tried one after the other: first fusion of the logits with the first-stage distances, then
+neighbourhoods and query expansion on the result. A chain step joins the chain only if its gain holds on labels that its
+constants were not chosen on: the set-aside labels are halved, the best constants of either half are measured on the
+other, and the interval of the gain over the chain so far must lie above zero. Otherwise the chain stays as it was; with
+no chain step at all it is the first stage, and the log says so.
+
+A chain step that needs the probability of a match has a curve fitted to labels. Its settings are measured twice: with
+the curve of either half of the labels, on all queries. So constants are chosen on one half and measured on the other
+with nothing in them that has seen it. Settings that share their costly part (a neighbourhood's overlap, expanded
+embeddings) and differ only in the weight of the probability are computed together.
 """
 
 import logging
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from itertools import product
 from typing import Any
 
 import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from distributed_rerank.chain.chain import Chain
-from distributed_rerank.chain.evidence import CMC_WEIGHT, Evidence, Trial, half_of_labels, try_chain
+from distributed_rerank.chain.apply import neighbour_distances, probabilities_of
+from distributed_rerank.chain.chain import (
+    Chain,
+    NeighbourhoodStep,
+    PairwiseStep,
+    ProbabilityStep,
+    QueryExpansionStep,
+)
+from distributed_rerank.chain.evidence import CMC_WEIGHT, Evidence, Trial, fit_curve, half_of_labels, try_chain
 from distributed_rerank.chain.probability import calibrate
-from distributed_rerank.chain.trials import Settings, fusion_settings, fusion_trials, neighbour_settings
 from distributed_rerank.tensors import statistics
+from distributed_rerank.tensors.calibration import Logistic
+from distributed_rerank.tensors.match_neighbourhood import mix, reorder_stably
 from distributed_rerank.tensors.metrics import PerQuery
 
 logger = logging.getLogger(__name__)
 
+FUSION_WEIGHTS = (0.0, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
+"""Of the first-stage distance beside the logit; the larger, the more the first stage counts."""
+KINDS = ("direct", "reciprocal")
+SIZES = tuple(product((10, 20, 30), (1, 3, 6)))
+"""(k1, k2) of the neighbourhoods tried."""
+ORIGINAL_WEIGHTS = (0.3, 0.5, 0.7)
+"""Of the probability beside the overlap, or beside the expanded distance."""
+EXPANSIONS = tuple(product((5, 10, 20), (1.0, 2.0)))
+"""(k, alpha) of the query expansions tried."""
 MAX_P_VALUE = 0.01
-"""Of a gain that is believed: several steps are tried, so chance has several tries too."""
+"""Largest p-value of an accepted gain; below 0.05 because several chain steps are tested."""
 MIN_GAIN = 0.005
-"""A smaller gain of the objective is not worth a step, even if it is real."""
+"""A smaller gain of the objective is not worth a chain step, even if it is real."""
 CLEARLY_BETTER = 0.005
-"""Of mAP@10 + CMC@1: by how much more weight of the first stage must win. The models that are judged have seen fewer
-labels than the one that is kept, and lean on the first stage more than it has to."""
+"""A larger weight of the first stage must raise mAP@10 + CMC@1 by more than this. The measured models have seen fewer
+labels than the model that is kept, and lean on the first stage more than it has to."""
 
 Gain = dict[str, statistics.Difference]
 
 
-def fusion_figure(evidence: Evidence) -> dict[str, float]:
-    """Figures of the best fusion, for early stopping: what the model would be worth if training ended now."""
-    return max((trial.figures() for trial in fusion_trials(evidence)), key=lambda figures: figures["map@10"])
+@dataclass(frozen=True)
+class Settings:
+    """Chains that differ in the constants of their last step, and the values of every query with each."""
+
+    chains: Sequence[Chain]
+    values: Sequence[PerQuery]
+    """Each query with constants fitted to its own half of the labels."""
+    measure: Callable[[int, bool], PerQuery]
+    """Values of every query with setting number i and the curve of the first (True) or second half of the labels."""
 
 
 def choose(evidence: Evidence, seed: int = 0) -> Chain:
     """The chain for these labels, with the figures of every setting tried in `chosen_on` and a calibration.
 
-    Without logits only the steps that need no training are tried.
+    Without logits only the chain steps that need no training are tried.
     """
     labels = evidence.query_labels()
     is_first_half = half_of_labels(labels, seed)
@@ -60,7 +89,8 @@ def choose(evidence: Evidence, seed: int = 0) -> Chain:
         values = cross_fitted_values(settings, first_stage, is_first_half, pick)
         gain = statistics.compare({key: current.values[key] for key in values}, values, labels, seed=seed)
         is_taken = is_significant(gain, first_stage, values)
-        decisions.append({"step": name, "taken": is_taken, "gain": {key: spelled(d) for key, d in gain.items()}})
+        gain_in_json = {key: gain_to_json(difference) for key, difference in gain.items()}
+        decisions.append({"step": name, "taken": is_taken, "gain": gain_in_json})
         if is_taken:
             everyone = torch.ones_like(is_first_half)
             current = try_chain(evidence, settings.chains[pick(settings.values, first_stage, everyone)])
@@ -79,36 +109,137 @@ def choose(evidence: Evidence, seed: int = 0) -> Chain:
 def settings_for(
     name: str, evidence: Evidence, current: Trial, is_first_half: Bool[Tensor, " query"]
 ) -> Settings | None:
-    """What is tried as the next step; None where nothing can be."""
+    """The settings tried as the next chain step; None where nothing can be tried."""
     if bool(is_first_half.all()) or not bool(is_first_half.any()):
         return None
-    if name == "pairwise":
-        return None if evidence.logits is None else fusion_settings(evidence)
-    return neighbour_settings(evidence, current, is_first_half)
+    if name == "neighbours":
+        return neighbour_settings(evidence, current, is_first_half)
+    if evidence.logits is None:
+        return None
+    # No constant of a fusion is fitted to labels, so both halves measure the same.
+    trials = fusion_trials(evidence)
+    values = [trial.values for trial in trials]
+    return Settings([trial.chain for trial in trials], values, lambda number, is_first: values[number])
+
+
+def fusion_figure(evidence: Evidence) -> dict[str, float]:
+    """Figures of the best fusion, for early stopping: the model's worth if training ended now."""
+    return max((trial.figures() for trial in fusion_trials(evidence)), key=lambda figures: figures["map@10"])
+
+
+def fusion_trials(evidence: Evidence) -> list[Trial]:
+    """The logits alone, then with ever more of the first stage's distance."""
+    assert evidence.logits is not None, "fusing needs logits"
+    top_n = evidence.logits.shape[1]
+    fusions = [PairwiseStep(top_n, "fuse", weight, logit_scale(evidence)) for weight in FUSION_WEIGHTS]
+    return [try_chain(evidence, Chain((fusion,))) for fusion in fusions]
+
+
+def logit_scale(evidence: Evidence) -> float:
+    """The temperature that gives logits the spread of the distances, so that one grid of weights suits every model."""
+    assert evidence.logits is not None, "a scale needs logits"
+    head = evidence.lists.distances[:, : evidence.logits.shape[1]]
+    is_there = evidence.logits.isfinite() & head.isfinite()
+    if int(is_there.sum()) < 2:
+        return 1.0
+    spread = float(evidence.logits[is_there].double().std()) / max(1e-12, float(head[is_there].double().std()))
+    return spread if spread > 1e-6 else 1.0
+
+
+def neighbour_settings(evidence: Evidence, before: Trial, is_first_half: Bool[Tensor, " query"]) -> Settings | None:
+    """Neighbourhood and query expansion steps on top of a chain, with all constants that fit the lists' length.
+
+    None where no curve can be fitted.
+    """
+    first, second = (fit_curve(evidence, before, is_first_half == is_first) for is_first in (True, False))
+    whole = fit_curve(evidence, before)
+    if first is None or second is None or whole is None:
+        return None
+    groups = step_groups(before.lists.items.shape[1], has_embeddings=evidence.embeddings is not None)
+    steps = [step for group in groups for step in group]
+    # For each chain step and metric: [query], filled half by half with the values under that half's own curve.
+    values = [{key: torch.zeros(len(is_first_half), dtype=torch.float64) for key in before.values} for _ in steps]
+    for curve, rows in ((first, is_first_half), (second, ~is_first_half)):
+        of_half = [part for group in groups for part in group_values(evidence, before, group, curve, rows)]
+        for target, part in zip(values, of_half, strict=True):
+            for key in target:
+                target[key][rows] = part[key]
+
+    def measure(number: int, is_first: bool) -> PerQuery:
+        everyone = torch.ones_like(is_first_half)
+        return group_values(evidence, before, [steps[number]], first if is_first else second, everyone)[0]
+
+    chains = [Chain((*before.chain.steps, with_curve(step, whole))) for step in steps]
+    return Settings(chains, values, measure)
+
+
+def step_groups(longest: int, *, has_embeddings: bool) -> list[Sequence[ProbabilityStep]]:
+    """Chain steps without a curve yet; those of a group differ in their weight only."""
+    groups: list[Sequence[ProbabilityStep]] = [
+        [NeighbourhoodStep(0.0, 0.0, kind, k1, k2, weight) for weight in ORIGINAL_WEIGHTS]
+        for kind in KINDS
+        for k1, k2 in SIZES
+        if k1 <= longest
+    ]
+    if has_embeddings:
+        groups += [
+            [QueryExpansionStep(0.0, 0.0, k, alpha, weight) for weight in ORIGINAL_WEIGHTS]
+            for k, alpha in EXPANSIONS
+            if k <= longest
+        ]
+    return groups
+
+
+def with_curve(step: ProbabilityStep, curve: Logistic) -> ProbabilityStep:
+    """The chain step with this curve."""
+    return replace(step, slope=curve.slope, intercept=curve.intercept)
+
+
+def group_values(
+    evidence: Evidence,
+    before: Trial,
+    group: Sequence[ProbabilityStep],
+    curve: Logistic,
+    rows: Bool[Tensor, " every_query"],
+) -> list[PerQuery]:
+    """Values of these queries with each chain step of the group."""
+    queries = evidence.queries[rows]
+    lists = before.lists
+    # The group's costly part, once: [item, k] probabilities and [query, k] distances.
+    probabilities = probabilities_of(with_curve(group[0], curve), lists)
+    distances = neighbour_distances(group[0], lists, probabilities, evidence.embeddings, queries)
+    values = []
+    for step in group:
+        mixed = mix(distances, probabilities[queries], original_weight=step.weight)
+        items, _ = reorder_stably(lists.items[queries], mixed)
+        values.append(evidence.measure(queries, items))
+    return values
 
 
 def without_cmc_loss(values: Sequence[PerQuery], first_stage: Trial, rows: Bool[Tensor, " query"]) -> list[int]:
     """Numbers of the settings with no lower CMC@1 than the first stage on these queries; all, where none has."""
     floor = float(first_stage.values["cmc@1"][rows].mean())
-    found = [number for number, value in enumerate(values) if float(value["cmc@1"][rows].mean()) >= floor]
-    return found or list(range(len(values)))
+    numbers = [number for number, value in enumerate(values) if float(value["cmc@1"][rows].mean()) >= floor]
+    return numbers or list(range(len(values)))
 
 
 def best(values: Sequence[PerQuery], first_stage: Trial, rows: Bool[Tensor, " query"]) -> int:
-    """Number of the setting without a loss of CMC@1 of the largest objective on these queries."""
+    """Number of the setting with the largest objective on these queries, among those without a loss of CMC@1."""
     return max(
         without_cmc_loss(values, first_stage, rows), key=lambda number: float(values[number]["objective"][rows].mean())
     )
 
 
 def smallest_best_weight(values: Sequence[PerQuery], first_stage: Trial, rows: Bool[Tensor, " query"]) -> int:
-    """Number of the setting of the largest mAP@10 + CMC@1 without a loss of CMC@1; a later one must be clearly
-    better."""
-    chosen, figure = -1, -1.0
+    """Number of the setting with the largest mAP@10 + CMC@1, among those without a loss of CMC@1.
+
+    A later setting, with a larger weight of the first stage, must be clearly better.
+    """
+    chosen, chosen_figure = -1, -1.0
     for number in without_cmc_loss(values, first_stage, rows):
-        found = float((values[number]["map@10"][rows] + values[number]["cmc@1"][rows]).mean())
-        if chosen < 0 or found > figure + CLEARLY_BETTER:
-            chosen, figure = number, found
+        figure = float((values[number]["map@10"][rows] + values[number]["cmc@1"][rows]).mean())
+        if chosen < 0 or figure > chosen_figure + CLEARLY_BETTER:
+            chosen, chosen_figure = number, figure
     return chosen
 
 
@@ -119,15 +250,17 @@ def cross_fitted_values(
     values = {key: column.clone() for key, column in first_stage.values.items()}
     for is_first in (True, False):
         chosen_on = is_first_half == is_first
-        found = settings.measure(pick(settings.values, first_stage, chosen_on), is_first)
+        measured = settings.measure(pick(settings.values, first_stage, chosen_on), is_first)
         for key in values:
-            values[key][~chosen_on] = found[key][~chosen_on]
+            values[key][~chosen_on] = measured[key][~chosen_on]
     return values
 
 
 def is_significant(gain: Gain, first_stage: Trial, values: PerQuery) -> bool:
-    """Whether the objective rose beyond noise and by something that matters, mAP@10 did not fall, and CMC@1 is not
-    below the first stage's."""
+    """Whether the objective rose beyond noise and by enough to matter.
+
+    mAP@10 must not have fallen, and CMC@1 must not be below the first stage's.
+    """
     rise = gain["objective"]
     is_real = rise.low > 0 and rise.p_value < MAX_P_VALUE and rise.mean >= MIN_GAIN and gain["map@10"].mean >= 0
     return is_real and float((values["cmc@1"] - first_stage.values["cmc@1"]).mean()) >= 0
@@ -138,8 +271,8 @@ def row(chain: Chain, values: PerQuery) -> dict[str, Any]:
     return {"chain": chain.describe(), **{key: float(values[key].mean()) for key in ("map@10", "cmc@1")}}
 
 
-def spelled(difference: statistics.Difference) -> dict[str, Any]:
-    """A difference as chain.json spells it."""
+def gain_to_json(difference: statistics.Difference) -> dict[str, Any]:
+    """A difference as chain.json holds it."""
     return {
         "mean": difference.mean,
         "ci95": [difference.low, difference.high],
@@ -148,7 +281,7 @@ def spelled(difference: statistics.Difference) -> dict[str, Any]:
 
 
 def outcome(decision: dict[str, Any]) -> str:
-    """Whether the step was taken; of a gain that chance may have made, how likely that is."""
+    """Whether the chain step was taken; and if not, how likely its gain is chance."""
     p_value = decision["gain"]["objective"]["p_value"]
     if decision["taken"] or p_value < MAX_P_VALUE:
         return "taken" if decision["taken"] else "not taken"
@@ -158,7 +291,7 @@ def outcome(decision: dict[str, Any]) -> str:
 
 
 def log_choice(chosen: Trial, decisions: Sequence[dict[str, Any]]) -> None:
-    """One line for each step tried and one for the outcome."""
+    """One line for each chain step tried and one for the outcome."""
     for decision in decisions:
         gain = decision["gain"]
         logger.info(

@@ -1,5 +1,4 @@
-"""What a choice of the chain rests on: lists of labels that nothing was trained on, and how a chain fares there.
-Layer 3."""
+"""The evidence for a choice of the chain: lists of labels that nothing was trained on, and a chain's figures there."""
 
 from dataclasses import dataclass, field
 
@@ -19,26 +18,26 @@ CMC_WEIGHT = 2.0
 
 @dataclass(frozen=True)
 class Evidence:
-    """What a choice is made on: the lists of all images of the set-aside labels, numbered 0, 1, ..."""
+    """The lists of all images of the set-aside labels, numbered 0, 1, ..."""
 
     lists: Neighbours
     labels: Int64[Tensor, " item"]
     n_relevant: Int64[Tensor, " item"]
-    """Relevant items of each; items with none are in the lists of others but are no queries."""
+    """Relevant items of each item; items with none are candidates of others but no queries."""
     logits: Float[Tensor, "item top_n"] | None = None
     embeddings: Float[Tensor, "item dim"] | None = None
 
     @property
     def queries(self) -> Int64[Tensor, " query"]:
-        """The items that are measured: those that have relevant ones."""
+        """The items that have relevant ones; only they are measured."""
         return (self.n_relevant > 0).nonzero().squeeze(1)
 
     def query_labels(self) -> Int64[Tensor, " query"]:
-        """Labels of the items that are measured."""
+        """Labels of the queries."""
         return self.labels[self.queries]
 
     def per_query(self, lists: Neighbours) -> PerQuery:
-        """Metrics of the items that have relevant ones, in item order, from lists of all items."""
+        """Metrics of the queries, in item order, from lists of all items."""
         return self.measure(self.queries, lists.items[self.queries])
 
     def measure(self, queries: Int64[Tensor, " query"], candidates: Int64[Tensor, "query k"]) -> PerQuery:
@@ -48,10 +47,13 @@ class Evidence:
         values = {key: values[key] for key in ("map@10", "cmc@1")}
         return {**values, "objective": values["map@10"] + CMC_WEIGHT * values["cmc@1"]}
 
-    def judged_pairs(
+    def labelled_pairs(
         self, lists: Neighbours, top_n: int, is_counted: Bool[Tensor, " query"] | None = None
     ) -> tuple[Float[Tensor, " pair"], Bool[Tensor, " pair"]]:
-        """Distance, and whether it is a match, of each pair of a query and its first `top_n` candidates."""
+        """Distance, and whether it is a match, of each pair of a query and its first `top_n` candidates.
+
+        Only queries where `is_counted` is True; None = all.
+        """
         rows = self.queries if is_counted is None else self.queries[is_counted]
         items, distances = lists.items[rows, :top_n], lists.distances[rows, :top_n]
         is_there = (items >= 0) & distances.isfinite()
@@ -60,7 +62,7 @@ class Evidence:
 
 @dataclass(frozen=True)
 class Trial:
-    """A chain and how each query fared with it."""
+    """A chain with its lists and the metrics of each query."""
 
     chain: Chain
     values: PerQuery
@@ -78,19 +80,18 @@ def try_chain(evidence: Evidence, chain: Chain) -> Trial:
 
 
 def scored_depth(evidence: Evidence, chain: Chain) -> int:
-    """How many candidates of a list have a distance that a curve can be fitted to: those that the chain's pairwise
-    step orders, or all."""
+    """The number of candidates in a list that a curve is fitted to: those that the pairwise step orders, or all."""
     return evidence.lists.items.shape[1] if chain.pairwise is None else chain.pairwise.top_n
 
 
 def fit_curve(
     evidence: Evidence, trial: Trial, is_counted: Bool[Tensor, " query"] | None = None
 ) -> calibration.Logistic | None:
-    """What turns a distance of the trial's lists into the probability of a match, learned from these queries.
+    """The curve from a distance of the trial's lists to the probability of a match, fitted to these queries.
 
-    None where they have no pair of either kind, or where small does not mean a match.
+    None where they lack matches or non-matches, or where a smaller distance does not mean a likelier match.
     """
-    distances, is_match = evidence.judged_pairs(trial.lists, scored_depth(evidence, trial.chain), is_counted)
+    distances, is_match = evidence.labelled_pairs(trial.lists, scored_depth(evidence, trial.chain), is_counted)
     if not bool(is_match.any()) or bool(is_match.all()):
         return None
     curve = calibration.fit_logistic(distances, is_match)

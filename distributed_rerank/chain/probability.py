@@ -1,8 +1,8 @@
-"""What the chain's output says as a probability, and how far that can be trusted. Layer 3.
+"""The probability of a match from a distance of the chain's output, and its calibration error.
 
-A logit and a fused distance order candidates; neither says how sure a match is. A logistic curve on the distances of
-the chain's output does. Its calibration error (ECE) is measured on labels that the curve was not fitted to, beside
-that of the raw sigmoid of the logit.
+A logit or a fused distance orders candidates but does not say how sure a match is. A logistic curve on the distances of
+the chain's output does. Its calibration error (ECE) is measured on labels that the curve was not fitted to, beside the
+error of the raw sigmoid of the logit.
 """
 
 import logging
@@ -22,22 +22,21 @@ logger = logging.getLogger(__name__)
 def calibrate(evidence: Evidence, chosen: Trial, is_first_half: Bool[Tensor, " query"]) -> dict[str, Any]:
     """The curve from the distances of the chain's output to the probability of a match, for chain.json.
 
-    `slope, intercept`: p = sigmoid(intercept - slope * distance), fitted to all labels. `ece`: its error where
-    either half of the labels is judged by the curve of the other; `ece_raw`: that of sigmoid(-logit), None without
-    logits. Both over the first candidates of each list, those that the pairwise step orders. {} where no curve can be
-    fitted.
+    `slope, intercept`: p = sigmoid(intercept - slope * distance), fitted to all labels. `ece`: its error, each half of
+    the labels measured with the curve of the other half. `ece_raw`: the error of sigmoid(-logit), None without logits.
+    Both over the candidates that the pairwise step orders. {} where no curve can be fitted.
     """
     curve = fit_curve(evidence, chosen)
-    halves = [fit_curve(evidence, chosen, is_first_half == is_first) for is_first in (True, False)]
-    if curve is None or halves[0] is None or halves[1] is None:
+    first, second = (fit_curve(evidence, chosen, is_first_half == is_first) for is_first in (True, False))
+    if curve is None or first is None or second is None:
         return {}
     depth = scored_depth(evidence, chosen.chain)
-    found, truth = [], []
-    for fitted, rows in ((halves[0], ~is_first_half), (halves[1], is_first_half)):
-        distances, is_match = evidence.judged_pairs(chosen.lists, depth, rows)
-        found.append(calibration.probability(distances, fitted))
+    predicted, truth = [], []
+    for fitted, others in ((first, ~is_first_half), (second, is_first_half)):
+        distances, is_match = evidence.labelled_pairs(chosen.lists, depth, others)
+        predicted.append(calibration.probability(distances, fitted))
         truth.append(is_match)
-    ece = calibration.expected_calibration_error(torch.cat(found), torch.cat(truth))
+    ece = calibration.expected_calibration_error(torch.cat(predicted), torch.cat(truth))
     raw = raw_error(evidence)
     logger.info(
         "probability of a match: calibration error %.4f on labels the curve was not fitted to%s",
@@ -54,12 +53,12 @@ def calibrate(evidence: Evidence, chosen: Trial, is_first_half: Bool[Tensor, " q
 
 
 def raw_error(evidence: Evidence) -> float | None:
-    """Calibration error of sigmoid(-logit), which nothing was fitted to; None without logits."""
+    """Calibration error of sigmoid(-logit), which is not fitted to anything; None without logits."""
     if evidence.logits is None:
         return None
     depth = evidence.logits.shape[1]
     lists = type(evidence.lists)(evidence.lists.items[:, :depth], evidence.logits)
-    logits, is_match = evidence.judged_pairs(lists, depth)
+    logits, is_match = evidence.labelled_pairs(lists, depth)
     if not len(logits):
         return None
     return calibration.expected_calibration_error((-logits).double().sigmoid(), is_match)

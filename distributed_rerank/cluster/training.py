@@ -1,5 +1,5 @@
-"""Training on Ray Train: `procedures.training_run.train_all` on several workers, whose sums are added by gloo
-or NCCL. Layer 4.
+"""Training on Ray Train: `training.run.train_all` on several workers, whose sums are added by gloo or
+NCCL.
 
 Ray keeps the checkpoints under the run's folder. A worker that dies is replaced and all go on from the last
 epoch; after a killed driver the same call with the same folder does. The run has no name of its own to reuse
@@ -24,10 +24,9 @@ from distributed_rerank.cluster.session import Session
 from distributed_rerank.config.cluster import RetryConfig
 from distributed_rerank.errors import BadInput
 from distributed_rerank.runtime import logs
-from distributed_rerank.training import checkpoints
-from distributed_rerank.training.epoch import Worker
-from distributed_rerank.training.run import State, train_all
-from distributed_rerank.training.task import TrainingTask
+from distributed_rerank.training.run import train_all
+from distributed_rerank.training.state import read_state, write_state
+from distributed_rerank.training.task import State, TrainingTask, TrainingWorker
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +47,7 @@ def train_worker(arguments: dict) -> str | None:
     logs.configure_worker()
     quieten()
     context = ray.train.get_context()
-    worker = Worker(
+    worker = TrainingWorker(
         rank=context.get_world_rank(),
         world_size=context.get_world_size(),
         device=str(get_device()),
@@ -58,7 +57,7 @@ def train_worker(arguments: dict) -> str | None:
     restored = None
     if found is not None:
         with found.as_directory() as folder:
-            restored = checkpoints.load(Path(folder) / STATE)
+            restored = read_state(Path(folder) / STATE)
     try:
         train_all(task, arguments["folder"], worker, restored, functools.partial(report, worker))
     except BadInput as error:
@@ -66,14 +65,14 @@ def train_worker(arguments: dict) -> str | None:
     return None
 
 
-def report(worker: Worker, state: State, figures: dict[str, float]) -> None:
+def report(worker: TrainingWorker, state: State, figures: dict[str, float]) -> None:
     """Hands the epoch's figures to Ray, and the state from the first worker; all workers wait for each
     other."""
     if worker.rank != 0:
         ray.train.report(figures, checkpoint=None)
         return
     with tempfile.TemporaryDirectory() as folder:
-        checkpoints.save(state, Path(folder) / STATE)
+        write_state(state, Path(folder) / STATE)
         ray.train.report(figures, checkpoint=Checkpoint.from_directory(folder))
 
 
@@ -114,7 +113,7 @@ def fit(task: TrainingTask, folder: Path, *, session: Session, retry: RetryConfi
         raise BadInput(result.return_value)
     assert result.checkpoint is not None, "a finished training has a checkpoint"
     with result.checkpoint.as_directory() as last:
-        return checkpoints.load(Path(last) / STATE)
+        return read_state(Path(last) / STATE)
 
 
 def fit_on(session: Callable[[], Session], retry: RetryConfig) -> Callable[[TrainingTask, Path], State]:

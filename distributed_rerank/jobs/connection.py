@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from distributed_rerank.config.cluster import ClusterConfig, RetryConfig
 from distributed_rerank.executors import Executors
 from distributed_rerank.training.run import fit
-from distributed_rerank.training.stage import Fit
+from distributed_rerank.training.task import Fit
 
 
 @contextmanager

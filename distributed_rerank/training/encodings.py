@@ -1,10 +1,12 @@
 """Encodings computed once for a frozen backbone, by all workers together; projections fitted in closed form.
-Layer 3.
 
-A model may have projections that are fitted to frozen features of the train images (`FittedModel`). A head
-trained on images whose labels the projections have seen would trust them too much. So the labels are halved,
-each half is encoded by projections fitted to the other, and the head only ever sees such encodings; the final
-projections know all labels.
+A `FittedModel` has projections that are fitted to frozen features of the train images. A head trained on images whose
+labels the projections have seen would trust them too much. So the labels are halved, each half is encoded by
+projections fitted to the other half, and the head is trained on such encodings only. The final projections are fitted
+to all labels.
+
+Encodings lie in block files of a fixed size. The workers share the blocks, so each image is encoded by one of them, and
+a training that goes on after a kill finds the finished blocks.
 """
 
 from collections.abc import Callable
@@ -21,8 +23,12 @@ from distributed_rerank.data.files import atomic_path
 from distributed_rerank.models.saving import load_model, save_model
 from distributed_rerank.runtime.devices import tensor_of
 from distributed_rerank.runtime.progress import progress
-from distributed_rerank.training.epoch import Worker
-from distributed_rerank.training.images import DecodedImages, EncodedImages, block_path, blocks_of
+from distributed_rerank.tensors import sharding
+from distributed_rerank.training.images import DecodedImages, EncodedImages, block_path
+from distributed_rerank.training.task import TrainingWorker
+
+FULL_ENCODER = "encoder-all"
+"""Folder of the model whose projections are fitted to both halves."""
 
 
 @runtime_checkable
@@ -46,60 +52,77 @@ class FittedModel(Protocol):
         ...
 
 
-def wait(worker: Worker) -> None:
-    """Returns when all workers have come here."""
-    worker.all_reduce(torch.zeros(1, device=worker.device))
-
-
 def encode_images(
     images: DecodedImages,
     labels: Int64[np.ndarray, " item"],
     half: Int64[np.ndarray, " item"] | None,
     model_folder: Path,
     folder: Path,
-    worker: Worker,
+    worker: TrainingWorker,
 ) -> tuple[EncodedImages, Path]:
     """All encodings under `folder`, and the folder of the model that training starts from.
 
-    `half` tells the half of each item for a `FittedModel`: then that model has projections fitted to both,
-    while the encodings are those of the other half's projections.
+    `half` tells the half of each item for a `FittedModel`. That model then has projections fitted to both halves, while
+    each item's encoding comes from the projections of the other half.
     """
-    # As at inference: encodings that are trained on are then rounded like those that are scored later.
-    model = load_model(model_folder).prepare_for_inference(worker.device)
     if half is None:
-        encoded = compute(
+        # As at inference: encodings that are trained on are then rounded like those that are scored later.
+        model = load_model(model_folder).prepare_for_inference(worker.device)
+        encoded = encode_blocks(
             images, folder / "encodings", worker, lambda items, view: model.encode(images.view(items, view))
         )
         return encoded, model_folder
-    assert isinstance(model, FittedModel), "only fitted models are cross-fitted"
-    features = compute(
-        images,
-        folder / "features",
-        worker,
-        lambda items, view: model.local_features(images.view(items, view)),
-    )
+    features = compute_features(images, model_folder, folder, worker)
     if worker.rank == 0:
-        fit_encoders(features, labels, half, model_folder, folder, images.config)
-    wait(worker)
+        for name, is_used in (("encoder-0", half == 0), ("encoder-1", half == 1), (FULL_ENCODER, half >= 0)):
+            fit_encoder(features, labels, np.flatnonzero(is_used), model_folder, folder / name, images.config)
+    worker.barrier()
     encoders = [load_fitted(folder / f"encoder-{number}") for number in (0, 1)]
 
     def encode(items: Tensor, view: int) -> Tensor:
-        # An image of half 0 is encoded by what was fitted to half 1.
+        # An image of half 0 is encoded by the projections fitted to half 1, and the other way round.
         by_second = tensor_of(half)[items] == 0
-        found = features.view(items, view)
-        first, second = (encoder.encode_features(found) for encoder in encoders)
+        own = features.view(items, view)
+        first, second = (encoder.encode_features(own) for encoder in encoders)
         return torch.where(by_second.view(-1, *[1] * (first.ndim - 1)), second, first)
 
-    return compute(images, folder / "encodings", worker, encode), folder / "encoder-all"
+    return encode_blocks(images, folder / "encodings", worker, encode), folder / FULL_ENCODER
 
 
-def compute(
-    images: DecodedImages, folder: Path, worker: Worker, encode: Callable[[Tensor, int], Tensor]
+def fit_start(
+    images: DecodedImages,
+    labels: Int64[np.ndarray, " item"],
+    trained: Int64[np.ndarray, " trained"],
+    model_folder: Path,
+    folder: Path,
+    worker: TrainingWorker,
+) -> Path:
+    """The folder of the model that training of a backbone starts from: its projections fit the untrained backbone.
+
+    Only labels of the items `trained` are used.
+    """
+    features = compute_features(images, model_folder, folder, worker)
+    if worker.rank == 0:
+        fit_encoder(features, labels, trained, model_folder, folder / "encoder-start", images.config)
+    worker.barrier()
+    return folder / "encoder-start"
+
+
+def compute_features(images: DecodedImages, model_folder: Path, folder: Path, worker: TrainingWorker) -> EncodedImages:
+    """The frozen features of all images, in `folder`/features."""
+    model = load_model(model_folder).prepare_for_inference(worker.device)
+    assert isinstance(model, FittedModel), "only fitted models have projections to fit"
+    return encode_blocks(
+        images, folder / "features", worker, lambda items, view: model.local_features(images.view(items, view))
+    )
+
+
+def encode_blocks(
+    images: DecodedImages, folder: Path, worker: TrainingWorker, encode: Callable[[Tensor, int], Tensor]
 ) -> EncodedImages:
-    """All blocks of all views in `folder`: this worker computes its share of those that are not there, then
-    waits."""
+    """All blocks of all views in `folder`: each worker computes its share of the missing ones, then all wait."""
     config = images.config
-    blocks = blocks_of(len(images.catalogue), config)
+    blocks = sharding.blocks(len(images.catalogue), config.encode_block)
     wanted = [(view, number) for view in range(config.views) for number in range(len(blocks))]
     own = wanted[worker.rank :: worker.world_size]
     for view, number in progress(own, total=len(own), title=folder.name):
@@ -110,21 +133,8 @@ def compute(
                 encoded = encode(torch.arange(*blocks[number]), view)
             with atomic_path(path) as unfinished:
                 torch.save(encoded.cpu(), unfinished)
-    wait(worker)
+    worker.barrier()
     return EncodedImages(folder, len(images.catalogue), config)
-
-
-def fit_encoders(
-    features: EncodedImages,
-    labels: Int64[np.ndarray, " item"],
-    half: Int64[np.ndarray, " item"],
-    model_folder: Path,
-    folder: Path,
-    config: TrainingConfig,
-) -> None:
-    """Writes three models, their projections fitted to half 0, to half 1, and to both."""
-    for name, is_used in (("encoder-0", half == 0), ("encoder-1", half == 1), ("encoder-all", half >= 0)):
-        fit_encoder(features, labels, np.flatnonzero(is_used), model_folder, folder / name, config)
 
 
 def fit_encoder(
@@ -146,31 +156,8 @@ def fit_encoder(
     save_model(model, out)
 
 
-def fit_start(
-    images: DecodedImages,
-    labels: Int64[np.ndarray, " item"],
-    trained: Int64[np.ndarray, " trained"],
-    model_folder: Path,
-    folder: Path,
-    worker: Worker,
-) -> Path:
-    """The folder of the model that training of a backbone starts from: its projections fit the untrained backbone.
-
-    Only labels of the items `trained` are used.
-    """
-    model = load_model(model_folder).prepare_for_inference(worker.device)
-    assert isinstance(model, FittedModel), "only fitted models have projections to fit"
-    features = compute(
-        images, folder / "features", worker, lambda items, view: model.local_features(images.view(items, view))
-    )
-    if worker.rank == 0:
-        fit_encoder(features, labels, trained, model_folder, folder / "encoder-start", images.config)
-    wait(worker)
-    return folder / "encoder-start"
-
-
 def load_fitted(folder: Path) -> FittedModel:
     """The model in `folder`, on the CPU."""
     model = load_model(folder)
-    assert isinstance(model, FittedModel), "only fitted models are cross-fitted"
+    assert isinstance(model, FittedModel), "only fitted models have projections to fit"
     return model

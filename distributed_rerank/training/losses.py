@@ -7,10 +7,12 @@ from torch import Tensor
 from distributed_rerank.config.training import TrainingConfig
 from distributed_rerank.tensors import losses
 from distributed_rerank.tensors.ragged import places_in_rows
-from distributed_rerank.training.plan import Step
+from distributed_rerank.training.plan import TrainingStep
 
 
-def step_loss(part: Step, logits: Float[Tensor, " pair"], config: TrainingConfig, n_units: int) -> Float[Tensor, ""]:
+def step_loss(
+    part: TrainingStep, logits: Float[Tensor, " pair"], config: TrainingConfig, n_units: int
+) -> Float[Tensor, ""]:
     """The part's share of the mean loss over a step of `n_units`: pairs for bce, lists for the others.
 
     Logits are divided by `config.temperature` first. If the step has a teacher's logits, `config.teacher_share` of a
@@ -65,7 +67,7 @@ def label_loss(
     return losses.ranknet(*compared, weights, normaliser=float(n_units))
 
 
-def as_lists(part: Step, logits: Float[Tensor, " pair"]) -> tuple[Tensor, Tensor, Tensor]:
+def as_lists(part: TrainingStep, logits: Float[Tensor, " pair"]) -> tuple[Tensor, Tensor, Tensor]:
     """Logits, presence and positives [list, candidate]; lists shorter than the longest are filled up."""
     # [pair]: the list of each pair (ascending), and its place in that list. The longest list gives the width.
     row = part.list_of_pair.to(logits.device)

@@ -1,9 +1,8 @@
-"""What mining found, told before anything is trained: a table of figures, and pairs of images worth a look.
-Layer 3.
+"""The report on mining, made before anything is trained: a table of figures, and pairs of images worth a look.
 
-mining.json in the model folder has the figures, suspects.parquet the pairs: images of different labels that lie
-nearer to each other than most images lie to the nearest one of their own label. Such a pair is one picture under two
-labels, or a wrong label, or two products that the first stage cannot tell apart; whoever sees the two images knows.
+mining.json in the model folder has the figures, suspects.parquet the suspect pairs: images of different labels that are
+nearer to each other than most images are to the nearest one of their own label. Such a pair is one picture under two
+labels, or a wrong label, or two products that the first stage cannot tell apart; a person who sees both images knows.
 """
 
 from dataclasses import asdict
@@ -13,7 +12,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import torch
-from jaxtyping import Int64
 from torch import Tensor
 
 from distributed_rerank.data import artifacts, tables
@@ -21,29 +19,16 @@ from distributed_rerank.data.candidates import CandidateLists
 from distributed_rerank.data.catalogue import Catalogue
 from distributed_rerank.runtime.devices import tensor_of
 from distributed_rerank.tensors.candidate_mining import are_positive, filter_negatives, suspected_mislabels
-from distributed_rerank.tensors.knn import Neighbours
 from distributed_rerank.tensors.mining_statistics import mining_statistics
+from distributed_rerank.training.plan import labels_among, neighbours_of
 from distributed_rerank.training.task import TrainingTask
 
 SUSPECT_NEIGHBOURS = 10
-"""Nearest images of each, of any label, among which suspects are looked for."""
+"""Suspect pairs are looked for among this many nearest images of each image, of any label."""
 MAX_SUSPECTS = 1000
-"""Rows of the table at most, the nearest pairs first."""
+"""Most rows of the table, the nearest pairs first."""
 DUPLICATE_SHARE = 0.1
 """Of the usual distance to the own label: images nearer than this are called the same picture."""
-
-
-def neighbours_of(lists: CandidateLists) -> Neighbours:
-    """The same lists as tensors."""
-    return Neighbours(tensor_of(lists.items), tensor_of(lists.distances))
-
-
-def labels_among(lists: CandidateLists, labels: Int64[np.ndarray, " item"]) -> Int64[Tensor, " item"]:
-    """Labels of the lists' own anchors; -1 for every other item, which is then neither positive nor negative."""
-    own = torch.full((len(labels),), -1)
-    items = tensor_of(lists.query_items)
-    own[items] = tensor_of(labels)[items]
-    return own
 
 
 def mining_figures(task: TrainingTask) -> dict[str, Any]:
@@ -55,14 +40,16 @@ def mining_figures(task: TrainingTask) -> dict[str, Any]:
     return asdict(mining_statistics(lists, anchors, labels, allowed, dropped))
 
 
-def find_suspects(lists: CandidateLists, catalogue: Catalogue) -> tuple[pa.Table, dict[str, Any]]:
+def find_suspect_pairs(lists: CandidateLists, catalogue: Catalogue) -> tuple[pa.Table, dict[str, Any]]:
     """The table `suspects`, nearest pair first, and its figures; `lists` have every image's nearest of any label.
 
-    A pair is suspected at no more than the median distance of an image to the nearest one of its own label.
+    A pair of different labels is suspect if its distance is at most the median distance of an image to the nearest one
+    of its own label.
     """
     anchors, neighbours = tensor_of(lists.query_items), neighbours_of(lists)
     labels = tensor_of(catalogue.labels)
     is_own = are_positive(neighbours, anchors, labels)
+    # [item]: the distance to the nearest image of the own label; inf where none is among the nearest.
     nearest_own = torch.full((len(labels),), torch.inf)
     if lists.items.shape[1]:
         nearest_own[anchors] = torch.where(is_own, neighbours.distances, torch.inf).amin(dim=1)
@@ -98,11 +85,11 @@ def suspects_table(
 
 
 def write_mining(task: TrainingTask, nearest: CandidateLists, folder: Path) -> dict[str, Any]:
-    """Writes mining.json and suspects.parquet into `folder`; returns what mining.json holds.
+    """Writes mining.json and suspects.parquet into `folder`; returns the content of mining.json.
 
     `nearest` are the lists of all train images among themselves.
     """
-    suspects, figures = find_suspects(nearest, task.catalogue)
+    suspects, figures = find_suspect_pairs(nearest, task.catalogue)
     content = {
         "run": task.runs[-1].name,
         "filters": asdict(task.config.filters),
@@ -122,12 +109,12 @@ def mining_in_text(content: dict[str, Any]) -> str:
         f"mining: {lists['n_anchors']:,} anchors, {lists['n_candidates']:,} candidates",
         f"{'distances':26}{'n':>12}{'mean':>9}{'median':>9}{'smallest':>10}{'largest':>9}",
     ]
-    for name in ("positive", "negative"):
-        found = lists[f"{name}_distances"]
-        cells = [found[key] for key in ("mean", "median", "smallest", "largest")]
-        shown = ["-" if value is None else f"{value:.3f}" for value in cells]
-        title = f"{name}s in the lists" if name == "positive" else "negatives not filtered out"
-        lines.append(f"{title:26}{found['n']:>12,}{shown[0]:>9}{shown[1]:>9}{shown[2]:>10}{shown[3]:>9}")
+    for title, kind in (("positives in the lists", "positive"), ("negatives not filtered out", "negative")):
+        values = lists[f"{kind}_distances"]
+        cells = [
+            "-" if values[key] is None else f"{values[key]:.3f}" for key in ("mean", "median", "smallest", "largest")
+        ]
+        lines.append(f"{title:26}{values['n']:>12,}{cells[0]:>9}{cells[1]:>9}{cells[2]:>10}{cells[3]:>9}")
     lines += [f"{'dropped by ' + name:26}{n:>12,}" for name, n in lists["dropped"].items() if n]
     lines += [
         f"{'anchors without positive':26}{lists['n_without_positive']:>12,}",

@@ -1,17 +1,17 @@
-"""What is trained on, decided before any image is opened: a pure, seeded function of lists, labels and epoch.
-Layer 3.
+"""The plan of a training: which labels are set aside, and which pairs each optimizer step trains on.
 
-Every worker makes the same plan and takes its share of each step, so a plan does not depend on how many
-workers there are, and a resumed run trains on what the uninterrupted one would have.
+It is decided before any image is opened, by pure functions of lists, labels, config, seed and epoch. Every worker makes
+the same plan and takes its share of each step. So the plan does not depend on the number of workers, and a resumed run
+trains on the pairs of an uninterrupted one.
 """
 
 import hashlib
 from collections.abc import Iterable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int64
+from jaxtyping import Bool, Float, Float32, Int64
 from torch import Tensor
 
 from distributed_rerank.config.training import TrainingConfig
@@ -27,9 +27,8 @@ from distributed_rerank.tensors.sharding import rank_share
 
 
 @dataclass(frozen=True)
-class Step:
-    """The pairs of one optimizer step; pairs of one list lie together and lists are numbered 0, 1, ... in
-    order."""
+class TrainingStep:
+    """The pairs of one optimizer step. Pairs of one list are adjacent; lists are numbered 0, 1, ... in order."""
 
     query_items: Int64[Tensor, " pair"]
     gallery_items: Int64[Tensor, " pair"]
@@ -47,30 +46,46 @@ class Step:
         return int(self.list_of_pair[-1]) + 1 if len(self) else 0
 
     def n_units(self, loss: str) -> int:
-        """What the step's loss is a mean over: lists for list losses, else pairs."""
+        """The count that the step's loss is a mean over: lists for list losses, else pairs."""
         return self.n_lists() if is_list_loss(loss) else len(self)
 
-    def take(self, start: int, stop: int) -> "Step":
+    def take(self, start: int, stop: int) -> "TrainingStep":
         """Pairs start to stop - 1; their lists are numbered from 0 again."""
         part = {name: column[start:stop] for name, column in self.columns().items()}
         if start < stop:
             part["list_of_pair"] = part["list_of_pair"] - part["list_of_pair"][0]
-        return Step(**part)
+        return TrainingStep(**part)
 
     def columns(self) -> dict[str, Tensor]:
-        """The columns that are there, by name."""
+        """The columns by name, without teacher_logits where there is no teacher."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         return {name: value for name, value in values.items() if value is not None}
 
 
+@dataclass(frozen=True)
+class TeacherLogits:
+    """A teacher's logits by pair of items."""
+
+    keys: Int64[Tensor, " pair"]
+    """query item x number of items + gallery item, ascending."""
+    logits: Float32[Tensor, " pair"]
+    n_items: int
+
+    def add_to(self, step: TrainingStep) -> TrainingStep:
+        """The step with the teacher's logits of its pairs, NaN where there is none."""
+        wanted = step.query_items * self.n_items + step.gallery_items
+        place = torch.searchsorted(self.keys, wanted).clamp(max=len(self.keys) - 1)
+        logits: Float[Tensor, " pair"] = torch.where(self.keys[place] == wanted, self.logits[place], torch.nan)
+        return replace(step, teacher_logits=logits)
+
+
 def is_list_loss(loss: str) -> bool:
-    """Whether the loss of a pair depends on the others of its list."""
+    """Whether the loss of a pair depends on the other pairs of its list."""
     return loss in ("listwise", "ranknet", "margin")
 
 
-def share_of(step: Step, number: int, n_shares: int, is_by_list: bool) -> Step:
-    """Share `number` of `n_shares`: contiguous pairs, or whole lists; the shares cover the step and may be
-    empty."""
+def share_of(step: TrainingStep, number: int, n_shares: int, is_by_list: bool) -> TrainingStep:
+    """Share `number` of `n_shares`, contiguous pairs or whole lists. Shares cover the step and may be empty."""
     start, stop = rank_share(step.n_lists() if is_by_list else len(step), number, n_shares)
     if is_by_list:
         start, stop = torch.searchsorted(step.list_of_pair, torch.tensor([start, stop])).tolist()
@@ -78,12 +93,12 @@ def share_of(step: Step, number: int, n_shares: int, is_by_list: bool) -> Step:
 
 
 def seed_of(*numbers: int) -> int:
-    """A seed mixed from non-negative integers; the same on every machine, different for every other tuple."""
+    """A seed mixed from non-negative integers; the same on every machine, different for other numbers."""
     state = np.random.SeedSequence(list(numbers)).generate_state(2, np.uint32)
     return int(state[0]) << 31 | int(state[1]) >> 1
 
 
-def plan_digest(steps: Iterable[Step]) -> str:
+def plan_digest(steps: Iterable[TrainingStep]) -> str:
     """A digest of every pair of the steps, in order."""
     digest = hashlib.sha256()
     for step in steps:
@@ -93,46 +108,74 @@ def plan_digest(steps: Iterable[Step]) -> str:
     return digest.hexdigest()
 
 
+def set_aside_labels(labels: Int64[np.ndarray, " item"], share: float, seed: int) -> Bool[np.ndarray, " item"]:
+    """Which items belong to the labels that are not trained on: `share` of the labels, drawn by `seed`.
+
+    Items without a label (-1) belong to neither side and are False. Labels with one image are split in the same
+    proportion. Raises BadInput where either side would have fewer than two labels with two images.
+    """
+    known, counts = np.unique(labels[labels >= 0], return_counts=True)
+    usable, single = known[counts > 1], known[counts == 1]
+    generator = np.random.default_rng([seed, 0x5E7])
+    n_aside = max(2, round(share * len(usable)))
+    if len(usable) - n_aside < 2:
+        raise BadInput(
+            f"{len(usable)} train labels with two images or more are too few for set_aside={share}: "
+            "at least 2 must be set aside and 2 remain; give more labels or a smaller share"
+        )
+    drawn = [
+        generator.permutation(usable)[:n_aside],
+        generator.permutation(single)[: round(share * len(single))],
+    ]
+    return np.isin(labels, np.concatenate(drawn))
+
+
+def sides(labels: Int64[np.ndarray, " item"], share: float, seed: int) -> Int64[np.ndarray, " item"]:
+    """0 for an item that is trained on, 1 for one that is set aside, -1 for one without a label."""
+    return np.where(labels < 0, -1, set_aside_labels(labels, share, seed).astype(np.int64))
+
+
+def neighbours_of(lists: CandidateLists) -> Neighbours:
+    """The same lists as tensors."""
+    return Neighbours(tensor_of(lists.items), tensor_of(lists.distances))
+
+
+def labels_among(lists: CandidateLists, labels: Int64[np.ndarray, " item"]) -> Int64[Tensor, " item"]:
+    """Labels of the lists' own anchors; -1 for every other item, which is then neither positive nor negative."""
+    own = torch.full((len(labels),), -1)
+    items = tensor_of(lists.query_items)
+    own[items] = tensor_of(labels)[items]
+    return own
+
+
 def plan_batches(
     items: Int64[np.ndarray, " trained"],
     labels: Int64[np.ndarray, " item"],
     embeddings: Float[Tensor, "item dim"],
     config: TrainingConfig,
     epoch: int,
-) -> list[Step]:
-    """OML's recipe: balanced batches of `items`, in each the hard pairs by first-stage distance.
+) -> list[TrainingStep]:
+    """Balanced batches of `items`, one a step; an image's list holds its pairs within the batch.
 
-    A pair's list is that of its first item. `labels` and `embeddings` are those of all items.
+    mining=batch is OML's recipe and takes the hard pairs by first-stage distance. mining=whole_batch pairs every image
+    with all others; with a listwise loss on distances this is supervised contrastive training (Khosla et al. 2020).
+    `labels` and `embeddings` are those of all items.
     """
     sampler = BalanceSampler(labels[items], config.n_labels, config.n_instances, config.seed)
+    label_of_item = tensor_of(labels)
     steps = []
     for batch in sampler.batches(epoch):
-        chosen = tensor_of(np.unique(items[batch]))
-        first, second, is_negative = hard_pairs(embeddings[chosen], tensor_of(labels)[chosen])
-        order = first.argsort(stable=True)
-        queries, gallery = chosen[first[order]], chosen[second[order]]
-        steps.append(make_step(queries, gallery, is_negative[order], queries, embeddings))
-    return steps
-
-
-def plan_whole_batches(
-    items: Int64[np.ndarray, " trained"],
-    labels: Int64[np.ndarray, " item"],
-    embeddings: Float[Tensor, "item dim"],
-    config: TrainingConfig,
-    epoch: int,
-) -> list[Step]:
-    """Balanced batches of `items` in which each image's list is the rest of the batch.
-
-    With a listwise loss on distances this is supervised contrastive training (Khosla et al. 2020).
-    """
-    sampler = BalanceSampler(labels[items], config.n_labels, config.n_instances, config.seed)
-    steps = []
-    for batch in sampler.batches(epoch):
-        chosen = tensor_of(np.unique(items[batch]))
-        own, other = (~torch.eye(len(chosen), dtype=torch.bool)).nonzero(as_tuple=True)
-        queries, gallery = chosen[own], chosen[other]
-        is_negative = tensor_of(labels)[queries] != tensor_of(labels)[gallery]
+        # [image]: the items of the batch, ascending, once each. `first` and `second` [pair] index it.
+        images = tensor_of(np.unique(items[batch]))
+        if config.mining == "batch":
+            first, second, _ = hard_pairs(embeddings[images], label_of_item[images])
+            # Hard pairs come positives first; pairs of one list must be adjacent.
+            order = first.argsort(stable=True)
+            first, second = first[order], second[order]
+        else:
+            first, second = (~torch.eye(len(images), dtype=torch.bool)).nonzero(as_tuple=True)
+        queries, gallery = images[first], images[second]
+        is_negative = label_of_item[queries] != label_of_item[gallery]
         steps.append(make_step(queries, gallery, is_negative, queries, embeddings))
     return steps
 
@@ -144,23 +187,22 @@ def plan_lists(
     embeddings: Float[Tensor, "item dim"],
     config: TrainingConfig,
     epoch: int,
-) -> list[Step]:
+) -> list[TrainingStep]:
     """Lists of one positive and `n_negatives` negatives of the anchors that have both.
 
-    Negatives are drawn from the anchor's own candidates, so they are distributed like the pairs that are
-    re-ranked later; `tensors.candidate_mining` says how. The anchors come in random order, each once, and
-    again from the start while `steps_per_epoch` asks for more. `labels`, `sequences` and `embeddings` are
-    those of all items.
+    Negatives are drawn from the anchor's own candidates (`tensors.candidate_mining`), so they are distributed like the
+    pairs that are re-ranked later. The anchors come in random order, each once, and again from the start while
+    `steps_per_epoch` asks for more. `labels`, `sequences` and `embeddings` are those of all items. Raises BadInput
+    where no anchor has both a positive and a negative.
     """
-    items = tensor_of(anchors.query_items)
-    neighbours = Neighbours(tensor_of(anchors.items), tensor_of(anchors.distances))
-    own = torch.full((len(labels),), -1)
-    own[items] = tensor_of(labels)[items]
+    items, neighbours, own = tensor_of(anchors.query_items), neighbours_of(anchors), labels_among(anchors, labels)
+    # [anchor, candidate]: negatives that pass the filters.
     allowed, _ = filter_negatives(neighbours, items, own, config.filters)
-    drawn: list[tuple[Tensor, Tensor]] = []
+    # Each round draws one list for every anchor: its query [list] and its candidates [list, 1 + negatives].
+    rounds: list[tuple[Tensor, Tensor]] = []
     wanted = None if config.steps_per_epoch is None else config.steps_per_epoch * config.lists_per_step
-    while not drawn or (wanted is not None and sum(len(queries) for queries, _ in drawn) < wanted):
-        generator = torch.Generator().manual_seed(seed_of(config.seed, epoch, len(drawn)))
+    while not rounds or (wanted is not None and sum(len(queries) for queries, _ in rounds) < wanted):
+        generator = torch.Generator().manual_seed(seed_of(config.seed, epoch, len(rounds)))
         lists = draw_lists(
             neighbours, items, own, allowed, n_negatives=config.n_negatives, generator=generator,
             beyond_share=config.share_beyond, temperature=config.negative_temperature, sequences=tensor_of(sequences),
@@ -168,21 +210,19 @@ def plan_lists(
         if not len(lists.rows):
             raise BadInput("no image has a positive and a negative candidate; raise --n-items or relax the filters")
         order = torch.randperm(len(lists.rows), generator=generator)
-        drawn.append((items[lists.rows[order]], lists.items[order]))
-    queries, chosen = (torch.cat(column)[:wanted] for column in zip(*drawn, strict=True))
-    return [
-        step_of_lists(some_queries, some_lists, embeddings)
-        for some_queries, some_lists in zip(
-            queries.split(config.lists_per_step), chosen.split(config.lists_per_step), strict=True
-        )
-    ]
+        rounds.append((items[lists.rows[order]], lists.items[order]))
+    # All rounds one after the other, cut to the number wanted, then cut into steps; the last step may be shorter.
+    queries, candidates = (
+        torch.cat(column)[:wanted].split(config.lists_per_step) for column in zip(*rounds, strict=True)
+    )
+    return [step_of_lists(*step, embeddings) for step in zip(queries, candidates, strict=True)]
 
 
 def step_of_lists(
     queries: Int64[Tensor, " list"],
     lists: Int64[Tensor, "list candidate"],
     embeddings: Float[Tensor, "item dim"],
-) -> Step:
+) -> TrainingStep:
     """A step of lists whose first column is the positive."""
     length = lists.shape[1]
     number = torch.arange(len(lists)).repeat_interleave(length)
@@ -196,7 +236,18 @@ def make_step(
     is_negative: Bool[Tensor, " pair"],
     list_keys: Int64[Tensor, " pair"],
     embeddings: Float[Tensor, "item dim"],
-) -> Step:
-    """A step of these pairs, those of one list already together, with their first-stage distances."""
+) -> TrainingStep:
+    """A step of these pairs with their first-stage distances; equal adjacent `list_keys` make a list."""
     _, number = torch.unique_consecutive(list_keys, return_inverse=True)
-    return Step(queries, gallery, is_negative, number, exact_pair_distances(embeddings, embeddings, queries, gallery))
+    distances = exact_pair_distances(embeddings, embeddings, queries, gallery)
+    return TrainingStep(queries, gallery, is_negative, number, distances)
+
+
+def reorder(lists: CandidateLists, order: Int64[Tensor, "anchor kept"]) -> CandidateLists:
+    """The candidates at these places (-1 = none), with their first-stage distances: margins keep their meaning."""
+    places = order.numpy()
+    is_there = places >= 0
+    items, distances = (np.take_along_axis(column, places.clip(min=0), axis=1) for column in lists[1:])
+    return CandidateLists(
+        lists.query_items, np.where(is_there, items, -1), np.where(is_there, distances, np.float32(np.inf))
+    )

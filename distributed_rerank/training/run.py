@@ -1,12 +1,11 @@
-"""Training as one worker sees it: runs, epochs, validation figures, best weights, early stopping. Layer 3.
+"""Training as one worker sees it: runs, epochs, validation figures, best weights, early stopping.
 
-`train_all` is the only loop. In one process it is called by `fit`; on a cluster `cluster.training.fit` calls
-it on every worker with another `Worker` and another way to keep the states.
+`train_all` is the only loop. In one process `fit` calls it; on a cluster `cluster.training.fit` lets every worker call
+it, with another `TrainingWorker` and another way to keep the states.
 """
 
 import logging
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,49 +14,63 @@ import torch
 from torch import Tensor
 
 from distributed_rerank.chain.chain import Chain
-from distributed_rerank.chain.choice import fusion_figure, try_chain
+from distributed_rerank.chain.choice import fusion_figure
+from distributed_rerank.chain.evidence import try_chain
 from distributed_rerank.config.training import TrainingConfig
 from distributed_rerank.data import begun
 from distributed_rerank.errors import BadInput
 from distributed_rerank.models.pairwise import PairwiseModel
 from distributed_rerank.models.saving import load_model
 from distributed_rerank.runtime.devices import keep_freed_memory, pick_device, tensor_of, torch_threads
-from distributed_rerank.training import checkpoints, remining, tracking
+from distributed_rerank.training import tracking
 from distributed_rerank.training.encodings import FittedModel, encode_images, fit_start
-from distributed_rerank.training.epoch import Worker, train_epoch
-from distributed_rerank.training.features import MAX_PAIRS, CachedPairFeatures, FeatureModel
-from distributed_rerank.training.images import DecodedImages, EncodedImages
+from distributed_rerank.training.epoch import train_epoch
+from distributed_rerank.training.images import (
+    MAX_PAIRS,
+    CachedPairFeatures,
+    DecodedImages,
+    EncodedImages,
+    FeatureModel,
+    TrainingImages,
+)
 from distributed_rerank.training.plan import plan_digest, seed_of
 from distributed_rerank.training.state import (
     TrainingState,
     build_optimizer,
     freeze_encoder,
+    load_latest,
+    save_epoch,
     state_copy,
 )
-from distributed_rerank.training.task import Run, TrainingTask, evidence_of, plan_epoch
-from distributed_rerank.training.validation import encode_all, score_lists
+from distributed_rerank.training.task import (
+    Report,
+    State,
+    TrainingRun,
+    TrainingTask,
+    TrainingWorker,
+    evidence_of,
+    plan_epoch,
+)
+from distributed_rerank.training.validation import encode_all, is_remining_due, mine_again, score_lists_together
 
 logger = logging.getLogger(__name__)
 
-State = dict[str, Any]
-Report = Callable[[State, dict[str, float]], None]
-Images = DecodedImages | EncodedImages | CachedPairFeatures
 HEAD_FIT_PAIRS = 4096
 HEAD_FIT_PAIRS_FROM_FILES = 512
-"""Where images must be decoded and encoded for it."""
+"""The number of pairs where images must be decoded and encoded for them."""
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where a worker finds images and starting weights, the same for all runs of a task."""
+class WorkerInputs:
+    """A worker, its images and starting weights; the same for all runs of a task."""
 
-    worker: Worker
+    worker: TrainingWorker
     images: DecodedImages | EncodedImages
     model_folder: Path
     folder: Path
 
     def load(self, config: TrainingConfig) -> PairwiseModel:
-        """The model that a run starts from, with all frozen that the run may not change."""
+        """The model that a run starts from, with everything frozen that the run may not change."""
         model = load_model(self.model_folder).to(self.worker.device)
         if self.images.is_encoded:
             freeze_encoder(model)
@@ -68,26 +81,26 @@ class Place:
         return model
 
 
-def train_all(task: TrainingTask, folder: Path, worker: Worker, restored: State | None, report: Report) -> State:
-    """Trains the task's runs and returns the last state; `restored` is the state that a stopped training
-    left.
+def train_all(
+    task: TrainingTask, folder: Path, worker: TrainingWorker, restored: State | None, report: Report
+) -> State:
+    """Trains the task's runs and returns the last state; goes on from `restored`, the state of a stopped training.
 
-    A state is {"finished": results of the runs before, "current": the state of the run it is in}. After each
-    epoch `report` gets it with the epoch's figures, on every worker. `folder` is shared by the workers and
-    takes encodings and TensorBoard files. Raises BadInput where the restored state was trained on another
+    After each epoch `report` gets the state with the epoch's figures, on every worker. `folder` is shared by the
+    workers and holds encodings and TensorBoard files. Raises BadInput where the restored state was trained on another
     plan.
     """
     state: State = restored or {"finished": [], "current": None}
     keep_freed_memory()
     with torch_threads(task.config.threads):
-        place = prepare(task, folder, worker)
+        inputs = prepare_inputs(task, folder, worker)
         for number in range(len(state["finished"]), len(task.runs)):
             finished = state["finished"]
 
             def report_run(current: State, figures: dict[str, float], finished: list[State] = finished) -> None:
                 report({"finished": finished, "current": current}, figures)
 
-            current = train_run(task, task.runs[number], place, state["current"], report_run)
+            current = train_run(task, task.runs[number], inputs, state["current"], report_run)
             state = {"finished": finished, "current": current}
             if number + 1 < len(task.runs):
                 state = {"finished": [*finished, result_of(current)], "current": None}
@@ -100,30 +113,28 @@ def results(state: State) -> list[State]:
 
 
 def result_of(state: State) -> State:
-    """What is kept of a finished run."""
+    """The part of a finished run's state that is kept."""
     return {"history": state["history"], "best": state["best"]}
 
 
-def prepare(task: TrainingTask, folder: Path, worker: Worker) -> Place:
-    """Encodings, where training cannot change them, else the image files."""
+def prepare_inputs(task: TrainingTask, folder: Path, worker: TrainingWorker) -> WorkerInputs:
+    """Encodings where training cannot change them, else the image files."""
     model = load_model(task.model_folder)
     note_device(model, folder, worker)
     decoded = DecodedImages(task.catalogue, model.transform, task.config, worker.device)
+    labels, encodings = task.catalogue.labels, folder / "encodings"
     # Encodings are kept where the backbone stays as it is and they are more than the pixels.
     if task.config.backbone_lr > 0 or model.encoding_dtype == torch.uint8:
         start = task.model_folder
         if isinstance(model, FittedModel):
-            trained = task.runs[-1].anchors.query_items
-            start = fit_start(decoded, task.catalogue.labels, trained, start, folder / "encodings", worker)
-        return Place(worker, decoded, start, folder)
-    encoded, model_folder = encode_images(
-        decoded, task.catalogue.labels, task.half, task.model_folder, folder / "encodings", worker
-    )
-    return Place(worker, encoded, model_folder, folder)
+            start = fit_start(decoded, labels, task.runs[-1].anchors.query_items, start, encodings, worker)
+        return WorkerInputs(worker, decoded, start, folder)
+    encoded, start = encode_images(decoded, labels, task.half, task.model_folder, encodings, worker)
+    return WorkerInputs(worker, encoded, start, folder)
 
 
-def note_device(model: PairwiseModel, folder: Path, worker: Worker) -> None:
-    """Remembers in `folder` what the workers compute with.
+def note_device(model: PairwiseModel, folder: Path, worker: TrainingWorker) -> None:
+    """Remember in `folder` what the workers compute with.
 
     Raises BadInput, in all workers alike, where they differ or where `folder` was begun with something else.
     """
@@ -132,38 +143,43 @@ def note_device(model: PairwiseModel, folder: Path, worker: Worker) -> None:
     shares = worker.all_reduce(is_so.float()) / worker.world_size
     if not bool(((shares == 0) | (shares == 1)).all()):
         raise BadInput(
-            f"some workers compute with precision={found.precision} on {found.device}, others do not; give --precision "
-            "fp32, or workers of one kind"
+            f"some workers compute with precision={found.precision} on {found.device}, others do not; "
+            "give --extractor-precision fp32, or workers of one kind"
         )
     begun.refuse_other(folder, found)
     if worker.rank == 0:
         begun.remember(folder, found)
 
 
-def train_run(task: TrainingTask, run: Run, place: Place, restored: State | None, report: Report) -> State:
+def train_run(
+    task: TrainingTask, run: TrainingRun, inputs: WorkerInputs, restored: State | None, report: Report
+) -> State:
     """Trains one model until `is_over`; returns its last state."""
-    model = place.load(task.config)
+    model = inputs.load(task.config)
     if isinstance(model, FittedModel):
-        fit_head(model, task, run, place.images, place.worker.device)
-    images = known_pairs(model, task, run, place.images)
+        fit_head(model, task, run, inputs.images, inputs.worker.device)
+    images = cache_pair_features(model, task, run, inputs.images)
     state = TrainingState(model, build_optimizer(model, task.config))
     if restored is not None:
         state.restore(restored)
         check_plan(task, run, state)
     trackers: list[tracking.Tracker] = []
-    if place.worker.rank == 0:
+    if inputs.worker.rank == 0:
         name = f"{task.run_name}-{run.name}"
-        trackers = tracking.open_trackers(place.folder / "tensorboard" / run.name, task.services, name, state.step)
+        trackers = tracking.open_trackers(inputs.folder / "tensorboard" / run.name, task.services, name, state.step)
     while not is_over(state.history, task.config):
-        run_epoch(task, run, state, images, place.worker, trackers)
+        run_epoch(task, run, state, images, inputs.worker, trackers)
         report(state.to_dict(), state.history[-1])
     for tracker in trackers:
         tracker.close()
     return state.to_dict()
 
 
-def fit_head(model: Any, task: TrainingTask, run: Run, images: DecodedImages | EncodedImages, device: str) -> None:
-    """What the head normalises with, from a seeded sample of the run's pairs; the same on every worker."""
+def fit_head(
+    model: Any, task: TrainingTask, run: TrainingRun, images: DecodedImages | EncodedImages, device: str
+) -> None:
+    """Fits the head's normalisation to a seeded sample of the run's pairs, the same on every worker."""
+    # [anchor, candidate] tables of both sides of each pair and their distances; `places` [pair, 2] are row and column.
     queries = tensor_of(run.anchors.query_items)[:, None].expand(run.anchors.items.shape)
     items, distances = tensor_of(run.anchors.items), tensor_of(run.anchors.distances)
     places = (items >= 0).nonzero()
@@ -179,7 +195,9 @@ def fit_head(model: Any, task: TrainingTask, run: Run, images: DecodedImages | E
     model.fit_head(query, gallery, distances[rows, columns].to(device))
 
 
-def known_pairs(model: PairwiseModel, task: TrainingTask, run: Run, images: DecodedImages | EncodedImages) -> Images:
+def cache_pair_features(
+    model: PairwiseModel, task: TrainingTask, run: TrainingRun, images: DecodedImages | EncodedImages
+) -> TrainingImages:
     """Features of the run's pairs where they can be computed once and kept; else the images as they are."""
     lists = [run.anchors] if run.validation is None else [run.anchors, run.validation]
     n_pairs = sum(part.items.size for part in lists)
@@ -190,8 +208,7 @@ def known_pairs(model: PairwiseModel, task: TrainingTask, run: Run, images: Deco
 
 
 def is_over(history: list[dict[str, float]], config: TrainingConfig) -> bool:
-    """Whether a run ends after the epochs in `history`: all done, the time over, or no better figure for
-    long."""
+    """Whether a run ends after the epochs in `history`: all done, time over, or no better figure for `patience`."""
     if len(history) >= config.epochs:
         return True
     if config.minutes is not None and sum(entry["seconds"] for entry in history) >= 60 * config.minutes:
@@ -203,16 +220,16 @@ def is_over(history: list[dict[str, float]], config: TrainingConfig) -> bool:
 
 def run_epoch(
     task: TrainingTask,
-    run: Run,
+    run: TrainingRun,
     state: TrainingState,
-    images: Images,
-    worker: Worker,
+    images: TrainingImages,
+    worker: TrainingWorker,
     trackers: list[tracking.Tracker],
 ) -> None:
-    """One epoch, its figures, and whether its weights are the ones to keep."""
+    """One epoch and its figures; decides whether its weights are the ones to keep."""
     started = time.monotonic()
-    if remining.is_due(state.epoch, task.config):
-        state.order = remining.mine_again(state.model, images, run.anchors, task.config, worker)
+    if is_remining_due(state.epoch, task.config):
+        state.order = mine_again(state.model, images, run.anchors, task.config, worker)
     steps = plan_epoch(task, run, state.epoch, state.order)
 
     def show(step: int, figures: dict[str, float]) -> None:
@@ -220,7 +237,7 @@ def run_epoch(
             tracker.log({f"train/{name}": value for name, value in figures.items()}, step)
 
     losses = train_epoch(state, steps, images, task.config, worker, show)
-    figures, logits = judge(task, run, state.model, images, worker)
+    figures, logits = validate(task, run, state.model, images, worker)
     # One clock decides for all workers when the time is over.
     seconds = torch.tensor([time.monotonic() - started if worker.rank == 0 else 0.0], device=worker.device)
     entry = {"loss": sum(losses) / len(losses), **figures, "seconds": float(worker.all_reduce(seconds)[0])}
@@ -232,21 +249,20 @@ def run_epoch(
     show_epoch(run, state, trackers, is_logging=worker.rank == 0)
 
 
-def judge(
-    task: TrainingTask, run: Run, model: PairwiseModel, images: Images, worker: Worker
+def validate(
+    task: TrainingTask, run: TrainingRun, model: PairwiseModel, images: TrainingImages, worker: TrainingWorker
 ) -> tuple[dict[str, float], Tensor | None]:
-    """What the model would be worth if training ended now, and the logits that say so; nothing for an
-    unjudged run."""
+    """Figures of the model if training ended now, with its logits of the validation lists; nothing without lists."""
     if run.validation is None:
         return {}, None
-    logits = score_lists(model, images, run.validation, task.config, worker)
+    logits = score_lists_together(model, images, run.validation, task.config, worker)
     evidence = evidence_of(task, run.validation, logits)
     figures = fusion_figure(evidence)
     first_stage = try_chain(evidence, Chain()).figures()["map@10"]
     return {"figure": figures["map@10"], "cmc@1": figures["cmc@1"], "first_stage": first_stage}, logits
 
 
-def show_epoch(run: Run, state: TrainingState, trackers: list[tracking.Tracker], is_logging: bool) -> None:
+def show_epoch(run: TrainingRun, state: TrainingState, trackers: list[tracking.Tracker], is_logging: bool) -> None:
     """The last epoch's figures in the log and with the trackers."""
     entry = state.history[-1]
     for tracker in trackers:
@@ -260,7 +276,7 @@ def show_epoch(run: Run, state: TrainingState, trackers: list[tracking.Tracker],
         logger.info("%s, epoch %d: loss %.4f, %.1f s", run.name, state.epoch, entry["loss"], entry["seconds"])
 
 
-def check_plan(task: TrainingTask, run: Run, state: TrainingState) -> None:
+def check_plan(task: TrainingTask, run: TrainingRun, state: TrainingState) -> None:
     """Raises BadInput where the epoch before the restored state would be planned otherwise today."""
     if state.epoch and plan_digest(plan_epoch(task, run, state.epoch - 1, state.order)) != state.plan_digest:
         raise BadInput(
@@ -270,13 +286,12 @@ def check_plan(task: TrainingTask, run: Run, state: TrainingState) -> None:
 
 
 def fit(task: TrainingTask, folder: Path) -> State:
-    """Trains in this process, with the states in `folder`/checkpoints; goes on from the last one that is
-    there."""
+    """Trains in this process, with the states in `folder`/checkpoints; goes on from the last one there."""
     checkpoint_folder = folder / "checkpoints"
 
     def report(state: State, figures: dict[str, float]) -> None:
         n_epochs = state["current"]["epoch"] + sum(len(result["history"]) for result in state["finished"])
-        checkpoints.save_epoch(state, checkpoint_folder, n_epochs)
+        save_epoch(state, checkpoint_folder, n_epochs)
 
-    restored = checkpoints.load_latest(checkpoint_folder)
-    return train_all(task, folder, Worker(device=str(pick_device())), restored, report)
+    worker = TrainingWorker(device=str(pick_device()))
+    return train_all(task, folder, worker, load_latest(checkpoint_folder), report)

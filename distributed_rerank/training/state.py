@@ -1,17 +1,26 @@
-"""What an uninterrupted training run would know at the end of an epoch, and how it is kept. Layer 3."""
+"""The state of a training run: what an uninterrupted run would know at the end of an epoch, and its files.
 
+A state is what `TrainingState.to_dict` gives: tensors, numbers, strings, lists and dicts. It is written beside its
+final name and renamed, so that a kill never leaves half of one, and read with `weights_only=True`, so that loading runs
+no pickled code.
+"""
+
+import re
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from distributed_rerank.config.training import TrainingConfig
+from distributed_rerank.data.files import atomic_path
 from distributed_rerank.errors import BadInput
 from distributed_rerank.models.pairwise import PairwiseModel
 
 PROGRESS = ("epoch", "step", "history", "best", "plan_digest", "order")
 """Fields of a state beside its model and optimizer."""
+EPOCH_FILE = re.compile(r"epoch-(\d{5})\.pt")
 
 
 @dataclass
@@ -27,11 +36,10 @@ class TrainingState:
     """Of the best epoch so far: figure, epoch, model (a state dict), logits of the set-aside lists."""
     plan_digest: str = ""
     order: Tensor | None = None
-    """What `remining.mine_again` last found; None = the first mining's lists."""
+    """The last result of `validation.mine_again`; None = the first mining's lists."""
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything by value, for a checkpoint; randomness is derived from (seed, epoch, step) and needs no
-        place."""
+        """Everything by value, for a checkpoint; no random state, which is derived from (seed, epoch, step)."""
         return {
             "model": state_copy(self.model),
             "optimizer": self.optimizer.state_dict(),
@@ -47,15 +55,14 @@ class TrainingState:
 
 
 def state_copy(model: PairwiseModel) -> dict[str, Tensor]:
-    """The state dict on the CPU, by value; without the backbone while that is frozen, for then it is the
-    first one."""
+    """The state dict on the CPU, by value; without the backbone while it is frozen and so as it was at the start."""
     state = model.state_dict()
     kept = [name for name in state if not (model.is_backbone_frozen and name.startswith("extractor."))]
     return {name: state[name].detach().cpu().clone() for name in kept}
 
 
 def load_state(model: PairwiseModel, state: dict[str, Tensor]) -> None:
-    """Takes what `state_copy` gave; the backbone stays as it is where it was left out."""
+    """Loads a result of `state_copy`; a backbone that was left out stays as it is."""
     missing, unexpected = model.load_state_dict(state, strict=False)
     assert not unexpected, f"the state has {unexpected}, the model has not"
     assert all(name.startswith("extractor.") for name in missing), f"the state lacks {missing}"
@@ -64,7 +71,7 @@ def load_state(model: PairwiseModel, state: dict[str, Tensor]) -> None:
 def build_optimizer(model: PairwiseModel, config: TrainingConfig) -> torch.optim.Optimizer:
     """AdamW, or SGD with momentum; backbone and head at their own rates, vectors without decay.
 
-    Parameters that are frozen when this is called are left out.
+    Parameters that are frozen when this is called are left out. Raises BadInput where all are frozen.
     """
     groups = []
     for group in model.parameter_groups(config.lr, config.backbone_lr):
@@ -76,18 +83,18 @@ def build_optimizer(model: PairwiseModel, config: TrainingConfig) -> torch.optim
     if not groups:
         raise BadInput("this model has nothing to train while its backbone is frozen; give a backbone_lr above 0")
     if config.optimizer == "sgd":
-        return torch.optim.SGD(groups, lr=config.lr, momentum=0.9)
+        return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum)
     # One pass over the parameters instead of a dozen; on a CPU it is also the only one that uses all threads for each.
     return torch.optim.AdamW(groups, lr=config.lr, fused=True)
 
 
 def freeze_encoder(model: PairwiseModel) -> None:
-    """Freezes the backbone and whatever else `forward` does not use: all that cached encodings are made
-    with."""
+    """Freezes everything that cached encodings were made with: the backbone, and whatever `forward` does not use."""
     model.freeze_backbone()
     device = next(model.parameters()).device
     encoding = torch.zeros(1, *model.encoding_shape, dtype=model.encoding_dtype, device=device)
     model.eval()
+    # A parameter that gets no gradient from a logit is not used by `forward`.
     logit = model(encoding, encoding, torch.ones(1, device=device)).sum()
     parameters = [p for p in model.parameters() if p.requires_grad]
     reached = torch.autograd.grad(logit, parameters, allow_unused=True) if logit.requires_grad else ()
@@ -96,8 +103,7 @@ def freeze_encoder(model: PairwiseModel) -> None:
 
 
 def schedule_factor(step: int, n_steps: int, config: TrainingConfig) -> float:
-    """Multiplier of the learning rates in step 0, 1, ...: linear warm-up, then constant or half a cosine to
-    0."""
+    """Multiplier of the learning rates in step 0, 1, ...: linear warm-up, then constant or half a cosine to 0."""
     if step < config.warmup_steps:
         return (step + 1) / config.warmup_steps
     if config.schedule == "constant":
@@ -113,3 +119,35 @@ def set_training(model: PairwiseModel, is_frozen: bool) -> None:
     else:
         model.unfreeze_backbone()
     model.train()
+
+
+def write_state(state: dict[str, Any], path: Path) -> None:
+    """Writes `state` atomically and flushed to disk."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_path(path) as unfinished:
+        torch.save(state, unfinished)
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """The state at `path`, its tensors on the CPU."""
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def save_epoch(state: dict[str, Any], folder: Path, epoch: int, keep: int = 2) -> None:
+    """Writes the state after `epoch` epochs and removes all but the last `keep`."""
+    write_state(state, folder / f"epoch-{epoch:05d}.pt")
+    for old in saved_epochs(folder)[:-keep]:
+        (folder / f"epoch-{old:05d}.pt").unlink()
+
+
+def saved_epochs(folder: Path) -> list[int]:
+    """Numbers of the epochs whose states lie complete in `folder`, ascending; [] where there is no folder."""
+    if not folder.is_dir():
+        return []
+    return sorted(int(name[1]) for entry in folder.iterdir() if (name := EPOCH_FILE.fullmatch(entry.name)))
+
+
+def load_latest(folder: Path) -> dict[str, Any] | None:
+    """The state of the last complete epoch, or None where there is none."""
+    epochs = saved_epochs(folder)
+    return read_state(folder / f"epoch-{epochs[-1]:05d}.pt") if epochs else None

@@ -1,15 +1,19 @@
-"""Everything that training needs, as values: any process that gets a `TrainingTask` can take part in it.
-Layer 3."""
+"""What every worker of a training gets: the task with its runs, and the worker's place among the others.
 
+All are values: any process that gets a `TrainingTask` can take part in it.
+"""
+
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from distributed_rerank.chain.choice import Evidence
+from distributed_rerank.chain.evidence import Evidence
 from distributed_rerank.config.jobs import TrackingService
 from distributed_rerank.config.training import TrainingConfig
 from distributed_rerank.data.candidates import CandidateLists
@@ -17,21 +21,18 @@ from distributed_rerank.data.catalogue import Catalogue
 from distributed_rerank.runtime.devices import tensor_of
 from distributed_rerank.tensors import metrics
 from distributed_rerank.tensors.knn import Neighbours
-from distributed_rerank.training.distillation import TeacherLogits
-from distributed_rerank.training.plan import Step, plan_batches, plan_lists, plan_whole_batches
-from distributed_rerank.training.remining import reorder
+from distributed_rerank.training.plan import TeacherLogits, TrainingStep, plan_batches, plan_lists, reorder
 
 
 @dataclass(frozen=True)
-class Run:
-    """One model trained from the start: on some labels, judged on others (None: trained to its end, not
-    judged)."""
+class TrainingRun:
+    """One model trained from the start, with early stopping and figures on other labels where there are any."""
 
     name: str
     anchors: CandidateLists
     """Candidate lists of the images trained on, among themselves."""
     validation: CandidateLists | None
-    """Candidate lists of the images of other labels, among themselves."""
+    """Candidate lists of the images of other labels, among themselves; None = trained to its end, not measured."""
 
 
 @dataclass(frozen=True)
@@ -44,56 +45,77 @@ class TrainingTask:
     model_folder: Path
     """The untrained model as `models.saving` wrote it: every worker starts from the same weights."""
     embeddings: Float[Tensor, "item dim"]
-    runs: tuple[Run, ...]
-    """One after the other; the last one's weights become the model's."""
+    runs: tuple[TrainingRun, ...]
+    """Trained one after the other; the last one's weights become the model's."""
     half: Int64[np.ndarray, " item"] | None = None
-    """Of each item, where a model's projections are cross-fitted (`training_encodings`)."""
+    """The half (0, 1, -1 = none) of each item, where a model's projections are cross-fitted (`encodings`)."""
     services: tuple[TrackingService, ...] = ()
     run_name: str = "train"
     teacher: TeacherLogits | None = None
     """What a slow model says of the mined pairs."""
 
 
+State = dict[str, Any]
+"""What a stopped training needs to go on: {"finished": results of finished runs, "current": state of the run in it}."""
+Report = Callable[[State, dict[str, float]], None]
+"""Called after each epoch with the state and the epoch's figures."""
+Fit = Callable[[TrainingTask, Path], State]
+"""Trains in a folder that may hold the state of a stopped training, and returns the last state."""
+
+
+def no_all_reduce(tensor: Tensor) -> Tensor:
+    """The sum over one worker: the tensor itself."""
+    return tensor
+
+
+@dataclass(frozen=True)
+class TrainingWorker:
+    """One of `world_size` workers that train together, and the collective that adds up their sums."""
+
+    rank: int = 0
+    world_size: int = 1
+    device: str = "cpu"
+    all_reduce: Callable[[Tensor], Tensor] = no_all_reduce
+    """Gives the sum of every worker's tensor to all; called by all workers equally often."""
+
+    def barrier(self) -> None:
+        """Blocks until every worker arrives."""
+        self.all_reduce(torch.zeros(1, device=self.device))
+
+
 def plan_epoch(
-    task: TrainingTask, run: Run, epoch: int, order: Int64[Tensor, "anchor kept"] | None = None
-) -> list[Step]:
-    """The steps of an epoch of a run, the same for every worker; `order` is that of a model that mined again."""
+    task: TrainingTask, run: TrainingRun, epoch: int, order: Int64[Tensor, "anchor kept"] | None = None
+) -> list[TrainingStep]:
+    """The steps of an epoch, the same for every worker; `order` comes from a model that mined again (`validation`)."""
     labels = task.catalogue.labels
     if task.config.mining != "lists":
-        plan = plan_batches if task.config.mining == "batch" else plan_whole_batches
-        return plan(run.anchors.query_items, labels, task.embeddings, task.config, epoch)
+        return plan_batches(run.anchors.query_items, labels, task.embeddings, task.config, epoch)
     anchors = run.anchors if order is None else reorder(run.anchors, order)
     steps = plan_lists(anchors, labels, task.catalogue.sequences, task.embeddings, task.config, epoch)
-    return steps if task.teacher is None else [task.teacher.of(step) for step in steps]
+    return steps if task.teacher is None else [task.teacher.add_to(step) for step in steps]
 
 
 def join_lists(parts: list[CandidateLists]) -> CandidateLists:
-    """The lists of disjoint sets of images, in item order."""
+    """The lists of disjoint sets of images, in item order; shorter lists end in -1 and inf."""
     width = max(part.items.shape[1] for part in parts)
+    gaps = [((0, 0), (0, width - part.items.shape[1])) for part in parts]
     query_items = np.concatenate([part.query_items for part in parts])
-    padded = [
-        (
-            np.pad(part.items, ((0, 0), (0, width - part.items.shape[1])), constant_values=-1),
-            np.pad(part.distances, ((0, 0), (0, width - part.items.shape[1])), constant_values=np.inf),
-        )
-        for part in parts
-    ]
-    items, distances = (np.concatenate(columns) for columns in zip(*padded, strict=True))
+    items = [np.pad(part.items, gap, constant_values=-1) for part, gap in zip(parts, gaps, strict=True)]
+    distances = [np.pad(part.distances, gap, constant_values=np.inf) for part, gap in zip(parts, gaps, strict=True)]
     order = np.argsort(query_items)
-    return CandidateLists(query_items[order], items[order], distances[order])
+    return CandidateLists(query_items[order], np.concatenate(items)[order], np.concatenate(distances)[order])
 
 
 def evidence_of(task: TrainingTask, lists: CandidateLists, logits: Float[Tensor, "query top_n"] | None) -> Evidence:
-    """These lists, their items numbered 0, 1, ... among themselves, with the logits of their first
-    candidates.
+    """These lists with the logits of their first candidates, their items numbered 0, 1, ... among themselves.
 
-    All images of a label must be among them: then what is relevant to an item can be counted here.
+    The lists must hold all images of a label, so that the relevant items of each can be counted among them.
     """
+    # [query] ascending item numbers, [query, candidate] item numbers -> places among the queries, -1 = none.
     items, candidates = tensor_of(lists.query_items), tensor_of(lists.items)
     local = torch.where(candidates >= 0, torch.searchsorted(items, candidates.clamp(min=0)), -1)
     labels = tensor_of(task.catalogue.labels)[items]
     sequences = tensor_of(task.catalogue.sequences)[items]
     everyone = torch.arange(len(items))
     n_relevant = metrics.count_relevant(everyone, labels, sequences, everyone, labels, sequences)
-    neighbours = Neighbours(local, tensor_of(lists.distances))
-    return Evidence(neighbours, labels, n_relevant, logits, task.embeddings[items])
+    return Evidence(Neighbours(local, tensor_of(lists.distances)), labels, n_relevant, logits, task.embeddings[items])

@@ -9,10 +9,9 @@ from chain_evidence import N_LABELS, evidence
 from torch import Tensor
 
 from distributed_rerank.chain.chain import Chain, NeighbourhoodStep, QueryExpansionStep
-from distributed_rerank.chain.choice import choose, fusion_figure, outcome
+from distributed_rerank.chain.choice import choose, fusion_figure, fusion_trials, neighbour_settings, outcome
 from distributed_rerank.chain.evidence import Evidence, half_of_labels, try_chain
 from distributed_rerank.chain.probability import probabilities
-from distributed_rerank.chain.trials import fusion_trials, neighbour_settings
 from distributed_rerank.tensors.calibration import expected_calibration_error
 
 
@@ -123,7 +122,7 @@ def test_calibration_makes_probabilities_of_fresh_labels_honest() -> None:
     fresh = evidence(1.5, 2.0, seed=1)
     assert fresh.logits is not None
     trial = try_chain(replace(fresh, logits=3 * fresh.logits - 12), Chain(chain.steps))
-    distances, is_match = fresh.judged_pairs(trial.lists, fresh.logits.shape[1])
+    distances, is_match = fresh.labelled_pairs(trial.lists, fresh.logits.shape[1])
     found = probabilities(chain, distances)
     assert found is not None
     assert expected_calibration_error(found, is_match) < 0.06

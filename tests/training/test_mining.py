@@ -13,7 +13,7 @@ from distributed_rerank.data.candidates import CandidateLists
 from distributed_rerank.data.catalogue import Catalogue, read_catalogue
 from distributed_rerank.extraction import embed
 from distributed_rerank.retrieval import search
-from distributed_rerank.training.mining import find_suspects, mining_in_text, write_mining
+from distributed_rerank.training.mining import find_suspect_pairs, mining_in_text, write_mining
 from distributed_rerank.training.stage import make_task, retrieve_among
 from distributed_rerank.training.task import TrainingTask
 
@@ -80,5 +80,5 @@ def test_text_shows_the_figures(planted: tuple[TrainingTask, CandidateLists, Pat
 def test_catalogue_without_neighbours_has_no_suspects(planted: tuple[TrainingTask, CandidateLists, Path]) -> None:
     catalogue: Catalogue = planted[0].catalogue
     empty = CandidateLists(np.arange(41), np.empty((41, 0), np.int64), np.empty((41, 0), np.float32))
-    table, figures = find_suspects(empty, catalogue)
+    table, figures = find_suspect_pairs(empty, catalogue)
     assert len(table) == figures["n_pairs"] == 0

@@ -11,14 +11,15 @@ from distributed_rerank.data.candidates import CandidateLists
 from distributed_rerank.errors import BadInput
 from distributed_rerank.tensors.knn import nearest
 from distributed_rerank.training.plan import (
-    Step,
+    TrainingStep,
     plan_batches,
     plan_digest,
     plan_lists,
     seed_of,
+    set_aside_labels,
     share_of,
+    sides,
 )
-from distributed_rerank.training.set_aside import halves, set_aside_labels
 
 
 def draw(n_labels: int = 6, n_images: int = 5) -> tuple[CandidateLists, np.ndarray, torch.Tensor]:
@@ -37,7 +38,7 @@ def draw(n_labels: int = 6, n_images: int = 5) -> tuple[CandidateLists, np.ndarr
     )
 
 
-def pairs_of(step: Step) -> list[tuple[int, int, bool, float]]:
+def pairs_of(step: TrainingStep) -> list[tuple[int, int, bool, float]]:
     columns = (step.query_items, step.gallery_items, step.is_negative, step.first_stage_distance)
     return list(zip(*(column.tolist() for column in columns), strict=True))
 
@@ -113,7 +114,7 @@ def test_set_aside_labels_are_whole_labels_of_the_share_asked_for() -> None:
 
 def test_halves_leave_unlabelled_items_out() -> None:
     labels = np.array([0, 0, 1, 1, -1, 2, 2, 3, 3])
-    half = halves(labels, seed=0)
+    half = sides(labels, 0.5, seed=0)
     assert half[4] == -1
     assert sorted(np.bincount(half[half >= 0])) == [4, 4]
 

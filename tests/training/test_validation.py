@@ -14,11 +14,10 @@ from training_examples import TOKENS, build_task
 from distributed_rerank.config.training import TrainingConfig
 from distributed_rerank.data.candidates import CandidateLists
 from distributed_rerank.errors import BadInput
-from distributed_rerank.training import checkpoints
-from distributed_rerank.training.epoch import Worker
-from distributed_rerank.training.remining import reorder
+from distributed_rerank.training.plan import reorder
 from distributed_rerank.training.run import fit, train_all
-from distributed_rerank.training.task import TrainingTask, plan_epoch
+from distributed_rerank.training.state import save_epoch
+from distributed_rerank.training.task import TrainingTask, TrainingWorker, plan_epoch
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +34,9 @@ def states(task: TrainingTask, tmp_path_factory: pytest.TempPathFactory) -> list
     """The state after each epoch of an uninterrupted run."""
     found: list[dict[str, Any]] = []
     folder = tmp_path_factory.mktemp("whole")
-    train_all(task, folder, Worker(), None, lambda state, figures: found.append(copy.deepcopy(state["current"])))
+    train_all(
+        task, folder, TrainingWorker(), None, lambda state, figures: found.append(copy.deepcopy(state["current"]))
+    )
     return found
 
 
@@ -67,7 +68,7 @@ def test_reorder_moves_items_and_distances_together_and_keeps_gaps_at_the_end() 
 def test_stopped_before_and_after_mining_again_gives_the_weights_of_an_uninterrupted_run(
     task: TrainingTask, states: list[dict[str, Any]], tmp_path: Path, n_epochs: int
 ) -> None:
-    checkpoints.save_epoch({"finished": [], "current": states[n_epochs - 1]}, tmp_path / "checkpoints", n_epochs)
+    save_epoch({"finished": [], "current": states[n_epochs - 1]}, tmp_path / "checkpoints", n_epochs)
     resumed = fit(task, tmp_path)["current"]
     assert resumed["epoch"] == 4
     for name, value in states[3]["model"].items():

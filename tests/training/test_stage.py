@@ -1,0 +1,47 @@
+"""The stage: a complete model folder, which the same call leaves alone and another one refuses."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from training_examples import SMALL, TOKENS, draw_catalogue
+
+from distributed_rerank.chain.chain import read_chain
+from distributed_rerank.errors import BadInput
+from distributed_rerank.models.saving import load_model
+from distributed_rerank.training.stage import train
+from distributed_rerank.training.task import TrainingTask
+
+
+def test_stage_writes_a_complete_folder_and_skips_it_the_second_time(tmp_path: Path) -> None:
+    catalogue = draw_catalogue(tmp_path / "images")
+    config = replace(SMALL, epochs=1)
+    chain = train(catalogue, TOKENS, config, tmp_path / "model")
+    names = {path.name for path in (tmp_path / "model").iterdir()}
+    expected = (
+        "README.md chain.json config.json curves.svg manifest.json mining.json model.safetensors suspects.parquet "
+        "tensorboard training.json"
+    )
+    assert names == set(expected.split())
+    assert read_chain(tmp_path / "model") == chain
+    assert load_model(tmp_path / "model").encoding_shape
+    card = (tmp_path / "model" / "README.md").read_text()
+    assert "table.csv: 40 images, 10 labels" in card
+    assert f"| first stage | {chain.chosen_on['first_stage']['map@10']:.4f} |" in card
+    assert f"Chain: {chain.describe()}" in card
+    assert "epochs=1" in card
+    assert str(tmp_path) not in card, "a shared card tells nobody's folders"
+
+    def refuse(task: TrainingTask, folder: Path) -> dict[str, Any]:
+        raise AssertionError("trained again")
+
+    assert train(catalogue, TOKENS, config, tmp_path / "model", fit=refuse) == chain
+    with pytest.raises(BadInput, match="lr"):
+        train(catalogue, TOKENS, replace(config, lr=0.5), tmp_path / "model")
+
+
+def test_stage_refuses_a_tracker_that_is_not_installed(tmp_path: Path) -> None:
+    catalogue = draw_catalogue(tmp_path / "images")
+    with pytest.raises(BadInput, match="pip install wandb"):
+        train(catalogue, TOKENS, SMALL, tmp_path / "model", services=["wandb"])
