@@ -214,10 +214,6 @@ def training_task(catalogue: Any, model: Any, folder: Path, n_labelled: int, **o
         model_folder=folder,
         embeddings=embeddings,
         runs=(TrainingRun("all", lists, None),),
-        config=config,
-        model_folder=folder,
-        embeddings=embeddings,
-        runs=(TrainingRun("all", lists, None),),
     )
 
 

@@ -1,4 +1,4 @@
-"""Connect to Ray, or start it on this machine, and find out what work can be placed there. Layer 4.
+"""Connect to Ray, or start it on this machine, and find out what work can be placed there.
 
 With RAY_ADDRESS set (as in `ray job submit`) the running cluster is used; otherwise a private instance is
 started and stopped again. It never joins a Ray that happens to run on the machine.

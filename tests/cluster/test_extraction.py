@@ -11,6 +11,7 @@ from distributed_rerank.config.extractor import ExtractorConfig
 from distributed_rerank.config.work import WorkConfig
 from distributed_rerank.data import tables
 from distributed_rerank.data.artifacts import read_manifest
+from distributed_rerank.data.begun import ComputedWith
 from distributed_rerank.errors import BadInput
 from distributed_rerank.extraction import Block, EmbeddedBlock, embed
 from tests.small_catalogue import EXTRACTOR, make_catalogue
@@ -32,6 +33,30 @@ def test_embed_three_workers_give_the_bytes_of_one_process(session_of: SessionOf
     (row,) = tables.read_table(tmp_path / "3" / "rejects.parquet", "rejects").to_pylist()
     assert row["id"] == "picture_004.png"
     assert "not an image" in row["reason"]
+    told = read_manifest(tmp_path / str(n))["computed_with"]
+    assert told == read_manifest(tmp_path / "local")["computed_with"]
+    assert told["precision"] == "float32"
+
+
+@pytest.mark.ray
+def test_embed_begun_by_one_kind_of_worker_is_refused_to_another(
+    session_of: SessionOf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What counts is what the workers tell, whatever the driver has."""
+    catalogue = make_catalogue(tmp_path / "images", 9)
+    extractor = on_ray.build_extractor(EXTRACTOR)
+    extractor.computed_with = lambda device: ComputedWith("cuda", "bfloat16", "bfloat16", "NVIDIA A")
+
+    def dies(blocks: list[Block], config: ExtractorConfig, work: WorkConfig) -> Iterator[tuple[int, EmbeddedBlock]]:
+        yield next(on_ray.extract(blocks, config, work, session=session_of(1)))
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as other_cluster:
+        other_cluster.setattr(on_ray, "build_extractor", lambda config: extractor)
+        with pytest.raises(KeyboardInterrupt):
+            embed(catalogue, EXTRACTOR, tmp_path / "out", work=WORK, extract=dies)
+    with pytest.raises(BadInput, match=r"precision=bfloat16 on cuda, a worker of this run .* precision=float32 on cpu"):
+        embed(catalogue, EXTRACTOR, tmp_path / "out", work=WORK, extract=partial(on_ray.extract, session=session_of(2)))
 
 
 @pytest.mark.ray

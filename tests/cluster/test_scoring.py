@@ -42,6 +42,9 @@ def test_score_three_workers_give_the_bytes_of_one_process(session_of: SessionOf
     assert _files(tmp_path / str(n)) == _files(tmp_path / "local")
     counts = read_manifest(tmp_path / str(n))["counts"]
     assert (counts["images_decoded"], counts["encodings_computed"]) == (21, 20)
+    told = [read_manifest(tmp_path / name)["computed_with"] for name in (str(n), "local")]
+    assert told[0] == told[1]
+    assert told[0]["precision"] == "float32"
 
 
 def test_score_in_rounds_gives_the_same_bytes(session_of: SessionOf, tmp_path: Path) -> None:

@@ -127,6 +127,7 @@ for num_workers in (12, 3):
 def test_folder_of_a_killed_driver_is_removed_and_that_of_a_living_one_kept() -> None:
     left = Path(tempfile.mkdtemp(prefix="rerank-ray-", dir="/tmp"))
     used = Path(tempfile.mkdtemp(prefix="rerank-ray-", dir="/tmp"))
+    begun = Path(tempfile.mkdtemp(prefix="rerank-ray-", dir="/tmp"))  # its driver has no lock yet
     (left / "lock").touch()
     with open(used / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -135,3 +136,5 @@ def test_folder_of_a_killed_driver_is_removed_and_that_of_a_living_one_kept() ->
         assert used.exists()
     sessions._remove_left_behind()
     assert not used.exists()
+    assert begun.exists()
+    begun.rmdir()

@@ -19,6 +19,7 @@ from training_examples import build_task
 
 from distributed_rerank.cluster import training
 from distributed_rerank.cluster.session import Session
+from distributed_rerank.data import begun
 from distributed_rerank.errors import BadInput
 from distributed_rerank.training import run as training_run
 from distributed_rerank.training.task import TrainingTask
@@ -73,6 +74,7 @@ def test_two_workers_give_the_losses_of_one(
 ) -> None:
     state = training.fit(task, tmp_path, session=session_of(2))
     assert len(losses_of(state)) == 9
+    assert begun.recall(tmp_path) == {"device": "cpu", "precision": "float32"}
     assert losses_of(state) == pytest.approx(losses_of(alone), abs=1e-5)
 
 

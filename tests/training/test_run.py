@@ -1,5 +1,7 @@
 """Training in one process: it learns, it repeats, it resumes, and it freezes the layers it was told to freeze."""
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -8,13 +10,16 @@ import pytest
 import torch
 from training_examples import BACKBONE, TOKENS, build_task
 
-from distributed_rerank.config.pairwise import ConcatSiameseConfig
+from distributed_rerank.config.pairwise import ConcatSiameseConfig, DistanceSiameseConfig
 from distributed_rerank.config.training import TrainingConfig
+from distributed_rerank.data import begun
 from distributed_rerank.data.transforms import Augmentation
 from distributed_rerank.errors import BadInput
+from distributed_rerank.models import precision as precision_module
+from distributed_rerank.models.distance_siamese import DistanceSiamese
 from distributed_rerank.models.saving import load_model
 from distributed_rerank.tensors.hardware import bf16_support
-from distributed_rerank.training.run import fit, is_over, results, train_all
+from distributed_rerank.training.run import fit, is_over, note_device, results, train_all
 from distributed_rerank.training.state import save_epoch
 from distributed_rerank.training.task import TrainingTask, TrainingWorker
 
@@ -151,3 +156,35 @@ def test_training_ends_when_the_figure_no_longer_rises() -> None:
     assert [is_over(history[:n], config) for n in range(5)] == [False, False, False, False, True]
     assert is_over(history, TrainingConfig(epochs=10, patience=0, minutes=4 / 60))
     assert not is_over(history, TrainingConfig(epochs=10, patience=0))
+
+
+@pytest.mark.parametrize("kinds", [(None, "AVX-512 BF16"), ("AVX-512 BF16", "AVX-512 BF16")])
+def test_workers_of_two_kinds_are_all_refused_so_that_none_waits_for_the_others(
+    kinds: tuple[str | None, str | None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = DistanceSiamese(DistanceSiameseConfig(extractor=replace(BACKBONE, precision="auto")))
+    barrier, own, parts = threading.Barrier(2, timeout=60), threading.local(), {}
+    monkeypatch.setattr(precision_module, "bf16_support", lambda device: own.kind)
+
+    def note(rank: int) -> str:
+        own.kind = kinds[rank]
+
+        def all_reduce(tensor: torch.Tensor) -> torch.Tensor:
+            parts[rank] = tensor
+            barrier.wait()
+            return parts[0] + parts[1]
+
+        try:
+            note_device(model, tmp_path / "run", TrainingWorker(rank, 2, "cpu", all_reduce))
+        except BadInput as error:
+            return str(error)
+        return ""
+
+    with ThreadPoolExecutor(2) as pool:
+        errors = list(pool.map(note, (0, 1)))
+    if kinds[0] == kinds[1]:
+        assert errors == ["", ""]
+        assert begun.recall(tmp_path / "run")["precision"] == "bfloat16"
+    else:
+        assert all("some workers compute with precision=" in error for error in errors)
+        assert begun.recall(tmp_path / "run") == {}
