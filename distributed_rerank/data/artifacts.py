@@ -188,7 +188,7 @@ class BlockStore:
     """Results of numbered blocks, one Parquet file each, written atomically and named by number and digest.
 
     Opening it compares each file with the digest in its name; a damaged one is renamed to `*.damaged` and counts as
-    not there. `reused` counts the blocks found then, `computed` those written since.
+    not there. `reused` counts the blocks found then and not written anew, `computed` those written since.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -202,7 +202,12 @@ class BlockStore:
                 self._paths[int(match[1])] = path
             else:
                 _set_aside(path, "its bytes have changed since it was written")
-        self.reused = len(self._paths)
+        self._found = set(self._paths)
+
+    @property
+    def reused(self) -> int:
+        """Blocks of an earlier run that still count."""
+        return len(self._found)
 
     def done(self) -> set[int]:
         """Numbers of the blocks that are complete on disk."""
@@ -220,6 +225,7 @@ class BlockStore:
         path = self.folder / f"block-{number:08d}.{bytes_digest(content)[:16]}.parquet"
         write_bytes(path, content)
         self._paths[number] = path
+        self._found.discard(number)
         self.computed += 1
 
     def read(self, number: int) -> pa.Table:

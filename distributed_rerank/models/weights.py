@@ -76,14 +76,17 @@ def strip_wrappers(state: Mapping[str, Tensor], known: Iterable[str]) -> dict[st
 
 
 def _shared_prefix(state: Mapping[str, Tensor], known: set[str]) -> str:
-    """The longest dotted prefix of all names, "" where a name is known as it is."""
+    """The shortest dotted prefix of all names without which a name, or its unwrapped form, is known; else ""."""
     prefix = ""
-    while state and not known & {name.removeprefix(prefix) for name in state}:
-        heads = {name.removeprefix(prefix).partition(".")[0] for name in state}
-        if len(heads) != 1 or any("." not in name.removeprefix(prefix) for name in state):
+    while state:
+        rests = [name.removeprefix(prefix) for name in state]
+        if any(_unwrapped(rest, known) in known for rest in rests):
             return prefix
+        heads = {rest.partition(".")[0] for rest in rests}
+        if len(heads) != 1 or any("." not in rest for rest in rests):
+            return ""
         prefix += f"{heads.pop()}."
-    return prefix
+    return ""
 
 
 def _unwrapped(name: str, known: set[str]) -> str:

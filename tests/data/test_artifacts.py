@@ -407,3 +407,13 @@ def test_kill_before_any_change_of_a_name_leaves_an_intact_folder_and_the_next_r
             break
     assert not is_killed
     assert n_changes > 15
+
+
+def test_block_found_and_written_anew_counts_as_computed(tmp_path: Path) -> None:
+    """A run killed between the two tables of a block leaves one of them, and its block is computed again."""
+    artifacts.BlockStore(tmp_path).write(0, pa.table({"x": [1]}))
+    store = artifacts.BlockStore(tmp_path)
+    assert (store.reused, store.computed) == (1, 0)
+    store.write(0, pa.table({"x": [2]}))
+    store.write(1, pa.table({"x": [3]}))
+    assert (store.reused, store.computed) == (0, 2)

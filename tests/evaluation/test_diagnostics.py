@@ -12,6 +12,7 @@ from distributed_rerank.chain.chain import Chain
 from distributed_rerank.data import artifacts
 from distributed_rerank.data.candidates import CandidateLists
 from distributed_rerank.data.catalogue import Catalogue
+from distributed_rerank.data.manifests import write_manifest
 from distributed_rerank.evaluation.diagnostics import (
     N_BINS,
     cost_by_top_n,
@@ -68,7 +69,7 @@ def test_pace_of_a_continued_run_is_that_of_what_it_scored(tmp_path: Path) -> No
     assert pace["seconds_per_image"] > 0
     assert pace["seconds_per_pair"] > 0
     manifest = artifacts.read_manifest(tmp_path / "out")
-    artifacts.write_json(tmp_path / "out" / "manifest.json", manifest | {"counts": {"pairs_scored": 0}})
+    write_manifest(tmp_path / "out", manifest | {"counts": {"pairs_scored": 0}})
     assert read_pace(tmp_path / "out") is None, "a run that scored nothing knows no seconds"
     assert read_pace(tmp_path / "nowhere") is None
 
