@@ -1,16 +1,15 @@
-"""Extraction on Ray Data: a decode operator on the CPUs feeds a pool of embedding actors. Layer 4.
+"""Extraction on Ray Data: on CPUs tasks that decode and embed, on GPUs decoding tasks that feed embedding actors.
 
-A row is a whole block, so that what shares a micro-batch never depends on how Ray Data cuts its own blocks.
-Pixels travel as uint8. Images are read in the decode operator and not by Ray Data's `download`, which
-swallows the reason of every failure. The plan enters from the driver's memory instead of a manifest file: the
-nodes need no folder in common with the driver, and which blocks are finished is known from the stage's own
-store.
+A row is a whole block, so that what shares a micro-batch never depends on how Ray Data cuts its own blocks. Pixels
+travel as uint8. Our own operators read the images and not Ray Data's `download`, which swallows the reason of every
+failure. The plan enters from the driver's memory instead of a manifest file: the nodes need no folder in common with
+the driver, and the stage's own store knows which blocks are finished.
 """
 
 import dataclasses
 import functools
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -32,63 +31,77 @@ from distributed_rerank.runtime.devices import tensor_of
 _NO_PROGRESS_SECONDS = 600
 """Ray Data waits 30 minutes before it says that nothing moves."""
 
+Decode = Callable[[pa.Table], pa.Table]
+_EMBED_ROW: dict[tuple[str, WorkConfig], "_EmbedRow"] = {}
+"""What a CPU worker process embeds with, by the extractor's object and the settings."""
+
 
 def extract(
     blocks: Sequence[Block], config: ExtractorConfig, work: WorkConfig, *, session: Session
 ) -> Iterator[tuple[int, EmbeddedBlock]]:
-    """`procedures.extraction.extract` on Ray Data, blocks as they complete.
+    """`extraction.extract` on Ray Data, blocks as they complete.
 
-    The weights are read once, on the driver. Raises BadInput for a cluster without a CPU to spare for
-    decoding.
+    The weights are read once, on the driver. Raises BadInput for GPU workers that leave no CPU for decoding.
     """
-    embedders, decoders = pool_sizes(session, len(blocks))
     extractor = build_extractor(config)
-    shipped = ray.put(extractor)
+    shipped = [ray.put(extractor)]
     decode = functools.partial(decode_row, transform=extractor.transform, threads=work.decode_threads)
     with ray.data.DataContext.current(_data_context()):
-        dataset = (
-            ray.data.from_arrow(manifest(blocks))
-            .repartition(target_num_rows_per_block=1)
-            .map_batches(
-                decode,
-                batch_size=1,
-                batch_format="pyarrow",
-                num_cpus=1,
-                compute=ray.data.TaskPoolStrategy(size=decoders),
-            )
-            # Without this operator Ray Data may fuse both sides, and the embedding actors would decode.
-            .repartition(target_num_rows_per_block=1)
-            .map_batches(
-                _EmbedRow,
-                fn_constructor_kwargs={"extractor": [shipped], "work": work},
-                batch_size=1,
-                batch_format="pyarrow",
-                num_cpus=session.cpus_per_worker,
-                num_gpus=1 if session.use_gpu else None,
-                compute=ray.data.ActorPoolStrategy(size=embedders),
-            )
-        )
-        yield from _rows(dataset)
+        rows = ray.data.from_arrow(manifest(blocks)).repartition(target_num_rows_per_block=1)
+        on_device = _on_gpus if session.use_gpu else _on_cpus
+        yield from _rows(on_device(rows, decode, shipped, work, session, len(blocks)))
+
+
+def _on_cpus(
+    rows: Any, decode: Decode, extractor: list[ray.ObjectRef], work: WorkConfig, session: Session, n_blocks: int
+) -> Any:
+    """Tasks that decode and embed: Ray keeps their processes, and so the extractor, for the next blocks."""
+    return rows.map_batches(
+        functools.partial(_decode_and_embed, decode=decode, extractor=extractor, work=work),
+        batch_size=1,
+        batch_format="pyarrow",
+        num_cpus=session.cpus_per_worker,
+        compute=ray.data.TaskPoolStrategy(size=min(session.num_workers, n_blocks)),
+    )
+
+
+def _on_gpus(
+    rows: Any, decode: Decode, extractor: list[ray.ObjectRef], work: WorkConfig, session: Session, n_blocks: int
+) -> Any:
+    """Actors that embed, and that free their GPU's memory at the end; tasks on the CPUs decode for them."""
+    embedders, decoders = pool_sizes(session, n_blocks)
+    decoded = rows.map_batches(
+        decode,
+        batch_size=1,
+        batch_format="pyarrow",
+        num_cpus=1,
+        compute=ray.data.TaskPoolStrategy(size=decoders),
+    )
+    # Without this operator Ray Data may fuse both sides, and the embedding actors would decode.
+    return decoded.repartition(target_num_rows_per_block=1).map_batches(
+        _EmbedRow,
+        fn_constructor_kwargs={"extractor": extractor, "work": work},
+        batch_size=1,
+        batch_format="pyarrow",
+        num_cpus=session.cpus_per_worker,
+        num_gpus=1,
+        compute=ray.data.ActorPoolStrategy(size=embedders),
+    )
 
 
 def pool_sizes(session: Session, n_blocks: int) -> tuple[int, int]:
-    """How many actors embed and how many tasks decode at a time, so that decoding always finds a CPU.
+    """The numbers of embedding actors and of decoding tasks at a time, such that decoding always finds a CPU.
 
-    Ray Data hangs without a word where actors hold every CPU. On a cluster without GPUs a third of the CPUs
-    is left to decoding. Never more processes than blocks: they would start for nothing, and Ray Data would warn of
-    them. Raises BadInput where even one embedding actor leaves none.
+    Ray Data hangs without a word where actors hold every CPU. Never more processes than blocks: they would start for
+    nothing, and Ray Data would warn of them. Raises BadInput where the embedding actors leave no CPU.
     """
-    embedders = session.num_workers
-    if not session.use_gpu:
-        spared = max(1, session.num_cpus // 3)
-        embedders = min(embedders, max(1, (session.num_cpus - spared) // session.cpus_per_worker))
-    free = session.num_cpus - embedders * session.cpus_per_worker
+    free = session.num_cpus - session.num_workers * session.cpus_per_worker
     if free < 1:
         raise BadInput(
-            f"{embedders} embedding workers with cpus_per_worker={session.cpus_per_worker} leave none of the "
+            f"{session.num_workers} embedding workers with cpus_per_worker={session.cpus_per_worker} leave none of the "
             f"{session.num_cpus} CPUs for decoding; lower num_workers or cpus_per_worker"
         )
-    return min(embedders, n_blocks), min(session.decode_workers, free, n_blocks)
+    return min(session.num_workers, n_blocks), min(session.decode_workers, free, n_blocks)
 
 
 class _EmbedRow:
@@ -115,6 +128,15 @@ class _EmbedRow:
         columns = {name: row[name] for name in ("block", "ids", "rejects")}
         columns |= {"refusal": [self._refusal], "computed_with": [self._computed_with]}
         return pa.table({**columns, "shape": [list(embeddings.shape)], "embeddings": as_binary(embeddings)})
+
+
+def _decode_and_embed(row: pa.Table, *, decode: Decode, extractor: list[ray.ObjectRef], work: WorkConfig) -> pa.Table:
+    """Both halves in one task; the process keeps the extractor of the last call."""
+    key = (extractor[0].hex(), work)
+    if key not in _EMBED_ROW:
+        _EMBED_ROW.clear()
+        _EMBED_ROW[key] = _EmbedRow(extractor, work)
+    return _EMBED_ROW[key](decode(row))
 
 
 def _rows(dataset: Any) -> Iterator[tuple[int, EmbeddedBlock]]:

@@ -9,7 +9,6 @@ import os
 import secrets
 import shutil
 import signal
-import sys
 import tempfile
 import threading
 import time
@@ -115,8 +114,8 @@ def _start_local(config: ClusterConfig) -> Iterator[None]:
     lock = locks.wait_for(folder / _LOCK)
     needed = (config.num_workers or 0) * config.cpus_per_worker + 2
     _use_own_token()
-    if not sys.stderr.isatty():
-        os.environ.setdefault("RAY_COLOR_PREFIX", "0")  # no escape codes in a log file
+    # A private Ray of one machine loses no node with notice, so training needs no process that watches for it.
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     try:
         ray.init(
             address="local",

@@ -1,36 +1,66 @@
-"""Training on Ray Train: `training.run.train_all` on several workers, whose sums are added by gloo or
-NCCL.
+"""Training on Ray Train: `training.run.train_all` on several workers, whose sums are added by gloo or NCCL.
 
-Ray keeps the checkpoints under the run's folder. A worker that dies is replaced and all go on from the last
-epoch; after a killed driver the same call with the same folder does. The run has no name of its own to reuse
-by accident: its folder is that of the fingerprint.
+Ray keeps the checkpoints under the run's folder. A worker that dies is replaced and all go on from the last epoch;
+after a killed driver the same call with the same folder does. No run can be resumed by accident: its folder is that of
+the fingerprint.
 """
 
 import functools
-import logging
 import os
+import socket
 import tempfile
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import ray.train
+import torch
 import torch.distributed as dist
 from ray.train import Checkpoint, CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig
-from ray.train.torch import TorchConfig, TorchTrainer, get_device
+from ray.train.collective import broadcast_from_rank_zero
+from ray.train.torch import get_device
+from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 from torch import Tensor
 
-from distributed_rerank.cluster.quiet import quieten
 from distributed_rerank.cluster.session import Session
+from distributed_rerank.cluster.training_backend import OwnProcessGroupConfig
 from distributed_rerank.config.cluster import RetryConfig
 from distributed_rerank.errors import BadInput
 from distributed_rerank.runtime import logs
 from distributed_rerank.training.run import train_all
 from distributed_rerank.training.state import read_state, write_state
-from distributed_rerank.training.task import State, TrainingTask, TrainingWorker
-
-logger = logging.getLogger(__name__)
+from distributed_rerank.training.task import Fit, State, TrainingTask, TrainingWorker
 
 STATE = "state.pt"
+
+
+class Trainer(DataParallelTrainer):
+    """Ray's trainer without two helper processes that this training does not need.
+
+    DatasetManager hands out Ray Data sets, of which there are none. PlacementGroupCleaner frees the workers' resources
+    when the controller dies, but `fit` then fails, and Ray frees them with the job; with a second Ray on the machine
+    the cleaner ends with a traceback.
+    """
+
+    def _create_default_callbacks(self) -> list[Any]:
+        unused = {"DatasetsCallback", "PlacementGroupCleanerCallback"}
+        return [c for c in super()._create_default_callbacks() if type(c).__name__ not in unused]
+
+
+def join_workers(timeout: timedelta) -> TrainingWorker:
+    """This worker of Ray's, in one process group with the others (NCCL on GPUs, else gloo)."""
+    context, device = ray.train.get_context(), get_device()
+    rank, world_size = context.get_world_rank(), context.get_world_size()
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    with socket.socket() as any_free_port:
+        any_free_port.bind(("", 0))
+        address = f"tcp://{ray.util.get_node_ip_address()}:{any_free_port.getsockname()[1]}"
+    address = broadcast_from_rank_zero(address)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, init_method=address, timeout=timeout, world_size=world_size, rank=rank)
+    return TrainingWorker(rank, world_size, str(device), all_reduce)
 
 
 def all_reduce(tensor: Tensor) -> Tensor:
@@ -40,34 +70,26 @@ def all_reduce(tensor: Tensor) -> Tensor:
     return summed
 
 
-def train_worker(arguments: dict) -> str | None:
-    """What each Ray worker does. Returns the message of a BadInput: raised, it would count as a failure and
-    be retried."""
-    task: TrainingTask = arguments["task"]
+def train_worker(task: TrainingTask, folder: Path, timeout: timedelta) -> str | None:
+    """Trains as one of Ray's workers.
+
+    Returns the message of a BadInput: raised, it would count as a failure and be retried.
+    """
     logs.configure_worker()
-    quieten()
-    context = ray.train.get_context()
-    worker = TrainingWorker(
-        rank=context.get_world_rank(),
-        world_size=context.get_world_size(),
-        device=str(get_device()),
-        all_reduce=all_reduce,
-    )
-    found = ray.train.get_checkpoint()
+    worker = join_workers(timeout)
     restored = None
-    if found is not None:
-        with found.as_directory() as folder:
-            restored = read_state(Path(folder) / STATE)
+    if checkpoint := ray.train.get_checkpoint():
+        with checkpoint.as_directory() as last:
+            restored = read_state(Path(last) / STATE)
     try:
-        train_all(task, arguments["folder"], worker, restored, functools.partial(report, worker))
+        train_all(task, folder, worker, restored, functools.partial(report, worker))
     except BadInput as error:
         return str(error)
     return None
 
 
 def report(worker: TrainingWorker, state: State, figures: dict[str, float]) -> None:
-    """Hands the epoch's figures to Ray, and the state from the first worker; all workers wait for each
-    other."""
+    """Hands the epoch's figures to Ray, and the first worker's state; all workers wait for each other."""
     if worker.rank != 0:
         ray.train.report(figures, checkpoint=None)
         return
@@ -77,27 +99,25 @@ def report(worker: TrainingWorker, state: State, figures: dict[str, float]) -> N
 
 
 def fit(task: TrainingTask, folder: Path, *, session: Session, retry: RetryConfig | None = None) -> State:
-    """Trains on the session's workers and returns the last state; goes on from the last epoch that is in
-    `folder`.
+    """Trains on the session's workers and returns the last state; goes on from the last epoch in `folder`.
 
-    `folder` must be one that all workers reach. Raises BadInput as `train_all` does, and Ray's
-    TrainingFailedError when the workers failed too often or could not be had.
+    `folder` must be one that all workers reach. Raises BadInput as `train_all` does, and Ray's TrainingFailedError when
+    the workers failed too often or could not be had.
     """
     retry = retry or RetryConfig()
-    # Reports wait for the controller's next look, by default 2 s: longer than an epoch on cached encodings.
+    # Reports wait until the controller looks again, by default after 2 s: longer than an epoch on cached encodings.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.1")
     folder = folder.absolute()
-    resources = {"CPU": session.cpus_per_worker} | ({"GPU": 1} if session.use_gpu else {})
-    trainer = TorchTrainer(
-        train_worker,
-        train_loop_config={"task": task, "folder": folder},
+    trainer = Trainer(
+        # Bound to the function and not `train_loop_config`, which the controller reads, importing all that is in it.
+        functools.partial(train_worker, task, folder, timedelta(seconds=retry.timeout_s)),
+        backend_config=OwnProcessGroupConfig(),
         scaling_config=ScalingConfig(
             num_workers=retry.workers(session.num_workers),
             use_gpu=session.use_gpu,
-            resources_per_worker=resources,
+            resources_per_worker={"CPU": session.cpus_per_worker} | ({"GPU": 1} if session.use_gpu else {}),
             elastic_resize_monitor_interval_s=retry.resize_check_s,
         ),
-        torch_config=TorchConfig(backend="nccl" if session.use_gpu else "gloo", timeout_s=retry.timeout_s),
         run_config=RunConfig(
             name="ray",
             storage_path=str(folder),
@@ -116,6 +136,6 @@ def fit(task: TrainingTask, folder: Path, *, session: Session, retry: RetryConfi
         return read_state(Path(last) / STATE)
 
 
-def fit_on(session: Callable[[], Session], retry: RetryConfig) -> Callable[[TrainingTask, Path], State]:
+def fit_on(session: Callable[[], Session], retry: RetryConfig) -> Fit:
     """Training on the workers of the session."""
     return lambda task, folder: fit(task, folder, session=session(), retry=retry)

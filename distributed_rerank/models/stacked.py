@@ -9,7 +9,6 @@ from torch.nn import functional
 
 from distributed_rerank.errors import BadInput
 from distributed_rerank.models import weights
-from distributed_rerank.models.pairwise import PairwiseModel
 
 
 def logit_of_mean_probability(a: Float32[Tensor, " pair"], b: Float32[Tensor, " pair"]) -> Float32[Tensor, " pair"]:
@@ -30,7 +29,7 @@ def mlp_head(dim: int, hidden_dims: Sequence[int], dropout: float, seed: int) ->
         return nn.Sequential(*layers, nn.Linear(dim, 1, bias=False))
 
 
-def load_siamese_weights(model: PairwiseModel, path: str) -> None:
+def load_siamese_weights(model: nn.Module, path: str) -> None:
     """Load a ConcatSiamese state dict: OML's, Lightning's with a prefix, or ours.
 
     Raises BadInput if the file cannot be read, holds no `extractor.` entries, or has other names or shapes.

@@ -30,6 +30,7 @@ def configure_worker() -> None:
     if not package.handlers:
         _show(package)
         package.propagate = False  # Ray's own handlers would show each line again, without time
+    logging.getLogger().setLevel(logging.WARNING)  # Ray Train lets the INFO lines of every library through
 
 
 def _show(logger: logging.Logger) -> None:

@@ -111,14 +111,20 @@ def backward(
             own_pixels = pixels[torch.searchsorted(items, own_items).to(pixels.device)]
             # Each image is encoded once; the pairs pick rows of `encoded`.
             encoded = own_pixels if images.is_encoded else state.model.encode(own_pixels)
-            query = torch.searchsorted(own_items, part.query_items).to(encoded.device)
-            gallery = torch.searchsorted(own_items, part.gallery_items).to(encoded.device)
-            distances = part.first_stage_distance.to(encoded.device)
-            logits = state.model(encoded[query], encoded[gallery], distances).float()
+            query = pick_rows(encoded, torch.searchsorted(own_items, part.query_items))
+            gallery = pick_rows(encoded, torch.searchsorted(own_items, part.gallery_items))
+            logits = state.model(query, gallery, part.first_stage_distance.to(encoded.device)).float()
         loss = step_loss(part, logits, config, n_units)
         loss.backward()
         total += loss.detach()
     return total
+
+
+def pick_rows(encoded: Tensor, rows: Int64[Tensor, " pair"]) -> Tensor:
+    """`encoded[rows]`, with a gradient that is the same bits whatever the number of threads."""
+    rows = rows.to(encoded.device)
+    # Several threads of a CPU add up the float32 gradients of `encoded[rows]` in any order, those of float16 in one.
+    return encoded.index_select(0, rows) if encoded.dtype == torch.float32 else encoded[rows]
 
 
 def all_reduce_and_step(

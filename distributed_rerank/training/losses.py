@@ -61,7 +61,9 @@ def label_loss(
     is_compared = (is_positive & is_present)[:, :, None] & (~is_positive & is_present)[:, None, :]
     row, positive, negative = is_compared.nonzero(as_tuple=True)
     weights = 1.0 / is_compared.sum(dim=(1, 2)).clamp(min=1)[row].to(table.dtype)
-    compared = (table[row, positive], table[row, negative])
+    # `index_select`, for the sums of its gradient have one order, whatever the number of threads.
+    first = row * table.shape[1]
+    compared = [table.flatten().index_select(0, first + column) for column in (positive, negative)]
     if config.loss == "margin":
         return losses.margin_ranking(*compared, config.margin, weights, normaliser=float(n_units))
     return losses.ranknet(*compared, weights, normaliser=float(n_units))

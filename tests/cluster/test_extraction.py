@@ -1,3 +1,7 @@
+import os
+import secrets
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
@@ -16,6 +20,7 @@ from distributed_rerank.errors import BadInput
 from distributed_rerank.extraction import Block, EmbeddedBlock, embed
 from tests.small_catalogue import EXTRACTOR, make_catalogue
 
+ROOT = Path(__file__).resolve().parents[2]
 SessionOf = Callable[[int], Session]
 
 WORK = WorkConfig(images_per_block=3, images_per_batch=2)
@@ -95,12 +100,65 @@ def test_embed_in_a_precision_that_workers_lack_is_one_line(
         embed(make_catalogue(tmp_path, 2), EXTRACTOR, tmp_path / "out", work=WORK, extract=extract)
 
 
+@pytest.mark.ray
+def test_embed_survives_the_death_of_a_worker_process(
+    session_of: SessionOf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    catalogue = make_catalogue(tmp_path / "images", 7)
+    embed(catalogue, EXTRACTOR, tmp_path / "local", work=WORK)
+    extractor, healthy = on_ray.build_extractor(EXTRACTOR), on_ray.build_extractor(EXTRACTOR)
+    mark = tmp_path / "died"
+
+    def die_once(device: str) -> object:
+        if not mark.exists():
+            mark.touch()
+            os._exit(1)
+        return healthy.prepare_for_inference(device)
+
+    extractor.prepare_for_inference = die_once
+    monkeypatch.setattr(on_ray, "build_extractor", lambda config: extractor)
+    embed(catalogue, EXTRACTOR, tmp_path / "ray", work=WORK, extract=partial(on_ray.extract, session=session_of(2)))
+    assert mark.exists()
+    name = "embeddings.parquet"
+    assert (tmp_path / "ray" / name).read_bytes() == (tmp_path / "local" / name).read_bytes()
+
+
+ON_GPU_WORKERS = """
+import sys, tempfile
+from functools import partial
+from pathlib import Path
+import ray
+from distributed_rerank.cluster.extraction import extract
+from distributed_rerank.cluster.session import Session
+from distributed_rerank.extraction import embed
+from tests.cluster.test_extraction import EXTRACTOR, WORK, make_catalogue
+
+with tempfile.TemporaryDirectory(prefix="rerank-", dir="/tmp", ignore_cleanup_errors=True) as folder:
+    ray.init(address="local", num_cpus=3, num_gpus=1, include_dashboard=False, _temp_dir=folder)
+    session = Session(num_workers=1, num_cpus=3, use_gpu=True)
+    catalogue = make_catalogue(Path(sys.argv[1]) / "images", 7)
+    embed(catalogue, EXTRACTOR, Path(sys.argv[1]) / "ray", work=WORK, extract=partial(extract, session=session))
+    ray.shutdown()
+"""
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_embed_by_actors_that_hold_a_declared_gpu_gives_the_bytes_of_one_process(tmp_path: Path) -> None:
+    """Ray hands out GPUs by their declared number; the actors compute on what there is."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    environment |= {"RAY_AUTH_TOKEN": secrets.token_hex(32), "RAY_USAGE_STATS_ENABLED": "0"}
+    environment |= {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    subprocess.run([sys.executable, "-c", ON_GPU_WORKERS, str(tmp_path)], env=environment, check=True, timeout=240)
+    embed(make_catalogue(tmp_path / "images", 7), EXTRACTOR, tmp_path / "local", work=WORK)
+    name = "embeddings.parquet"
+    assert (tmp_path / "ray" / name).read_bytes() == (tmp_path / "local" / name).read_bytes()
+
+
 @pytest.mark.parametrize(
     ("session", "sizes"),
     [
-        (Session(num_workers=2, num_cpus=8, decode_workers=2), (2, 2)),
-        (Session(num_workers=12, num_cpus=12, decode_workers=12), (8, 4)),
-        (Session(num_workers=2, num_cpus=2, decode_workers=2), (1, 1)),
+        (Session(num_workers=2, num_cpus=8, decode_workers=2, use_gpu=True), (2, 2)),
         (Session(num_workers=4, num_cpus=64, decode_workers=64, use_gpu=True), (4, 60)),
         (Session(num_workers=4, num_cpus=16, cpus_per_worker=3, decode_workers=16, use_gpu=True), (4, 4)),
     ],
@@ -114,9 +172,8 @@ def test_pool_sizes_always_leave_a_cpu_for_decoding(session: Session, sizes: tup
 @pytest.mark.parametrize(
     "session",
     [
-        Session(num_workers=1, num_cpus=1),
+        Session(num_workers=1, num_cpus=1, use_gpu=True),
         Session(num_workers=4, num_cpus=16, cpus_per_worker=4, use_gpu=True),
-        Session(num_workers=1, num_cpus=4, cpus_per_worker=4),
     ],
 )
 def test_pool_sizes_without_a_cpu_for_decoding_are_bad_input(session: Session) -> None:

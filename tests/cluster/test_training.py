@@ -3,6 +3,7 @@ kill."""
 
 import functools
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -118,7 +119,8 @@ def test_killed_worker_is_replaced_and_the_weights_are_the_same(
 
 
 @pytest.mark.slow
-def test_killed_driver_and_the_same_command_again_give_the_same_weights(tmp_path: Path) -> None:
+def test_killed_driver_and_the_same_command_again_give_the_same_weights(tmp_path: Path, ray_cluster: str) -> None:
+    """Beside another Ray on the machine. A healthy training logs nothing of Ray's, and each line with its time."""
     expected = training_run.fit(build_task(tmp_path / "expected", epochs=6), tmp_path / "alone")
     command = [sys.executable, "-c", DRIVER, str(tmp_path)]
     tests = str(Path(__file__).resolve().parents[1])
@@ -131,7 +133,10 @@ def test_killed_driver_and_the_same_command_again_give_the_same_weights(tmp_path
     driver.wait()
     n_before = len(list((tmp_path / "run" / "ray").glob("checkpoint_2*")))
     assert n_before > 0
-    subprocess.run(command, env=environment, check=True, timeout=240)
+    done = subprocess.run(command, env=environment, check=True, timeout=240, capture_output=True, text=True)
+    lines = (done.stdout + done.stderr).splitlines()
+    assert any("epoch 6" in line for line in lines)
+    assert [line for line in lines if not re.match(r"\d\d:\d\d:\d\d INFO ", line)] == []
     last = max((tmp_path / "run" / "ray").glob("checkpoint_2*"))
     assert_same_weights(torch.load(last / training.STATE, weights_only=True), expected)
 

@@ -9,7 +9,8 @@ import torch
 from thread_workers import train_together
 from training_examples import BACKBONE, TOKENS, build_task
 
-from distributed_rerank.config.pairwise import ConcatSiameseConfig
+from distributed_rerank.config.pairwise import ConcatSiameseConfig, DistanceSiameseConfig
+from distributed_rerank.training.run import fit
 from distributed_rerank.training.task import TrainingTask
 
 N_STEPS = 20
@@ -44,3 +45,15 @@ def test_one_two_and_four_workers_have_the_same_losses_for_twenty_steps(name: st
     for world_size in (2, 4):
         assert all(own == losses[world_size][0] for own in losses[world_size])
         assert losses[world_size][0] == pytest.approx(alone, abs=1e-5)
+
+
+@pytest.mark.parametrize("loss", ["listwise", "margin"])
+def test_training_with_two_threads_gives_the_same_bits_every_time(loss: str, tmp_path: Path) -> None:
+    """Every image is in many pairs: their gradients must be summed in one order."""
+    task = build_task(
+        tmp_path / "task", DistanceSiameseConfig(extractor=BACKBONE, linear=False), loss=loss, mining="whole_batch",
+        n_labels=7, n_instances=4, backbone_lr=1e-2, temperature=0.1, threads=2,
+    )  # fmt: skip
+    first, *others = (fit(task, tmp_path / str(number))["current"] for number in range(4))
+    for other in others:
+        assert all(torch.equal(value, other["model"][name]) for name, value in first["model"].items())
