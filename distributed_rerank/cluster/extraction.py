@@ -1,16 +1,15 @@
-"""Extraction on Ray Data: a decode operator on the CPUs feeds a pool of embedding actors. Layer 4.
+"""Extraction on Ray Data: a decode operator on the CPUs feeds a pool of embedding actors.
 
-A row is a whole block, so that what shares a micro-batch never depends on how Ray Data cuts its own blocks.
-Pixels travel as uint8. Images are read in the decode operator and not by Ray Data's `download`, which
-swallows the reason of every failure. The plan enters from the driver's memory instead of a manifest file: the
-nodes need no folder in common with the driver, and which blocks are finished is known from the stage's own
-store.
+A row is a whole block, so that the images of a micro-batch never depend on how Ray Data cuts its own blocks. Pixels
+travel as uint8. The decode operator reads the images, and not Ray Data's `download`, which swallows the reason of every
+failure. The plan comes from the driver's memory and not from a manifest file: nodes and driver need no common folder,
+and the stage's own store knows which blocks are finished.
 """
 
 import dataclasses
 import functools
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -25,7 +24,7 @@ from distributed_rerank.config.work import WorkConfig
 from distributed_rerank.data.begun import ComputedWith
 from distributed_rerank.data.rejects import Reject
 from distributed_rerank.errors import BadInput
-from distributed_rerank.extraction import Block, EmbeddedBlock, Embedder
+from distributed_rerank.extraction import EmbeddedBlock, Embedder, ImageBlock
 from distributed_rerank.models.extractor import build_extractor
 from distributed_rerank.runtime.devices import tensor_of
 
@@ -33,16 +32,16 @@ _NO_PROGRESS_SECONDS = 600
 """Ray Data waits 30 minutes before it says that nothing moves."""
 
 
-def extract(
-    blocks: Sequence[Block], config: ExtractorConfig, work: WorkConfig, *, session: Session
+def embed_blocks(
+    connect: Callable[[], Session], blocks: Sequence[ImageBlock], config: ExtractorConfig, work: WorkConfig
 ) -> Iterator[tuple[int, EmbeddedBlock]]:
-    """`procedures.extraction.extract` on Ray Data, blocks as they complete.
+    """The images of these blocks, embedded on Ray Data, blocks as they complete.
 
-    The weights are read once, on the driver. Raises BadInput for a cluster without a CPU to spare for
-    decoding.
+    The weights are read once, on the driver. Raises BadInput for a cluster without a CPU to spare for decoding.
     """
+    extractor = build_extractor(config)  # first: a wrong name or wrong weights must not cost a start of Ray
+    session = connect()
     embedders, decoders = pool_sizes(session, len(blocks))
-    extractor = build_extractor(config)
     shipped = ray.put(extractor)
     decode = functools.partial(decode_row, transform=extractor.transform, threads=work.decode_threads)
     with ray.data.DataContext.current(_data_context()):
@@ -74,9 +73,9 @@ def extract(
 def pool_sizes(session: Session, n_blocks: int) -> tuple[int, int]:
     """How many actors embed and how many tasks decode at a time, so that decoding always finds a CPU.
 
-    Ray Data hangs without a word where actors hold every CPU. On a cluster without GPUs a third of the CPUs
-    is left to decoding. Never more processes than blocks: they would start for nothing, and Ray Data would warn of
-    them. Raises BadInput where even one embedding actor leaves none.
+    Ray Data hangs without a word if actors hold every CPU. On a cluster without GPUs a third of the CPUs is left to
+    decoding. There are never more processes than blocks: they would start for nothing, and Ray Data would warn of them.
+    Raises BadInput if even one embedding actor leaves no CPU.
     """
     embedders = session.num_workers
     if not session.use_gpu:
@@ -92,9 +91,9 @@ def pool_sizes(session: Session, n_blocks: int) -> tuple[int, int]:
 
 
 class _EmbedRow:
-    """An Embedder as Ray Data wants it: one row, a decoded block, in and its embeddings out.
+    """An Embedder as Ray Data wants it: it takes one row, a decoded block, and returns its embeddings.
 
-    Or the message of a BadInput: raised, Ray Data would log its trace and count it as an actor that died.
+    A BadInput is returned as its message: raised, Ray Data would log its trace and count it as an actor that died.
     """
 
     def __init__(self, extractor: list[ray.ObjectRef], work: WorkConfig) -> None:
