@@ -167,7 +167,7 @@ def check_search(context: Context) -> None:
     found = project.search(project.search_side(queries, n_gallery), project.search_side(gallery, 0), n)
     expected = torch.cdist(queries.double(), gallery.double(), compute_mode="donot_use_mm_for_euclid_dist")
     distances, items = expected.float().sort(dim=1, stable=True)
-    same = float((torch.from_numpy(found.items) == items[:, :n]).float().mean())
+    same = float((found.items == items[:, :n]).float().mean())
     context.row("search: places with the expected item", "share", same)
     context.check("search: places with another item", 1 - same, 1e-4)
     error = np.abs(found.distances - distances[:, :n].numpy()).max()

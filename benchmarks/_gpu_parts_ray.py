@@ -6,6 +6,7 @@ Each starts a Ray of its own and ends it.
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import _gpu_project as project
@@ -32,7 +33,7 @@ def session_of(context: Context) -> Iterator[Any]:
 def ray_embed(context: Context) -> None:
     """Ray Data: JPEG files decoded by many tasks, embedded by one actor."""
     from distributed_rerank import extraction
-    from distributed_rerank.cluster.executors import executors_on
+    from distributed_rerank.cluster.executors import RayExecutors
     from distributed_rerank.config.work import WorkConfig
 
     size = project.sizes(context.is_quick)
@@ -41,7 +42,7 @@ def ray_embed(context: Context) -> None:
     blocks = extraction.plan(refs, work.images_per_block)
     with session_of(context) as session, Busy(context) as busy:
         started = time.perf_counter()
-        embedded = executors_on(session).extract(blocks, config, work)
+        embedded = RayExecutors(lambda: session).embed_blocks(blocks, config, work)
         came = [(time.perf_counter(), len(block.ids)) for _, block in embedded]
         context.row("embedding by Ray Data, start of its actors included", "images/s", rate_since(started, came))
         # From the first block to the last: the actors are up.
@@ -59,7 +60,7 @@ def rate_since(started: float, came: list[tuple[float, int]]) -> float:
 
 def ray_score(context: Context) -> None:
     """Scoring actors: the whole stage from JPEG files to its folder, with concat and with token."""
-    from distributed_rerank.cluster.executors import executors_on
+    from distributed_rerank.cluster.executors import RayExecutors
     from distributed_rerank.config.work import WorkConfig
     from distributed_rerank.data.artifacts import read_manifest
     from distributed_rerank.scoring.stage import score_candidates
@@ -75,11 +76,13 @@ def ray_score(context: Context) -> None:
                 started = time.perf_counter()
                 came: list[float] = []
                 with Busy(context) as busy:
-                    score = noting_times(executors_on(session).score, came)
-                    scored = score_candidates(catalogue, lists, model, size.top_n, folder, work=work, score=score)
+                    executors = RayExecutors(lambda: session)
+                    noting: Any = SimpleNamespace(score_blocks=noting_times(executors.score_blocks, came))
+                    scored = score_candidates(catalogue, lists, model, size.top_n, folder, work=work, executors=noting)
                 seconds = time.perf_counter() - started
                 spent = read_manifest(folder)["seconds"]
-                assert scored.n_pairs == lists.items.size, f"{scored.n_pairs} of {lists.items.size} pairs were scored"
+                n_pairs = lists.items.numel()
+                assert scored.n_pairs == n_pairs, f"{scored.n_pairs} of {n_pairs} pairs were scored"
                 context.row(f"{name} on Ray, from decoded images", "pairs/s", scored.n_pairs / spent["score"], wanted)
                 context.row(f"{name} on Ray, images read and encoded", "images/s", scored.n_images / spent["encode"])
                 context.row(f"{name} on Ray, everything from start to folder", "pairs/s", scored.n_pairs / seconds)

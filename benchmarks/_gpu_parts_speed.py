@@ -103,7 +103,8 @@ def scorer_work(model: Any, encoded: torch.Tensor, n_images: int, context: Conte
     from distributed_rerank.config.work import WorkConfig
     from distributed_rerank.runtime.devices import array_of
     from distributed_rerank.scoring import plan
-    from distributed_rerank.scoring.score import PairTask, Scorer
+    from distributed_rerank.scoring.rounds import PairTask
+    from distributed_rerank.scoring.score import Scorer
 
     work = WorkConfig()
     scorer = Scorer(model, work)
@@ -112,15 +113,13 @@ def scorer_work(model: Any, encoded: torch.Tensor, n_images: int, context: Conte
     n_queries = min(plan.queries_per_block(top_n, model.gflop_per_pair()), 4 if context.is_quick else 10**6)
 
     def task() -> Any:
-        # A query's candidates, and one image table a block, as the plan makes them.
+        # A query's candidates, as the plan makes them.
         queries = np.repeat(rng.integers(n_images, size=n_queries), top_n)
         candidates = rng.integers(n_images, size=n_queries * top_n)
-        used, places = np.unique(np.concatenate([queries, candidates]), return_inverse=True)
-        own, other = places[: len(queries)], places[len(queries) :]
-        return PairTask(np.zeros_like(used), used, own, other, np.ones(len(own), np.float32))
+        return PairTask(queries, candidates, np.ones(len(queries), np.float32))
 
     tasks = [task() for _ in range(work.score_blocks_per_call(context.is_gpu))]
-    return lambda: sum(map(len, scorer.score(tasks, array).logits))
+    return lambda: sum(map(len, scorer.score(tasks, np.zeros(1, np.int64), array).logits))
 
 
 def peak_of(model: Any, context: Context) -> float:
@@ -237,7 +236,7 @@ def from_jpeg(size: project.Sizes, context: Context) -> None:
     blocks = extraction.plan(refs, work.images_per_block)
 
     def from_files() -> int:
-        return sum(len(block.ids) for _, block in extraction.extract(blocks, config, work))
+        return sum(len(block.ids) for _, block in extraction.embed_blocks(blocks, config, work))
 
     context.row("vit, from JPEG, one process", "images/s", rate(from_files, context, rounds=1))
 

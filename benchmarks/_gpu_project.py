@@ -154,14 +154,14 @@ def photo_catalogue(work: Path, size: Sizes) -> Any:
 
 def random_lists(size: Sizes) -> Any:
     """`top_n` random candidates for each of the scored queries, never the query itself."""
-    from distributed_rerank.data.candidates import CandidateLists
+    from distributed_rerank.tensors.candidate_lists import CandidateLists
 
     rng = np.random.default_rng(1)
     queries = np.arange(size.n_scored_queries)
     items = np.stack([rng.permutation(size.n_images - 1)[: size.top_n] for _ in queries])
     items += items >= queries[:, None]
     distances = np.sort(rng.random(items.shape, dtype=np.float32), axis=1)
-    return CandidateLists(queries, items.astype(np.int64), distances)
+    return CandidateLists.from_arrays(queries, items.astype(np.int64), distances)
 
 
 def planted_embeddings(n: int, dim: int, device: torch.device | str = "cpu", seed: int = 0) -> torch.Tensor:
@@ -185,14 +185,13 @@ def search(queries: Any, gallery: Any, n_neighbours: int, **options: Any) -> Any
     """Candidate lists of all queries by the project's search, with its default portions or those given."""
     from distributed_rerank import retrieval
     from distributed_rerank.config.work import WorkConfig
-    from distributed_rerank.data.candidates import CandidateLists
     from distributed_rerank.tensors import sharding
+    from distributed_rerank.tensors.candidate_lists import concatenate
 
     work = WorkConfig(**options)
     blocks = list(enumerate(sharding.blocks(len(queries.items), work.queries_per_search_block)))
-    found = dict(retrieval.search(blocks, queries, gallery, n_neighbours, work))
-    parts = [found[number].lists for number, _ in blocks]
-    return CandidateLists(*(np.concatenate(columns) for columns in zip(*parts, strict=True)))
+    found = dict(retrieval.search_blocks(blocks, queries, gallery, n_neighbours, work))
+    return concatenate([found[number].lists for number, _ in blocks])
 
 
 def training_task(catalogue: Any, model: Any, folder: Path, n_labelled: int, **options: Any) -> Any:

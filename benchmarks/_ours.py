@@ -19,14 +19,13 @@ import pyarrow as pa
 import torch
 
 from distributed_rerank import extraction, retrieval
-from distributed_rerank.cluster.executors import executors_on
+from distributed_rerank.cluster.executors import RayExecutors
 from distributed_rerank.cluster.session import connect
 from distributed_rerank.config.cluster import ClusterConfig
 from distributed_rerank.config.extractor import ExtractorConfig
 from distributed_rerank.config.pairwise import ConcatSiameseConfig
 from distributed_rerank.config.training import TrainingConfig
 from distributed_rerank.config.work import WorkConfig
-from distributed_rerank.data.candidates import CandidateLists
 from distributed_rerank.data.catalogue import Catalogue, read_catalogue
 from distributed_rerank.data.decoding import decode
 from distributed_rerank.data.gathering import gather_lists
@@ -39,6 +38,7 @@ from distributed_rerank.retrieval import SearchSide
 from distributed_rerank.runtime.devices import torch_threads
 from distributed_rerank.scoring.stage import score_candidates
 from distributed_rerank.tensors import metrics, oml_metrics
+from distributed_rerank.tensors.candidate_lists import CandidateLists
 from distributed_rerank.training.epoch import train_epoch
 from distributed_rerank.training.images import DecodedImages
 from distributed_rerank.training.plan import TrainingStep, plan_batches
@@ -87,7 +87,7 @@ def oml_pairs(catalogue: Catalogue, table: pd.DataFrame, oml: Path) -> tuple[Can
     rank = pd.Series(query).groupby(query).cumcount().to_numpy() + 1
     columns = {"query_id": paths[query], "gallery_id": paths[gallery], "rank": rank, "distance": distance}
     lists = gather_lists([pa.table(columns)], catalogue)
-    return lists, np.searchsorted(lists.query_items, catalogue.items_of(paths[query])), rank - 1
+    return lists, np.searchsorted(lists.query_items.numpy(), catalogue.items_of(paths[query])), rank - 1
 
 
 def time_embedding(catalogue: Catalogue, config: ExtractorConfig, work: WorkConfig) -> tuple[float, np.ndarray]:
@@ -100,11 +100,11 @@ def time_embedding(catalogue: Catalogue, config: ExtractorConfig, work: WorkConf
 
 
 def time_embedding_stage(
-    catalogue: Catalogue, config: ExtractorConfig, work: WorkConfig, folder: Path, steps: Executors
+    catalogue: Catalogue, config: ExtractorConfig, work: WorkConfig, folder: Path, executors: Executors | None
 ) -> float:
     """Images per second of the embedding stage, its folder included."""
     started = time.perf_counter()
-    extraction.embed(catalogue, config, folder, work=work, extract=steps.extract)
+    extraction.embed(catalogue, config, folder, work=work, executors=executors)
     return len(catalogue) / (time.perf_counter() - started)
 
 
@@ -115,12 +115,14 @@ def time_reranking(
     top_n: int,
     work: WorkConfig,
     folder: Path,
-    steps: Executors,
-) -> tuple[float, np.ndarray]:
+    executors: Executors | None,
+) -> tuple[float, torch.Tensor]:
     """Pairs per second of the scoring stage, from image files to its folder, and the logits."""
     started = time.perf_counter()
-    scored = score_candidates(catalogue, lists, model, top_n, folder, work=work, score=steps.score)
-    return scored.n_pairs / (time.perf_counter() - started), scored.logits
+    scored = score_candidates(catalogue, lists, model, top_n, folder, work=work, executors=executors)
+    seconds = time.perf_counter() - started
+    assert scored.logits is not None, "pairs were scored"
+    return scored.n_pairs / seconds, scored.logits
 
 
 def time_training(
@@ -157,9 +159,9 @@ def time_search(threads: int) -> tuple[dict[str, float], np.ndarray]:
     work = WorkConfig(threads_per_worker=threads)
     with torch_threads(threads):
         started = time.perf_counter()
-        ((_, searched_block),) = retrieval.search([(0, (0, 10_000))], searched_for, searched_in, 100, work)
+        ((_, searched_block),) = retrieval.search_blocks([(0, (0, 10_000))], searched_for, searched_in, 100, work)
         searched = time.perf_counter()
-        found = torch.from_numpy(searched_block.lists.items)
+        found = searched_block.lists.items
         is_relevant = metrics.relevance(found, query_labels, gallery_labels)
         n_relevant = metrics.count_relevant(own, query_labels, None, others, gallery_labels, None)
         lengths = (found >= 0).sum(dim=1)
@@ -169,10 +171,10 @@ def time_search(threads: int) -> tuple[dict[str, float], np.ndarray]:
         "knn_queries_per_s": 10_000 / (searched - started),
         "metrics_queries_per_s": 10_000 / (measured - searched),
     }
-    return rates, searched_block.lists.items.astype(np.int32)
+    return rates, found.numpy().astype(np.int32)
 
 
-def measure(arguments: argparse.Namespace, folder: Path, steps: Executors) -> dict[str, float]:
+def measure(arguments: argparse.Namespace, folder: Path, executors: Executors | None) -> dict[str, float]:
     """All figures that are asked for; writes the pair distances, and the ids found, beside each other."""
     catalogue = read_catalogue(str(arguments.catalogue / "df.csv"), purpose="evaluation")
     lists, row, column = oml_pairs(catalogue, pd.read_csv(arguments.catalogue / "df.csv"), arguments.oml)
@@ -187,11 +189,13 @@ def measure(arguments: argparse.Namespace, folder: Path, steps: Executors) -> di
     )
     figures: dict[str, float] = {}
     figures["rerank_pairs_per_s"], logits = time_reranking(
-        catalogue, lists, model, arguments.top_n, work, folder / "pairs", steps
+        catalogue, lists, model, arguments.top_n, work, folder / "pairs", executors
     )
-    arrays = {"pair_distances": torch.from_numpy(logits[row, column]).sigmoid().numpy()}
+    arrays = {"pair_distances": logits[row, column].sigmoid().numpy()}
     if is_on_ray:
-        figures["embed_images_per_s"] = time_embedding_stage(catalogue, extractor, work, folder / "embeddings", steps)
+        figures["embed_images_per_s"] = time_embedding_stage(
+            catalogue, extractor, work, folder / "embeddings", executors
+        )
     else:
         figures["embed_images_per_s"], embeddings = time_embedding(catalogue, extractor, work)
         trained = load_siamese(weights, arguments.precision)
@@ -218,9 +222,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         if arguments.workers:
             with connect(ClusterConfig(num_workers=arguments.workers, use_gpu=False)) as session:
-                figures = measure(arguments, Path(folder), executors_on(session))
+                figures = measure(arguments, Path(folder), RayExecutors(lambda: session))
         else:
-            figures = measure(arguments, Path(folder), Executors())
+            figures = measure(arguments, Path(folder), None)
     print(json.dumps(figures))
 
 

@@ -5,11 +5,13 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import torch
 
 from distributed_rerank.data import tables
-from distributed_rerank.data.candidates import CandidateLists, candidates_table
+from distributed_rerank.data.candidates import candidates_table
 from distributed_rerank.data.catalogue import Catalogue
 from distributed_rerank.tensors import sharding
+from distributed_rerank.tensors.candidate_lists import CandidateLists
 
 IMAGES_PER_LABEL = 4
 FOUND = 0.8
@@ -46,15 +48,16 @@ def _planted_lists(n_queries: int, depth: int) -> Iterator[CandidateLists]:
             is_found = rng.random(queries.shape) < FOUND
             np.put_along_axis(items, place, np.where(is_found, same, np.take_along_axis(items, place, 1)), 1)
         distances = np.sort(rng.random(items.shape, dtype=np.float32), axis=1)
-        yield CandidateLists(queries[:, 0], items, distances)
+        yield CandidateLists.from_arrays(queries[:, 0], items, distances)
 
 
-def planted_logits(lists: CandidateLists, catalogue: Catalogue) -> np.ndarray:
+def planted_logits(lists: CandidateLists, catalogue: Catalogue) -> torch.Tensor:
     """Random logits, lower by half of their range for the right candidates."""
-    logits = np.empty(lists.items.shape, np.float32)
+    queries, items, _ = lists.arrays()
+    logits = np.empty(items.shape, np.float32)
     for start, stop in sharding.blocks(len(logits), QUERIES_PER_BLOCK):
         part = slice(start, stop)
-        is_right = catalogue.labels[lists.items[part]] == catalogue.labels[lists.query_items[part]][:, None]
+        is_right = catalogue.labels[items[part]] == catalogue.labels[queries[part]][:, None]
         noise = np.random.default_rng(start).random(is_right.shape, dtype=np.float32)
         logits[part] = noise - np.float32(0.5) * is_right
-    return logits
+    return torch.from_numpy(logits)

@@ -20,7 +20,7 @@ from PIL import Image
 
 from distributed_rerank import retrieval
 from distributed_rerank.chain.chain import Chain, PairwiseStep
-from distributed_rerank.cluster.executors import executors_on
+from distributed_rerank.cluster.executors import RayExecutors
 from distributed_rerank.cluster.session import connect
 from distributed_rerank.config.cluster import ClusterConfig
 from distributed_rerank.config.evaluation import FirstStageConfig, MeasureConfig
@@ -30,22 +30,21 @@ from distributed_rerank.config.training import TrainingConfig
 from distributed_rerank.config.work import WorkConfig
 from distributed_rerank.data import tables
 from distributed_rerank.data.artifacts import read_manifest
-from distributed_rerank.data.candidates import CandidateLists, candidates_table
+from distributed_rerank.data.candidates import candidates_table
 from distributed_rerank.data.catalogue import Catalogue, read_catalogue
 from distributed_rerank.data.decoding import decode
 from distributed_rerank.evaluation import measure as evaluation
 from distributed_rerank.evaluation.run import evaluate
-from distributed_rerank.executors import Executors
 from distributed_rerank.models.concat_siamese import ConcatSiamese
 from distributed_rerank.reranking import run as ranking_run
 from distributed_rerank.reranking.external_candidates import external_candidates
-from distributed_rerank.reranking.lists import ranking_of
-from distributed_rerank.reranking.run import Scored
+from distributed_rerank.reranking.lists import LazyRanking
 from distributed_rerank.retrieval import SearchSide
 from distributed_rerank.runtime.devices import InferenceThreads
 from distributed_rerank.scoring import plan as scoring_plan
-from distributed_rerank.scoring.stage import score_candidates
+from distributed_rerank.scoring.stage import ScoredLists, score_candidates
 from distributed_rerank.tensors import sharding
+from distributed_rerank.tensors.candidate_lists import CandidateLists, concatenate
 from distributed_rerank.training.mining import mining_figures
 from distributed_rerank.training.task import TrainingRun, TrainingTask, plan_epoch
 
@@ -75,7 +74,7 @@ def random_lists(catalogue: Catalogue, n_queries: int, top_n: int) -> CandidateL
     queries = np.arange(n_queries)
     items += items >= queries[:, None]
     distances = np.sort(rng.random(items.shape, dtype=np.float32), axis=1)
-    return CandidateLists(queries, items.astype(np.int64), distances)
+    return CandidateLists.from_arrays(queries, items.astype(np.int64), distances)
 
 
 def make_model(name: str, size: int) -> ConcatSiamese:
@@ -98,9 +97,9 @@ def score(
     )
     session = connect(ClusterConfig(num_workers=workers, use_gpu=False)) if workers else nullcontext()
     with PeakMemory() as memory, session as connected:
-        steps = executors_on(connected) if connected is not None else Executors()
+        executors = None if connected is None else RayExecutors(lambda: connected)
         started = time.perf_counter()
-        scored = score_candidates(catalogue, lists, model, top_n, folder / "out", work=work, score=steps.score)
+        scored = score_candidates(catalogue, lists, model, top_n, folder / "out", work=work, executors=executors)
         seconds = time.perf_counter() - started
     manifest = read_manifest(folder / "out")
     answer = {
@@ -111,11 +110,11 @@ def score(
         "tree_mb": memory.peak_mb,
     }
     if is_measured:
-        answer |= time_metrics(catalogue, Scored(lists, scored.logits, []), top_n)
+        answer |= time_metrics(catalogue, scored, top_n)
     return answer | manifest["counts"]
 
 
-def time_metrics(catalogue: Catalogue, scored: Scored, top_n: int) -> Answer:
+def time_metrics(catalogue: Catalogue, scored: ScoredLists, top_n: int) -> Answer:
     """Seconds of ranking and measuring for the largest n alone, and for every n."""
     queries = torch.from_numpy(scored.lists.query_items)
     chain = Chain((PairwiseStep(top_n=top_n, rule="replace"),))
@@ -123,7 +122,7 @@ def time_metrics(catalogue: Catalogue, scored: Scored, top_n: int) -> Answer:
     for name, curve in (("largest_s", ()), ("every_s", ranking_run.CURVE)):
         started = time.perf_counter()
         rankings = ranking_run.rankings(chain, scored, catalogue, None, queries, curve)
-        evaluation.measure(catalogue, queries, ranking_of(scored.lists, queries), rankings)
+        evaluation.measure(catalogue, queries, LazyRanking(queries, scored.lists.of_queries), rankings)
         found[name] = time.perf_counter() - started
     return found
 
@@ -145,9 +144,12 @@ def bare_loop(folder: Path, n_queries: int, n_images: int, top_n: int, name: str
     model.prepare_for_inference("cpu")
     started = time.perf_counter()
     images = decode(catalogue.images(plan.items), model.transform, threads=threads).pixels
+    row_of = torch.empty(len(catalogue), dtype=torch.int64)
+    row_of[torch.from_numpy(plan.items)] = torch.arange(len(plan.items))
     for block in plan.blocks:
-        pairs = (np.repeat(block.queries, top_n), block.candidates.ravel(), block.distances.ravel())
-        parts = zip(*(torch.from_numpy(values).split(batch) for values in pairs), strict=True)
+        queries = block.lists.query_items.repeat_interleave(top_n)
+        pairs = (row_of[queries], row_of[block.lists.items.flatten()], block.lists.distances.flatten())
+        parts = zip(*(values.split(batch) for values in pairs), strict=True)
         done += sum(lanes.map(lambda part: len(model(images[part[0]], images[part[1]], part[2])), parts))
     return {"seconds": time.perf_counter() - started, "pairs": done}
 
@@ -168,7 +170,7 @@ def search(folder: Path, n_queries: int, n_gallery: int, dim: int, n_items: int,
     work = WorkConfig()
     blocks = list(enumerate(sharding.blocks(n_queries, work.queries_per_search_block)))
     started = time.perf_counter()
-    results = retrieval.search(blocks, queries, gallery, n_items, work)
+    results = retrieval.search_blocks(blocks, queries, gallery, n_items, work)
     found = sum(len(block.lists.query_items) for _, block in results)
     return {"seconds": time.perf_counter() - started, "queries": found}
 
@@ -190,11 +192,10 @@ def mine(
     blocks = list(enumerate(sharding.blocks(n_images, work.queries_per_search_block)))
     session = connect(ClusterConfig(num_workers=workers, use_gpu=False)) if workers else nullcontext()
     with PeakMemory() as memory, session as connected:
-        search_blocks = retrieval.search if connected is None else executors_on(connected).search
+        search = retrieval.search_blocks if connected is None else RayExecutors(lambda: connected).search_blocks
         started = time.perf_counter()
-        found = dict(search_blocks(blocks, side, side, n_items, work))
-        parts = [found.pop(number).lists for number, _ in blocks]
-        lists = CandidateLists(*(np.concatenate(columns) for columns in zip(*parts, strict=True)))
+        found = dict(search(blocks, side, side, n_items, work))
+        lists = concatenate([found.pop(number).lists for number, _ in blocks])
         searched = time.perf_counter() - started
         task = TrainingTask(
             catalogue=labelled(labels.numpy()), config=training, model_folder=folder, embeddings=embeddings,
@@ -229,16 +230,14 @@ def evaluate_logits(folder: Path, n_queries: int, depth: int) -> Answer:
     started = time.perf_counter()
     catalogue = read_catalogue(str(table), purpose="evaluation").restrict("validation")
     lists = external_candidates(catalogue, candidates, set())
-    scored = Scored(lists, planted_logits(lists, catalogue), [])
+    scored = ScoredLists(lists, planted_logits(lists, catalogue))
     queries, chain = torch.from_numpy(catalogue.query_items), Chain((PairwiseStep(top_n=depth, rule="replace"),))
     rankings = ranking_run.rankings(chain, scored, catalogue, None, queries)
-    measured = evaluation.measure(catalogue, queries, ranking_of(lists, queries), rankings)
+    measured = evaluation.measure(catalogue, queries, LazyRanking(queries, lists.of_queries), rankings)
     gain = measured.metrics["difference"]["map@10"]
     assert gain["ci95"][0] > 0, f"the planted gain was not found: {gain}"
     blocks = torch.arange(len(queries)).split(QUERIES_PER_BLOCK)
-    parts = ((queries[rows].numpy(), rankings[depth][rows]) for rows in blocks)
-    reranked = (CandidateLists(items, found.items.numpy(), found.distances.numpy()) for items, found in parts)
-    batches = (candidates_table(part, catalogue.ids) for part in reranked)
+    batches = (candidates_table(rankings[depth][rows], catalogue.ids) for rows in blocks)
     tables.write_batches(folder / "reranked.parquet", batches, "candidates")
     return {"seconds": time.perf_counter() - started, "queries": n_queries}
 

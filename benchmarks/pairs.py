@@ -37,7 +37,8 @@ from distributed_rerank.models.split_siamese import SplitSiamese
 from distributed_rerank.models.token_siamese import TokenSiamese
 from distributed_rerank.runtime.devices import array_of, keep_freed_memory, pick_device
 from distributed_rerank.scoring import plan as scoring_plan
-from distributed_rerank.scoring.score import PairTask, Scorer
+from distributed_rerank.scoring.rounds import PairTask
+from distributed_rerank.scoring.score import Scorer
 from distributed_rerank.tensors.hardware import bf16_support
 
 MODELS = ("concat", "split-8", "split-10", "token", "distance")
@@ -140,10 +141,10 @@ def measure_scorer(model: PairwiseModel, encoded: torch.Tensor, n_pairs: int, ar
     scorer = Scorer(model, work)
     array, rng = array_of(encoded), np.random.default_rng(0)
     query, candidate = rng.integers(len(array), size=(2, n_pairs))
-    rows = np.arange(len(array))
-    task = PairTask(np.zeros_like(rows), rows, query, candidate, np.ones(n_pairs, np.float32))
+    task = PairTask(query, candidate, np.ones(n_pairs, np.float32))
+    first_rows = np.zeros(1, np.int64)
     tasks = [task] * work.score_blocks_per_call(scorer.device.type == "cuda")
-    return rate(lambda: sum(map(len, scorer.score(tasks, array).logits)), arguments.seconds, encoded.device)
+    return rate(lambda: sum(map(len, scorer.score(tasks, first_rows, array).logits)), arguments.seconds, encoded.device)
 
 
 def wait_for_others(arguments: argparse.Namespace, name: str) -> None:

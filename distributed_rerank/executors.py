@@ -1,15 +1,12 @@
-"""Who does the work that many devices can share: this process, or the workers of a cluster."""
+"""Who does the work that many devices can share: this process where none is given, else the workers of a cluster."""
 
-from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
-from distributed_rerank import extraction, retrieval
-from distributed_rerank.scoring import score as scoring
+from distributed_rerank.extraction import EmbedExecutors
+from distributed_rerank.retrieval import SearchExecutors
+from distributed_rerank.scoring.score import ScoreExecutors
 
 
-@dataclass(frozen=True)
-class Executors:
-    """The functions that compute embeddings, candidate lists and logits; by default in this process."""
-
-    extract: extraction.Extract = extraction.extract
-    search: retrieval.Search = retrieval.search
-    score: scoring.Score = scoring.score
+@runtime_checkable
+class Executors(EmbedExecutors, SearchExecutors, ScoreExecutors, Protocol):
+    """Compute embeddings, candidate lists and logits; a job holds one object for all of its stages."""

@@ -5,10 +5,11 @@ Which images share a block and a micro-batch is fixed by the catalogue and the c
 order of completion, because a network's last bits may depend on what else is in its batch.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float32, UInt8
@@ -28,7 +29,7 @@ from distributed_rerank.runtime.gpu import Copier, MicroBatch
 from distributed_rerank.runtime.progress import progress
 from distributed_rerank.tensors import sharding
 
-Block = tuple[int, Sequence[ImageRef]]
+ImageBlock = tuple[int, Sequence[ImageRef]]
 """Number and images of a block."""
 
 
@@ -42,8 +43,15 @@ class EmbeddedBlock:
     computed_with: ComputedWith
 
 
-Extract = Callable[[Sequence[Block], ExtractorConfig, WorkConfig], Iterator[tuple[int, EmbeddedBlock]]]
-"""A step: embedded blocks by number, in any order."""
+@runtime_checkable
+class EmbedExecutors(Protocol):
+    """Embed blocks of images, in this process or elsewhere."""
+
+    def embed_blocks(
+        self, blocks: Sequence[ImageBlock], config: ExtractorConfig, work: WorkConfig
+    ) -> Iterator[tuple[int, EmbeddedBlock]]:
+        """The embedded blocks by number, in any order."""
+        ...
 
 
 class Embedder:
@@ -52,7 +60,7 @@ class Embedder:
     def __init__(self, extractor: Extractor, work: WorkConfig) -> None:
         self._device = pick_device()
         self._extractor = extractor.prepare_for_inference(self._device)
-        self._lanes = InferenceThreads(work.threads_per_worker)
+        self._threads = InferenceThreads(work.threads_per_worker)
         self._batch = MicroBatch(
             work.images_per_batch or (8 if self._device.type == "cpu" else 256), "--images-per-batch"
         )
@@ -65,23 +73,23 @@ class Embedder:
         def embed_rows(rows: slice) -> Float32[np.ndarray, "image dim"]:
             return self._extractor(self._to_device(pixels[rows])).cpu().numpy()
 
-        def embed_part(part: tuple[int, int]) -> list[Float32[np.ndarray, "image dim"]]:
-            return self._batch.run(embed_rows, slice(*part))
-
-        parts = self._lanes.map(embed_part, sharding.blocks(len(pixels), self._batch.size))
+        rows = [slice(*part) for part in sharding.blocks(len(pixels), self._batch.size)]
+        parts = self._threads.map(partial(self._batch.run, embed_rows), rows)
         return np.concatenate(
             [np.empty((0, self._extractor.dim), np.float32), *(row for part in parts for row in part)]
         )
 
 
-def plan(images: Sequence[ImageRef], block_size: int, first_number: int = 0) -> list[Block]:
+def plan(images: Sequence[ImageRef], block_size: int, first_number: int = 0) -> list[ImageBlock]:
     """Cut `images` into numbered blocks of `block_size`; only the last may be shorter."""
     cuts = sharding.blocks(len(images), block_size)
     return [(first_number + number, images[start:stop]) for number, (start, stop) in enumerate(cuts)]
 
 
-def extract(blocks: Sequence[Block], config: ExtractorConfig, work: WorkConfig) -> Iterator[tuple[int, EmbeddedBlock]]:
-    """Embed in this process: decode and embed one block after the other."""
+def embed_blocks(
+    blocks: Sequence[ImageBlock], config: ExtractorConfig, work: WorkConfig
+) -> Iterator[tuple[int, EmbeddedBlock]]:
+    """Decode and embed these blocks in this process, one after the other."""
     extractor = build_extractor(config)
     embedder = Embedder(extractor, work)
     for number, refs in blocks:
@@ -96,14 +104,14 @@ def embed(
     out: str | Path,
     *,
     work: WorkConfig | None = None,
-    extract: Extract = extract,
+    executors: EmbedExecutors | None = None,
     overwrite: bool = False,
 ) -> Embeddings:
     """Embeddings of all images of the catalogue, kept in the folder `out`.
 
-    Only images that `out` does not have yet are computed; those of an earlier catalogue stay in it. A killed
-    run continues with the next block. Rejected images are tried again once they can be read. An explicit id
-    is taken for the same image whatever its path is.
+    Computed by `executors`, by default in this process. Only images that `out` does not have yet are computed; those of
+    an earlier catalogue stay in it. A killed run continues with the next block. Rejected images are tried again once
+    they can be read. An explicit id is taken for the same image whatever its path is.
 
     Raises BadInput for a folder made with another extractor or config, on another kind of device or in another
     precision, or damaged (`overwrite` recomputes it), and, after all images were tried, when more than the share
@@ -121,7 +129,7 @@ def embed(
         # Read again: another run may have added images before this one had the lock.
         earlier = read_embeddings(out) if artifacts.is_complete(out, fingerprint, overwrite) else None
         done = join_embeddings([earlier, *_staged(staging)])
-        _compute(_missing(catalogue, done), config, work, staging, extract)
+        _compute(_missing(catalogue, done), config, work, staging, executors)
         complete = join_embeddings([earlier, *_staged(staging)])
         assert not _missing(catalogue, complete), f"images were lost: {_missing(catalogue, complete)[:3]}"
         tables.write_embeddings(staging.path / "embeddings.parquet", complete.ids, complete.matrix)
@@ -145,14 +153,19 @@ def embedding_settings(config: ExtractorConfig, work: WorkConfig) -> dict[str, A
 
 
 def _compute(
-    refs: list[ImageRef], config: ExtractorConfig, work: WorkConfig, staging: artifacts.Staging, extract: Extract
+    refs: list[ImageRef],
+    config: ExtractorConfig,
+    work: WorkConfig,
+    staging: artifacts.Staging,
+    executors: EmbedExecutors | None,
 ) -> None:
     """Embed `refs` and store their blocks; the rejects go first, so that a stored block is a complete one."""
     if not refs:
         return
     embedded, rejected = staging.blocks("embeddings"), staging.blocks("rejects")
     blocks = dict(plan(refs, work.images_per_block, max(embedded.done() | rejected.done(), default=-1) + 1))
-    results = extract(list(blocks.items()), config, work)
+    embed = embed_blocks if executors is None else executors.embed_blocks
+    results = embed(list(blocks.items()), config, work)
     for number, result in progress(results, total=len(blocks), title="embedding"):
         expected = sorted(ref.id for ref in blocks.pop(number))
         found = sorted([*result.ids, *(reject.id for reject in result.rejects)])

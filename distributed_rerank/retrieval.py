@@ -8,7 +8,7 @@ size or worker count.
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float32, Int64
@@ -18,13 +18,14 @@ from distributed_rerank.config.work import WorkConfig
 from distributed_rerank.data import artifacts, tables
 from distributed_rerank.data.begun import ComputedWith
 from distributed_rerank.data.candidate_files import read_candidates
-from distributed_rerank.data.candidates import CandidateLists, candidates_table
+from distributed_rerank.data.candidates import candidates_table
 from distributed_rerank.data.catalogue import Catalogue
 from distributed_rerank.data.embeddings import Embeddings
 from distributed_rerank.errors import BadInput
 from distributed_rerank.runtime.devices import InferenceThreads, pick_device, tensor_of
 from distributed_rerank.runtime.progress import progress
 from distributed_rerank.tensors import sharding
+from distributed_rerank.tensors.candidate_lists import CandidateLists, concatenate
 from distributed_rerank.tensors.knn import search_tiles
 
 
@@ -50,10 +51,19 @@ class SearchedBlock:
     computed_with: ComputedWith
 
 
-Block = tuple[int, tuple[int, int]]
+QueryBlock = tuple[int, tuple[int, int]]
 """Number of a block and its (start, stop) among the queries."""
-Search = Callable[[Sequence[Block], SearchSide, SearchSide, int, WorkConfig], Iterator[tuple[int, SearchedBlock]]]
-"""A step: the candidate lists of the blocks by number, in any order."""
+
+
+@runtime_checkable
+class SearchExecutors(Protocol):
+    """Search blocks of queries, in this process or elsewhere."""
+
+    def search_blocks(
+        self, blocks: Sequence[QueryBlock], queries: SearchSide, gallery: SearchSide, n_items: int, work: WorkConfig
+    ) -> Iterator[tuple[int, SearchedBlock]]:
+        """The candidate lists of these blocks by number, in any order."""
+        ...
 
 
 class Searcher:
@@ -64,36 +74,35 @@ class Searcher:
         self._n_items = n_items
         self._n_threads = n_threads
         self._device = pick_device()
-        self._lanes = InferenceThreads(n_threads)
+        self._threads = InferenceThreads(n_threads)
 
     def search(self, queries: SearchSide) -> SearchedBlock:
         """The nearest items of each query by (distance, item), never itself nor its own sequence."""
         n_rows = -(-len(queries.items) // self._n_threads)
         parts = [queries.part(start, stop) for start, stop in sharding.blocks(len(queries.items), max(1, n_rows))]
-        found = self._lanes.map(self._search_part, parts or [queries])
-        items, distances = (np.concatenate(columns) for columns in zip(*found, strict=True))
-        return SearchedBlock(CandidateLists(queries.items, items, distances), ComputedWith(self._device.type))
+        lists = concatenate(self._threads.map(self._search_part, parts or [queries]))
+        return SearchedBlock(lists, ComputedWith(self._device.type))
 
-    def _search_part(self, queries: SearchSide) -> tuple[np.ndarray, np.ndarray]:
+    def _search_part(self, queries: SearchSide) -> CandidateLists:
         embeddings, items, sequences = self._tensors(queries)
-        found = search_tiles(
+        lists = search_tiles(
             embeddings,
             (self._tensors(tile) for tile in self._tiles()),
             query_items=items,
             query_sequences=sequences,
             n_items=self._n_items,
         )
-        return found.items.cpu().numpy(), found.distances.cpu().numpy()
+        return lists.cpu()
 
     def _tensors(self, side: SearchSide) -> tuple[Tensor, Tensor, Tensor]:
         embeddings, items, sequences = map(tensor_of, (side.embeddings, side.items, side.sequences))
         return embeddings.to(self._device), items.to(self._device), sequences.to(self._device)
 
 
-def search(
-    blocks: Sequence[Block], queries: SearchSide, gallery: SearchSide, n_items: int, work: WorkConfig
+def search_blocks(
+    blocks: Sequence[QueryBlock], queries: SearchSide, gallery: SearchSide, n_items: int, work: WorkConfig
 ) -> Iterator[tuple[int, SearchedBlock]]:
-    """The step in one process: one block of queries after the other."""
+    """The candidate lists of these blocks, searched in this process, one block after the other."""
     searcher = Searcher(lambda: tiles_of(gallery, work.tile_size), n_items, work.threads_per_worker)
     for number, (start, stop) in blocks:
         yield number, searcher.search(queries.part(start, stop))
@@ -112,13 +121,14 @@ def retrieve(
     out: str | Path,
     *,
     work: WorkConfig | None = None,
-    search: Search = search,
+    executors: SearchExecutors | None = None,
     overwrite: bool = False,
 ) -> CandidateLists:
     """The `n_items` nearest gallery items of each query, kept as candidates.parquet in the folder `out`.
 
-    Queries and gallery items without an embedding (rejects) take no part. Lists are shorter where fewer items
-    are possible; a query with none is not in the result. A killed run continues with the next block.
+    Computed by `executors`, by default in this process. Queries and gallery items without an embedding (rejects) take
+    no part. Lists are shorter where fewer items are possible; a query with none is not in the result. A killed run
+    continues with the next block.
 
     Raises BadInput for no query, no gallery item, and a folder that is damaged or was made from other inputs
     (`overwrite` recomputes it).
@@ -135,10 +145,13 @@ def retrieve(
     with artifacts.stage(out, fingerprint, overwrite) as staging:
         store = staging.blocks("candidates")
         todo = {number: block for number, block in plan.items() if number not in store.done()}
+        search = search_blocks if executors is None else executors.search_blocks
         results = search(list(todo.items()), queries, gallery, n_items, work)
         for number, result in progress(results, total=len(todo), title="retrieval"):
             expected = queries.part(*todo.pop(number)).items
-            assert np.array_equal(result.lists.query_items, expected), f"block {number} came back with other queries"
+            assert np.array_equal(result.lists.query_items.numpy(), expected), (
+                f"block {number} came back with other queries"
+            )
             staging.remember(result.computed_with)
             store.write(number, candidates_table(result.lists, catalogue.ids))
         assert store.done() == plan.keys(), f"blocks {sorted(todo)} never came back"

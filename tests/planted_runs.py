@@ -9,10 +9,10 @@ import pyarrow as pa
 import torch
 
 from distributed_rerank.data import artifacts, tables
-from distributed_rerank.data.candidates import CandidateLists, candidates_table
+from distributed_rerank.data.candidates import candidates_table
 from distributed_rerank.data.catalogue import Catalogue, read_catalogue
 from distributed_rerank.evaluation import measure as evaluation
-from distributed_rerank.tensors.knn import Neighbours
+from distributed_rerank.tensors.candidate_lists import CandidateLists
 
 CATEGORIES = ("books", "cups", "toys")
 
@@ -38,7 +38,7 @@ def planted_catalogue(folder: Path, n_labels: int = 60, with_category: bool = Tr
     return read_catalogue(str(folder / "table.csv"), purpose="evaluation")
 
 
-def planted_ranking(catalogue: Catalogue, miss: dict[str, float], seed: int = 0, width: int = 12) -> Neighbours:
+def planted_ranking(catalogue: Catalogue, miss: dict[str, float], seed: int = 0, width: int = 12) -> CandidateLists:
     """A ranking of every item: relevant items first, but each query of a category misses its first place (an irrelevant
     item comes there) with the probability that `miss` gives the category (absent: 0). Distances have ties."""
     draw = np.random.default_rng(seed).random(len(catalogue))
@@ -53,11 +53,15 @@ def planted_ranking(catalogue: Catalogue, miss: dict[str, float], seed: int = 0,
             ordered = np.concatenate([others[~is_relevant][:1], others[is_relevant], others[~is_relevant][1:]])
         items[query] = ordered[:width]
     distances = np.repeat((np.arange(width) // 3 / 4).astype(np.float32)[None], len(catalogue), axis=0)
-    return Neighbours(torch.from_numpy(items), torch.from_numpy(distances))
+    return CandidateLists.from_arrays(np.arange(len(catalogue)), items, distances)
 
 
 def write_run(
-    folder: Path, catalogue: Catalogue, before: Neighbours, after: Neighbours | None = None, model: str = "a" * 64
+    folder: Path,
+    catalogue: Catalogue,
+    before: CandidateLists,
+    after: CandidateLists | None = None,
+    model: str = "a" * 64,
 ) -> dict[str, Any]:
     """The files of an evaluation of these rankings that its readers use; returns the metrics."""
     queries = torch.from_numpy(catalogue.query_items)
@@ -79,6 +83,5 @@ def write_run(
     return measured.metrics
 
 
-def _write_lists(path: Path, catalogue: Catalogue, ranking: Neighbours) -> None:
-    lists = CandidateLists(catalogue.query_items, ranking.items.numpy(), ranking.distances.numpy())
-    tables.write_table(path, candidates_table(lists, catalogue.ids), "candidates")
+def _write_lists(path: Path, catalogue: Catalogue, ranking: CandidateLists) -> None:
+    tables.write_table(path, candidates_table(ranking, catalogue.ids), "candidates")

@@ -7,10 +7,10 @@ from PIL import Image
 
 from distributed_rerank.config.extractor import ExtractorConfig
 from distributed_rerank.config.pairwise import ConcatSiameseConfig, DistanceSiameseConfig
-from distributed_rerank.data.candidates import CandidateLists
 from distributed_rerank.data.catalogue import Catalogue, read_catalogue
 from distributed_rerank.models.concat_siamese import ConcatSiamese
 from distributed_rerank.models.distance_siamese import DistanceSiamese
+from distributed_rerank.tensors.candidate_lists import CandidateLists
 
 EXTRACTOR = ExtractorConfig(
     name="resnet10t", weights="none", image_size=32, resize="square", precision="fp32", normalise=False
@@ -44,7 +44,7 @@ def make_lists(catalogue: Catalogue, n_items: int, seed: int = 0) -> CandidateLi
     items = np.stack([generator.permutation(np.delete(np.arange(n), query))[:n_items] for query in range(n)])
     distances = np.sort(generator.random((n, n_items)).astype(np.float32), axis=1)
     items[::3, -1], distances[::3, -1] = -1, np.inf
-    return CandidateLists(np.arange(n), items, distances)
+    return CandidateLists.from_arrays(np.arange(n), items, distances)
 
 
 def concat_model() -> ConcatSiamese:

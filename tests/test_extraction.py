@@ -1,6 +1,7 @@
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from distributed_rerank.data import tables
 from distributed_rerank.data.artifacts import read_manifest
 from distributed_rerank.data.images import read_image
 from distributed_rerank.errors import BadInput
-from distributed_rerank.extraction import Block, EmbeddedBlock, embed
+from distributed_rerank.extraction import EmbeddedBlock, ImageBlock, embed
 from distributed_rerank.models.extractor import build_extractor
 from tests.small_catalogue import EXTRACTOR, make_catalogue, save_picture
 
@@ -24,8 +25,10 @@ def _file(folder: Path) -> bytes:
     return (folder / "embeddings.parquet").read_bytes()
 
 
-def _backwards(blocks: list[Block], config: ExtractorConfig, work: WorkConfig) -> Iterator[tuple[int, EmbeddedBlock]]:
-    yield from reversed(list(extraction.extract(blocks, config, work)))
+def _backwards(
+    blocks: list[ImageBlock], config: ExtractorConfig, work: WorkConfig
+) -> Iterator[tuple[int, EmbeddedBlock]]:
+    yield from reversed(list(extraction.embed_blocks(blocks, config, work)))
 
 
 def test_embed_any_image_equals_the_extractor_on_it_alone(tmp_path: Path) -> None:
@@ -42,7 +45,7 @@ def test_embed_any_image_equals_the_extractor_on_it_alone(tmp_path: Path) -> Non
 def test_embed_blocks_in_any_order_give_the_same_bytes(tmp_path: Path) -> None:
     catalogue = make_catalogue(tmp_path / "images", 8)
     embed(catalogue, EXTRACTOR, tmp_path / "forwards", work=WORK)
-    embed(catalogue, EXTRACTOR, tmp_path / "backwards", work=WORK, extract=_backwards)
+    embed(catalogue, EXTRACTOR, tmp_path / "backwards", work=WORK, executors=SimpleNamespace(embed_blocks=_backwards))
     assert _file(tmp_path / "forwards") == _file(tmp_path / "backwards")
     assert read_manifest(tmp_path / "forwards")["rows"] == 8
 
@@ -51,14 +54,26 @@ def test_embed_grown_catalogue_computes_only_what_is_missing(tmp_path: Path) -> 
     embed(make_catalogue(tmp_path / "images", 5), EXTRACTOR, tmp_path / "out", work=WORK)
     asked: list[str] = []
 
-    def spy(blocks: list[Block], config: ExtractorConfig, work: WorkConfig) -> Iterator[tuple[int, EmbeddedBlock]]:
+    def spy(blocks: list[ImageBlock], config: ExtractorConfig, work: WorkConfig) -> Iterator[tuple[int, EmbeddedBlock]]:
         asked.extend(ref.id for _, refs in blocks for ref in refs)
-        yield from extraction.extract(blocks, config, work)
+        yield from extraction.embed_blocks(blocks, config, work)
 
-    grown = embed(make_catalogue(tmp_path / "images", 9), EXTRACTOR, tmp_path / "out", work=WORK, extract=spy)
+    grown = embed(
+        make_catalogue(tmp_path / "images", 9),
+        EXTRACTOR,
+        tmp_path / "out",
+        work=WORK,
+        executors=SimpleNamespace(embed_blocks=spy),
+    )
     assert asked == [f"picture_{number:03d}.png" for number in range(5, 9)]
     assert len(grown.ids) == 9
-    smaller = embed(make_catalogue(tmp_path / "images", 2), EXTRACTOR, tmp_path / "out", work=WORK, extract=spy)
+    smaller = embed(
+        make_catalogue(tmp_path / "images", 2),
+        EXTRACTOR,
+        tmp_path / "out",
+        work=WORK,
+        executors=SimpleNamespace(embed_blocks=spy),
+    )
     assert len(smaller.ids) == 9
     assert len(asked) == 4
 
@@ -67,14 +82,16 @@ def test_embed_killed_after_two_blocks_continues_to_the_same_bytes(tmp_path: Pat
     catalogue = make_catalogue(tmp_path / "images", 11)
     embed(catalogue, EXTRACTOR, tmp_path / "whole", work=WORK)
 
-    def dies(blocks: list[Block], config: ExtractorConfig, work: WorkConfig) -> Iterator[tuple[int, EmbeddedBlock]]:
-        results = list(extraction.extract(blocks, config, work))
+    def dies(
+        blocks: list[ImageBlock], config: ExtractorConfig, work: WorkConfig
+    ) -> Iterator[tuple[int, EmbeddedBlock]]:
+        results = list(extraction.embed_blocks(blocks, config, work))
         yield results[0]
         yield results[2]
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        embed(catalogue, EXTRACTOR, tmp_path / "killed", work=WORK, extract=dies)
+        embed(catalogue, EXTRACTOR, tmp_path / "killed", work=WORK, executors=SimpleNamespace(embed_blocks=dies))
     assert not (tmp_path / "killed").exists()
     embed(catalogue, EXTRACTOR, tmp_path / "killed", work=WORK)
     assert _file(tmp_path / "killed") == _file(tmp_path / "whole")
@@ -83,20 +100,36 @@ def test_embed_killed_after_two_blocks_continues_to_the_same_bytes(tmp_path: Pat
 
 
 def test_embed_lost_block_is_an_error(tmp_path: Path) -> None:
-    def loses(blocks: list[Block], config: ExtractorConfig, work: WorkConfig) -> Iterator[tuple[int, EmbeddedBlock]]:
-        yield from list(extraction.extract(blocks, config, work))[1:]
+    def loses(
+        blocks: list[ImageBlock], config: ExtractorConfig, work: WorkConfig
+    ) -> Iterator[tuple[int, EmbeddedBlock]]:
+        yield from list(extraction.embed_blocks(blocks, config, work))[1:]
 
     with pytest.raises(AssertionError, match="never came back"):
-        embed(make_catalogue(tmp_path / "images", 7), EXTRACTOR, tmp_path / "out", work=WORK, extract=loses)
+        embed(
+            make_catalogue(tmp_path / "images", 7),
+            EXTRACTOR,
+            tmp_path / "out",
+            work=WORK,
+            executors=SimpleNamespace(embed_blocks=loses),
+        )
 
 
 def test_embed_lost_image_is_an_error(tmp_path: Path) -> None:
-    def loses(blocks: list[Block], config: ExtractorConfig, work: WorkConfig) -> Iterator[tuple[int, EmbeddedBlock]]:
-        for number, block in extraction.extract(blocks, config, work):
+    def loses(
+        blocks: list[ImageBlock], config: ExtractorConfig, work: WorkConfig
+    ) -> Iterator[tuple[int, EmbeddedBlock]]:
+        for number, block in extraction.embed_blocks(blocks, config, work):
             yield number, replace(block, ids=block.ids[1:], embeddings=block.embeddings[1:])
 
     with pytest.raises(AssertionError, match="other images"):
-        embed(make_catalogue(tmp_path / "images", 7), EXTRACTOR, tmp_path / "out", work=WORK, extract=loses)
+        embed(
+            make_catalogue(tmp_path / "images", 7),
+            EXTRACTOR,
+            tmp_path / "out",
+            work=WORK,
+            executors=SimpleNamespace(embed_blocks=loses),
+        )
 
 
 def test_embed_broken_image_becomes_a_reject_with_its_reason(tmp_path: Path) -> None:

@@ -5,13 +5,14 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from distributed_rerank import extraction
+from distributed_rerank import extraction, retrieval
 from distributed_rerank.chain.chain import Chain, PairwiseStep, read_chain
 from distributed_rerank.config.evaluation import FirstStageConfig, MeasureConfig, RerankerConfig
 from distributed_rerank.config.extractor import ExtractorConfig
@@ -22,15 +23,14 @@ from distributed_rerank.data.candidate_files import read_candidates
 from distributed_rerank.data.embeddings import read_embeddings
 from distributed_rerank.errors import BadInput
 from distributed_rerank.evaluation.run import evaluate
-from distributed_rerank.executors import Executors
-from distributed_rerank.extraction import Block, EmbeddedBlock, embed
+from distributed_rerank.extraction import EmbeddedBlock, ImageBlock, embed
 from distributed_rerank.models import precision
 from distributed_rerank.models.saving import load_model
 from distributed_rerank.reranking.rerank import rerank
 from distributed_rerank.reranking.run import load_model_and_chain
 from distributed_rerank.retrieval import retrieve
 from distributed_rerank.scoring import score as scoring
-from distributed_rerank.scoring.score import ScoredBlock
+from distributed_rerank.scoring.rounds import ScoredBlock, Scoring
 from distributed_rerank.scoring.stage import score_candidates
 from distributed_rerank.training import run as training_run
 from distributed_rerank.training.stage import train
@@ -213,7 +213,13 @@ def test_embedding_begun_in_bfloat16_is_not_continued_in_float32(
     with monkeypatch.context() as other_node:
         other_node.setattr(precision, "bf16_support", lambda device: "AVX-512 BF16")
         with pytest.raises(KeyboardInterrupt):
-            embed(catalogue, config, tmp_path / "out", work=WORK, extract=_stop_after(1, extraction.extract))
+            embed(
+                catalogue,
+                config,
+                tmp_path / "out",
+                work=WORK,
+                executors=SimpleNamespace(embed_blocks=_stop_after(1, extraction.embed_blocks)),
+            )
         embed(catalogue, config, tmp_path / "finished", work=WORK)
     monkeypatch.setattr(precision, "bf16_support", lambda device: None)
     words = r"begun with precision=bfloat16 on cpu, a worker of this run computes with precision=float32 on cpu"
@@ -241,14 +247,22 @@ def test_scoring_on_workers_of_two_kinds_is_refused_before_a_block_is_mixed_in(
     model, lists = concat_model(), make_lists(catalogue, 4)
     model.extractor.config = replace(EXTRACTOR, precision="auto")
 
-    def by_two_workers(plan: Any, numbers: Sequence[int], *others: Any) -> Iterator[tuple[int, ScoredBlock]]:
-        for support, part in ((None, numbers[:1]), ("AVX-512 BF16", numbers[1:])):
+    def by_two_workers(run: Scoring) -> Iterator[tuple[int, ScoredBlock]]:
+        for support, part in ((None, run.numbers[:1]), ("AVX-512 BF16", run.numbers[1:])):
             with monkeypatch.context() as worker:
                 worker.setattr(precision, "bf16_support", lambda device, support=support: support)
-                yield from scoring.score(plan, part, *others)
+                yield from scoring.score_blocks(replace(run, numbers=part))
 
     with pytest.raises(BadInput, match=r"begun with precision=float32 on cpu, a worker .*precision=bfloat16 on cpu"):
-        score_candidates(catalogue, lists, model, 4, tmp_path / "out", work=WORK, score=by_two_workers)
+        score_candidates(
+            catalogue,
+            lists,
+            model,
+            4,
+            tmp_path / "out",
+            work=WORK,
+            executors=SimpleNamespace(score_blocks=by_two_workers),
+        )
     assert len(list(tmp_path.glob(".out.*/blocks/pair_distances/block-*.parquet"))) == 1
 
 
@@ -286,15 +300,23 @@ def test_embed_with_a_damaged_block_gives_the_bytes_of_an_undisturbed_run(tmp_pa
     catalogue = make_catalogue(tmp_path / "photos", 11, broken=(4,))
     embed(catalogue, EXTRACTOR, tmp_path / "whole", work=TOLERANT)
     with pytest.raises(KeyboardInterrupt):
-        embed(catalogue, EXTRACTOR, tmp_path / "out", work=TOLERANT, extract=_stop_after(3, extraction.extract))
+        embed(
+            catalogue,
+            EXTRACTOR,
+            tmp_path / "out",
+            work=TOLERANT,
+            executors=SimpleNamespace(embed_blocks=_stop_after(3, extraction.embed_blocks)),
+        )
     _damage_a_block(tmp_path, f".out.*/blocks/{store}", 1)
     asked: list[str] = []
 
-    def spy(blocks: Sequence[Block], config: ExtractorConfig, work: WorkConfig) -> Iterator[tuple[int, EmbeddedBlock]]:
+    def spy(
+        blocks: Sequence[ImageBlock], config: ExtractorConfig, work: WorkConfig
+    ) -> Iterator[tuple[int, EmbeddedBlock]]:
         asked.extend(ref.id for _, refs in blocks for ref in refs)
-        yield from extraction.extract(blocks, config, work)
+        yield from extraction.embed_blocks(blocks, config, work)
 
-    embed(catalogue, EXTRACTOR, tmp_path / "out", work=TOLERANT, extract=spy)
+    embed(catalogue, EXTRACTOR, tmp_path / "out", work=TOLERANT, executors=SimpleNamespace(embed_blocks=spy))
     assert asked == [f"picture_{number:03d}.png" for number in (3, 4, 5, 9, 10)]
     for name in ("embeddings.parquet", "rejects.parquet"):
         assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
@@ -305,7 +327,11 @@ def test_evaluation_killed_with_a_damaged_block_and_stage_gives_the_same_results
     catalogue, model = make_catalogue(tmp_path / "photos", 12), distance_model()
     settings: dict[str, Any] = {"model": model, "chain": CHAIN, "measure": MEASURE, "work": WORK}
     evaluate(catalogue, CANDIDATES, tmp_path / "whole", **settings)
-    executors = Executors(score=_stop_after(2, scoring.score))
+    executors = SimpleNamespace(
+        embed_blocks=extraction.embed_blocks,
+        search_blocks=retrieval.search_blocks,
+        score_blocks=_stop_after(2, scoring.score_blocks),
+    )
     with pytest.raises(KeyboardInterrupt):
         evaluate(catalogue, CANDIDATES, tmp_path / "out", **settings, executors=executors)
     _damage_a_block(tmp_path, f".out.*/.pair_distances.*/blocks/{store}", 0)

@@ -1,6 +1,7 @@
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from distributed_rerank.data.artifacts import read_manifest
 from distributed_rerank.data.catalogue import Catalogue
 from distributed_rerank.data.embeddings import Embeddings
 from distributed_rerank.errors import BadInput
-from distributed_rerank.retrieval import Block, SearchedBlock, SearchSide, retrieve
+from distributed_rerank.retrieval import QueryBlock, SearchedBlock, SearchSide, retrieve
 from tests.small_catalogue import make_catalogue
 
 WORK = WorkConfig(queries_per_block=5, tile_size=6)
@@ -69,13 +70,15 @@ def test_retrieve_killed_continues_to_the_same_bytes(tmp_path: Path) -> None:
     retrieve(catalogue, embeddings, 4, tmp_path / "whole", work=WORK)
 
     def dies(
-        blocks: list[Block], queries: SearchSide, gallery: SearchSide, n_items: int, work: WorkConfig
+        blocks: list[QueryBlock], queries: SearchSide, gallery: SearchSide, n_items: int, work: WorkConfig
     ) -> Iterator[tuple[int, SearchedBlock]]:
-        yield from list(retrieval.search(blocks, queries, gallery, n_items, work))[3:]
+        yield from list(retrieval.search_blocks(blocks, queries, gallery, n_items, work))[3:]
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        retrieve(catalogue, embeddings, 4, tmp_path / "killed", work=WORK, search=dies)
+        retrieve(
+            catalogue, embeddings, 4, tmp_path / "killed", work=WORK, executors=SimpleNamespace(search_blocks=dies)
+        )
     retrieve(catalogue, embeddings, 4, tmp_path / "killed", work=WORK)
     name = "candidates.parquet"
     assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
@@ -87,12 +90,19 @@ def test_retrieve_lost_block_is_an_error(tmp_path: Path) -> None:
     catalogue = make_catalogue(tmp_path / "images", 23)
 
     def loses(
-        blocks: list[Block], queries: SearchSide, gallery: SearchSide, n_items: int, work: WorkConfig
+        blocks: list[QueryBlock], queries: SearchSide, gallery: SearchSide, n_items: int, work: WorkConfig
     ) -> Iterator[tuple[int, SearchedBlock]]:
-        yield from list(retrieval.search(blocks, queries, gallery, n_items, work))[:-1]
+        yield from list(retrieval.search_blocks(blocks, queries, gallery, n_items, work))[:-1]
 
     with pytest.raises(AssertionError, match="never came back"):
-        retrieve(catalogue, _embeddings(catalogue), 4, tmp_path / "out", work=WORK, search=loses)
+        retrieve(
+            catalogue,
+            _embeddings(catalogue),
+            4,
+            tmp_path / "out",
+            work=WORK,
+            executors=SimpleNamespace(search_blocks=loses),
+        )
 
 
 def test_retrieve_other_embeddings_in_the_same_folder_are_refused(tmp_path: Path) -> None:

@@ -12,7 +12,6 @@ from distributed_rerank.config.pairwise import TokenSiameseConfig
 from distributed_rerank.config.training import TrainingConfig
 from distributed_rerank.data.catalogue import Catalogue, read_catalogue
 from distributed_rerank.extraction import embed
-from distributed_rerank.retrieval import search
 from distributed_rerank.training.stage import make_task
 from distributed_rerank.training.task import TrainingTask
 
@@ -61,4 +60,4 @@ def build_task(folder: Path, model_config: Any = TOKENS, **changes: Any) -> Trai
     """A task on a drawn catalogue under `folder`, with `SMALL` changed as given."""
     catalogue = draw_catalogue(folder / "images").restrict("train").as_query_and_gallery()
     embeddings = embed(catalogue, BACKBONE, folder / "embeddings")
-    return make_task(catalogue, embeddings, model_config, replace(SMALL, **changes), folder, search)
+    return make_task(catalogue, embeddings, model_config, replace(SMALL, **changes), folder)

@@ -4,6 +4,8 @@ The lists are those of all items of a search, queries and gallery alike, numbere
 whether two items are in each other's lists. Only alpha_qe, which searches again, brings new candidates into a list.
 """
 
+from dataclasses import replace
+
 import torch
 from jaxtyping import Float, Float32, Float64, Int64
 from torch import Tensor
@@ -17,7 +19,8 @@ from distributed_rerank.chain.chain import (
     ProbabilityStep,
 )
 from distributed_rerank.tensors import calibration, reranking
-from distributed_rerank.tensors.knn import Neighbours, nearest
+from distributed_rerank.tensors.candidate_lists import CandidateLists
+from distributed_rerank.tensors.knn import nearest
 from distributed_rerank.tensors.match_neighbourhood import mix, overlap_distances, reorder_stably
 from distributed_rerank.tensors.neighbourhood import distance_scale, k_reciprocal
 from distributed_rerank.tensors.query_expansion import expand_embeddings, expanded_distances
@@ -25,11 +28,11 @@ from distributed_rerank.tensors.query_expansion import expand_embeddings, expand
 
 def apply(
     chain: Chain,
-    lists: Neighbours,
+    lists: CandidateLists,
     logits: Float[Tensor, "item top_n"] | None = None,
     embeddings: Float[Tensor, "item dim"] | None = None,
     sequences: Int64[Tensor, " item"] | None = None,
-) -> Neighbours:
+) -> CandidateLists:
     """The lists after all chain steps; the input is not changed.
 
     `logits` are those of the first candidates of each list, NaN where there is none; a pairwise step needs them.
@@ -50,7 +53,7 @@ def apply(
     return lists
 
 
-def apply_pairwise(step: PairwiseStep, lists: Neighbours, logits: Float[Tensor, "query top_n"]) -> Neighbours:
+def apply_pairwise(step: PairwiseStep, lists: CandidateLists, logits: Float[Tensor, "query top_n"]) -> CandidateLists:
     """The lists of any queries by the chain step's rule; the tail behind `top_n` keeps its places."""
     # [query, top_n] logits -> [query, k] places of the candidates in their new order, and their new distances.
     head = logits[:, : step.top_n]
@@ -60,31 +63,33 @@ def apply_pairwise(step: PairwiseStep, lists: Neighbours, logits: Float[Tensor, 
         order, distances = reranking.fuse(
             lists.distances, head, weight=step.weight, temperature=step.temperature, top_n=step.top_n
         )
-    return Neighbours(lists.items.gather(1, order), distances)
+    return replace(lists, items=lists.items.gather(1, order), distances=distances)
 
 
-def apply_k_reciprocal(step: KReciprocalStep, lists: Neighbours) -> Neighbours:
+def apply_k_reciprocal(step: KReciprocalStep, lists: CandidateLists) -> CandidateLists:
     """The lists of all items by k-reciprocal encoding; fused distances are shifted so that none is negative."""
     finite = lists.distances[lists.distances.isfinite()]
     shift = min(0.0, float(finite.min())) if len(finite) else 0.0
     items, distances = k_reciprocal(
         lists.items, lists.distances - shift, k1=step.k1, k2=step.k2, original_weight=step.weight
     )
-    return Neighbours(items, distances)
+    return replace(lists, items=items, distances=distances)
 
 
 def apply_by_probability(
-    step: ProbabilityStep, lists: Neighbours, embeddings: Float[Tensor, "item dim"] | None
-) -> Neighbours:
+    step: ProbabilityStep, lists: CandidateLists, embeddings: Float[Tensor, "item dim"] | None
+) -> CandidateLists:
     """The lists of all items by neighbourhood or query expansion, with probabilities from the chain step's curve."""
     probabilities = probabilities_of(step, lists)
     everything = torch.arange(len(lists.items))
     # [item, k]: for each candidate the distance by neighbours, mixed with its own probability, then sorted.
     distances = neighbour_distances(step, lists, probabilities, embeddings, everything)
-    return Neighbours(*reorder_stably(lists.items, mix(distances, probabilities, original_weight=step.weight)))
+    mixed = mix(distances, probabilities, original_weight=step.weight)
+    items, distances = reorder_stably(lists.items, mixed)
+    return replace(lists, items=items, distances=distances)
 
 
-def probabilities_of(step: ProbabilityStep, lists: Neighbours) -> Float64[Tensor, "item k"]:
+def probabilities_of(step: ProbabilityStep, lists: CandidateLists) -> Float64[Tensor, "item k"]:
     """The probability of a match of each candidate, by the chain step's curve; 0 where there is no candidate."""
     probabilities = calibration.probability(lists.distances, calibration.Logistic(step.slope, step.intercept))
     return torch.where(lists.items >= 0, probabilities, 0.0)
@@ -92,7 +97,7 @@ def probabilities_of(step: ProbabilityStep, lists: Neighbours) -> Float64[Tensor
 
 def neighbour_distances(
     step: ProbabilityStep,
-    lists: Neighbours,
+    lists: CandidateLists,
     probabilities: Float64[Tensor, "item k"],
     embeddings: Float[Tensor, "item dim"] | None,
     queries: Int64[Tensor, " query"],
@@ -116,10 +121,10 @@ def neighbour_distances(
 
 def apply_alpha_qe(
     step: AlphaQEStep,
-    lists: Neighbours,
+    lists: CandidateLists,
     embeddings: Float[Tensor, "item dim"],
     sequences: Int64[Tensor, " item"] | None = None,
-) -> Neighbours:
+) -> CandidateLists:
     """A new search with every embedding expanded by its neighbours in the lists."""
     expanded = expand_embeddings(embeddings, embeddings, lists.items, n_neighbours=step.k, alpha=step.alpha)
     items: Int64[Tensor, " item"] = torch.arange(len(embeddings))

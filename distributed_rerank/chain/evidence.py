@@ -9,7 +9,7 @@ from torch import Tensor
 from distributed_rerank.chain.apply import apply
 from distributed_rerank.chain.chain import Chain
 from distributed_rerank.tensors import calibration, label_split, metrics
-from distributed_rerank.tensors.knn import Neighbours
+from distributed_rerank.tensors.candidate_lists import CandidateLists
 from distributed_rerank.tensors.metrics import PerQuery
 
 CMC_WEIGHT = 2.0
@@ -20,7 +20,7 @@ CMC_WEIGHT = 2.0
 class Evidence:
     """The lists of all images of the set-aside labels, numbered 0, 1, ..."""
 
-    lists: Neighbours
+    lists: CandidateLists
     labels: Int64[Tensor, " item"]
     n_relevant: Int64[Tensor, " item"]
     """Relevant items of each item; items with none are candidates of others but no queries."""
@@ -36,7 +36,7 @@ class Evidence:
         """Labels of the queries."""
         return self.labels[self.queries]
 
-    def per_query(self, lists: Neighbours) -> PerQuery:
+    def per_query(self, lists: CandidateLists) -> PerQuery:
         """Metrics of the queries, in item order, from lists of all items."""
         return self.measure(self.queries, lists.items[self.queries])
 
@@ -48,7 +48,7 @@ class Evidence:
         return {**values, "objective": values["map@10"] + CMC_WEIGHT * values["cmc@1"]}
 
     def labelled_pairs(
-        self, lists: Neighbours, top_n: int, is_counted: Bool[Tensor, " query"] | None = None
+        self, lists: CandidateLists, top_n: int, is_counted: Bool[Tensor, " query"] | None = None
     ) -> tuple[Float[Tensor, " pair"], Bool[Tensor, " pair"]]:
         """Distance, and whether it is a match, of each pair of a query and its first `top_n` candidates.
 
@@ -66,7 +66,7 @@ class Trial:
 
     chain: Chain
     values: PerQuery
-    lists: Neighbours = field(repr=False)
+    lists: CandidateLists = field(repr=False)
 
     def figures(self) -> dict[str, float]:
         """Mean mAP@10 and CMC@1."""

@@ -6,6 +6,7 @@ error of the raw sigmoid of the logit.
 """
 
 import logging
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -57,8 +58,8 @@ def raw_error(evidence: Evidence) -> float | None:
     if evidence.logits is None:
         return None
     depth = evidence.logits.shape[1]
-    lists = type(evidence.lists)(evidence.lists.items[:, :depth], evidence.logits)
-    logits, is_match = evidence.labelled_pairs(lists, depth)
+    by_logit = replace(evidence.lists.first(depth), distances=evidence.logits)
+    logits, is_match = evidence.labelled_pairs(by_logit, depth)
     if not len(logits):
         return None
     return calibration.expected_calibration_error((-logits).double().sigmoid(), is_match)

@@ -1,17 +1,13 @@
-"""The steps that many devices share, bound to a session. Layer 4."""
+"""The work that many devices share, done by the workers of a Ray session."""
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 
 from distributed_rerank.cluster import extraction, retrieval, scoring
 from distributed_rerank.cluster.session import Session, connect
 from distributed_rerank.config.cluster import ClusterConfig
-from distributed_rerank.config.extractor import ExtractorConfig
-from distributed_rerank.config.work import WorkConfig
-from distributed_rerank.executors import Executors
-from distributed_rerank.extraction import Block, EmbeddedBlock
-from distributed_rerank.models.extractor import build_extractor
 
 
 @contextmanager
@@ -24,20 +20,10 @@ def connect_when_needed(config: ClusterConfig) -> Iterator[Callable[[], Session]
         yield functools.cache(lambda: stack.enter_context(connect(config)))
 
 
-def executors_on(session: Session | Callable[[], Session]) -> Executors:
-    """Extraction, search and scoring on the workers of `session`, or of the one that the function gives."""
+class RayExecutors:
+    """Embeds, searches and scores on the workers of the session that `session` gives when it is first needed."""
 
-    def connected() -> Session:
-        return session() if callable(session) else session
-
-    def extract(
-        blocks: Sequence[Block], config: ExtractorConfig, work: WorkConfig
-    ) -> Iterator[tuple[int, EmbeddedBlock]]:
-        build_extractor(config)  # a wrong name or wrong weights must not cost a start of Ray
-        return extraction.extract(blocks, config, work, session=connected())
-
-    return Executors(
-        extract=extract,
-        search=lambda *given: retrieval.search(*given, session=connected()),
-        score=lambda *given: scoring.score(*given, session=connected()),
-    )
+    def __init__(self, session: Callable[[], Session]) -> None:
+        self.embed_blocks = partial(extraction.embed_blocks, session)
+        self.search_blocks = partial(retrieval.search_blocks, session)
+        self.score_blocks = partial(scoring.score_blocks, session)

@@ -1,9 +1,9 @@
 """Extraction on Ray Data: on CPUs tasks that decode and embed, on GPUs decoding tasks that feed embedding actors.
 
-A row is a whole block, so that what shares a micro-batch never depends on how Ray Data cuts its own blocks. Pixels
-travel as uint8. Our own operators read the images and not Ray Data's `download`, which swallows the reason of every
-failure. The plan enters from the driver's memory instead of a manifest file: the nodes need no folder in common with
-the driver, and the stage's own store knows which blocks are finished.
+A row is a whole block, so that the images of a micro-batch never depend on how Ray Data cuts its own blocks. Pixels
+travel as uint8. Our own operators read the images, and not Ray Data's `download`, which swallows the reason of every
+failure. The plan comes from the driver's memory and not from a manifest file: nodes and driver need no common folder,
+and the stage's own store knows which blocks are finished.
 """
 
 import dataclasses
@@ -24,7 +24,7 @@ from distributed_rerank.config.work import WorkConfig
 from distributed_rerank.data.begun import ComputedWith
 from distributed_rerank.data.rejects import Reject
 from distributed_rerank.errors import BadInput
-from distributed_rerank.extraction import Block, EmbeddedBlock, Embedder
+from distributed_rerank.extraction import EmbeddedBlock, Embedder, ImageBlock
 from distributed_rerank.models.extractor import build_extractor
 from distributed_rerank.runtime.devices import tensor_of
 
@@ -36,14 +36,15 @@ _EMBED_ROW: dict[tuple[str, WorkConfig], "_EmbedRow"] = {}
 """What a CPU worker process embeds with, by the extractor's object and the settings."""
 
 
-def extract(
-    blocks: Sequence[Block], config: ExtractorConfig, work: WorkConfig, *, session: Session
+def embed_blocks(
+    connect: Callable[[], Session], blocks: Sequence[ImageBlock], config: ExtractorConfig, work: WorkConfig
 ) -> Iterator[tuple[int, EmbeddedBlock]]:
-    """`extraction.extract` on Ray Data, blocks as they complete.
+    """The images of these blocks, embedded on Ray Data, blocks as they complete.
 
     The weights are read once, on the driver. Raises BadInput for GPU workers that leave no CPU for decoding.
     """
-    extractor = build_extractor(config)
+    extractor = build_extractor(config)  # first: a wrong name or wrong weights must not cost a start of Ray
+    session = connect()
     shipped = [ray.put(extractor)]
     decode = functools.partial(decode_row, transform=extractor.transform, threads=work.decode_threads)
     with ray.data.DataContext.current(_data_context()):
@@ -92,8 +93,8 @@ def _on_gpus(
 def pool_sizes(session: Session, n_blocks: int) -> tuple[int, int]:
     """The numbers of embedding actors and of decoding tasks at a time, such that decoding always finds a CPU.
 
-    Ray Data hangs without a word where actors hold every CPU. Never more processes than blocks: they would start for
-    nothing, and Ray Data would warn of them. Raises BadInput where the embedding actors leave no CPU.
+    Ray Data hangs without a word if actors hold every CPU. There are never more processes than blocks: they would start
+    for nothing, and Ray Data would warn of them. Raises BadInput if the embedding actors leave no CPU.
     """
     free = session.num_cpus - session.num_workers * session.cpus_per_worker
     if free < 1:
@@ -105,9 +106,9 @@ def pool_sizes(session: Session, n_blocks: int) -> tuple[int, int]:
 
 
 class _EmbedRow:
-    """An Embedder as Ray Data wants it: one row, a decoded block, in and its embeddings out.
+    """An Embedder as Ray Data wants it: it takes one row, a decoded block, and returns its embeddings.
 
-    Or the message of a BadInput: raised, Ray Data would log its trace and count it as an actor that died.
+    A BadInput is returned as its message: raised, Ray Data would log its trace and count it as an actor that died.
     """
 
     def __init__(self, extractor: list[ray.ObjectRef], work: WorkConfig) -> None:

@@ -1,12 +1,11 @@
-"""Spread calls over a fixed group of Ray actors: bounded in flight, worker death survived, errors raised
-here. Layer 4.
+"""Spread calls over a fixed group of Ray actors: bounded in flight, worker death survived, errors raised here.
 
-Every call must be repeatable: a call whose worker died runs again on its successor. Results therefore carry
-the number of their block, and come in any order.
+Every call must be repeatable: a call whose worker died runs again on its successor. Results come in any order, so each
+has the key of its call with it.
 """
 
-import itertools
-from collections.abc import Callable, Iterable, Iterator
+from collections import deque
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -18,7 +17,7 @@ from distributed_rerank.cluster.session import Session
 from distributed_rerank.errors import BadInput
 from distributed_rerank.runtime import logs
 
-T = TypeVar("T")
+Key = TypeVar("Key")
 
 _RETRIES = 3
 """A call that kills its worker this many times more is an error of the call, not of the machine."""
@@ -27,9 +26,9 @@ _RETRIES = 3
 class _Host:
     """An actor around one object of a plain class.
 
-    The object is made at the first call, so that an error of its constructor reaches the driver like that of any
-    call. What it is made from comes with every call: were it the actor's own arguments, a successor whose arguments
-    were lost with a node could not start, or would wait for them.
+    The object is made at the first call, so that an error of its constructor reaches the driver like that of any call.
+    Class and arguments are sent with every call: as actor arguments they could be lost with their node, and Ray could
+    not restart the actor.
     """
 
     def __init__(self) -> None:
@@ -45,27 +44,21 @@ class _Host:
 
 
 @dataclass(frozen=True)
-class Worker:
-    """An actor that `start_workers` made."""
+class Workers:
+    """Actors around objects of one class."""
 
-    actor: Any
-    """Ray's handle; its own types do not know the methods."""
+    actors: list[Any]
+    """Ray's handles; its own types do not know the methods."""
     made_from: list[ray.ObjectRef]
-    """The class of the actor's object and its arguments; in a list, or Ray would fetch them for every call."""
-
-    def call(self, method: str, *arguments: Any, num_returns: int = 1) -> Any:
-        """The reference of what the method of the actor's object will return, or `num_returns` of them. References
-        among `arguments` arrive as their values."""
-        return self.actor.call.options(num_returns=num_returns).remote(self.made_from, method, *arguments)
+    """The class of the objects and its arguments; in a list, or Ray would fetch them for every call."""
 
 
 @contextmanager
-def start_workers(session: Session, worker_class: type, *arguments: Any) -> Iterator[list[Worker]]:
-    """`session.num_workers` actors of a plain class, each made with `arguments`; killed when the block is
-    left.
+def start_workers(session: Session, worker_class: type, *arguments: Any) -> Iterator[Workers]:
+    """`session.num_workers` actors of a plain class, each made with `arguments`; killed when the block is left.
 
-    Object references among `arguments` are fetched by the worker; the caller keeps them alive as long as the
-    workers, because a restarted one fetches them again.
+    Object references among `arguments` are fetched by the worker; the caller keeps them alive as long as the workers,
+    because a restarted one fetches them again.
     """
     options: dict[str, Any] = {
         "num_cpus": session.cpus_per_worker,
@@ -74,51 +67,57 @@ def start_workers(session: Session, worker_class: type, *arguments: Any) -> Iter
         "max_task_retries": _RETRIES,
     }
     host: Any = ray.remote(**options)(_Host)
-    made_from = [ray.put((worker_class, arguments))]
-    workers = [Worker(host.remote(), made_from) for _ in range(session.num_workers)]
+    workers = Workers([host.remote() for _ in range(session.num_workers)], [ray.put((worker_class, arguments))])
     try:
         yield workers
     finally:
-        for worker in workers:
-            ray.kill(worker.actor)
+        for actor in workers.actors:
+            ray.kill(actor)
 
 
 def fan_out(
-    workers: list[Worker],
-    submit: Callable[[Worker, T], ray.ObjectRef],
-    tasks: Iterable[tuple[int, T]],
+    workers: Workers,
+    method: str,
+    calls: Iterable[tuple[Key, tuple[Any, ...]]],
     *,
+    leaves_first: bool = False,
     in_flight: int = 2,
-) -> Iterator[tuple[int, Any]]:
-    """Results of numbered `tasks` as they complete, as (number, value of the reference that `submit`
-    returned).
+) -> Iterator[tuple[Key, Any]]:
+    """Results of the workers' `method` for each of the calls (key, arguments), as they complete, as (key, result).
 
-    At most `in_flight` calls wait at a worker: one is computed while the next one's arguments arrive. A
-    BadInput raised in a worker is raised here as BadInput; any other error of a call as Ray's RayTaskError.
+    Object references among the arguments arrive as their values. With `leaves_first` the method returns two values, of
+    which the first stays where it was computed; its reference comes in its place. At most `in_flight` calls wait at a
+    worker: one is computed while the next one's arguments arrive. A BadInput raised in a worker is raised here as
+    BadInput; any other error of a call as Ray's RayTaskError.
     """
-    todo = iter(tasks)
-    pending: dict[ray.ObjectRef, tuple[int, Worker]] = {}
-
-    def give(worker: Worker) -> None:
-        for number, task in itertools.islice(todo, 1):
-            pending[submit(worker, task)] = (number, worker)
-
-    for _ in range(in_flight):
-        for worker in workers:
-            give(worker)
-    while pending:
+    todo = iter(calls)
+    idle = deque(workers.actors * in_flight)
+    pending: dict[ray.ObjectRef, tuple[Key, Any, list[ray.ObjectRef]]] = {}
+    finished: tuple[Key, list[ray.ObjectRef]] | None = None
+    while True:
+        # Before a result is handed over, its worker gets the next call.
+        while idle and (call := next(todo, None)) is not None:
+            actor, (key, arguments) = idle.popleft(), call
+            remote = actor.call.options(num_returns=2) if leaves_first else actor.call
+            returned = remote.remote(workers.made_from, method, *arguments)
+            *left, result = returned if leaves_first else [returned]
+            pending[result] = key, actor, left
+        if finished is not None:
+            key, references = finished
+            with _bad_input_raised():
+                value = ray.get(references[-1])
+            yield key, (*references[:-1], value) if leaves_first else value
+        if not pending:
+            return
         ready, _ = ray.wait(list(pending), num_returns=1)
-        number, worker = pending.pop(ready[0])
-        give(worker)
-        with _bad_input_raised():
-            result = ray.get(ready[0])
-        yield number, result
+        key, actor, left = pending.pop(ready[0])
+        idle.append(actor)
+        finished = key, [*left, ready[0]]
 
 
 @contextmanager
 def _bad_input_raised() -> Iterator[None]:
-    """A BadInput that a worker raised arrives as it was, one line, instead of inside Ray's error with its
-    trace."""
+    """A BadInput of a worker arrives as it was raised, one line, instead of inside Ray's error with its trace."""
     try:
         yield
     except RayTaskError as error:

@@ -9,10 +9,10 @@ import pandas as pd
 import pyarrow as pa
 
 from distributed_rerank.data import locations, manifests, tables
-from distributed_rerank.data.candidates import CandidateLists
 from distributed_rerank.data.catalogue import Catalogue
 from distributed_rerank.data.gathering import gather_lists
 from distributed_rerank.errors import BadInput
+from distributed_rerank.tensors.candidate_lists import CandidateLists
 
 ROWS_PER_BATCH = 1 << 20
 _HEAD = 1 << 16

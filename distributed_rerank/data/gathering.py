@@ -14,10 +14,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from jaxtyping import Float32, Float64, Int32
 
-from distributed_rerank.data.candidates import CandidateLists
 from distributed_rerank.data.catalogue import Catalogue
 from distributed_rerank.errors import BadInput
 from distributed_rerank.tensors import sharding
+from distributed_rerank.tensors.candidate_lists import CandidateLists
 
 QUERIES_PER_BLOCK = 1 << 14
 _IDS = ("query_id", "gallery_id")
@@ -137,7 +137,7 @@ class _Gathering:
             block = slice(start, stop)
             self._lay_out(queries[block], counts[queries[block]], items[block], distances[block])
             self._chunks = [chunk for chunk in self._chunks if chunk.queries[-1] > queries[stop - 1]]
-        return CandidateLists(queries.astype(np.int64), items, distances)
+        return CandidateLists.from_arrays(queries.astype(np.int64), items, distances)
 
     def _lay_out(self, queries: np.ndarray, counts: np.ndarray, items: np.ndarray, distances: np.ndarray) -> None:
         """Write the lists of a block of queries, `counts` long, into `items` and `distances` [query, longest list]."""

@@ -19,19 +19,17 @@ from torch import Tensor
 from distributed_rerank import retrieval
 from distributed_rerank.chain.chain import AlphaQEStep, Chain, KReciprocalStep, PairwiseStep
 from distributed_rerank.config.work import WorkConfig
-from distributed_rerank.data.candidates import CandidateLists
 from distributed_rerank.evaluation.measure import COMPARED, LabelledQueries, Ranked, measure_ranking
 from distributed_rerank.executors import Executors
 from distributed_rerank.models.maxsim import maxsim_of
 from distributed_rerank.models.pairwise import PairwiseModel
 from distributed_rerank.models.token_siamese import TokenSiamese
 from distributed_rerank.reranking import run as ranking_run
-from distributed_rerank.reranking.lists import neighbours, only_gallery, rows_of
-from distributed_rerank.reranking.run import Scored
+from distributed_rerank.reranking.lists import only_gallery
 from distributed_rerank.retrieval import SearchSide
-from distributed_rerank.scoring.stage import score_candidates
+from distributed_rerank.scoring.stage import ScoredLists, score_candidates
 from distributed_rerank.tensors import metrics, sharding, statistics
-from distributed_rerank.tensors.knn import Neighbours, Ranking
+from distributed_rerank.tensors.candidate_lists import CandidateLists, Ranking, concatenate
 from distributed_rerank.tensors.metrics import PerQuery
 from distributed_rerank.tensors.query_expansion import expand_embeddings
 
@@ -135,7 +133,7 @@ class Sources:
     work: WorkConfig
     model: PairwiseModel | None
     folder: Path
-    executors: Executors
+    executors: Executors | None
     all_lists: CandidateLists | None = None
     """The first stage's lists of all items, once they have been asked for."""
 
@@ -158,12 +156,12 @@ class Sources:
         n_images = len(torch.unique(torch.cat([before.items[:, : self.top_n].flatten(), ranked.query_items])))
         if n_images > MAX_ENCODED:
             raise Skipped(f"encodes every image a second time, which is done for up to {MAX_ENCODED:,}")
-        lists = CandidateLists(ranked.query_items.numpy(), before.items.numpy(), before.distances.numpy())
         work = replace(self.work, max_rejects=1.0)
         scored = score_candidates(
-            catalogue, lists, maxsim_of(self.model), self.top_n, self.folder / "maxsim_pairs", work=work
+            catalogue, before, maxsim_of(self.model), self.top_n, self.folder / "maxsim_pairs", work=work
         )
-        return ranking_run.by_logits(PairwiseStep(self.top_n, "replace"), before, torch.from_numpy(scored.logits))
+        assert scored.logits is not None, "pairs were scored"
+        return ranking_run.by_logits(PairwiseStep(self.top_n, "replace"), before, scored.logits)
 
     def k_reciprocal(self, is_pairwise: bool) -> Ranking:
         """k-reciprocal re-ranking of the lists of all items."""
@@ -172,11 +170,11 @@ class Sources:
             raise Skipped(f"lists of {lists.items.shape[1]} items are shorter than k1={K_RECIPROCAL.k1}")
         ranked = self.ranked
         by_depth = ranking_run.rankings(
-            Chain((K_RECIPROCAL,)), Scored(lists, None, []), ranked.catalogue, None, ranked.query_items
+            Chain((K_RECIPROCAL,)), ScoredLists(lists), ranked.catalogue, None, ranked.query_items
         )
         return next(iter(by_depth.values()))
 
-    def expand(self, is_pairwise: bool, of_queries: bool, of_gallery: bool) -> Neighbours:
+    def expand(self, is_pairwise: bool, of_queries: bool, of_gallery: bool) -> CandidateLists:
         """A new search in which each query, each gallery item, or both have their neighbours' embeddings added."""
         ranked, embeddings = self.ranked, self.ranked.first.embeddings
         if embeddings is None:
@@ -191,7 +189,7 @@ class Sources:
             ranking = self.pairwise() if is_pairwise else ranked.before
             queries = _expanded(matrix, ranked.query_items, ranking[torch.arange(len(ranked.query_items))])
         if of_gallery:
-            lists = rows_of(self._lists_of_all(is_pairwise), gallery_items)
+            lists = self._lists_of_all(is_pairwise).of_queries(gallery_items)
             gallery = _expanded(matrix, gallery_items, only_gallery(lists, ranked.catalogue))
         sequences = catalogue.sequences
         return self._search(
@@ -199,15 +197,15 @@ class Sources:
             SearchSide(gallery.numpy(), ranked.catalogue.gallery_items, sequences[ranked.catalogue.gallery_items]),
         )
 
-    def _search(self, queries: SearchSide, gallery: SearchSide) -> Neighbours:
+    def _search(self, queries: SearchSide, gallery: SearchSide) -> CandidateLists:
         """The nearest gallery items. The search is exact: it gives the same bits here and on workers of this kind."""
         n_products = len(queries.items) * len(gallery.items) * queries.embeddings.shape[1]
-        search = retrieval.search if n_products <= SMALL_SEARCH else self.executors.search
+        executors = None if n_products <= SMALL_SEARCH else self.executors
+        search = retrieval.search_blocks if executors is None else executors.search_blocks
         blocks = list(enumerate(sharding.blocks(len(queries.items), self.work.queries_per_search_block)))
         by_block = dict(search(blocks, queries, gallery, self.n_items, self.work))
         assert len(by_block) == len(blocks), "a block of queries never came back"
-        parts = [neighbours(by_block[number].lists) for number in sorted(by_block)]
-        return Neighbours(torch.cat([part.items for part in parts]), torch.cat([part.distances for part in parts]))
+        return concatenate([by_block[number].lists for number in sorted(by_block)])
 
     def _lists_of_all(self, is_pairwise: bool) -> CandidateLists:
         """The lists of all items, by the first stage or after the pairwise step."""
@@ -224,12 +222,15 @@ class Sources:
         ranked = self.ranked
         if ranked.first.embeddings is None:
             raise Skipped("needs the lists of gallery items; give --embeddings or --extractor")
-        folder, search = self.folder / "all_candidates", self.executors.search
-        lists = ranking_run.lists_for(Chain((K_RECIPROCAL,)), ranked.first, self.n_items, self.work, folder, search)
-        return ranking_run.without_rejected(Scored(lists, None, ranked.scored.rejects), ranked.first.catalogue).lists
+        folder, chain = self.folder / "all_candidates", Chain((K_RECIPROCAL,))
+        lists = ranking_run.lists_for(chain, ranked.first, self.n_items, self.work, folder, self.executors)
+        readable = ranking_run.without_rejected(
+            ScoredLists(lists, rejects=ranked.scored.rejects), ranked.first.catalogue
+        )
+        return readable.lists
 
 
-def _expanded(matrix: Tensor, items: Int64[Tensor, " item"], lists: Neighbours) -> Tensor:
+def _expanded(matrix: Tensor, items: Int64[Tensor, " item"], lists: CandidateLists) -> Tensor:
     """The embeddings of these items with those of their first listed items added."""
     n_neighbours = min(EXPANSION.k, lists.items.shape[1])
     return expand_embeddings(matrix[items], matrix, lists.items, n_neighbours=n_neighbours, alpha=EXPANSION.alpha)

@@ -19,9 +19,9 @@ from distributed_rerank.data import artifacts
 from distributed_rerank.evaluation import adaptive, baselines
 from distributed_rerank.evaluation.measure import Evaluation, LabelledQueries, Ranked, count_relevant, measure_ranking
 from distributed_rerank.models.pairwise import PairwiseModel
-from distributed_rerank.reranking.run import Scored
+from distributed_rerank.scoring.stage import ScoredLists
+from distributed_rerank.tensors.candidate_lists import Ranking
 from distributed_rerank.tensors.candidate_mining import are_negative
-from distributed_rerank.tensors.knn import Ranking
 
 SHOWN_TOP_N = 50
 """Candidates whose distances are counted where nothing was re-ranked."""
@@ -95,7 +95,7 @@ def _add_adaptive(
     diagnostics.columns |= columns
 
 
-def total_cost(scored: Scored, model: PairwiseModel | None) -> dict[str, Any]:
+def total_cost(scored: ScoredLists, model: PairwiseModel | None) -> dict[str, Any]:
     """Counts of the whole scoring pass. A continued run did less; the stages' manifests count what it did."""
     if model is None or scored.logits is None:
         return {"pairs": 0, "unique_images": 0}
@@ -109,21 +109,23 @@ def total_cost(scored: Scored, model: PairwiseModel | None) -> dict[str, Any]:
     }
 
 
-def cost_by_top_n(scored: Scored, cost: Mapping[str, Any], top_ns: list[int], n_items: int) -> list[dict[str, Any]]:
+def cost_by_top_n(
+    scored: ScoredLists, cost: Mapping[str, Any], top_ns: list[int], n_items: int
+) -> list[dict[str, Any]]:
     """Pairs, images, GFLOP and bytes of encodings for each of the ascending `top_ns`; [] where nothing was scored.
 
     Images without a pair cost nothing. One pass over the lists, a slice of columns at a time.
     """
     if scored.logits is None:
         return []
-    is_used = np.zeros(n_items, bool)
+    is_used = torch.zeros(n_items, dtype=torch.bool)
     n_pairs, start, costs = 0, 0, []
     for top_n in top_ns:
         # the candidates that this top_n adds to the one before
-        is_pair = np.isfinite(scored.logits[:, start:top_n])
+        is_pair = scored.logits[:, start:top_n].isfinite()
         n_pairs += int(is_pair.sum())
         is_used[scored.lists.items[:, start : start + is_pair.shape[1]][is_pair]] = True
-        is_used[scored.lists.query_items[is_pair.any(axis=1)]] = True
+        is_used[scored.lists.query_items[is_pair.any(dim=1)]] = True
         n_images = int(is_used.sum())
         gflop = round(cost["gflop_per_pair"] * n_pairs, 6)
         costs.append(
@@ -246,7 +248,7 @@ def _nearest_of_another_label(
     parts = [(none, none, none.float(), none)]
     for block in torch.arange(len(query_items)).split(_BLOCK_ROWS):
         lists, own = ranking[block], query_items[block]
-        is_other = are_negative(lists, own, labels) & lists.distances.isfinite()
+        is_other = are_negative(lists, labels) & lists.distances.isfinite()
         if not is_other.shape[1]:
             continue
         # rows that have such a candidate, and the first True of each

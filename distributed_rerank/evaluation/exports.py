@@ -7,9 +7,10 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import torch
 
 from distributed_rerank.data import artifacts, tables
-from distributed_rerank.data.candidates import CandidateLists, candidates_table
+from distributed_rerank.data.candidates import candidates_table
 from distributed_rerank.data.catalogue import Catalogue
 from distributed_rerank.data.exports import write_qrels, write_trec_run
 from distributed_rerank.errors import BadInput
@@ -81,10 +82,10 @@ def _first_stage(folder: Path, candidates: Path | None) -> Path:
 def _batches(path: Path, rejected: Set[str], catalogue: Catalogue, queries: Sequence[str]) -> Iterator[pa.Table]:
     """The measured lists at `path` as candidates tables of some queries each, by query id and rank."""
     lists = external_candidates(catalogue, path, rejected)
-    wanted = np.flatnonzero(np.isin(lists.query_items, catalogue.items_of(queries)))
-    for start, stop in sharding.blocks(len(wanted), QUERIES_PER_BATCH):
-        rows = wanted[start:stop]
-        yield candidates_table(CandidateLists(*(array[rows] for array in lists)), catalogue.ids)
+    wanted = torch.from_numpy(catalogue.items_of(queries))
+    rows = torch.isin(lists.query_items, wanted).nonzero()[:, 0]
+    for start, stop in sharding.blocks(len(rows), QUERIES_PER_BATCH):
+        yield candidates_table(lists[rows[start:stop]], catalogue.ids)
 
 
 def export_markdown(folder: Path, path: Path) -> None:

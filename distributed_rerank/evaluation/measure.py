@@ -15,15 +15,14 @@ from jaxtyping import Bool, Int64
 from torch import Tensor
 
 from distributed_rerank.chain.chain import Chain
-from distributed_rerank.data.candidates import CandidateLists
 from distributed_rerank.data.catalogue import Catalogue
 from distributed_rerank.errors import BadInput
 from distributed_rerank.reranking import run as ranking_run
 from distributed_rerank.reranking.first_stage import FirstStage
-from distributed_rerank.reranking.lists import LazyRanking, neighbours, only_gallery, ranking_of
-from distributed_rerank.reranking.run import Scored
+from distributed_rerank.reranking.lists import LazyRanking, only_gallery
+from distributed_rerank.scoring.stage import ScoredLists
 from distributed_rerank.tensors import metrics, oml_metrics, statistics
-from distributed_rerank.tensors.knn import Ranking
+from distributed_rerank.tensors.candidate_lists import CandidateLists, Ranking
 from distributed_rerank.tensors.metrics import PerQuery
 
 Key = TypeVar("Key")
@@ -38,7 +37,7 @@ class Ranked:
     """The queries with their rankings before and after; images that could not be read are in none of them."""
 
     first: FirstStage
-    scored: Scored
+    scored: ScoredLists
     chain: Chain
     catalogue: Catalogue
     """The first stage's, but images that could not be read for scoring are neither query nor gallery."""
@@ -75,21 +74,19 @@ class Ranked:
         """All scored lists after the pairwise step alone."""
         assert self.chain.pairwise is not None, "the chain has a pairwise step"
         assert self.scored.logits is not None, "its pairs are scored"
-        logits = torch.from_numpy(self.scored.logits)
-        lists = ranking_run.by_logits(self.chain.pairwise, neighbours(self.scored.lists), logits)
-        return CandidateLists(self.scored.lists.query_items, lists.items.numpy(), lists.distances.numpy())
+        return ranking_run.by_logits(self.chain.pairwise, self.scored.lists, self.scored.logits)
 
 
-def rank(first: FirstStage, scored: Scored, chain: Chain, has_model: bool) -> Ranked:
+def rank(first: FirstStage, scored: ScoredLists, chain: Chain, has_model: bool) -> Ranked:
     """The rankings of all readable queries by the first stage and by the chain, for each top_n of the curve.
 
     A chain without steps that came with a model has a ranking too: the first stage's.
     """
     catalogue = first.catalogue
-    readable = ranking_run.without_rejected(Scored(first.lists, None, scored.rejects), catalogue)
+    readable = ranking_run.without_rejected(ScoredLists(first.lists, rejects=scored.rejects), catalogue)
     rejected = catalogue.items_of([reject.id for reject in scored.rejects])
     query_items = torch.from_numpy(np.setdiff1d(catalogue.query_items, rejected))
-    before = ranking_of(readable.lists, query_items)
+    before = LazyRanking(query_items, readable.lists.of_queries)
     after: dict[int, Ranking] = {}
     if chain.steps or has_model:
         after = ranking_run.rankings(chain, scored, catalogue, first.embeddings, query_items)

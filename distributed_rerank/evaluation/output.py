@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from distributed_rerank.data import artifacts, tables
-from distributed_rerank.data.candidates import CandidateLists, candidates_table
+from distributed_rerank.data.candidates import candidates_table
 from distributed_rerank.data.catalogue import Catalogue, ImageRef
 from distributed_rerank.report.page import build_report
 from distributed_rerank.report.query_examples import SHOWN_CANDIDATES, Candidate, Strip, choose_queries
-from distributed_rerank.tensors.knn import Ranking
+from distributed_rerank.tensors.candidate_lists import Ranking
 
 QUERIES_PER_BATCH = 1 << 12
 
@@ -60,10 +60,7 @@ def write(
 def _batches(result: Result, ranking: Ranking) -> Iterator[pa.Table]:
     """The lists of all queries as candidates tables of some queries each."""
     for rows in torch.arange(len(result.query_items)).split(QUERIES_PER_BATCH):
-        lists, items = ranking[rows], result.query_items[rows].numpy()
-        yield candidates_table(
-            CandidateLists(items, lists.items.numpy(), lists.distances.numpy()), result.catalogue.ids
-        )
+        yield candidates_table(ranking[rows], result.catalogue.ids)
 
 
 def _suspect_images(result: Result) -> list[tuple[ImageRef, ImageRef]]:

@@ -14,7 +14,6 @@ from distributed_rerank.chain.chain import Chain, kind_of
 from distributed_rerank.config.evaluation import FirstStageConfig, MeasureConfig
 from distributed_rerank.config.work import WorkConfig
 from distributed_rerank.data import artifacts
-from distributed_rerank.data.candidates import CandidateLists
 from distributed_rerank.data.catalogue import Catalogue
 from distributed_rerank.data.rejects import all_rejects
 from distributed_rerank.errors import BadInput
@@ -26,14 +25,7 @@ from distributed_rerank.evaluation.output import Result
 from distributed_rerank.executors import Executors
 from distributed_rerank.models.pairwise import PairwiseModel
 from distributed_rerank.reranking import run as ranking_run
-from distributed_rerank.reranking.first_stage import (
-    FirstStage,
-    check_depth,
-    first_stage,
-    first_stage_settings,
-    input_digests,
-)
-from distributed_rerank.reranking.run import Scored
+from distributed_rerank.reranking.first_stage import check_depth, first_stage, first_stage_settings, input_digests
 from distributed_rerank.runtime.progress import timed
 
 logger = logging.getLogger(__name__)
@@ -58,7 +50,7 @@ def evaluate(
     fit together.
     """
     chain, measure = chain or Chain(), measure or MeasureConfig()
-    work, executors = work or WorkConfig(), executors or Executors()
+    work = work or WorkConfig()
     for role, items in (("is_query", catalogue.query_items), ("is_gallery", catalogue.gallery_items)):
         if not len(items):
             raise BadInput(f"{catalogue.source}: no row of this split has {role}; set it or choose another --split")
@@ -70,7 +62,8 @@ def evaluate(
     timings: dict[str, float] = {}
     with artifacts.stage(out, fingerprint, overwrite) as staging:
         first = first_stage(catalogue, config, work, staging.path, executors, timings)
-        scored = _score(first, config.n_items, work, model, chain, staging.path, executors, timings)
+        with timed(timings, "score"):
+            scored = ranking_run.score_first_stage(first, chain, model, config.n_items, work, staging.path, executors)
         with timed(timings, "measure"):
             ranked = rank(first, scored, chain, model is not None)
             sources = Sources(ranked, config.n_items, work, model, staging.path, executors)
@@ -100,42 +93,6 @@ def _fingerprint(
         model=None if model is None else model.identity(),
         chain=[{"step": kind_of(step), **asdict(step)} for step in chain.steps],
     )
-
-
-def _score(
-    first: FirstStage,
-    n_items: int,
-    work: WorkConfig,
-    model: PairwiseModel | None,
-    chain: Chain,
-    folder: Path,
-    executors: Executors,
-    timings: dict[str, float],
-) -> Scored:
-    """The lists that the chain re-orders, with their logits."""
-    with timed(timings, "score"):
-        lists = ranking_run.lists_for(chain, first, n_items, work, folder / "all_candidates", executors.search)
-        if model is None or chain.pairwise is None:
-            return Scored(lists, None, [])
-        _log_cost(model, lists, chain.pairwise.top_n)
-        return ranking_run.score_lists(
-            lists,
-            first.catalogue,
-            model,
-            chain,
-            work,
-            folder / "pair_distances",
-            executors.score,
-        )
-
-
-def _log_cost(model: PairwiseModel, lists: CandidateLists, top_n: int) -> None:
-    n_pairs = int((lists.items[:, :top_n] >= 0).sum())
-    gflop = model.gflop_per_pair()
-    logger.info(
-        "%d pairs, %.4g GFLOP each, %.4g TFLOP in all; %d bytes an image", n_pairs, gflop, n_pairs * gflop / 1000,
-        model.bytes_per_image,
-    )  # fmt: skip
 
 
 def _measure(sources: Sources, config: MeasureConfig) -> tuple[Result, dict[str, Any]]:

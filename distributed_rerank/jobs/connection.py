@@ -10,16 +10,17 @@ from distributed_rerank.training.task import Fit
 
 
 @contextmanager
-def executors_for(cluster: ClusterConfig, retry: RetryConfig | None = None) -> Iterator[tuple[Executors, Fit]]:
-    """What computes embeddings, lists and logits, and what trains. Ray is started or joined at the first use.
+def executors_for(cluster: ClusterConfig, retry: RetryConfig | None = None) -> Iterator[tuple[Executors | None, Fit]]:
+    """Who computes embeddings, lists and logits (None = this process), and the function that trains.
 
-    Wrong input is so found before Ray starts, and a run with nothing left to do starts none.
+    Ray is started or joined at the first use: wrong input is found before, and a run with nothing left to do starts
+    none.
     """
     if cluster.num_workers == 0:
-        yield Executors(), fit
+        yield None, fit
         return
-    from distributed_rerank.cluster.executors import connect_when_needed, executors_on
+    from distributed_rerank.cluster.executors import RayExecutors, connect_when_needed
     from distributed_rerank.cluster.training import fit_on
 
     with connect_when_needed(cluster) as session:
-        yield executors_on(session), fit_on(session, retry or RetryConfig())
+        yield RayExecutors(session), fit_on(session, retry or RetryConfig())

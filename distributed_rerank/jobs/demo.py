@@ -39,7 +39,7 @@ def main(job: DemoJob) -> None:
     with executors_for(job.cluster) as (executors, fit):
         logger.info("3/4 embedding all photos on Ray Data, training the pairwise model on Ray Train")
         embeddings, model_folder = out / "embeddings", out / "model"
-        extraction.embed(catalogue, extractor, embeddings, extract=executors.extract)
+        extraction.embed(catalogue, extractor, embeddings, executors=executors)
         train(
             catalogue,
             TokenSiameseConfig(extractor=extractor),

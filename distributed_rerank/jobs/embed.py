@@ -14,6 +14,6 @@ def main(job: EmbedJob, catalogue: Catalogue) -> None:
     """Embed the catalogue's images into the folder --out."""
     with executors_for(job.cluster) as (executors, _):
         embeddings = extraction.embed(
-            catalogue, job.extractor, job.out, work=job.work, extract=executors.extract, overwrite=job.overwrite
+            catalogue, job.extractor, job.out, work=job.work, executors=executors, overwrite=job.overwrite
         )
     logger.info("%d embeddings, %d rejects: %s", len(embeddings.ids), len(embeddings.rejects), job.out)

@@ -1,16 +1,17 @@
-"""First-stage lists that another system made, cleaned of what no search returns. Layer 3."""
+"""First-stage lists that another system made, without candidates that no search of ours would return."""
 
 import logging
 from collections.abc import Set
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from distributed_rerank.data.candidate_files import read_candidates
-from distributed_rerank.data.candidates import CandidateLists
 from distributed_rerank.data.catalogue import Catalogue
 from distributed_rerank.errors import BadInput
 from distributed_rerank.tensors import sharding
+from distributed_rerank.tensors.candidate_lists import CandidateLists
 
 logger = logging.getLogger(__name__)
 
@@ -18,20 +19,20 @@ QUERIES_PER_BLOCK = 1 << 14
 
 
 def external_candidates(catalogue: Catalogue, path: Path, rejected: Set[str]) -> CandidateLists:
-    """The lists in the file or folder `path`, without rejects, the query itself, its sequence, and what is no gallery
-    item; what stood behind these moves up.
+    """The lists in the file or folder `path`, without rejects and without what `drop_unusable` removes.
 
     Raises BadInput for a query that is not marked as one, for lists of rejects only, and as `read_candidates` does.
     """
     lists = read_candidates(path, catalogue, ignored=rejected)
-    is_query = np.isin(lists.query_items, catalogue.query_items)
+    query_items = lists.query_items.numpy()
+    is_query = np.isin(query_items, catalogue.query_items)
     if not is_query.all():
-        name = catalogue.ids[lists.query_items[~is_query][0]]
+        name = catalogue.ids[query_items[~is_query][0]]
         raise BadInput(
             f"{path}: {(~is_query).sum()} queries are not marked is_query in the catalogue, first {name!r}; "
             "mark them or remove their rows"
         )
-    if not len(lists.query_items):
+    if not len(lists):
         raise BadInput(f"{path}: no list of a readable query is left; give lists with at least one row")
     n_gone = drop_unusable(lists, catalogue)
     if n_gone:
@@ -42,20 +43,22 @@ def external_candidates(catalogue: Catalogue, path: Path, rejected: Set[str]) ->
 
 
 def drop_unusable(lists: CandidateLists, catalogue: Catalogue) -> int:
-    """Remove from the lists, in place, each query itself, its sequence and what is no gallery item; their number."""
-    is_gallery = np.zeros(len(catalogue), bool)
-    is_gallery[catalogue.gallery_items] = True
-    sequences, n_gone = catalogue.sequences, 0
-    for start, stop in sharding.blocks(len(lists.query_items), QUERIES_PER_BLOCK):
-        queries, items, distances = (array[start:stop] for array in lists)
-        own = sequences[queries][:, None]
-        same = (items == queries[:, None]) | ((own >= 0) & (sequences[items] == own))
-        gone = (items >= 0) & (same | ~is_gallery[items])
-        if not gone.any():
-            continue
-        n_gone += int(gone.sum())
-        is_empty = gone | (items < 0)
-        order = np.argsort(is_empty, axis=1, kind="stable")
-        items[:] = np.take_along_axis(np.where(is_empty, -1, items), order, axis=1)
-        distances[:] = np.take_along_axis(np.where(is_empty, np.float32(np.inf), distances), order, axis=1)
+    """Remove each query itself, its sequence and what is no gallery item from the lists, in place; their number.
+
+    Candidates behind a removed one move up.
+    """
+    is_gallery = torch.zeros(len(catalogue), dtype=torch.bool)
+    is_gallery[torch.from_numpy(catalogue.gallery_items)] = True
+    sequences, n_gone = torch.from_numpy(catalogue.sequences), 0
+    for start, stop in sharding.blocks(len(lists), QUERIES_PER_BLOCK):
+        part = lists[start:stop]
+        # [query, k]: an item -1 takes the last entry of either table; `is_there` leaves it out again.
+        own, is_there = sequences[part.query_items][:, None], part.items >= 0
+        is_same = (part.items == part.query_items[:, None]) | ((own >= 0) & (sequences[part.items] == own))
+        is_gone = is_there & (is_same | ~is_gallery[part.items])
+        if bool(is_gone.any()):
+            n_gone += int(is_gone.sum())
+            left, _ = part.without(is_gone)
+            part.items.copy_(left.items)
+            part.distances.copy_(left.distances)
     return n_gone

@@ -9,10 +9,8 @@ import numpy as np
 from distributed_rerank import extraction, retrieval
 from distributed_rerank.chain.chain import Chain
 from distributed_rerank.config.evaluation import FirstStageConfig
-from distributed_rerank.config.extractor import ExtractorConfig
 from distributed_rerank.config.work import WorkConfig
 from distributed_rerank.data import artifacts
-from distributed_rerank.data.candidates import CandidateLists
 from distributed_rerank.data.catalogue import Catalogue
 from distributed_rerank.data.embeddings import Embeddings, read_embeddings
 from distributed_rerank.data.rejects import Reject, check_rejects
@@ -20,6 +18,7 @@ from distributed_rerank.errors import BadInput
 from distributed_rerank.executors import Executors
 from distributed_rerank.reranking.external_candidates import external_candidates
 from distributed_rerank.runtime.progress import timed
+from distributed_rerank.tensors.candidate_lists import CandidateLists
 
 
 @dataclass(frozen=True)
@@ -37,61 +36,59 @@ def first_stage(
     config: FirstStageConfig,
     work: WorkConfig,
     folder: Path,
-    executors: Executors,
+    executors: Executors | None,
     timings: dict[str, float],
 ) -> FirstStage:
     """The readable part of the catalogue and the candidate lists of its queries."""
-    readable, embeddings = catalogue, None
+    embeddings = None
     with timed(timings, "embed"):
         if config.embeddings is not None:
-            readable, embeddings = read_for(catalogue, config.embeddings, work.max_rejects)
+            embeddings = read_for(catalogue, config.embeddings, work.max_rejects)
         elif config.extractor.name is not None:
-            readable, embeddings = embed_readable(
-                catalogue, config.extractor, work, folder / "embeddings", executors.extract
+            embeddings = extraction.embed(
+                catalogue, config.extractor, folder / "embeddings", work=work, executors=executors
             )
-    own = set(catalogue.ids)
-    rejects = [] if embeddings is None else [reject for reject in embeddings.rejects if reject.id in own]
+    readable, rejects = catalogue, []
+    if embeddings is not None:
+        readable = catalogue.take(np.flatnonzero(embeddings.rows_of(catalogue.ids) >= 0))
+        rejects = _rejects_in(catalogue, embeddings)
     with timed(timings, "retrieve"):
         if config.candidates is not None:
             lists = external_candidates(readable, config.candidates, {reject.id for reject in rejects})
         else:
             assert embeddings is not None, "a search needs embeddings"
             lists = retrieval.retrieve(
-                readable, embeddings, config.n_items, folder / "candidates", work=work, search=executors.search
+                readable, embeddings, config.n_items, folder / "candidates", work=work, executors=executors
             )
     return FirstStage(readable, lists, embeddings, rejects)
 
 
-def embed_readable(
-    catalogue: Catalogue, config: ExtractorConfig, work: WorkConfig, out: Path, extract: extraction.Extract
-) -> tuple[Catalogue, Embeddings]:
-    """Embeddings of the catalogue, and the catalogue without the images that cannot be read."""
-    embeddings = extraction.embed(catalogue, config, out, work=work, extract=extract)
-    return catalogue.take(np.flatnonzero(embeddings.rows_of(catalogue.ids) >= 0)), embeddings
+def read_for(catalogue: Catalogue, folder: Path, max_rejects: float) -> Embeddings:
+    """The embeddings in a folder that `embed` wrote.
 
-
-def read_for(catalogue: Catalogue, folder: Path, max_rejects: float) -> tuple[Catalogue, Embeddings]:
-    """Embeddings made earlier, and the catalogue without the images that they list as rejected.
-
-    Raises BadInput for images that have neither an embedding nor a reject row, and for too many rejects.
+    Raises BadInput for images of the catalogue that have neither an embedding nor a reject row, and for too many
+    rejects.
     """
     embeddings = read_embeddings(folder)
-    known = {reject.id for reject in embeddings.rejects}
-    has = embeddings.rows_of(catalogue.ids) >= 0
-    missing = [id for id in catalogue.ids[~has] if id not in known]
+    rejects = _rejects_in(catalogue, embeddings)
+    known = {reject.id for reject in rejects}
+    missing = [id for id in catalogue.ids[embeddings.rows_of(catalogue.ids) < 0] if id not in known]
     if missing:
         raise BadInput(
             f"{len(missing)} of {len(catalogue)} images have no embedding in {folder}, first {missing[0]!r}; "
             "embed this catalogue (jobs/embed.py) or give another --embeddings"
         )
-    own = set(catalogue.ids)
-    rejects = [reject for reject in embeddings.rejects if reject.id in own]
     check_rejects(rejects, len(catalogue), max_rejects, str(folder / "rejects.parquet"))
-    return catalogue.take(np.flatnonzero(has)), embeddings
+    return embeddings
+
+
+def _rejects_in(catalogue: Catalogue, embeddings: Embeddings) -> list[Reject]:
+    own = set(catalogue.ids)
+    return [reject for reject in embeddings.rejects if reject.id in own]
 
 
 def check_depth(config: FirstStageConfig, chain: Chain) -> None:
-    """Raises BadInput where the chain re-ranks more candidates than are searched for; given lists may be shorter."""
+    """Raise BadInput if the chain re-ranks more candidates than are searched for; given lists may be shorter."""
     if config.candidates is None and chain.pairwise is not None and chain.pairwise.top_n > config.n_items:
         raise BadInput(
             f"top_n={chain.pairwise.top_n} exceeds the {config.n_items} retrieved items per query; "

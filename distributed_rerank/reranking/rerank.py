@@ -1,4 +1,4 @@
-"""Candidate lists re-ordered without labels: own lists, or those that any vector database returned. Layer 3."""
+"""Candidate lists re-ordered without labels: own lists, or those that any vector database returned."""
 
 import logging
 from dataclasses import asdict
@@ -15,7 +15,6 @@ from distributed_rerank.chain.probability import probabilities
 from distributed_rerank.config.evaluation import FirstStageConfig
 from distributed_rerank.config.work import WorkConfig
 from distributed_rerank.data import artifacts, tables
-from distributed_rerank.data.candidates import CandidateLists
 from distributed_rerank.data.catalogue import Catalogue
 from distributed_rerank.data.rejects import all_rejects
 from distributed_rerank.executors import Executors
@@ -28,8 +27,8 @@ from distributed_rerank.reranking.first_stage import (
     first_stage_settings,
     input_digests,
 )
-from distributed_rerank.reranking.run import Scored
-from distributed_rerank.tensors.knn import Neighbours
+from distributed_rerank.scoring.stage import ScoredLists
+from distributed_rerank.tensors.candidate_lists import CandidateLists, places_of
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +52,7 @@ def rerank(
     finished `out` is not computed again, a killed run continues. Raises BadInput where the
     inputs do not fit together, naming ids that the catalogue does not have.
     """
-    work, executors = work or WorkConfig(), executors or Executors()
+    work = work or WorkConfig()
     check_depth(config, chain)
     fingerprint = artifacts.make_fingerprint(
         "rerank",
@@ -70,18 +69,7 @@ def rerank(
     with artifacts.stage(out, fingerprint, overwrite) as staging:
         timings: dict[str, float] = {}
         first = first_stage(catalogue, config, work, staging.path, executors, timings)
-        lists = ranking_run.lists_for(
-            chain, first, config.n_items, work, staging.path / "all_candidates", executors.search
-        )
-        scored = ranking_run.score_lists(
-            lists,
-            first.catalogue,
-            model,
-            chain,
-            work,
-            staging.path / "pair_distances",
-            executors.score,
-        )
+        scored = ranking_run.score_first_stage(first, chain, model, config.n_items, work, staging.path, executors)
         table = _reranked_table(first.catalogue, first.lists, scored, chain, first)
         rejects = all_rejects(first.rejects, scored.rejects)
         tables.write_table(
@@ -95,33 +83,27 @@ def rerank(
 
 
 def _reranked_table(
-    catalogue: Catalogue, before: CandidateLists, scored: Scored, chain: Chain, first: FirstStage
+    catalogue: Catalogue, before: CandidateLists, scored: ScoredLists, chain: Chain, first: FirstStage
 ) -> pa.Table:
-    query_items = torch.from_numpy(before.query_items)
+    query_items = before.query_items
     if scored.rejects:
         gone = torch.from_numpy(catalogue.items_of([reject.id for reject in scored.rejects]))
         query_items = query_items[~torch.isin(query_items, gone)]
     ranked = ranking_run.rankings(chain, scored, catalogue, first.embeddings, query_items, curve=())
     after = next(iter(ranked.values()))[torch.arange(len(query_items))]
-    return _rows(catalogue, query_items, after, before, scored, chain)
+    return _rows(catalogue, after, before, scored, chain)
 
 
 def _rows(
-    catalogue: Catalogue,
-    query_items: torch.Tensor,
-    after: Neighbours,
-    before: CandidateLists,
-    scored: Scored,
-    chain: Chain,
+    catalogue: Catalogue, after: CandidateLists, before: CandidateLists, scored: ScoredLists, chain: Chain
 ) -> pa.Table:
-    items, distances = after.items.numpy(), after.distances.numpy()
+    query_items, items, distances = after.arrays()
     row, column = np.nonzero(items >= 0)
-    queries, gallery = query_items.numpy()[row], items[row, column]
-    first_rank, first_distance = _look_up(before.query_items, before.items, before.distances, queries, gallery)
+    queries, gallery = query_items[row], items[row, column]
+    first_rank, first_distance = _look_up(before, before.distances, queries, gallery)
     logit: Any = np.full(len(row), np.nan, np.float32)
     if scored.logits is not None:
-        head = scored.lists.items[:, : scored.logits.shape[1]]
-        _, logit = _look_up(scored.lists.query_items, head, scored.logits, queries, gallery)
+        _, logit = _look_up(scored.lists.first(scored.logits.shape[1]), scored.logits, queries, gallery)
     probability = probabilities(chain, after.distances[row, column])
     no_probability = np.isnan(logit) if chain.pairwise is not None else np.zeros(len(row), bool)
     names = pa.array(catalogue.ids, pa.string())
@@ -142,18 +124,15 @@ def _rows(
 
 
 def _look_up(
-    query_items: np.ndarray, items: np.ndarray, values: np.ndarray, queries: np.ndarray, gallery: np.ndarray
+    lists: CandidateLists, values: torch.Tensor, queries: np.ndarray, gallery: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Rank (from 1; 0 = absent) and value (NaN = absent) of each (query, gallery item) in lists."""
-    row, column = np.nonzero(items >= 0)
-    n = int(max(items.max(initial=0), gallery.max(initial=0))) + 1
-    keys = query_items[row] * n + items[row, column]
-    order = np.argsort(keys)
-    wanted = queries * n + gallery
-    place = np.searchsorted(keys[order], wanted).clip(max=max(len(keys) - 1, 0))
-    if len(keys) == 0:
-        return np.zeros(len(wanted), np.int32), np.full(len(wanted), np.nan, np.float32)
-    at = order[place]
-    is_there = keys[at] == wanted
-    rank = np.where(is_there, column[at] + 1, 0).astype(np.int32)
-    return rank, np.where(is_there, values[row[at], column[at]], np.nan).astype(np.float32)
+    """Rank (from 1; 0 = absent) and value (NaN = absent) of each (query, gallery item) in the lists."""
+    row, column = (lists.items >= 0).nonzero(as_tuple=True)
+    # One number for each pair in the lists, ascending, and for each pair that is looked up.
+    n = int(max(lists.items.max() if len(row) else 0, gallery.max(initial=0))) + 1
+    keys, order = (lists.query_items[row] * n + lists.items[row, column]).sort()
+    places = places_of(keys, torch.from_numpy(queries * n + gallery))
+    # The last rank and value belong to place -1.
+    ranks = torch.cat([column[order] + 1, torch.zeros(1, dtype=torch.int64)])
+    found = torch.cat([values[row, column][order], torch.full((1,), torch.nan)])
+    return ranks[places].numpy().astype(np.int32), found[places].numpy()

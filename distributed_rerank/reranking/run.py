@@ -1,15 +1,13 @@
-"""From a catalogue to its rankings: embed, retrieve, score, apply the chain. Layer 3.
+"""From a catalogue to its rankings: which lists are scored, their logits, and the chain applied to them.
 
 Evaluation and re-ranking of unlabelled lists share this path; they differ in what they do with the rankings.
-Every stage keeps its own resumable folder under `out`, and takes the step that may run on many devices as an
-argument.
 """
 
+import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,32 +16,21 @@ from distributed_rerank.chain import apply as chain_apply
 from distributed_rerank.chain.chain import Chain, PairwiseStep, read_chain
 from distributed_rerank.config.evaluation import RerankerConfig
 from distributed_rerank.config.work import WorkConfig
-from distributed_rerank.data.candidates import CandidateLists
 from distributed_rerank.data.catalogue import Catalogue
 from distributed_rerank.data.embeddings import Embeddings
-from distributed_rerank.data.rejects import Reject
 from distributed_rerank.errors import BadInput
+from distributed_rerank.executors import Executors
 from distributed_rerank.models.pairwise import PairwiseModel
 from distributed_rerank.models.saving import load_model, local_folder
 from distributed_rerank.reranking.first_stage import FirstStage
-from distributed_rerank.reranking.lists import LazyRanking, neighbours, only_gallery, rows_of
-from distributed_rerank.scoring import score as scoring
-from distributed_rerank.scoring import stage as scoring_run
-from distributed_rerank.tensors.knn import Neighbours, Ranking
+from distributed_rerank.reranking.lists import LazyRanking, only_gallery
+from distributed_rerank.scoring.stage import ScoredLists, score_candidates
+from distributed_rerank.tensors.candidate_lists import CandidateLists, Ranking, places_of
+
+logger = logging.getLogger(__name__)
 
 CURVE = (2, 5, 10, 20, 50, 100, 200, 500)
 """Values of top_n that every scoring pass reports, as far as it reaches."""
-
-
-@dataclass(frozen=True)
-class Scored:
-    """Candidate lists with the logits of their first candidates; NaN where a list is shorter."""
-
-    lists: CandidateLists
-    logits: np.ndarray | None
-    rejects: list[Reject]
-    n_pairs: int = 0
-    n_images: int = 0
 
 
 def load_model_and_chain(config: RerankerConfig) -> tuple[PairwiseModel | None, Chain]:
@@ -83,61 +70,66 @@ def is_one_against_rest(catalogue: Catalogue) -> bool:
 
 
 def lists_for(
-    chain: Chain, first: FirstStage, n_items: int, work: WorkConfig, out: Path, search: retrieval.Search
+    chain: Chain, first: FirstStage, n_items: int, work: WorkConfig, out: Path, executors: Executors | None
 ) -> CandidateLists:
-    """The lists that the chain works on: the queries' own, or those of all items where it looks at neighbourhoods."""
+    """The lists that the chain works on: the queries' own, or those of all items if it looks at neighbourhoods."""
     catalogue = first.catalogue
     if not chain.neighbourhood or is_one_against_rest(catalogue):
         return first.lists
     if first.embeddings is None:
         raise BadInput("this chain looks at neighbourhoods and needs embeddings; give --embeddings or --extractor")
     return retrieval.retrieve(
-        catalogue.as_query_and_gallery(), first.embeddings, n_items, out, work=work, search=search
+        catalogue.as_query_and_gallery(), first.embeddings, n_items, out, work=work, executors=executors
     )
 
 
-def score_lists(
-    lists: CandidateLists,
-    catalogue: Catalogue,
-    model: PairwiseModel,
+def score_first_stage(
+    first: FirstStage,
     chain: Chain,
+    model: PairwiseModel | None,
+    n_items: int,
     work: WorkConfig,
-    out: Path,
-    score: scoring.Score,
-) -> Scored:
-    """Logits of the first candidates, if the chain wants any; images that cannot be read leave the lists."""
-    if chain.pairwise is None:
-        return Scored(lists, None, [])
-    result = scoring_run.score_candidates(catalogue, lists, model, chain.pairwise.top_n, out, work=work, score=score)
-    scored = Scored(lists, result.logits, list(result.rejects), result.n_pairs, result.n_images)
-    return without_rejected(scored, catalogue)
+    folder: Path,
+    executors: Executors | None,
+) -> ScoredLists:
+    """The lists that the chain works on, with logits if it wants any; images that cannot be read leave the lists.
+
+    Lists and logits are kept in `folder`.
+    """
+    lists = lists_for(chain, first, n_items, work, folder / "all_candidates", executors)
+    if model is None or chain.pairwise is None:
+        return ScoredLists(lists)
+    top_n, gflop = chain.pairwise.top_n, model.gflop_per_pair()
+    n_pairs = int((lists.first(top_n).items >= 0).sum())
+    logger.info(
+        "%d pairs, %.4g GFLOP each, %.4g TFLOP in all; %d bytes an image", n_pairs, gflop, n_pairs * gflop / 1000,
+        model.bytes_per_image,
+    )  # fmt: skip
+    scored = score_candidates(
+        first.catalogue, lists, model, top_n, folder / "pair_distances", work=work, executors=executors
+    )
+    return without_rejected(scored, first.catalogue)
 
 
-def without_rejected(scored: Scored, catalogue: Catalogue) -> Scored:
-    """The lists without unreadable queries and candidates; what stood behind a candidate moves up by one."""
+def without_rejected(scored: ScoredLists, catalogue: Catalogue) -> ScoredLists:
+    """The lists without unreadable queries and candidates; what stood behind a candidate moves up."""
     if not scored.rejects:
         return scored
-    rejected = catalogue.items_of([reject.id for reject in scored.rejects])
-    lists = scored.lists
-    kept = np.flatnonzero(~np.isin(lists.query_items, rejected))
-    items, distances = lists.items[kept], lists.distances[kept]
-    logits = np.full(items.shape, np.nan, np.float32)
-    if scored.logits is not None:
-        logits[:, : scored.logits.shape[1]] = scored.logits[kept]
-    is_gone = np.isin(items, rejected)
-    order = np.argsort(is_gone, axis=1, kind="stable")
-    items, distances, logits = (
-        np.take_along_axis(np.where(is_gone, empty, values), order, axis=1)
-        for values, empty in ((items, -1), (distances, np.inf), (logits, np.nan))
-    )
-    width = 0 if scored.logits is None else scored.logits.shape[1]
-    shorter = CandidateLists(lists.query_items[kept], items, distances.astype(np.float32))
-    return replace(scored, lists=shorter, logits=logits[:, :width].astype(np.float32))
+    rejected = torch.from_numpy(catalogue.items_of([reject.id for reject in scored.rejects]))
+    kept = (~torch.isin(scored.lists.query_items, rejected)).nonzero()[:, 0]
+    lists = scored.lists[kept]
+    shorter, columns = lists.without(torch.isin(lists.items, rejected))
+    if scored.logits is None:
+        return replace(scored, lists=shorter)
+    # [query, k]: NaN behind the scored candidates; each logit moves with its candidate.
+    logits = torch.full(lists.items.shape, torch.nan)
+    logits[:, : scored.logits.shape[1]] = scored.logits[kept]
+    return replace(scored, lists=shorter, logits=logits.gather(1, columns)[:, : scored.logits.shape[1]])
 
 
 def rankings(
     chain: Chain,
-    scored: Scored,
+    scored: ScoredLists,
     catalogue: Catalogue,
     embeddings: Embeddings | None,
     query_items: Tensor,
@@ -145,12 +137,10 @@ def rankings(
 ) -> dict[int, Ranking]:
     """Rankings of the queries by the whole chain, for the chain's top_n and every smaller one of `curve`.
 
-    Without a pairwise step there is one, under the length of the lists; without any step it is the first
-    stage's.
+    Without a pairwise step there is one, under the length of the lists; without any step it is the first stage's.
     """
-    depth = scored.lists.items.shape[1]
     if chain.pairwise is None:
-        return {depth: _ranking(chain, scored, catalogue, embeddings, query_items)}
+        return {scored.lists.items.shape[1]: _ranking(chain, scored, catalogue, embeddings, query_items)}
     deepest = chain.pairwise.top_n
     found = {}
     for top_n in (*(n for n in curve if n < deepest), deepest):
@@ -160,60 +150,56 @@ def rankings(
 
 
 def _ranking(
-    chain: Chain, scored: Scored, catalogue: Catalogue, embeddings: Embeddings | None, query_items: Tensor
+    chain: Chain, scored: ScoredLists, catalogue: Catalogue, embeddings: Embeddings | None, query_items: Tensor
 ) -> Ranking:
-    """Made when asked for where a query's row follows from its own list; at once where it needs all lists."""
+    """Lazy if a query's ranking depends on its own list only; computed at once if the chain needs all lists."""
     if chain.neighbourhood:
-        return _ranked(chain, scored, catalogue, embeddings, query_items)
-    return LazyRanking(query_items, lambda items: _ranked(chain, _part(scored, items), catalogue, embeddings, items))
+        return _rerank(chain, scored, catalogue, embeddings, query_items)
+    return LazyRanking(query_items, lambda items: _rerank(chain, _part(scored, items), catalogue, embeddings, items))
 
 
-def _part(scored: Scored, query_items: Tensor) -> Scored:
+def _part(scored: ScoredLists, query_items: Tensor) -> ScoredLists:
     """The lists of these queries, as far as they have one."""
-    lists, wanted = scored.lists, np.unique(query_items.numpy())
-    rows = np.searchsorted(lists.query_items, wanted)
-    rows = rows[np.searchsorted(lists.query_items, wanted, side="right") > rows]
-    logits = None if scored.logits is None else scored.logits[rows]
-    return replace(scored, lists=CandidateLists(*(array[rows] for array in lists)), logits=logits)
+    rows = places_of(scored.lists.query_items, query_items.unique())
+    rows = rows[rows >= 0]
+    return replace(scored, lists=scored.lists[rows], logits=None if scored.logits is None else scored.logits[rows])
 
 
-def _ranked(
-    chain: Chain, scored: Scored, catalogue: Catalogue, embeddings: Embeddings | None, query_items: Tensor
-) -> Neighbours:
-    logits = None if scored.logits is None else torch.from_numpy(scored.logits)
-    lists = neighbours(scored.lists)
+def _rerank(
+    chain: Chain, scored: ScoredLists, catalogue: Catalogue, embeddings: Embeddings | None, query_items: Tensor
+) -> CandidateLists:
+    lists = scored.lists
     if chain.pairwise is not None:
-        assert logits is not None, "a pairwise step needs logits"
-        lists = by_logits(chain.pairwise, lists, logits)
-    reordered = CandidateLists(scored.lists.query_items, lists.items.numpy(), lists.distances.numpy())
+        assert scored.logits is not None, "a pairwise step needs logits"
+        lists = by_logits(chain.pairwise, lists, scored.logits)
     if not chain.neighbourhood:
-        return rows_of(reordered, query_items)
-    everything = rows_of(reordered, torch.arange(len(catalogue)))
+        return lists.of_queries(query_items)
+    # The steps that follow need the lists of all items, row i being that of item i.
+    everything = lists.of_queries(torch.arange(len(catalogue)))
     matrix = None
     if embeddings is not None:
         matrix = torch.from_numpy(embeddings.matrix[embeddings.rows_of(catalogue.ids)])
     sequences = torch.from_numpy(catalogue.sequences)
-    ranked = chain_apply.apply(replace(chain, steps=chain.neighbourhood), everything, None, matrix, sequences)
-    return only_gallery(Neighbours(ranked.items[query_items], ranked.distances[query_items]), catalogue)
+    reranked = chain_apply.apply(replace(chain, steps=chain.neighbourhood), everything, None, matrix, sequences)
+    return only_gallery(reranked[query_items], catalogue)
 
 
-def by_logits(step: PairwiseStep, lists: Neighbours, logits: Tensor) -> Neighbours:
+def by_logits(step: PairwiseStep, lists: CandidateLists, logits: Tensor) -> CandidateLists:
     """The lists after the pairwise step, where some of a row's last logits may be NaN.
 
-    Such candidates stood behind the first top_n when pairs were scored, and moved up because an image before
-    them could not be read. They stay behind the scored ones; a row with fewer than two of these is left as it
-    is.
+    Such candidates stood behind the first top_n when pairs were scored, and moved up because an image before them could
+    not be read. They stay behind the scored ones; a row with fewer than two of these is left as it is.
     """
     logits = logits[:, : step.top_n]
+    # [query]: candidates that are scored, missing ones included; rows of one number are re-ordered together.
     is_scored = logits.isfinite() | (lists.items[:, : logits.shape[1]] < 0)
     n_scored = is_scored.sum(dim=1)
     items, distances = lists.items.clone(), lists.distances.clone()
     for n in n_scored.unique().tolist():
-        rows = n_scored == n
         if n < min(2, logits.shape[1]):
             continue
+        rows = (n_scored == n).nonzero()[:, 0]
         shorter = step if n == logits.shape[1] else replace(step, top_n=n)
-        part = Neighbours(lists.items[rows], lists.distances[rows])
-        ranked = chain_apply.apply_pairwise(shorter, part, logits[rows, :n])
+        ranked = chain_apply.apply_pairwise(shorter, lists[rows], logits[rows, :n])
         items[rows], distances[rows] = ranked.items, ranked.distances
-    return Neighbours(items, distances)
+    return replace(lists, items=items, distances=distances)

@@ -1,5 +1,4 @@
-"""What a step computes with: the device, threads, memory, and arrays that cross process borders without a copy.
-Layer 3."""
+"""The device, threads and memory of this process, and arrays that cross process borders without a copy."""
 
 import ctypes
 import functools
@@ -24,8 +23,8 @@ def pick_device() -> torch.device:
 def torch_threads(number: int) -> Iterator[None]:
     """Compute with `number` threads inside the block; the caller's setting comes back afterwards.
 
-    The number decides how sums are split and thus their last bits, so it comes from the config of a step,
-    never from the machine or from the number of workers.
+    The number decides how sums are split and thus their last bits, so it comes from a config, never from the machine or
+    from the number of workers.
     """
     before = torch.get_num_threads()
     torch.set_num_threads(number)
@@ -40,10 +39,10 @@ Result = TypeVar("Result")
 
 
 class InferenceThreads:
-    """So many threads that compute side by side, each on parts of its own with one thread of torch.
+    """Threads that compute side by side, each on parts of its own with one thread of torch.
 
-    A model's operations are too short to be divided among threads: two lanes do 1.1 (float32) to 1.3 times (bfloat16)
-    what two threads do on the same part. The last bits of a result do not depend on their number.
+    A model's operations are too short to be divided among threads: two such threads do 1.1 (float32) to 1.3 times
+    (bfloat16) what two threads of torch do on the same part. The last bits of a result do not depend on their number.
     """
 
     def __init__(self, number: int) -> None:
@@ -53,23 +52,19 @@ class InferenceThreads:
 
     def map(self, function: Callable[[Part], Result], parts: Iterable[Part]) -> list[Result]:
         """`function` of each part in torch's inference mode, in the order of the parts."""
-
-        def call(part: Part) -> Result:
-            with torch.inference_mode():
-                return function(part)
-
+        infer = torch.inference_mode()(function)
         with torch_threads(1):
             if self._number == 1:
-                return [call(part) for part in parts]
+                return list(map(infer, parts))
             if self._pool is None:
                 # Kept: torch builds its kernels' descriptions anew for each thread.
                 self._pool = ThreadPoolExecutor(self._number, initializer=torch.set_num_threads, initargs=(1,))
-            return list(self._pool.map(call, parts))
+            return list(self._pool.map(infer, parts))
 
 
 @functools.cache
 def keep_freed_memory() -> bool:
-    """Tells this process's allocator to keep freed memory for the next tensor; False where it cannot be told.
+    """Tell this process's allocator to keep freed memory for the next tensor; False where it cannot be told.
 
     glibc gives large blocks back to the system at once and gets fresh pages for the next operation, which must be
     cleared: a fifth of the time of a vision transformer on a CPU. The process stays as large as it once was.
@@ -90,11 +85,9 @@ def array_of(tensor: Tensor) -> np.ndarray:
 
 
 def tensor_of(array: np.ndarray, dtype: torch.dtype | None = None) -> Tensor:
-    """A tensor on the memory of `array`, which must not be written to; `dtype` bfloat16 reads int16 back as
-    it.
+    """A tensor on the memory of `array`, which must not be written to; `dtype` bfloat16 reads int16 back as it.
 
-    Arrays from Ray's object store are read-only, and torch warns about each of them although nothing writes
-    here.
+    Arrays from Ray's object store are read-only, and torch warns about each of them although nothing writes here.
     """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable")

@@ -1,7 +1,7 @@
 """The scoring stage: candidate lists and a pairwise model in, a folder with the logit of every pair out.
 
-Finished score blocks survive a kill. Rejects are stored with the block that met them, so that a continued run
-reports the same ones as an uninterrupted run.
+Finished score blocks survive a kill. Rejects are stored with the block that met them, so that a continued run reports
+the same ones as an uninterrupted run.
 """
 
 import hashlib
@@ -12,38 +12,41 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import torch
 from jaxtyping import Float32
+from torch import Tensor
 
 from distributed_rerank.config.work import WorkConfig
 from distributed_rerank.data import artifacts, tables
-from distributed_rerank.data.candidates import CandidateLists, aligned_logits, pairs_table
+from distributed_rerank.data.candidates import aligned_logits, pairs_table
 from distributed_rerank.data.catalogue import Catalogue
 from distributed_rerank.data.decoding import is_readable
 from distributed_rerank.data.rejects import Reject, check_rejects, reject_table, rejects_of
 from distributed_rerank.models.pairwise import PairwiseModel
-from distributed_rerank.runtime.progress import progress
+from distributed_rerank.runtime.progress import Progress
 from distributed_rerank.scoring import plan as scoring_plan
 from distributed_rerank.scoring.plan import ScoreBlock, ScorePlan
-from distributed_rerank.scoring.score import Score, ScoredBlock, ScoringCounters, score
+from distributed_rerank.scoring.rounds import ScoredBlock, Scoring
+from distributed_rerank.scoring.score import ScoreExecutors, score_blocks
+from distributed_rerank.tensors.candidate_lists import CandidateLists
 
 
 @dataclass(frozen=True)
-class PairLogits:
-    """The scored part of candidate lists."""
+class ScoredLists:
+    """Candidate lists with the logits of their first candidates."""
 
     lists: CandidateLists
-    """The first `top_n` candidates of each query, as they came in."""
-    logits: Float32[np.ndarray, "query top_n"]
-    """Larger = more different; NaN where the list is shorter or an image could not be read. Such a candidate
-    counts as removed: callers drop it from the list, they do not rank it."""
-    rejects: tuple[Reject, ...]
-    n_images: int
-    """Distinct images in the lists. Unlike the counts of the manifest it is the same for a continued run."""
+    logits: Float32[Tensor, "query top_n"] | None = None
+    """Larger = more different; NaN where a list is shorter or an image could not be read, and such a candidate counts
+    as removed: callers drop it, they do not rank it. None: no pair was scored."""
+    rejects: tuple[Reject, ...] = ()
+    n_images: int = 0
+    """Distinct images of the scored part. Unlike the counts of the manifest it is the same for a continued run."""
 
     @property
     def n_pairs(self) -> int:
         """Pairs that have a logit."""
-        return int(np.isfinite(self.logits).sum())
+        return 0 if self.logits is None else int(self.logits.isfinite().sum())
 
 
 def score_candidates(
@@ -54,31 +57,41 @@ def score_candidates(
     out: str | Path,
     *,
     work: WorkConfig | None = None,
-    score: Score = score,
+    executors: ScoreExecutors | None = None,
     overwrite: bool = False,
-) -> PairLogits:
+) -> ScoredLists:
     """Logits of the first `top_n` candidates of each query, kept as pair_distances.parquet in the folder `out`.
 
-    A killed run continues with the unfinished blocks; the manifest counts blocks, images and pairs of the last run.
-    Raises BadInput for a folder that is damaged or was made from other inputs (`overwrite` recomputes it), for one
-    begun on another kind of device or in another precision, for logits that are not finite, and, after all pairs were
-    tried, when more than the share `work.max_rejects` of the images cannot be read.
+    Computed by `executors`, by default in this process. A killed run continues with the unfinished blocks; the manifest
+    counts blocks, images and pairs of the last run. Raises BadInput for a folder that is damaged or was made from other
+    inputs (`overwrite` recomputes it), for one begun on another kind of device or in another precision, for logits that
+    are not finite, and, after all pairs were tried, when more than the share `work.max_rejects` of the images cannot be
+    read.
     """
     out, work = Path(out), work or WorkConfig()
-    lists = CandidateLists(lists.query_items, lists.items[:, :top_n], lists.distances[:, :top_n])
-    plan = _plan(lists, model, work)
-    fingerprint = _fingerprint(catalogue, lists, model, top_n, work, plan)
+    plan = _plan(lists.first(top_n), model, work)
+    fingerprint = _fingerprint(catalogue, lists.first(top_n), model, top_n, work, plan)
     if artifacts.recover(out, fingerprint, overwrite) or artifacts.is_complete(out, fingerprint, overwrite):
-        return _read(out, catalogue, lists, plan)
+        return _read(out, catalogue, lists, top_n, plan)
     with artifacts.stage(out, fingerprint, overwrite) as staging:
-        counters = ScoringCounters()
-        _compute(catalogue, lists, plan, model, work, staging, score, counters)
-        logits = _reduce(staging, catalogue, lists, plan)
-        rejects = _write(staging, catalogue, lists, logits)
+        scoring = Scoring(plan, _unfinished(staging, catalogue, plan), catalogue, model, work)
+        todo = set(scoring.numbers)
+        if todo:
+            results = score_blocks(scoring) if executors is None else executors.score_blocks(scoring)
+            with Progress(results, total=len(todo), title="scoring pairs") as bar:
+                for number, result in results:
+                    assert number in todo, f"block {number} came twice or was not asked for"
+                    todo.remove(number)
+                    _store(staging, catalogue, number, plan.blocks[number], result)
+                    bar.update()
+            assert not todo, f"blocks {sorted(todo)} never came back"
+        logits = _join(staging, catalogue, lists.first(top_n), plan)
+        rejects = _write(staging, catalogue, lists.first(top_n), logits)
         check_rejects(rejects, len(plan.items), work.max_rejects, str(staging.path / "rejects.parquet"))
-        extra = {"n_rejected": len(rejects), "counts": counters.counts(), "seconds": counters.seconds()}
-        staging.finish(extra, rows=int(np.isfinite(logits).sum()))
-    return _read(out, catalogue, lists, plan)
+        extra = {"n_rejected": len(rejects), "counts": scoring.counters.counts()}
+        extra["seconds"] = scoring.counters.seconds()
+        staging.finish(extra, rows=int(logits.isfinite().sum()))
+    return _read(out, catalogue, lists, top_n, plan)
 
 
 def _plan(lists: CandidateLists, model: PairwiseModel, work: WorkConfig) -> ScorePlan:
@@ -101,10 +114,10 @@ def _fingerprint(
     plan: ScorePlan,
 ) -> dict[str, Any]:
     candidates = hashlib.sha256()
-    for array in lists:
+    for array in lists.arrays():
         candidates.update(np.ascontiguousarray(array).data)
     settings = {"top_n": top_n, **work.fingerprint_settings("score")}
-    settings["queries_per_block"] = max((len(block.rows) for block in plan.blocks), default=0)
+    settings["queries_per_block"] = max((len(block.lists) for block in plan.blocks), default=0)
     settings["blocks"] = len(plan.blocks)
     return artifacts.make_fingerprint(
         "score",
@@ -115,33 +128,12 @@ def _fingerprint(
     )
 
 
-def _compute(
-    catalogue: Catalogue,
-    lists: CandidateLists,
-    plan: ScorePlan,
-    model: PairwiseModel,
-    work: WorkConfig,
-    staging: artifacts.Staging,
-    score: Score,
-    counters: ScoringCounters,
-) -> None:
-    """Score and store the blocks that are not stored; rejects go first, so that a stored block is a complete one."""
+def _unfinished(staging: artifacts.Staging, catalogue: Catalogue, plan: ScorePlan) -> list[int]:
+    """Numbers of the blocks that are not stored, or were stored with a reject that can be read by now."""
     scored, rejected = staging.blocks("pair_distances"), staging.blocks("rejects")
     stored = scored.done() & rejected.done()
     finished = {number for number in stored if not _is_repaired(rejected.read(number), catalogue)}
-    todo = [number for number in range(len(plan.blocks)) if number not in finished]
-    if not todo:
-        return
-    open_blocks = set(todo)
-    results = score(plan, todo, catalogue.images, model, work, counters)
-    for number, result in progress(results, total=len(todo), title="scoring pairs"):
-        assert number in open_blocks, f"block {number} came twice or was not asked for"
-        open_blocks.remove(number)
-        for found in result.computed_with:
-            staging.remember(found)
-        rejected.write(number, reject_table(result.rejects, "score"))
-        scored.write(number, _block_table(catalogue, lists, plan.blocks[number], result))
-    assert not open_blocks, f"blocks {sorted(open_blocks)} never came back"
+    return [number for number in range(len(plan.blocks)) if number not in finished]
 
 
 def _is_repaired(rejects: pa.Table, catalogue: Catalogue) -> bool:
@@ -149,38 +141,37 @@ def _is_repaired(rejects: pa.Table, catalogue: Catalogue) -> bool:
     return any(is_readable(ref) for ref in catalogue.images(catalogue.items_of(ids)))
 
 
-def _block_table(catalogue: Catalogue, lists: CandidateLists, block: ScoreBlock, result: ScoredBlock) -> pa.Table:
-    """The rows of one block. Asserts that exactly the pairs without an unreadable image have a logit."""
-    query, column = np.nonzero(np.isfinite(result.logits))
-    query_ids = catalogue.ids[lists.query_items[block.rows[query]]]
-    gallery_ids = catalogue.ids[lists.items[block.rows[query], column]]
-    unreadable = [reject.id for reject in result.rejects]
-    exists = block.candidates >= 0
-    lost = np.isin(catalogue.ids[lists.items[block.rows]], unreadable)
-    lost |= np.isin(catalogue.ids[lists.query_items[block.rows]], unreadable)[:, None]
-    is_scored = np.isfinite(result.logits)
-    assert np.array_equal(is_scored, exists & ~lost), "a pair was lost, or scored without its images"
-    return pairs_table(query_ids, gallery_ids, result.logits[query, column])
+def _store(
+    staging: artifacts.Staging, catalogue: Catalogue, number: int, block: ScoreBlock, result: ScoredBlock
+) -> None:
+    """Store a block, its rejects first, so that a stored block is a complete one.
+
+    Asserts that exactly the pairs without an unreadable image have a logit.
+    """
+    unreadable = torch.from_numpy(catalogue.items_of([reject.id for reject in result.rejects]))
+    lists, is_scored = block.lists, result.logits.isfinite()
+    is_lost = torch.isin(lists.items, unreadable) | torch.isin(lists.query_items, unreadable)[:, None]
+    assert torch.equal(is_scored, (lists.items >= 0) & ~is_lost), "a pair was lost, or scored without its images"
+    for found in result.computed_with:
+        staging.remember(found)
+    staging.blocks("rejects").write(number, reject_table(result.rejects, "score"))
+    staging.blocks("pair_distances").write(number, pairs_table(lists, result.logits, catalogue.ids))
 
 
-def _reduce(
+def _join(
     staging: artifacts.Staging, catalogue: Catalogue, lists: CandidateLists, plan: ScorePlan
-) -> Float32[np.ndarray, "query top_n"]:
+) -> Float32[Tensor, "query top_n"]:
+    """The logits of all blocks."""
     store = staging.blocks("pair_distances")
     assert store.done() == set(range(len(plan.blocks))), "score blocks are missing"
     if not plan.blocks:
-        return np.full(lists.items.shape, np.nan, np.float32)
+        return torch.full(lists.items.shape, torch.nan)
     return aligned_logits(store.table(), catalogue, lists)
 
 
-def _write(
-    staging: artifacts.Staging, catalogue: Catalogue, lists: CandidateLists, logits: np.ndarray
-) -> Sequence[Reject]:
+def _write(staging: artifacts.Staging, catalogue: Catalogue, lists: CandidateLists, logits: Tensor) -> Sequence[Reject]:
     """Both tables of the output, pairs by query id and rank, rejects by id; returns the rejects."""
-    query, column = np.nonzero(np.isfinite(logits))
-    query_ids = catalogue.ids[lists.query_items[query]]
-    gallery_ids = catalogue.ids[lists.items[query, column]]
-    pairs = pairs_table(query_ids, gallery_ids, logits[query, column])
+    pairs = pairs_table(lists, logits, catalogue.ids)
     tables.write_table(staging.path / "pair_distances.parquet", pairs, "pair_distances")
     store = staging.blocks("rejects")
     found = {reject.id: reject for number in store.done() for reject in rejects_of(store.read(number))}
@@ -189,7 +180,7 @@ def _write(
     return rejects
 
 
-def _read(out: Path, catalogue: Catalogue, lists: CandidateLists, plan: ScorePlan) -> PairLogits:
-    logits = aligned_logits(tables.read_table(out, "pair_distances"), catalogue, lists)
+def _read(out: Path, catalogue: Catalogue, lists: CandidateLists, top_n: int, plan: ScorePlan) -> ScoredLists:
+    logits = aligned_logits(tables.read_table(out, "pair_distances"), catalogue, lists.first(top_n))
     rejects = rejects_of(tables.read_table(out / "rejects.parquet", "rejects"))
-    return PairLogits(lists, logits, tuple(rejects), len(plan.items))
+    return ScoredLists(lists, logits, tuple(rejects), len(plan.items))

@@ -1,7 +1,7 @@
 """Training lists drawn from the candidate lists of a whole training set, the same kind of list that is re-ranked later.
 
-An anchor is a row of `Neighbours`; `labels` and `sequences` are indexed by item number, -1 = none. A candidate without
-a label is neither positive nor negative. The filters against false negatives work like sentence-transformers'
+An anchor is a query of the candidate lists; `labels` and `sequences` are indexed by item number, -1 = none. A candidate
+without a label is neither positive nor negative. The filters against false negatives work like sentence-transformers'
 `mine_hard_negatives`, but on distances (small = same) instead of similarities (large = same).
 """
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from distributed_rerank.config.training import NegativeFilters
 from distributed_rerank.errors import BadInput
-from distributed_rerank.tensors.knn import Neighbours
+from distributed_rerank.tensors.candidate_lists import CandidateLists
 from distributed_rerank.tensors.ragged import offsets_of
 
 
@@ -22,48 +22,43 @@ class TrainingLists:
     """Lists to train on, at most one per anchor: its positive and its negatives."""
 
     rows: Int64[Tensor, " list"]
-    """The anchor, as a row of the neighbours."""
+    """The anchor, as a row of the candidate lists."""
     items: Int64[Tensor, "list candidate"]
     """Column 0 is the positive, the others are negatives."""
     is_beyond: Bool[Tensor, " list"]
     """Whether the positive is not in the anchor's candidate list."""
 
 
-def are_positive(
-    neighbours: Neighbours, anchor_items: Int64[Tensor, " query"], labels: Int64[Tensor, " item"]
-) -> Bool[Tensor, "query neighbour"]:
+def are_positive(lists: CandidateLists, labels: Int64[Tensor, " item"]) -> Bool[Tensor, "query k"]:
     """Whether each candidate has its anchor's label; False for missing candidates and where either has no label."""
-    anchor_labels = labels[anchor_items][:, None]
-    return (_labels_of(neighbours, labels) == anchor_labels) & (anchor_labels >= 0)
+    anchor_labels = labels[lists.query_items][:, None]
+    return (_labels_of(lists, labels) == anchor_labels) & (anchor_labels >= 0)
 
 
-def are_negative(
-    neighbours: Neighbours, anchor_items: Int64[Tensor, " query"], labels: Int64[Tensor, " item"]
-) -> Bool[Tensor, "query neighbour"]:
+def are_negative(lists: CandidateLists, labels: Int64[Tensor, " item"]) -> Bool[Tensor, "query k"]:
     """Whether each candidate has another label than its anchor; False where either has no label."""
-    anchor_labels = labels[anchor_items][:, None]
-    candidate_labels = _labels_of(neighbours, labels)
+    anchor_labels = labels[lists.query_items][:, None]
+    candidate_labels = _labels_of(lists, labels)
     return (candidate_labels != anchor_labels) & (candidate_labels >= 0) & (anchor_labels >= 0)
 
 
 def filter_negatives(
-    neighbours: Neighbours,
-    anchor_items: Int64[Tensor, " query"],
+    lists: CandidateLists,
     labels: Int64[Tensor, " item"],
     filters: NegativeFilters,
-) -> tuple[Bool[Tensor, "query neighbour"], dict[str, int]]:
+) -> tuple[Bool[Tensor, "query k"], dict[str, int]]:
     """The negatives that pass all filters, and how many each filter dropped (each counts once).
 
     With several positives in a list the margins refer to the furthest, as in sentence-transformers. If there is none in
     the list, every candidate is nearer than any positive and a margin drops them all.
     """
-    distances = neighbours.distances
+    distances = lists.distances
     # [query, 1]: the distance of the furthest positive in each list; inf where there is none.
-    positives = are_positive(neighbours, anchor_items, labels)
+    positives = are_positive(lists, labels)
     furthest = torch.where(positives, distances, -torch.inf).amax(dim=1, keepdim=True)
     furthest = torch.where(positives.any(dim=1, keepdim=True), furthest, torch.inf)
     # Filters by distance: each has a lowest distance, one for all or [query, 1], and drops what is nearer.
-    allowed = are_negative(neighbours, anchor_items, labels)
+    allowed = are_negative(lists, labels)
     dropped: dict[str, int] = {}
     lowest = {
         "absolute_margin": None if filters.absolute_margin is None else furthest + filters.absolute_margin,
@@ -74,7 +69,7 @@ def filter_negatives(
         if bound is not None:
             dropped[name] = int((allowed & (distances < bound)).sum())
             allowed = allowed & ~(distances < bound)
-    # Filters by rank [query, neighbour], counted from 0 among the negatives that are left.
+    # Filters by rank [query, k], counted from 0 among the negatives that are left.
     rank = allowed.cumsum(dim=1) - 1
     too_early = allowed & (rank < filters.range_min)
     too_late = allowed & (rank >= (allowed.shape[1] if filters.range_max is None else filters.range_max))
@@ -83,10 +78,9 @@ def filter_negatives(
 
 
 def draw_lists(
-    neighbours: Neighbours,
-    anchor_items: Int64[Tensor, " query"],
+    lists: CandidateLists,
     labels: Int64[Tensor, " item"],
-    allowed: Bool[Tensor, "query neighbour"],
+    allowed: Bool[Tensor, "query k"],
     *,
     n_negatives: int,
     generator: torch.Generator,
@@ -108,23 +102,23 @@ def draw_lists(
         raise BadInput(f"n_negatives={n_negatives} makes no list; draw at least 1")
     if temperature is not None and not temperature > 0:
         raise BadInput(f"temperature={temperature} is not positive; leave it out to draw every rank alike")
-    # Positives of two kinds: those in the list [query, neighbour], and `n_beyond` [query] more that are not in it.
-    inside = are_positive(neighbours, anchor_items, labels)
-    members, taken, first, n_beyond = _beyond(neighbours, anchor_items, labels, sequences, inside)
+    # Positives of two kinds: those in the list [query, k], and `n_beyond` [query] more that are not in it.
+    inside = are_positive(lists, labels)
+    members, taken, first, n_beyond = _beyond(lists, labels, sequences, inside)
     # [query, 2]: one number in [0, 1) decides the kind, the other one picks a positive beyond the list.
-    draws = torch.rand(len(anchor_items), 2, generator=generator, dtype=torch.float64)
+    draws = torch.rand(len(lists), 2, generator=generator, dtype=torch.float64)
     is_beyond = (n_beyond > 0) & ((draws[:, 0] < beyond_share) | ~inside.any(dim=1))
     # [query]: the positive if it comes from the list; meaningless where there is none.
-    equal_chances = torch.zeros_like(neighbours.distances)
-    from_inside = neighbours.items.gather(1, _gumbel_order(inside, equal_chances, 1, generator))[:, 0]
+    equal_chances = torch.zeros_like(lists.distances)
+    from_inside = lists.items.gather(1, _gumbel_order(inside, equal_chances, 1, generator))[:, 0]
     # [query]: the positive if it comes from beyond: the `choice`-th place of the label that is not taken.
     choice = (draws[:, 1] * n_beyond).long().clamp(max=(n_beyond - 1).clamp(min=0))
     place = _skip(taken, choice) + first
     from_beyond = members[place.clamp(max=max(len(members) - 1, 0))]  # clamped where there is none
     positives = torch.where(is_beyond, from_beyond, from_inside)
     # [query, n_negatives]
-    log_chances = equal_chances if temperature is None else -neighbours.distances / temperature
-    negatives = neighbours.items.gather(1, _gumbel_order(allowed, log_chances, n_negatives, generator))
+    log_chances = equal_chances if temperature is None else -lists.distances / temperature
+    negatives = lists.items.gather(1, _gumbel_order(allowed, log_chances, n_negatives, generator))
     # [list, 1 + n_negatives]: the rows of anchors that have a positive and a negative.
     has_both = (inside.any(dim=1) | (n_beyond > 0)) & allowed.any(dim=1)
     rows = has_both.nonzero()[:, 0]
@@ -133,8 +127,7 @@ def draw_lists(
 
 
 def suspected_mislabels(
-    neighbours: Neighbours,
-    anchor_items: Int64[Tensor, " query"],
+    lists: CandidateLists,
     labels: Int64[Tensor, " item"],
     max_distance: float,
 ) -> tuple[Int64[Tensor, "pair 2"], Float[Tensor, " pair"]]:
@@ -142,20 +135,20 @@ def suspected_mislabels(
 
     Each unordered pair once, the smaller item first, ordered by (distance, items).
     """
-    close = are_negative(neighbours, anchor_items, labels) & (neighbours.distances <= max_distance)
+    close = are_negative(lists, labels) & (lists.distances <= max_distance)
     rows, columns = close.nonzero(as_tuple=True)
     # [pair, 2] with the smaller item first; pairs that both items list are the same row twice, so keep one of them.
-    pairs = torch.stack([anchor_items[rows], neighbours.items[rows, columns]], dim=1).sort(dim=1).values
+    pairs = torch.stack([lists.query_items[rows], lists.items[rows, columns]], dim=1).sort(dim=1).values
     pairs, which = torch.unique(pairs, dim=0, return_inverse=True)
-    distances = torch.empty(len(pairs), dtype=neighbours.distances.dtype)
-    distances[which] = neighbours.distances[rows, columns]
+    distances = torch.empty(len(pairs), dtype=lists.distances.dtype)
+    distances[which] = lists.distances[rows, columns]
     order = distances.argsort(stable=True)
     return pairs[order], distances[order]
 
 
-def _labels_of(neighbours: Neighbours, labels: Tensor) -> Tensor:
-    """The label of each candidate [query, neighbour]; -1 for missing candidates."""
-    return torch.where(neighbours.items >= 0, labels[neighbours.items.clamp(min=0)], -1)
+def _labels_of(lists: CandidateLists, labels: Tensor) -> Tensor:
+    """The label of each candidate [query, k]; -1 for missing candidates."""
+    return torch.where(lists.items >= 0, labels[lists.items.clamp(min=0)], -1)
 
 
 def _gumbel_order(allowed: Tensor, log_chances: Tensor, n_drawn: int, generator: torch.Generator) -> Tensor:
@@ -163,14 +156,14 @@ def _gumbel_order(allowed: Tensor, log_chances: Tensor, n_drawn: int, generator:
     # With Gumbel noise added to the log chances, the largest keys are a weighted draw without replacement.
     uniform = torch.rand(allowed.shape, generator=generator, dtype=torch.float64)
     keys = log_chances - torch.log(-torch.log(uniform.clamp(min=1e-300)))
-    # [query, neighbour]: the allowed columns in the order of their keys, then the others, which `turn` never reaches.
+    # [query, k]: the allowed columns in the order of their keys, then the others, which `turn` never reaches.
     order = torch.where(allowed, keys, -torch.inf).argsort(dim=1, descending=True, stable=True)
     turn = torch.arange(n_drawn) % allowed.sum(dim=1, keepdim=True).clamp(min=1)
     return order.gather(1, turn)
 
 
 def _beyond(
-    neighbours: Neighbours, anchor_items: Tensor, labels: Tensor, sequences: Tensor | None, inside: Tensor
+    lists: CandidateLists, labels: Tensor, sequences: Tensor | None, inside: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Positives that are not in the list, without writing them out: an anchor can have as many as its label has items.
 
@@ -193,7 +186,7 @@ def _beyond(
     place_of[members] = torch.arange(n_items)
     # [query]: where the anchor's label starts, and how many items it has.
     sorted_labels = labels[members]
-    anchor_labels = labels[anchor_items].contiguous()
+    anchor_labels = labels[lists.query_items].contiguous()
     first = torch.searchsorted(sorted_labels, anchor_labels)
     n_members = torch.searchsorted(sorted_labels, anchor_labels, right=True) - first
     # Within a label, items of one sequence stand together: the group of each place; sizes and starts [group].
@@ -202,13 +195,13 @@ def _beyond(
     )
     group_start = offsets_of(group_size)[:-1]
     # [query, largest group]: the places of the anchor's own group, counted from `first`.
-    anchor_group = group[place_of[anchor_items]]
-    width = int(group_size[anchor_group].max()) if len(anchor_items) else 0
+    anchor_group = group[place_of[lists.query_items]]
+    width = int(group_size[anchor_group].max()) if len(lists) else 0
     offsets = torch.arange(width)
     same = group_start[anchor_group][:, None] + offsets - first[:, None]
     same = torch.where(offsets < group_size[anchor_group][:, None], same, n_items + 1)
-    # [query, neighbour]: the places of the positives in the list, none of which is in the anchor's group.
-    listed = torch.where(inside, place_of[neighbours.items.clamp(min=0)] - first[:, None], n_items + 1)
+    # [query, k]: the places of the positives in the list, none of which is in the anchor's group.
+    listed = torch.where(inside, place_of[lists.items.clamp(min=0)] - first[:, None], n_items + 1)
     taken = torch.cat([same, listed], dim=1).sort(dim=1).values
     n_left = n_members - (taken <= n_items).sum(dim=1)
     return members, taken, first, torch.where(anchor_labels >= 0, n_left, 0)

@@ -7,14 +7,14 @@ matrix product change the result.
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
-from typing import Protocol, runtime_checkable
+from dataclasses import replace
 
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
 from distributed_rerank.errors import BadInput
+from distributed_rerank.tensors.candidate_lists import CandidateLists, concatenate, empty_lists
 from distributed_rerank.tensors.candidate_pairs import (
     LARGEST_GROUP,
     Side,
@@ -37,30 +37,6 @@ Tile = tuple[Tensor, Tensor, Tensor | None]
 """Embeddings [item, dim], item numbers [item] and sequences [item] (or None) of a part of the gallery."""
 
 
-@dataclass(frozen=True)
-class Neighbours:
-    """The nearest gallery items of each query, a row ascending by (distance, item).
-
-    `items` are item numbers. A row with fewer is filled up with item -1 at distance inf.
-    """
-
-    items: Int64[Tensor, "query neighbour"]
-    distances: Float[Tensor, "query neighbour"]
-
-    def __getitem__(self, rows: Int64[Tensor, " row"]) -> "Neighbours":
-        """The rows of these queries."""
-        return Neighbours(self.items[rows], self.distances[rows])
-
-
-@runtime_checkable
-class Ranking(Protocol):
-    """Gives the `Neighbours` of any queries: stored ones, or computed on demand."""
-
-    def __getitem__(self, rows: Int64[Tensor, " row"]) -> Neighbours:
-        """The rows of these queries."""
-        ...
-
-
 def nearest(
     query_embeddings: Float[Tensor, "query dim"],
     gallery_embeddings: Float[Tensor, "gallery dim"],
@@ -72,7 +48,7 @@ def nearest(
     n_items: int,
     query_block: int = QUERY_BLOCK,
     gallery_slice: int = GALLERY_SLICE,
-) -> Neighbours:
+) -> CandidateLists:
     """The `n_items` nearest gallery items of each query by L2 distance (not squared), ties by item number.
 
     Left out are the query's own item (the same number) and items of its own sequence (-1 = no sequence). A row with
@@ -102,7 +78,7 @@ def search_tiles(
     n_items: int,
     query_block: int = QUERY_BLOCK,
     gallery_slice: int = GALLERY_SLICE,
-) -> Neighbours:
+) -> CandidateLists:
     """`nearest` in a gallery that comes as tiles, one at a time, in any order.
 
     Distances found in earlier tiles limit the search in later ones, which so cost little more than their matrix
@@ -115,7 +91,7 @@ def search_tiles(
     queries = replace(queries, rounded=rounded_queries(query_embeddings)) if is_rounded else queries
     query_blocks = blocks(len(query_items), query_block)
     # The nearest so far of each block of queries, [query, n_items] each.
-    best = [_nobody(stop - start, n_items, query_embeddings) for start, stop in query_blocks]
+    best = [empty_lists(query_items[start:stop], n_items) for start, stop in query_blocks]
     workspace = torch.empty(0, device=query_embeddings.device)
     for embeddings, items, sequences in tiles:
         assert (sequences is None) == (query_sequences is None), "sequences are given for both sides or for none"
@@ -130,11 +106,10 @@ def search_tiles(
             for number, (start, stop) in enumerate(query_blocks):
                 near = _nearest_in_slice(queries[start:stop], part, best[number], n_items, workspace)
                 best[number] = merge(best[number], near, n_items)
-    best.append(_nobody(0, n_items, query_embeddings))  # without queries there are no blocks to concatenate
-    return Neighbours(torch.cat([b.items for b in best]), torch.cat([b.distances for b in best]))
+    return concatenate([*best, empty_lists(query_items[:0], n_items)])  # without queries there are no blocks
 
 
-def merge(a: Neighbours, b: Neighbours, n_items: int) -> Neighbours:
+def merge(a: CandidateLists, b: CandidateLists, n_items: int) -> CandidateLists:
     """The first `n_items` of both, row by row, by (distance, item).
 
     Associative and commutative, so partial results may arrive in any order. No item may be in both.
@@ -150,30 +125,28 @@ def merge(a: Neighbours, b: Neighbours, n_items: int) -> Neighbours:
     by_item = items.argsort(dim=1)
     distances, by_distance = distances.gather(1, by_item).sort(dim=1, stable=True)
     order = by_item.gather(1, by_distance[:, :n_items])
-    return Neighbours(items.gather(1, order), distances[:, :n_items].contiguous())
+    return replace(a, items=items.gather(1, order), distances=distances[:, :n_items].contiguous())
 
 
-def _nobody(n_queries: int, n_items: int, like: Tensor) -> Neighbours:
-    """Rows without any neighbour, on the device of `like`."""
-    items = torch.full((n_queries, n_items), -1, dtype=torch.int64, device=like.device)
-    return Neighbours(items, torch.full(items.shape, torch.inf, device=like.device))
-
-
-def _nearest_in_slice(queries: Side, gallery: Side, best: Neighbours, n_items: int, workspace: Tensor) -> Neighbours:
+def _nearest_in_slice(
+    queries: Side, gallery: Side, best: CandidateLists, n_items: int, workspace: Tensor
+) -> CandidateLists:
     """The nearest of one slice, without items that are surely further than the n-th of `best`."""
     rows, columns = candidate_pairs(queries, gallery, best.distances[:, -1], n_items, workspace)
     distances = exact_pair_distances(queries.embeddings, gallery.embeddings, rows, columns)
-    return _first_of_each_row(rows, gallery.items[columns], distances, len(queries.items), n_items)
+    return _first_of_each_row(rows, gallery.items[columns], distances, queries.items, n_items)
 
 
-def _first_of_each_row(rows: Tensor, items: Tensor, distances: Tensor, n_queries: int, n_items: int) -> Neighbours:
+def _first_of_each_row(
+    rows: Tensor, items: Tensor, distances: Tensor, query_items: Tensor, n_items: int
+) -> CandidateLists:
     """The first `n_items` of each row by (distance, item); `rows` ascend, and `items` ascend within a row."""
     # [query, width]: the pairs of each query side by side, filled up to the longest row.
-    counts = torch.bincount(rows, minlength=n_queries)
+    counts = torch.bincount(rows, minlength=len(query_items))
     place = places_in_rows(rows, counts)
-    table = _nobody(n_queries, max(int(counts.max()), 1), rows)
+    table = empty_lists(query_items, max(int(counts.max()), 1))
     table.items[rows, place] = items
     table.distances[rows, place] = distances
     # Columns are in item order, so a stable sort leaves equal distances ordered by item.
     ordered, order = table.distances.sort(dim=1, stable=True)
-    return Neighbours(table.items.gather(1, order[:, :n_items]), ordered[:, :n_items])
+    return replace(table, items=table.items.gather(1, order[:, :n_items]), distances=ordered[:, :n_items])

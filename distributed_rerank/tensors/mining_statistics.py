@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
+from distributed_rerank.tensors.candidate_lists import CandidateLists
 from distributed_rerank.tensors.candidate_mining import are_negative, are_positive
-from distributed_rerank.tensors.knn import Neighbours
 
 
 @dataclass(frozen=True)
@@ -42,27 +42,26 @@ class MiningStatistics:
 
 
 def mining_statistics(
-    neighbours: Neighbours,
-    anchor_items: Int64[Tensor, " query"],
+    lists: CandidateLists,
     labels: Int64[Tensor, " item"],
-    allowed: Bool[Tensor, "query neighbour"],
+    allowed: Bool[Tensor, "query k"],
     dropped: dict[str, int],
 ) -> MiningStatistics:
     """Figures after filtering; `allowed` and `dropped` come from `candidate_mining.filter_negatives`."""
-    positives = are_positive(neighbours, anchor_items, labels)
-    negatives = are_negative(neighbours, anchor_items, labels)
+    positives = are_positive(lists, labels)
+    negatives = are_negative(lists, labels)
     has_negative = negatives.any(dim=1)
     # Lists ascend by distance, so the first negative of a row is its hardest.
     is_hardest = negatives & (negatives.cumsum(dim=1) == 1)
     n_hardest_used = int((is_hardest & allowed).sum())
     return MiningStatistics(
-        n_anchors=len(anchor_items),
-        n_candidates=int((neighbours.items >= 0).sum()),
+        n_anchors=len(lists),
+        n_candidates=int((lists.items >= 0).sum()),
         n_positives=int(positives.sum()),
         n_negatives=int(negatives.sum()),
         dropped=dict(dropped),
-        positive_distances=_summary(neighbours.distances[positives]),
-        negative_distances=_summary(neighbours.distances[allowed]),
+        positive_distances=_summary(lists.distances[positives]),
+        negative_distances=_summary(lists.distances[allowed]),
         n_without_positive=int((~positives.any(dim=1)).sum()),
         n_without_negative=int((~allowed.any(dim=1)).sum()),
         share_of_hardest_used=n_hardest_used / max(int(has_negative.sum()), 1),

@@ -1,8 +1,8 @@
 """New order and distances of candidate lists from pair logits: OML's rule (replace) and fusion.
 
-Both take rows as `Neighbours` holds them (distance inf = no candidate there), work on all queries at once and change
-nothing in place. An answer is `(order, distances)`: `order[q, i]` is the old position of the candidate that is now at
-place i. Logits of absent candidates are ignored.
+Both take rows as `CandidateLists` holds them (distance inf = no candidate there), work on all queries at once and
+change nothing in place. An answer is `(order, distances)`: `order[q, i]` is the old position of the candidate that is
+now at place i. Logits of absent candidates are ignored.
 """
 
 import torch

@@ -14,15 +14,15 @@ from jaxtyping import Float32
 from distributed_rerank.chain.chain import PairwiseStep, read_chain
 from distributed_rerank.config.training import TrainingConfig
 from distributed_rerank.config.work import WorkConfig
-from distributed_rerank.data.candidates import CandidateLists
 from distributed_rerank.data.catalogue import Catalogue
 from distributed_rerank.errors import BadInput
 from distributed_rerank.models.pairwise import PairwiseModel
 from distributed_rerank.models.saving import load_model, local_folder
 from distributed_rerank.models.weights import digest_of_state
 from distributed_rerank.runtime.devices import tensor_of
-from distributed_rerank.scoring.score import Score
+from distributed_rerank.scoring.score import ScoreExecutors
 from distributed_rerank.scoring.stage import score_candidates
+from distributed_rerank.tensors.candidate_lists import CandidateLists
 from distributed_rerank.training.plan import TeacherLogits, is_list_loss
 
 
@@ -68,18 +68,19 @@ def score_by_teacher(
     lists: CandidateLists,
     folder: Path,
     work: WorkConfig,
-    score: Score,
+    executors: ScoreExecutors | None,
 ) -> TeacherLogits:
     """The teacher's logits of all pairs of the lists, kept in `folder`. Raises BadInput where there is no pair."""
     # The teacher's logits decide the weights, so blocks and batches are the defaults whatever the job's are.
     work = WorkConfig(max_rejects=work.max_rejects, encoding_gb=work.encoding_gb, decode_threads=work.decode_threads)
     top_n = lists.items.shape[1]
-    scored = score_candidates(catalogue, lists, teacher.model, top_n, folder, work=work, score=score)
+    scored = score_candidates(catalogue, lists, teacher.model, top_n, folder, work=work, executors=executors)
+    assert scored.logits is not None, "the teacher's pairs are scored"
     # [pair]: the pairs that are there, row by row; then sorted by key.
-    is_scored = np.isfinite(scored.logits)
-    query = np.broadcast_to(lists.query_items[:, None], lists.items.shape)[is_scored]
-    logits = teacher.fuse(scored.logits[is_scored], lists.distances[is_scored])
-    keys, order = (tensor_of(query) * len(catalogue) + tensor_of(lists.items[is_scored])).sort()
+    is_scored = scored.logits.isfinite()
+    query = lists.query_items[:, None].expand_as(lists.items)[is_scored]
+    logits = teacher.fuse(scored.logits[is_scored].numpy(), lists.distances[is_scored].numpy())
+    keys, order = (query * len(catalogue) + lists.items[is_scored]).sort()
     if len(keys) == 0:
         raise BadInput("the teacher has no pair to score; give images that have candidates")
     return TeacherLogits(keys, tensor_of(logits)[order], len(catalogue))

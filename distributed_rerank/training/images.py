@@ -13,12 +13,11 @@ from jaxtyping import Float, Int64, UInt8
 from torch import Tensor
 
 from distributed_rerank.config.training import TrainingConfig
-from distributed_rerank.data.candidates import CandidateLists
 from distributed_rerank.data.catalogue import Catalogue
 from distributed_rerank.data.images import read_image
 from distributed_rerank.data.transforms import InferenceTransform, TrainingTransform
-from distributed_rerank.runtime.devices import tensor_of
 from distributed_rerank.tensors import sharding
+from distributed_rerank.tensors.candidate_lists import CandidateLists
 from distributed_rerank.training.plan import seed_of
 
 MAX_PAIRS = 2_000_000
@@ -139,9 +138,9 @@ class CachedPairFeatures:
     def __init__(self, model: FeatureModel, images: EncodedImages, parts: list[CandidateLists]) -> None:
         self.model, self.images = model, images
         # [lists x candidates]: all pairs of all lists, one after the other.
-        queries = torch.cat([tensor_of(p.query_items).repeat_interleave(p.items.shape[1]) for p in parts])
-        gallery = torch.cat([tensor_of(p.items).flatten() for p in parts])
-        distances = torch.cat([tensor_of(p.distances).flatten() for p in parts])
+        queries = torch.cat([part.query_items.repeat_interleave(part.items.shape[1]) for part in parts])
+        gallery = torch.cat([part.items.flatten() for part in parts])
+        distances = torch.cat([part.distances.flatten() for part in parts])
         is_pair = gallery >= 0
         # A pair's key is query x number of items + gallery; sorted, so that `logits` finds it by bisection.
         self.keys, order = self.keys_of(queries[is_pair], gallery[is_pair]).sort()

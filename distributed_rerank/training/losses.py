@@ -63,10 +63,10 @@ def label_loss(
     weights = 1.0 / is_compared.sum(dim=(1, 2)).clamp(min=1)[row].to(table.dtype)
     # `index_select`, for the sums of its gradient have one order, whatever the number of threads.
     first = row * table.shape[1]
-    compared = [table.flatten().index_select(0, first + column) for column in (positive, negative)]
+    positives, negatives = (table.flatten().index_select(0, first + column) for column in (positive, negative))
     if config.loss == "margin":
-        return losses.margin_ranking(*compared, config.margin, weights, normaliser=float(n_units))
-    return losses.ranknet(*compared, weights, normaliser=float(n_units))
+        return losses.margin_ranking(positives, negatives, config.margin, weights, normaliser=float(n_units))
+    return losses.ranknet(positives, negatives, weights, normaliser=float(n_units))
 
 
 def as_lists(part: TrainingStep, logits: Float[Tensor, " pair"]) -> tuple[Tensor, Tensor, Tensor]:

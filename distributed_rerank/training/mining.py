@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 
 from distributed_rerank.data import artifacts, tables
-from distributed_rerank.data.candidates import CandidateLists
 from distributed_rerank.data.catalogue import Catalogue
 from distributed_rerank.runtime.devices import tensor_of
+from distributed_rerank.tensors.candidate_lists import CandidateLists
 from distributed_rerank.tensors.candidate_mining import are_positive, filter_negatives, suspected_mislabels
 from distributed_rerank.tensors.mining_statistics import mining_statistics
-from distributed_rerank.training.plan import labels_among, neighbours_of
+from distributed_rerank.training.plan import labels_among
 from distributed_rerank.training.task import TrainingTask
 
 SUSPECT_NEIGHBOURS = 10
@@ -34,10 +34,9 @@ DUPLICATE_SHARE = 0.1
 def mining_figures(task: TrainingTask) -> dict[str, Any]:
     """The figures of the lists that the last run, whose weights become the model's, is trained on."""
     run = task.runs[-1]
-    anchors, lists = tensor_of(run.anchors.query_items), neighbours_of(run.anchors)
     labels = labels_among(run.anchors, task.catalogue.labels)
-    allowed, dropped = filter_negatives(lists, anchors, labels, task.config.filters)
-    return asdict(mining_statistics(lists, anchors, labels, allowed, dropped))
+    allowed, dropped = filter_negatives(run.anchors, labels, task.config.filters)
+    return asdict(mining_statistics(run.anchors, labels, allowed, dropped))
 
 
 def find_suspect_pairs(lists: CandidateLists, catalogue: Catalogue) -> tuple[pa.Table, dict[str, Any]]:
@@ -46,16 +45,15 @@ def find_suspect_pairs(lists: CandidateLists, catalogue: Catalogue) -> tuple[pa.
     A pair of different labels is suspect if its distance is at most the median distance of an image to the nearest one
     of its own label.
     """
-    anchors, neighbours = tensor_of(lists.query_items), neighbours_of(lists)
     labels = tensor_of(catalogue.labels)
-    is_own = are_positive(neighbours, anchors, labels)
+    is_own = are_positive(lists, labels)
     # [item]: the distance to the nearest image of the own label; inf where none is among the nearest.
     nearest_own = torch.full((len(labels),), torch.inf)
     if lists.items.shape[1]:
-        nearest_own[anchors] = torch.where(is_own, neighbours.distances, torch.inf).amin(dim=1)
+        nearest_own[lists.query_items] = torch.where(is_own, lists.distances, torch.inf).amin(dim=1)
     known = nearest_own[nearest_own.isfinite()]
     max_distance = float(known.median()) if len(known) else 0.0
-    pairs, distances = suspected_mislabels(neighbours, anchors, labels, max_distance)
+    pairs, distances = suspected_mislabels(lists, labels, max_distance)
     is_duplicate = distances <= DUPLICATE_SHARE * max_distance
     figures = {
         "n_pairs": len(pairs),

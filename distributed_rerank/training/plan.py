@@ -15,13 +15,12 @@ from jaxtyping import Bool, Float, Float32, Int64
 from torch import Tensor
 
 from distributed_rerank.config.training import TrainingConfig
-from distributed_rerank.data.candidates import CandidateLists
 from distributed_rerank.data.samplers import BalanceSampler
 from distributed_rerank.errors import BadInput
 from distributed_rerank.runtime.devices import tensor_of
+from distributed_rerank.tensors.candidate_lists import CandidateLists
 from distributed_rerank.tensors.candidate_mining import draw_lists, filter_negatives
 from distributed_rerank.tensors.distances import exact_pair_distances
-from distributed_rerank.tensors.knn import Neighbours
 from distributed_rerank.tensors.mining import hard_pairs
 from distributed_rerank.tensors.sharding import rank_share
 
@@ -135,16 +134,10 @@ def sides(labels: Int64[np.ndarray, " item"], share: float, seed: int) -> Int64[
     return np.where(labels < 0, -1, set_aside_labels(labels, share, seed).astype(np.int64))
 
 
-def neighbours_of(lists: CandidateLists) -> Neighbours:
-    """The same lists as tensors."""
-    return Neighbours(tensor_of(lists.items), tensor_of(lists.distances))
-
-
 def labels_among(lists: CandidateLists, labels: Int64[np.ndarray, " item"]) -> Int64[Tensor, " item"]:
     """Labels of the lists' own anchors; -1 for every other item, which is then neither positive nor negative."""
     own = torch.full((len(labels),), -1)
-    items = tensor_of(lists.query_items)
-    own[items] = tensor_of(labels)[items]
+    own[lists.query_items] = tensor_of(labels)[lists.query_items]
     return own
 
 
@@ -195,16 +188,16 @@ def plan_lists(
     `steps_per_epoch` asks for more. `labels`, `sequences` and `embeddings` are those of all items. Raises BadInput
     where no anchor has both a positive and a negative.
     """
-    items, neighbours, own = tensor_of(anchors.query_items), neighbours_of(anchors), labels_among(anchors, labels)
+    items, own = anchors.query_items, labels_among(anchors, labels)
     # [anchor, candidate]: negatives that pass the filters.
-    allowed, _ = filter_negatives(neighbours, items, own, config.filters)
+    allowed, _ = filter_negatives(anchors, own, config.filters)
     # Each round draws one list for every anchor: its query [list] and its candidates [list, 1 + negatives].
     rounds: list[tuple[Tensor, Tensor]] = []
     wanted = None if config.steps_per_epoch is None else config.steps_per_epoch * config.lists_per_step
     while not rounds or (wanted is not None and sum(len(queries) for queries, _ in rounds) < wanted):
         generator = torch.Generator().manual_seed(seed_of(config.seed, epoch, len(rounds)))
         lists = draw_lists(
-            neighbours, items, own, allowed, n_negatives=config.n_negatives, generator=generator,
+            anchors, own, allowed, n_negatives=config.n_negatives, generator=generator,
             beyond_share=config.share_beyond, temperature=config.negative_temperature, sequences=tensor_of(sequences),
         )  # fmt: skip
         if not len(lists.rows):
@@ -245,9 +238,8 @@ def make_step(
 
 def reorder(lists: CandidateLists, order: Int64[Tensor, "anchor kept"]) -> CandidateLists:
     """The candidates at these places (-1 = none), with their first-stage distances: margins keep their meaning."""
-    places = order.numpy()
-    is_there = places >= 0
-    items, distances = (np.take_along_axis(column, places.clip(min=0), axis=1) for column in lists[1:])
+    is_there = order >= 0
+    items, distances = (column.gather(1, order.clamp(min=0)) for column in (lists.items, lists.distances))
     return CandidateLists(
-        lists.query_items, np.where(is_there, items, -1), np.where(is_there, distances, np.float32(np.inf))
+        lists.query_items, torch.where(is_there, items, -1), torch.where(is_there, distances, torch.inf)
     )

@@ -21,7 +21,7 @@ from distributed_rerank.data import begun
 from distributed_rerank.errors import BadInput
 from distributed_rerank.models.pairwise import PairwiseModel
 from distributed_rerank.models.saving import load_model
-from distributed_rerank.runtime.devices import keep_freed_memory, pick_device, tensor_of, torch_threads
+from distributed_rerank.runtime.devices import keep_freed_memory, pick_device, torch_threads
 from distributed_rerank.training import tracking
 from distributed_rerank.training.encodings import FittedModel, encode_images, fit_start
 from distributed_rerank.training.epoch import train_epoch
@@ -127,7 +127,7 @@ def prepare_inputs(task: TrainingTask, folder: Path, worker: TrainingWorker) -> 
     if task.config.backbone_lr > 0 or model.encoding_dtype == torch.uint8:
         start = task.model_folder
         if isinstance(model, FittedModel):
-            start = fit_start(decoded, labels, task.runs[-1].anchors.query_items, start, encodings, worker)
+            start = fit_start(decoded, labels, task.runs[-1].anchors.query_items.numpy(), start, encodings, worker)
         return WorkerInputs(worker, decoded, start, folder)
     encoded, start = encode_images(decoded, labels, task.half, task.model_folder, encodings, worker)
     return WorkerInputs(worker, encoded, start, folder)
@@ -180,8 +180,8 @@ def fit_head(
 ) -> None:
     """Fits the head's normalisation to a seeded sample of the run's pairs, the same on every worker."""
     # [anchor, candidate] tables of both sides of each pair and their distances; `places` [pair, 2] are row and column.
-    queries = tensor_of(run.anchors.query_items)[:, None].expand(run.anchors.items.shape)
-    items, distances = tensor_of(run.anchors.items), tensor_of(run.anchors.distances)
+    items, distances = run.anchors.items, run.anchors.distances
+    queries = run.anchors.query_items[:, None].expand_as(items)
     places = (items >= 0).nonzero()
     generator = torch.Generator().manual_seed(seed_of(task.config.seed, HEAD_FIT_PAIRS))
     n_pairs = HEAD_FIT_PAIRS if images.is_encoded else HEAD_FIT_PAIRS_FROM_FILES
@@ -200,7 +200,7 @@ def cache_pair_features(
 ) -> TrainingImages:
     """Features of the run's pairs where they can be computed once and kept; else the images as they are."""
     lists = [run.anchors] if run.validation is None else [run.anchors, run.validation]
-    n_pairs = sum(part.items.size for part in lists)
+    n_pairs = sum(part.items.numel() for part in lists)
     is_fixed = isinstance(images, EncodedImages) and task.config.views == 1 and n_pairs <= MAX_PAIRS
     if is_fixed and isinstance(model, FeatureModel) and isinstance(images, EncodedImages):
         return CachedPairFeatures(model, images, lists)

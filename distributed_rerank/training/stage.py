@@ -25,13 +25,13 @@ from distributed_rerank.config.pairwise import PairwiseConfig, pairwise_name
 from distributed_rerank.config.training import TrainingConfig
 from distributed_rerank.config.work import WorkConfig
 from distributed_rerank.data import artifacts
-from distributed_rerank.data.candidates import CandidateLists
 from distributed_rerank.data.catalogue import Catalogue
 from distributed_rerank.data.embeddings import Embeddings
 from distributed_rerank.executors import Executors
 from distributed_rerank.models.distance_siamese import DistanceSiamese
 from distributed_rerank.models.saving import build_model, load_model, save_extractor, save_model
 from distributed_rerank.runtime.devices import tensor_of
+from distributed_rerank.tensors.candidate_lists import CandidateLists
 from distributed_rerank.training import mining, tracking
 from distributed_rerank.training.card import CARD, model_card
 from distributed_rerank.training.distillation import Teacher, check_teachable, score_by_teacher
@@ -71,7 +71,7 @@ def train(
 
     Raises BadInput for a catalogue that cannot be trained on, a folder made otherwise, a tracker not installed.
     """
-    work, executors = work or WorkConfig(), executors or Executors()
+    work = work or WorkConfig()
     tracking.check_services(services)
     if teacher is not None:
         check_teachable(config)
@@ -87,13 +87,13 @@ def train(
             model_config.extractor,
             embeddings_folder or scratch / "embeddings",
             work=work,
-            extract=executors.extract,
+            executors=executors,
         )
-        task = make_task(images, embeddings, model_config, config, scratch, executors.search)
-        log_mining_report(task, embeddings, scratch, staging.path, executors.search)
+        task = make_task(images, embeddings, model_config, config, scratch, executors)
+        log_mining_report(task, embeddings, scratch, staging.path, executors)
         if teacher is not None:
             lists = task.runs[-1].anchors
-            logits = score_by_teacher(teacher, task.catalogue, lists, scratch / "teacher", work, executors.score)
+            logits = score_by_teacher(teacher, task.catalogue, lists, scratch / "teacher", work, executors)
             task = replace(task, teacher=logits)
         run_name = f"{Path(out).name}-{artifacts.json_digest(fingerprint)[:8]}"
         state = fit(replace(task, services=tuple(services), run_name=run_name), scratch / "run")
@@ -128,7 +128,7 @@ def make_task(
     model_config: PairwiseConfig,
     config: TrainingConfig,
     work: Path,
-    search: retrieval.Search,
+    executors: Executors | None = None,
 ) -> TrainingTask:
     """Splits the labels, retrieves candidates on either side, and writes the untrained model to disk.
 
@@ -143,7 +143,7 @@ def make_task(
     side = sides(images.labels, 0.5 if is_halved else config.set_aside, config.seed)
     first, second = (
         retrieve_among(
-            np.flatnonzero(side == number), images, embeddings, config.n_items, work / f"candidates-{number}", search
+            np.flatnonzero(side == number), images, embeddings, config.n_items, work / f"candidates-{number}", executors
         )
         for number in (0, 1)
     )
@@ -168,24 +168,25 @@ def retrieve_among(
     embeddings: Embeddings,
     n_items: int,
     folder: Path,
-    search: retrieval.Search,
+    executors: Executors | None = None,
 ) -> CandidateLists:
     """Candidates of each of these items among them, one row per item in their order, as items of `images`."""
-    local = retrieval.retrieve(images.take(items).as_query_and_gallery(), embeddings, n_items, folder, search=search)
+    among = images.take(items).as_query_and_gallery()
+    local = retrieval.retrieve(among, embeddings, n_items, folder, executors=executors).of_queries(
+        torch.arange(len(items))
+    )
     # [item, candidate]: rows in the order of `items`, and item numbers of `images` instead of those among `items`.
-    lists = np.full((len(items), local.items.shape[1]), -1, np.int64)
-    distances = np.full(lists.shape, np.inf, np.float32)
-    lists[local.query_items] = np.where(local.items >= 0, items[local.items], -1)
-    distances[local.query_items] = local.distances
-    return CandidateLists(items, lists, distances)
+    numbers = torch.from_numpy(items)
+    return CandidateLists(numbers, torch.where(local.items >= 0, numbers[local.items], -1), local.distances)
 
 
 def log_mining_report(
-    task: TrainingTask, embeddings: Embeddings, work: Path, folder: Path, search: retrieval.Search
+    task: TrainingTask, embeddings: Embeddings, work: Path, folder: Path, executors: Executors | None
 ) -> None:
     """Logs the figures and suspects of mining and writes them into `folder`."""
     everyone = np.arange(len(task.catalogue))
-    nearest = retrieve_among(everyone, task.catalogue, embeddings, mining.SUSPECT_NEIGHBOURS, work / "nearest", search)
+    n_items, nearest_folder = mining.SUSPECT_NEIGHBOURS, work / "nearest"
+    nearest = retrieve_among(everyone, task.catalogue, embeddings, n_items, nearest_folder, executors)
     logger.info("%s", mining.mining_in_text(mining.write_mining(task, nearest, folder)))
 
 
@@ -223,5 +224,5 @@ def evidence_of_runs(task: TrainingTask, of_runs: Sequence[State]) -> Evidence:
     ]
     width = max(logits.shape[1] for _, logits in measured)
     padded = [pad(logits, (0, width - logits.shape[1]), value=torch.nan) for _, logits in measured]
-    order = tensor_of(np.argsort(np.concatenate([lists.query_items for lists, _ in measured])))
+    order = torch.cat([lists.query_items for lists, _ in measured]).argsort()
     return evidence_of(task, join_lists([lists for lists, _ in measured]), torch.cat(padded)[order])

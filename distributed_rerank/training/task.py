@@ -16,11 +16,10 @@ from torch import Tensor
 from distributed_rerank.chain.evidence import Evidence
 from distributed_rerank.config.jobs import TrackingService
 from distributed_rerank.config.training import TrainingConfig
-from distributed_rerank.data.candidates import CandidateLists
 from distributed_rerank.data.catalogue import Catalogue
 from distributed_rerank.runtime.devices import tensor_of
 from distributed_rerank.tensors import metrics
-from distributed_rerank.tensors.knn import Neighbours
+from distributed_rerank.tensors.candidate_lists import CandidateLists, concatenate
 from distributed_rerank.training.plan import TeacherLogits, TrainingStep, plan_batches, plan_lists, reorder
 
 
@@ -89,21 +88,17 @@ def plan_epoch(
     """The steps of an epoch, the same for every worker; `order` comes from a model that mined again (`validation`)."""
     labels = task.catalogue.labels
     if task.config.mining != "lists":
-        return plan_batches(run.anchors.query_items, labels, task.embeddings, task.config, epoch)
+        return plan_batches(run.anchors.query_items.numpy(), labels, task.embeddings, task.config, epoch)
     anchors = run.anchors if order is None else reorder(run.anchors, order)
     steps = plan_lists(anchors, labels, task.catalogue.sequences, task.embeddings, task.config, epoch)
     return steps if task.teacher is None else [task.teacher.add_to(step) for step in steps]
 
 
 def join_lists(parts: list[CandidateLists]) -> CandidateLists:
-    """The lists of disjoint sets of images, in item order; shorter lists end in -1 and inf."""
+    """The lists of disjoint sets of images, in item order."""
     width = max(part.items.shape[1] for part in parts)
-    gaps = [((0, 0), (0, width - part.items.shape[1])) for part in parts]
-    query_items = np.concatenate([part.query_items for part in parts])
-    items = [np.pad(part.items, gap, constant_values=-1) for part, gap in zip(parts, gaps, strict=True)]
-    distances = [np.pad(part.distances, gap, constant_values=np.inf) for part, gap in zip(parts, gaps, strict=True)]
-    order = np.argsort(query_items)
-    return CandidateLists(query_items[order], np.concatenate(items)[order], np.concatenate(distances)[order])
+    joined = concatenate([part.padded(width) for part in parts])
+    return joined[joined.query_items.argsort()]
 
 
 def evidence_of(task: TrainingTask, lists: CandidateLists, logits: Float[Tensor, "query top_n"] | None) -> Evidence:
@@ -112,10 +107,11 @@ def evidence_of(task: TrainingTask, lists: CandidateLists, logits: Float[Tensor,
     The lists must hold all images of a label, so that the relevant items of each can be counted among them.
     """
     # [query] ascending item numbers, [query, candidate] item numbers -> places among the queries, -1 = none.
-    items, candidates = tensor_of(lists.query_items), tensor_of(lists.items)
-    local = torch.where(candidates >= 0, torch.searchsorted(items, candidates.clamp(min=0)), -1)
+    items = lists.query_items
+    local = torch.where(lists.items >= 0, torch.searchsorted(items, lists.items.clamp(min=0)), -1)
     labels = tensor_of(task.catalogue.labels)[items]
     sequences = tensor_of(task.catalogue.sequences)[items]
     everyone = torch.arange(len(items))
     n_relevant = metrics.count_relevant(everyone, labels, sequences, everyone, labels, sequences)
-    return Evidence(Neighbours(local, tensor_of(lists.distances)), labels, n_relevant, logits, task.embeddings[items])
+    own_lists = CandidateLists(everyone, local, lists.distances)
+    return Evidence(own_lists, labels, n_relevant, logits, task.embeddings[items])

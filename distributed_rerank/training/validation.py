@@ -13,9 +13,8 @@ from jaxtyping import Float, Float32, Int64
 from torch import Tensor
 
 from distributed_rerank.config.training import TrainingConfig
-from distributed_rerank.data.candidates import CandidateLists
 from distributed_rerank.models.pairwise import PairwiseModel
-from distributed_rerank.runtime.devices import tensor_of
+from distributed_rerank.tensors.candidate_lists import CandidateLists
 from distributed_rerank.tensors.sharding import rank_share
 from distributed_rerank.training.images import CachedPairFeatures, DecodedImages, EncodedImages, TrainingImages
 from distributed_rerank.training.task import TrainingWorker
@@ -62,14 +61,13 @@ def score_lists_together(
 
     Each worker scores its share of the queries; one collective puts the shares together.
     """
-    items = tensor_of(lists.items[:, : config.top_n])
-    distances = tensor_of(lists.distances[:, : config.top_n])
+    items, distances = lists.items[:, : config.top_n], lists.distances[:, : config.top_n]
     start, stop = rank_share(len(items), worker.rank, worker.world_size)
     # Zero where other workers score, so that the sum of all workers' tables is the whole one.
     logits = torch.zeros(items.shape, device=worker.device)
     model.eval()
     with torch.no_grad():
-        queries = tensor_of(lists.query_items[start:stop])
+        queries = lists.query_items[start:stop]
         logits[start:stop] = score_share(
             model, images, queries, items[start:stop], distances[start:stop], config, worker.device
         )

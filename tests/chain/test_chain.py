@@ -19,7 +19,7 @@ from distributed_rerank.chain.chain import (
     write_chain,
 )
 from distributed_rerank.errors import BadInput
-from distributed_rerank.tensors.knn import Neighbours
+from distributed_rerank.tensors.candidate_lists import CandidateLists
 
 
 def test_chain_file_comes_back_equal(tmp_path: Path) -> None:
@@ -104,7 +104,7 @@ def test_probability_step_on_lists_shorter_than_its_constants_uses_them_whole(
     step: NeighbourhoodStep | QueryExpansionStep, width: int
 ) -> None:
     known = evidence(1.5, None)
-    lists = Neighbours(known.lists.items[:, :width], known.lists.distances[:, :width])
+    lists = known.lists.first(width)
     result = apply(Chain((step,)), lists, embeddings=known.embeddings)
     assert torch.equal(result.items.sort(dim=1).values, lists.items.sort(dim=1).values)
     assert torch.equal(result.distances, result.distances.sort(dim=1).values)
@@ -116,7 +116,7 @@ def test_alpha_qe_searches_anew_but_never_finds_the_own_sequence() -> None:
     embeddings[1::2] = embeddings[::2] + 0.01  # the two of a sequence are the nearest of all
     sequences = torch.arange(12) // 2
     items = torch.tensor([[j for j in range(12) if j // 2 != i // 2][:6] for i in range(12)])
-    lists = Neighbours(items, torch.arange(6.0).expand(12, 6).clone())
+    lists = CandidateLists(torch.arange(12), items, torch.arange(6.0).expand(12, 6).clone())
     found = apply(Chain((AlphaQEStep(2, 1.0),)), lists, embeddings=embeddings, sequences=sequences).items
     assert not (sequences[found] == sequences[:, None]).any()
     free = apply(Chain((AlphaQEStep(2, 1.0),)), lists, embeddings=embeddings).items

@@ -4,12 +4,13 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from distributed_rerank.cluster import extraction as on_ray
+from distributed_rerank.cluster.executors import RayExecutors
 from distributed_rerank.cluster.session import Session
 from distributed_rerank.config.extractor import ExtractorConfig
 from distributed_rerank.config.work import WorkConfig
@@ -17,7 +18,7 @@ from distributed_rerank.data import tables
 from distributed_rerank.data.artifacts import read_manifest
 from distributed_rerank.data.begun import ComputedWith
 from distributed_rerank.errors import BadInput
-from distributed_rerank.extraction import Block, EmbeddedBlock, embed
+from distributed_rerank.extraction import EmbeddedBlock, ImageBlock, embed
 from tests.small_catalogue import EXTRACTOR, make_catalogue
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -31,8 +32,8 @@ def test_embed_three_workers_give_the_bytes_of_one_process(session_of: SessionOf
     catalogue = make_catalogue(tmp_path / "images", 3 * 3 + 1, broken=(4,))
     embed(catalogue, EXTRACTOR, tmp_path / "local", work=replace(WORK, max_rejects=0.1))
     n = 3  # 1, 2 and 3 workers through all stages: tests/jobs/test_same_bytes.py
-    extract = partial(on_ray.extract, session=session_of(n))
-    embed(catalogue, EXTRACTOR, tmp_path / str(n), work=replace(WORK, max_rejects=0.1), extract=extract)
+    executors = RayExecutors(lambda: session_of(n))
+    embed(catalogue, EXTRACTOR, tmp_path / str(n), work=replace(WORK, max_rejects=0.1), executors=executors)
     for name in ("embeddings.parquet", "rejects.parquet"):
         assert (tmp_path / str(n) / name).read_bytes() == (tmp_path / "local" / name).read_bytes()
     (row,) = tables.read_table(tmp_path / "3" / "rejects.parquet", "rejects").to_pylist()
@@ -52,16 +53,18 @@ def test_embed_begun_by_one_kind_of_worker_is_refused_to_another(
     extractor = on_ray.build_extractor(EXTRACTOR)
     extractor.computed_with = lambda device: ComputedWith("cuda", "bfloat16", "bfloat16", "NVIDIA A")
 
-    def dies(blocks: list[Block], config: ExtractorConfig, work: WorkConfig) -> Iterator[tuple[int, EmbeddedBlock]]:
-        yield next(on_ray.extract(blocks, config, work, session=session_of(1)))
+    def dies(
+        blocks: list[ImageBlock], config: ExtractorConfig, work: WorkConfig
+    ) -> Iterator[tuple[int, EmbeddedBlock]]:
+        yield next(on_ray.embed_blocks(lambda: session_of(1), blocks, config, work))
         raise KeyboardInterrupt
 
     with monkeypatch.context() as other_cluster:
         other_cluster.setattr(on_ray, "build_extractor", lambda config: extractor)
         with pytest.raises(KeyboardInterrupt):
-            embed(catalogue, EXTRACTOR, tmp_path / "out", work=WORK, extract=dies)
+            embed(catalogue, EXTRACTOR, tmp_path / "out", work=WORK, executors=SimpleNamespace(embed_blocks=dies))
     with pytest.raises(BadInput, match=r"precision=bfloat16 on cuda, a worker of this run .* precision=float32 on cpu"):
-        embed(catalogue, EXTRACTOR, tmp_path / "out", work=WORK, extract=partial(on_ray.extract, session=session_of(2)))
+        embed(catalogue, EXTRACTOR, tmp_path / "out", work=WORK, executors=RayExecutors(lambda: session_of(2)))
 
 
 @pytest.mark.ray
@@ -69,15 +72,17 @@ def test_embed_interrupted_on_ray_continues_to_the_same_bytes(session_of: Sessio
     catalogue = make_catalogue(tmp_path / "images", 13)
     embed(catalogue, EXTRACTOR, tmp_path / "local", work=WORK)
 
-    def dies(blocks: list[Block], config: ExtractorConfig, work: WorkConfig) -> Iterator[tuple[int, EmbeddedBlock]]:
-        for done, result in enumerate(on_ray.extract(blocks, config, work, session=session_of(1))):
+    def dies(
+        blocks: list[ImageBlock], config: ExtractorConfig, work: WorkConfig
+    ) -> Iterator[tuple[int, EmbeddedBlock]]:
+        for done, result in enumerate(on_ray.embed_blocks(lambda: session_of(1), blocks, config, work)):
             if done == 2:
                 raise KeyboardInterrupt
             yield result
 
     with pytest.raises(KeyboardInterrupt):
-        embed(catalogue, EXTRACTOR, tmp_path / "killed", work=WORK, extract=dies)
-    embed(catalogue, EXTRACTOR, tmp_path / "killed", work=WORK, extract=partial(on_ray.extract, session=session_of(2)))
+        embed(catalogue, EXTRACTOR, tmp_path / "killed", work=WORK, executors=SimpleNamespace(embed_blocks=dies))
+    embed(catalogue, EXTRACTOR, tmp_path / "killed", work=WORK, executors=RayExecutors(lambda: session_of(2)))
     killed, local = (tmp_path / name / "embeddings.parquet" for name in ("killed", "local"))
     assert killed.read_bytes() == local.read_bytes()
     assert read_manifest(tmp_path / "killed")["blocks"]["reused"] == 2 * 2
@@ -95,9 +100,9 @@ def test_embed_in_a_precision_that_workers_lack_is_one_line(
 
     extractor.prepare_for_inference = refuse  # travels to the worker with the extractor
     monkeypatch.setattr(on_ray, "build_extractor", lambda config: extractor)
-    extract = partial(on_ray.extract, session=session_of(1))
+    executors = RayExecutors(lambda: session_of(1))
     with pytest.raises(BadInput, match=r"^precision=bf16 is only emulated here; use auto or fp32$"):
-        embed(make_catalogue(tmp_path, 2), EXTRACTOR, tmp_path / "out", work=WORK, extract=extract)
+        embed(make_catalogue(tmp_path, 2), EXTRACTOR, tmp_path / "out", work=WORK, executors=executors)
 
 
 @pytest.mark.ray
@@ -117,7 +122,7 @@ def test_embed_survives_the_death_of_a_worker_process(
 
     extractor.prepare_for_inference = die_once
     monkeypatch.setattr(on_ray, "build_extractor", lambda config: extractor)
-    embed(catalogue, EXTRACTOR, tmp_path / "ray", work=WORK, extract=partial(on_ray.extract, session=session_of(2)))
+    embed(catalogue, EXTRACTOR, tmp_path / "ray", work=WORK, executors=RayExecutors(lambda: session_of(2)))
     assert mark.exists()
     name = "embeddings.parquet"
     assert (tmp_path / "ray" / name).read_bytes() == (tmp_path / "local" / name).read_bytes()
@@ -128,7 +133,7 @@ import sys, tempfile
 from functools import partial
 from pathlib import Path
 import ray
-from distributed_rerank.cluster.extraction import extract
+from distributed_rerank.cluster.executors import RayExecutors
 from distributed_rerank.cluster.session import Session
 from distributed_rerank.extraction import embed
 from tests.cluster.test_extraction import EXTRACTOR, WORK, make_catalogue
@@ -137,7 +142,7 @@ with tempfile.TemporaryDirectory(prefix="rerank-", dir="/tmp", ignore_cleanup_er
     ray.init(address="local", num_cpus=3, num_gpus=1, include_dashboard=False, _temp_dir=folder)
     session = Session(num_workers=1, num_cpus=3, use_gpu=True)
     catalogue = make_catalogue(Path(sys.argv[1]) / "images", 7)
-    embed(catalogue, EXTRACTOR, Path(sys.argv[1]) / "ray", work=WORK, extract=partial(extract, session=session))
+    embed(catalogue, EXTRACTOR, Path(sys.argv[1]) / "ray", work=WORK, executors=RayExecutors(lambda: session))
     ray.shutdown()
 """
 

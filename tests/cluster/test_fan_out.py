@@ -1,7 +1,7 @@
 import os
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import pytest
@@ -14,6 +14,11 @@ from distributed_rerank.errors import BadInput
 
 pytestmark = pytest.mark.ray
 SessionOf = Callable[[int], Session]
+
+
+def calls(values: Iterable[int]) -> Iterator[tuple[int, tuple[int]]]:
+    """One call for each value, its number as the key."""
+    return ((number, (value,)) for number, value in enumerate(values))
 
 
 def _wait_until_free(n_cpus: int) -> None:
@@ -29,8 +34,22 @@ def test_fan_out_more_tasks_than_workers_computes_each_once(session_of: SessionO
             return value * value
 
     with start_workers(session_of(num_workers), Squarer) as workers:
-        results = list(fan_out(workers, lambda w, v: w.call("square", v), enumerate(range(3 * 4 + 1))))
+        results = list(fan_out(workers, "square", calls(range(3 * 4 + 1))))
     assert sorted(results) == [(n, n * n) for n in range(13)]
+
+
+def test_fan_out_first_value_stays_in_the_object_store(session_of: SessionOf) -> None:
+    class Splitter:
+        def split(self, value: int) -> tuple[bytes, int]:
+            return b"x" * value, value
+
+    with start_workers(session_of(2), Splitter) as workers:
+        found = dict(fan_out(workers, "split", calls(range(5)), leaves_first=True))
+        assert sorted(found) == list(range(5))
+        for number, (reference, value) in found.items():
+            assert value == number
+            assert isinstance(reference, ray.ObjectRef)
+            assert ray.get(reference) == b"x" * number
 
 
 def test_fan_out_tasks_are_drawn_only_as_workers_become_free(session_of: SessionOf) -> None:
@@ -40,13 +59,13 @@ def test_fan_out_tasks_are_drawn_only_as_workers_become_free(session_of: Session
 
     drawn: list[int] = []
 
-    def tasks() -> object:
+    def drawn_calls() -> Iterator[tuple[int, tuple[int]]]:
         for number in range(20):
             drawn.append(number)
-            yield number, number
+            yield number, (number,)
 
     with start_workers(session_of(2), Echo) as workers:
-        results = fan_out(workers, lambda w, v: w.call("echo", v), tasks(), in_flight=2)  # pyright: ignore
+        results = fan_out(workers, "echo", drawn_calls(), in_flight=2)
         next(results)
         assert len(drawn) <= 2 * 2 + 1
         assert len(list(results)) == 19
@@ -62,11 +81,11 @@ def test_fan_out_bad_input_of_a_worker_arrives_as_one_line(session_of: SessionOf
             raise BadInput("precision=bf16 is not supported here; use fp32")
 
     with start_workers(session_of(1), Refuses) as workers, pytest.raises(BadInput) as caught:
-        list(fan_out(workers, lambda w, v: w.call("work", v), [(0, 7)]))
+        list(fan_out(workers, "work", calls([7])))
     assert str(caught.value) == "value=7 is wrong; give another"
     assert not isinstance(caught.value, RayTaskError)
     with start_workers(session_of(1), Unmakeable) as workers, pytest.raises(BadInput, match="bf16"):
-        list(fan_out(workers, lambda w, v: w.call("work", v), [(0, 7)]))
+        list(fan_out(workers, "work", calls([7])))
 
 
 def test_fan_out_bug_of_a_worker_raises_here_and_leaves_no_worker(session_of: SessionOf) -> None:
@@ -75,7 +94,7 @@ def test_fan_out_bug_of_a_worker_raises_here_and_leaves_no_worker(session_of: Se
             return 1 / value
 
     with start_workers(session_of(8), Buggy) as workers, pytest.raises(ZeroDivisionError):
-        list(fan_out(workers, lambda w, v: w.call("work", v), enumerate([1, 0, 2])))
+        list(fan_out(workers, "work", calls([1, 0, 2])))
     _wait_until_free(8)
     assert ray.available_resources()["CPU"] == 8
 
@@ -99,7 +118,7 @@ def test_fan_out_killed_worker_changes_no_result(session_of: SessionOf, tmp_path
 
     killer, results = Killer(), []
     with start_workers(session_of(2), Slow) as workers:
-        for number, value in fan_out(workers, lambda w, v: w.call("work", v), enumerate(range(12))):
+        for number, value in fan_out(workers, "work", calls(range(12))):
             results.append((number, value))
             killer.strike()
     assert killer.killed

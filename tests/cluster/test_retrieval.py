@@ -1,11 +1,11 @@
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
-from distributed_rerank.cluster.retrieval import search
+from distributed_rerank.cluster.executors import RayExecutors
 from distributed_rerank.cluster.session import Session
 from distributed_rerank.config.work import WorkConfig
 from distributed_rerank.data.embeddings import Embeddings
@@ -26,8 +26,8 @@ def test_retrieve_three_workers_give_the_bytes_of_one_process(session_of: Sessio
     embeddings = Embeddings(catalogue.ids, matrix)
     retrieve(catalogue, embeddings, 4, tmp_path / "local", work=WORK)
     n = 3  # 1, 2 and 3 workers through all stages: tests/jobs/test_same_bytes.py
-    on_ray = partial(search, session=session_of(n))
-    retrieve(catalogue, embeddings, 4, tmp_path / str(n), work=WORK, search=on_ray)
+    on_ray = RayExecutors(lambda: session_of(n))
+    retrieve(catalogue, embeddings, 4, tmp_path / str(n), work=WORK, executors=on_ray)
     found, expected = (tmp_path / name / "candidates.parquet" for name in (str(n), "local"))
     assert found.read_bytes() == expected.read_bytes()
 
@@ -37,15 +37,16 @@ def test_retrieve_embedding_that_is_not_finite_is_bad_input_on_the_driver(
 ) -> None:
     catalogue = make_catalogue(tmp_path / "images", 6)  # two blocks: one alone is searched by the driver
     embeddings = Embeddings(catalogue.ids, np.full((6, 4), np.nan, np.float32))
+    on_ray = RayExecutors(lambda: session_of(1))
     with pytest.raises(BadInput, match="not finite"):
-        retrieve(catalogue, embeddings, 4, tmp_path / "out", work=WORK, search=partial(search, session=session_of(1)))
+        retrieve(catalogue, embeddings, 4, tmp_path / "out", work=WORK, executors=on_ray)
 
 
 def test_retrieve_one_small_block_starts_no_worker(tmp_path: Path) -> None:
     catalogue = make_catalogue(tmp_path / "images", 4)
     embeddings = Embeddings(catalogue.ids, np.random.default_rng(0).standard_normal((4, 8)).astype(np.float32))
-    no_cluster = Session(num_workers=10**6)  # whose workers could never be placed
-    found = retrieve(catalogue, embeddings, 4, tmp_path / "ray", work=WORK, search=partial(search, session=no_cluster))
+    no_cluster = RayExecutors(lambda: Session(num_workers=10**6))  # whose workers could never be placed
+    found = retrieve(catalogue, embeddings, 4, tmp_path / "ray", work=WORK, executors=no_cluster)
     expected = retrieve(catalogue, embeddings, 4, tmp_path / "local", work=WORK)
-    assert np.array_equal(found.items, expected.items)
-    assert np.array_equal(found.distances, expected.distances)
+    assert torch.equal(found.items, expected.items)
+    assert torch.equal(found.distances, expected.distances)

@@ -2,19 +2,18 @@ import os
 import signal
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
 
 import pytest
 from torch import Tensor
 
-from distributed_rerank.cluster import scoring as on_ray
+from distributed_rerank.cluster.executors import RayExecutors
 from distributed_rerank.cluster.session import Session
 from distributed_rerank.config.work import WorkConfig
 from distributed_rerank.data.artifacts import read_manifest
 from distributed_rerank.models.concat_siamese import ConcatSiamese
-from distributed_rerank.scoring.score import ScoredBlock
+from distributed_rerank.scoring.rounds import ScoredBlock, Scoring
 from distributed_rerank.scoring.stage import score_candidates
 from tests.small_catalogue import concat_model, make_catalogue, make_lists
 
@@ -34,10 +33,10 @@ def test_score_three_workers_give_the_bytes_of_one_process(session_of: SessionOf
     lists = make_lists(catalogue, 5)
     score_candidates(catalogue, lists, model, 5, tmp_path / "local", work=replace(WORK, max_rejects=0.1))
     n = 3  # 1, 2 and 3 workers through all stages: tests/jobs/test_same_bytes.py
-    score = partial(on_ray.score, session=session_of(n))
+    executors = RayExecutors(lambda: session_of(n))
     two_blocks = replace(WORK, blocks_per_call=2, max_rejects=0.1)  # as on GPUs; all else here has one
     score_candidates(
-        catalogue, lists, model, 5, tmp_path / str(n), work=replace(two_blocks, max_rejects=0.1), score=score
+        catalogue, lists, model, 5, tmp_path / str(n), work=replace(two_blocks, max_rejects=0.1), executors=executors
     )
     assert _files(tmp_path / str(n)) == _files(tmp_path / "local")
     counts = read_manifest(tmp_path / str(n))["counts"]
@@ -52,8 +51,8 @@ def test_score_in_rounds_gives_the_same_bytes(session_of: SessionOf, tmp_path: P
     lists = make_lists(catalogue, 5)
     score_candidates(catalogue, lists, model, 5, tmp_path / "local", work=WORK)
     small = replace(WORK, encoding_gb=12 * model.bytes_per_image / 10**9)
-    score = partial(on_ray.score, session=session_of(2))
-    score_candidates(catalogue, lists, model, 5, tmp_path / "rounds", work=small, score=score)
+    executors = RayExecutors(lambda: session_of(2))
+    score_candidates(catalogue, lists, model, 5, tmp_path / "rounds", work=small, executors=executors)
     assert _files(tmp_path / "rounds") == _files(tmp_path / "local")
     counts = read_manifest(tmp_path / "rounds")["counts"]
     assert counts["encodings_computed"] - counts["encodings_repeated"] == 17
@@ -72,8 +71,8 @@ def test_score_killed_worker_changes_no_byte(session_of: SessionOf, tmp_path: Pa
 
     killed: list[int] = []
 
-    def score(*arguments: Any) -> Iterator[tuple[int, ScoredBlock]]:
-        for result in on_ray.score(*arguments, session=session_of(2)):
+    def score(run: Scoring) -> Iterator[tuple[int, ScoredBlock]]:
+        for result in RayExecutors(lambda: session_of(2)).score_blocks(run):
             if not killed:
                 killed.append(min(pids()))
                 os.kill(killed[0], signal.SIGKILL)
@@ -82,7 +81,8 @@ def test_score_killed_worker_changes_no_byte(session_of: SessionOf, tmp_path: Pa
     catalogue, model = make_catalogue(tmp_path / "images", 60), Telltale(concat_model().config)
     lists = make_lists(catalogue, 5)
     score_candidates(catalogue, lists, model, 5, tmp_path / "local", work=WORK)
-    score_candidates(catalogue, lists, model, 5, tmp_path / "killed", work=WORK, score=score)
+    killing = SimpleNamespace(score_blocks=score)
+    score_candidates(catalogue, lists, model, 5, tmp_path / "killed", work=WORK, executors=killing)
     assert len(pids()) == 3
     assert _files(tmp_path / "killed") == _files(tmp_path / "local")
 
@@ -92,16 +92,18 @@ def test_score_interrupted_on_ray_continues_to_the_same_bytes(session_of: Sessio
     lists = make_lists(catalogue, 5)
     score_candidates(catalogue, lists, model, 5, tmp_path / "local", work=WORK)
 
-    def dies(*arguments: Any) -> Iterator[tuple[int, ScoredBlock]]:
-        for done, result in enumerate(on_ray.score(*arguments, session=session_of(2))):
+    def dies(run: Scoring) -> Iterator[tuple[int, ScoredBlock]]:
+        for done, result in enumerate(RayExecutors(lambda: session_of(2)).score_blocks(run)):
             if done == 2:
                 raise KeyboardInterrupt
             yield result
 
     with pytest.raises(KeyboardInterrupt):
-        score_candidates(catalogue, lists, model, 5, tmp_path / "killed", work=WORK, score=dies)
-    score = partial(on_ray.score, session=session_of(1))
-    score_candidates(catalogue, lists, model, 5, tmp_path / "killed", work=WORK, score=score)
+        score_candidates(
+            catalogue, lists, model, 5, tmp_path / "killed", work=WORK, executors=SimpleNamespace(score_blocks=dies)
+        )
+    executors = RayExecutors(lambda: session_of(1))
+    score_candidates(catalogue, lists, model, 5, tmp_path / "killed", work=WORK, executors=executors)
     assert _files(tmp_path / "killed") == _files(tmp_path / "local")
     assert read_manifest(tmp_path / "killed")["blocks"] == {"computed": 2 * 3, "reused": 2 * 2}
 
@@ -109,10 +111,16 @@ def test_score_interrupted_on_ray_continues_to_the_same_bytes(session_of: Sessio
 def test_score_lost_block_is_an_error_on_the_driver(session_of: SessionOf, tmp_path: Path) -> None:
     catalogue = make_catalogue(tmp_path / "images", 9)
 
-    def loses(*arguments: Any) -> Iterator[tuple[int, ScoredBlock]]:
-        yield from list(on_ray.score(*arguments, session=session_of(1)))[1:]
+    def loses(run: Scoring) -> Iterator[tuple[int, ScoredBlock]]:
+        yield from list(RayExecutors(lambda: session_of(1)).score_blocks(run))[1:]
 
     with pytest.raises(AssertionError, match="never came back"):
         score_candidates(
-            catalogue, make_lists(catalogue, 3), concat_model(), 5, tmp_path / "out", work=WORK, score=loses
+            catalogue,
+            make_lists(catalogue, 3),
+            concat_model(),
+            5,
+            tmp_path / "out",
+            work=WORK,
+            executors=SimpleNamespace(score_blocks=loses),
         )

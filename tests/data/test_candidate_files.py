@@ -8,11 +8,12 @@ import pandas as pd
 import pytest
 
 from distributed_rerank.data.candidate_files import read_candidates
-from distributed_rerank.data.candidates import CandidateLists, candidates_table
+from distributed_rerank.data.candidates import candidates_table
 from distributed_rerank.data.catalogue import Catalogue, read_catalogue
 from distributed_rerank.data.gathering import gather_lists
 from distributed_rerank.data.tables import load_batches
 from distributed_rerank.errors import BadInput
+from distributed_rerank.tensors.candidate_lists import CandidateLists
 
 ROWS = [("q2", "g1", 0.5), ("q1", "g2", 0.25), ("q1", "g10", 0.25), ("q1", "g1", 0.0), ("q2", "g2", 3.0)]
 SORTED = [("q1", "g1", 1), ("q1", "g10", 2), ("q1", "g2", 3), ("q2", "g1", 1), ("q2", "g2", 2)]
@@ -130,8 +131,9 @@ def test_lists_do_not_depend_on_blocks_batches_or_row_order(tmp_path: Path) -> N
         for rows_per_batch, queries_per_block in ((10, 1), (10, 4), (1000, 3), (1000, 1000)):
             batches = load_batches(tmp_path / "c.parquet", "candidates", rows_per_batch)
             lists = gather_lists(batches, catalogue, queries_per_block=queries_per_block)
-            row, column = np.nonzero(lists.items >= 0)
-            found = zip(lists.query_items[row], lists.distances[row, column], lists.items[row, column], strict=True)
+            queries, items, distances = lists.arrays()
+            row, column = np.nonzero(items >= 0)
+            found = zip(queries[row], distances[row, column], items[row, column], strict=True)
             assert list(found) == expected
 
 

@@ -5,10 +5,10 @@ import pyarrow as pa
 import pytest
 
 from distributed_rerank.data import candidates, tables
-from distributed_rerank.data.candidates import CandidateLists
 from distributed_rerank.data.catalogue import Catalogue, read_catalogue
 from distributed_rerank.data.gathering import gather_lists
 from distributed_rerank.errors import BadInput
+from distributed_rerank.tensors.candidate_lists import CandidateLists
 
 
 @pytest.fixture
@@ -22,7 +22,7 @@ def _triples(table: pa.Table) -> list[tuple]:
 
 
 def test_table_and_lists_invert_each_other(catalogue: Catalogue) -> None:
-    lists = CandidateLists(
+    lists = CandidateLists.from_arrays(
         np.array([3, 4], np.int64),
         np.array([[2, 0, 1], [1, -1, -1]], np.int64),
         np.array([[0.5, 0.75, 0.75], [1.0, np.inf, np.inf]], np.float32),
@@ -32,7 +32,7 @@ def test_table_and_lists_invert_each_other(catalogue: Catalogue) -> None:
     assert _triples(table) == [("q1", "g2", 1), ("q1", "g1", 2), ("q1", "g10", 3), ("q2", "g10", 1)]
     shuffled = table.take(pa.array([3, 1, 0, 2]))
     back = gather_lists([shuffled], catalogue)
-    for got, expected in zip(back, lists, strict=True):
+    for got, expected in zip(back.arrays(), lists.arrays(), strict=True):
         assert np.array_equal(got, expected)
         assert got.dtype == expected.dtype
 
@@ -44,18 +44,17 @@ def test_lists_of_no_candidates_are_empty(catalogue: Catalogue) -> None:
 
 
 def test_aligned_logits_find_their_places_and_leave_nan(catalogue: Catalogue) -> None:
-    lists = CandidateLists(
+    lists = CandidateLists.from_arrays(
         np.array([3, 4], np.int64), np.array([[2, 0], [1, -1]], np.int64), np.zeros((2, 2), np.float32)
     )
-    pairs = candidates.pairs_table(
-        np.array(["q2", "q1", "q1"], object),
-        np.array(["g10", "g10", "g2"], object),
-        np.array([1.5, 9.0, -2.0]),
-    )
+    columns = {"query_id": ["q2", "q1", "q1"], "gallery_id": ["g10", "g10", "g2"], "logit": [1.5, 9.0, -2.0]}
+    pairs = tables.conform(pa.table(columns), "pair_distances")
     expected = np.array([[-2.0, np.nan], [1.5, np.nan]], np.float32)
     logits = candidates.aligned_logits(pairs, catalogue, lists)
     assert catalogue.ids.tolist() == ["g1", "g10", "g2", "q1", "q2"]
-    assert np.array_equal(logits, expected, equal_nan=True)
-    assert np.isnan(candidates.aligned_logits(pairs.slice(0, 0), catalogue, lists)).all()
+    assert np.array_equal(logits.numpy(), expected, equal_nan=True)
+    assert candidates.aligned_logits(pairs.slice(0, 0), catalogue, lists).isnan().all()
+    back = candidates.pairs_table(lists, logits, catalogue.ids)
+    assert back.to_pylist() == [pairs.to_pylist()[row] for row in (2, 0)]
     with pytest.raises(BadInput, match="two logits"):
         candidates.aligned_logits(pa.concat_tables([pairs, pairs]), catalogue, lists)

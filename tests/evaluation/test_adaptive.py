@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from distributed_rerank.chain.chain import Chain, PairwiseStep
-from distributed_rerank.data.candidates import CandidateLists
 from distributed_rerank.data.catalogue import read_catalogue
 from distributed_rerank.evaluation.adaptive import choose_threshold, margins, measure_adaptive
 from distributed_rerank.evaluation.measure import Ranked, count_relevant, rank
 from distributed_rerank.reranking.first_stage import FirstStage
-from distributed_rerank.reranking.run import Scored
+from distributed_rerank.scoring.stage import ScoredLists
+from distributed_rerank.tensors.candidate_lists import CandidateLists
 
 N_LABELS = 40
 
@@ -30,9 +30,9 @@ def ranked(tmp_path: Path) -> Ranked:
     own = np.array([np.flatnonzero(catalogue.labels == label)[:2] for label in catalogue.labels[queries]])
     is_sure = np.arange(N_LABELS) % 2 == 0
     distances = np.stack([np.full(N_LABELS, 0.1), np.where(is_sure, 0.9, 0.2)], axis=1).astype(np.float32)
-    lists = CandidateLists(queries, own, distances)
+    lists = CandidateLists.from_arrays(queries, own, distances)
     first = FirstStage(catalogue, lists, None, [])
-    return rank(first, Scored(lists, np.zeros((N_LABELS, 2), np.float32), []), Chain((PairwiseStep(top_n=2),)), True)
+    return rank(first, ScoredLists(lists, torch.zeros(N_LABELS, 2)), Chain((PairwiseStep(top_n=2),)), True)
 
 
 def test_margins_are_gap_and_spread_and_inf_without_a_choice(ranked: Ranked) -> None:

@@ -13,19 +13,17 @@ from distributed_rerank.chain.apply import apply_k_reciprocal
 from distributed_rerank.chain.chain import Chain, KReciprocalStep, PairwiseStep
 from distributed_rerank.config.pairwise import TokenSiameseConfig
 from distributed_rerank.config.work import WorkConfig
-from distributed_rerank.data.candidates import CandidateLists
 from distributed_rerank.data.catalogue import Catalogue, read_catalogue
 from distributed_rerank.data.images import read_image
 from distributed_rerank.evaluation import baselines
 from distributed_rerank.evaluation.measure import Ranked, count_relevant, rank
-from distributed_rerank.executors import Executors
 from distributed_rerank.extraction import Embeddings
 from distributed_rerank.models.token_siamese import TokenSiamese
 from distributed_rerank.reranking.first_stage import FirstStage
-from distributed_rerank.reranking.lists import neighbours
-from distributed_rerank.reranking.run import Scored
 from distributed_rerank.retrieval import retrieve
+from distributed_rerank.scoring.stage import ScoredLists
 from distributed_rerank.tensors import metrics
+from distributed_rerank.tensors.candidate_lists import CandidateLists
 
 N_ITEMS, N_QUERIES, N_LISTED = 60, 20, 40
 WORK = WorkConfig(queries_per_block=7)
@@ -59,9 +57,9 @@ def ranked_of(folder: Path, is_split: bool, chain: Chain | None = None) -> Ranke
     first = FirstStage(catalogue, lists, embeddings, [])
     logits = None
     if chain is not None and chain.pairwise is not None:
-        drawn = np.random.default_rng(1).random((len(lists.items), chain.pairwise.top_n)).astype(np.float32)
-        logits = np.where(lists.items[:, : chain.pairwise.top_n] >= 0, drawn, np.nan).astype(np.float32)
-    return rank(first, Scored(lists, logits, []), chain or Chain(), chain is not None)
+        drawn = torch.rand(len(lists), chain.pairwise.top_n, generator=torch.Generator().manual_seed(1))
+        logits = torch.where(lists.first(chain.pairwise.top_n).items >= 0, drawn, torch.nan)
+    return rank(first, ScoredLists(lists, logits), chain or Chain(), chain is not None)
 
 
 def found_in(ranked: Ranked, folder: Path) -> baselines.BaselineResults:
@@ -71,7 +69,7 @@ def found_in(ranked: Ranked, folder: Path) -> baselines.BaselineResults:
         for name, ranking in (("before", ranked.before), ("after", ranked.final))
     }
     after = values["after"] if ranked.after else None
-    sources = baselines.Sources(ranked, N_LISTED, WORK, None, folder, Executors())
+    sources = baselines.Sources(ranked, N_LISTED, WORK, None, folder, None)
     return baselines.measure_baselines(queries, values["before"], after, sources, seed=0, n_resamples=50)
 
 
@@ -105,8 +103,8 @@ def map_at_10(ranked: Ranked, queries: np.ndarray, gallery: np.ndarray) -> float
 
 def lists_of(lists: CandidateLists, kept: np.ndarray) -> dict[int, list[int]]:
     return {
-        int(query): [int(item) for item in row if item in kept]
-        for query, row in zip(lists.query_items, lists.items, strict=True)
+        query: [item for item in row if item in kept]
+        for query, row in zip(lists.query_items.tolist(), lists.items.tolist(), strict=True)
     }
 
 
@@ -137,7 +135,7 @@ def test_k_reciprocal_sees_the_lists_of_gallery_items_too(tmp_path: Path) -> Non
     everyone = retrieve(
         ranked.catalogue.as_query_and_gallery(), ranked.first.embeddings, N_LISTED, tmp_path / "everyone", work=WORK
     )
-    whole = apply_k_reciprocal(KReciprocalStep(), neighbours(everyone))
+    whole = apply_k_reciprocal(KReciprocalStep(), everyone)
     cmc = []
     for query in ranked.query_items.tolist():
         best = next(item for item in whole.items[query].tolist() if item in ranked.catalogue.gallery_items)
@@ -181,10 +179,10 @@ def test_maxsim_orders_the_first_candidates_by_their_tokens(tmp_path: Path, monk
     catalogue = make_catalogue(tmp_path / "photos", 12)
     lists = make_lists(catalogue, 5)
     model = TokenSiamese(TokenSiameseConfig(extractor=EXTRACTOR, grid=2, token_dim=8, global_dim=8, pools=(1,)))
-    ranked = rank(FirstStage(catalogue, lists, None, []), Scored(lists, None, []), Chain(), has_model=False)
+    ranked = rank(FirstStage(catalogue, lists, None, []), ScoredLists(lists), Chain(), has_model=False)
     queries = count_relevant(catalogue, ranked.query_items)
     before = metrics.per_query(queries.relevance(ranked.before), queries.n_relevant)
-    sources = baselines.Sources(ranked, 100, WorkConfig(), model, tmp_path, Executors())
+    sources = baselines.Sources(ranked, 100, WorkConfig(), model, tmp_path, None)
 
     def measured() -> baselines.BaselineResults:
         return baselines.measure_baselines(queries, before, None, sources, seed=0, n_resamples=10)
@@ -194,7 +192,7 @@ def test_maxsim_orders_the_first_candidates_by_their_tokens(tmp_path: Path, monk
         pixels = torch.stack([model.transform(read_image(ref)) for ref in catalogue.images()])
         encoded = model.encode(pixels)
         for query, items in enumerate(lists.items):
-            listed = torch.from_numpy(items[items >= 0])
+            listed = items[items >= 0]
             similarity = model.best_match(encoded[[query] * len(listed)], encoded[listed])
             best = int(listed[similarity.argmax()])
             assert found[query] == float(catalogue.labels[best] == catalogue.labels[query])

@@ -10,7 +10,6 @@ from small_catalogue import concat_model, make_catalogue, make_lists
 
 from distributed_rerank.chain.chain import Chain
 from distributed_rerank.data import artifacts
-from distributed_rerank.data.candidates import CandidateLists
 from distributed_rerank.data.catalogue import Catalogue
 from distributed_rerank.data.manifests import write_manifest
 from distributed_rerank.evaluation.diagnostics import (
@@ -24,8 +23,8 @@ from distributed_rerank.evaluation.diagnostics import (
 )
 from distributed_rerank.evaluation.measure import Ranked, count_relevant, rank
 from distributed_rerank.reranking.first_stage import FirstStage
-from distributed_rerank.reranking.run import Scored
-from distributed_rerank.scoring.stage import score_candidates
+from distributed_rerank.scoring.stage import ScoredLists, score_candidates
+from distributed_rerank.tensors.candidate_lists import CandidateLists
 
 
 def test_cost_by_top_n_counts_pairs_and_distinct_images() -> None:
@@ -37,7 +36,10 @@ def test_cost_by_top_n_counts_pairs_and_distinct_images() -> None:
     logits[7] = np.nan
     lists = make_lists_of(items)
     costs = cost_by_top_n(
-        Scored(lists, logits, []), {"gflop_per_pair": 0.5, "bytes_per_image": 10}, [2, 3, 6], catalogue_size
+        ScoredLists(lists, torch.from_numpy(logits)),
+        {"gflop_per_pair": 0.5, "bytes_per_image": 10},
+        [2, 3, 6],
+        catalogue_size,
     )
     for top_n, point in zip((2, 3, 6), costs, strict=True):
         pairs = [
@@ -51,11 +53,11 @@ def test_cost_by_top_n_counts_pairs_and_distinct_images() -> None:
 
 
 def make_lists_of(items: np.ndarray) -> CandidateLists:
-    return CandidateLists(np.arange(len(items)), items, np.zeros(items.shape, np.float32))
+    return CandidateLists.from_arrays(np.arange(len(items)), items, np.zeros(items.shape, np.float32))
 
 
 def test_nothing_scored_costs_nothing() -> None:
-    scored = Scored(make_lists_of(np.zeros((2, 3), np.int64)), None, [])
+    scored = ScoredLists(make_lists_of(np.zeros((2, 3), np.int64)))
     assert cost_by_top_n(scored, {}, [3], 5) == []
     assert total_cost(scored, concat_model()) == {"pairs": 0, "unique_images": 0}
 
@@ -97,9 +99,8 @@ def ranked_of(catalogue: Catalogue, rows: dict[int, list[tuple[int, float]]]) ->
     width = max(map(len, rows.values()))
     items = [[item for item, _ in row] + [-1] * (width - len(row)) for row in rows.values()]
     distances = [[value for _, value in row] + [float("inf")] * (width - len(row)) for row in rows.values()]
-    tensors = torch.tensor(items), torch.tensor(distances)
-    lists = CandidateLists(torch.tensor(list(rows)).numpy(), tensors[0].numpy(), tensors[1].numpy())
-    return rank(FirstStage(catalogue, lists, None, []), Scored(lists, None, []), Chain(), has_model=False)
+    lists = CandidateLists(torch.tensor(list(rows)), torch.tensor(items), torch.tensor(distances))
+    return rank(FirstStage(catalogue, lists, None, []), ScoredLists(lists), Chain(), has_model=False)
 
 
 def test_distance_histograms_count_every_listed_candidate_once(catalogue: Catalogue) -> None:

@@ -11,7 +11,7 @@ from distributed_rerank.data.catalogue import Catalogue, read_catalogue
 from distributed_rerank.errors import BadInput
 from distributed_rerank.evaluation import measure as measuring
 from distributed_rerank.evaluation.measure import count_relevant, measure
-from distributed_rerank.tensors.knn import Neighbours
+from distributed_rerank.tensors.candidate_lists import CandidateLists
 
 
 @pytest.fixture
@@ -27,10 +27,10 @@ def catalogue(tmp_path: Path) -> Catalogue:
 QUERIES = torch.tensor([0, 1, 2])
 
 
-def ranking(*rows: list[int]) -> Neighbours:
+def ranking(*rows: list[int]) -> CandidateLists:
     items = torch.tensor(rows)
     places = torch.arange(1, items.shape[1] + 1, dtype=torch.float32).expand(items.shape)
-    return Neighbours(items, torch.where(items >= 0, places, torch.inf))
+    return CandidateLists(torch.arange(len(items)), items, torch.where(items >= 0, places, torch.inf))
 
 
 BEFORE = ranking([5, 3, 8, 4], [3, 4, 6, 5], [3, 4, 5, 6])
@@ -104,10 +104,10 @@ def test_measure_asks_for_a_block_at_a_time_and_finds_the_same(tmp_path: Path, m
     asked: list[int] = []
 
     class Watched:
-        def __init__(self, ranking: Neighbours) -> None:
+        def __init__(self, ranking: CandidateLists) -> None:
             self.ranking = ranking
 
-        def __getitem__(self, rows: torch.Tensor) -> Neighbours:
+        def __getitem__(self, rows: torch.Tensor) -> CandidateLists:
             asked.append(len(rows))
             return self.ranking[rows]
 

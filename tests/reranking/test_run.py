@@ -11,24 +11,16 @@ from small_catalogue import distance_model, make_catalogue
 
 from distributed_rerank.chain.chain import Chain, KReciprocalStep, PairwiseStep
 from distributed_rerank.config.evaluation import RerankerConfig
-from distributed_rerank.data.candidates import CandidateLists
 from distributed_rerank.data.catalogue import Catalogue
 from distributed_rerank.data.rejects import Reject
 from distributed_rerank.data.tables import write_embeddings
 from distributed_rerank.errors import BadInput
 from distributed_rerank.models.saving import save_model
 from distributed_rerank.reranking.first_stage import read_for
-from distributed_rerank.reranking.run import (
-    Scored,
-    by_logits,
-    load_model_and_chain,
-    neighbours,
-    only_gallery,
-    rankings,
-    rows_of,
-    without_rejected,
-)
-from distributed_rerank.tensors.knn import Neighbours
+from distributed_rerank.reranking.lists import only_gallery
+from distributed_rerank.reranking.run import by_logits, load_model_and_chain, rankings, without_rejected
+from distributed_rerank.scoring.stage import ScoredLists
+from distributed_rerank.tensors.candidate_lists import CandidateLists
 
 NAN, INF = float("nan"), float("inf")
 REPLACE = Chain((PairwiseStep(top_n=3, rule="replace"),))
@@ -50,19 +42,19 @@ def lists(rows: dict[int, list[int]]) -> CandidateLists:
     width = max(map(len, rows.values()))
     items = np.array([[*row, *[-1] * (width - len(row))] for row in rows.values()], np.int64)
     distances = np.where(items >= 0, np.arange(1, width + 1), np.inf).astype(np.float32)
-    return CandidateLists(np.array(list(rows), np.int64), items, distances)
+    return CandidateLists.from_arrays(np.array(list(rows), np.int64), items, distances)
 
 
-def logits(*rows: list[float]) -> np.ndarray:
-    return np.array(rows, np.float32)
+def logits(*rows: list[float]) -> torch.Tensor:
+    return torch.tensor(rows)
 
 
-def rejected(catalogue: Catalogue, *items: int) -> list[Reject]:
-    return [Reject(catalogue.ids[item], "", "broken") for item in items]
+def rejected(catalogue: Catalogue, *items: int) -> tuple[Reject, ...]:
+    return tuple(Reject(catalogue.ids[item], "", "broken") for item in items)
 
 
 def test_without_rejected_moves_up_what_stood_behind(catalogue: Catalogue) -> None:
-    scored = Scored(
+    scored = ScoredLists(
         lists({0: [1, 2, 3, 4], 2: [0, 1, 3], 5: [6, 7, 0, 2]}),
         logits([0.3, NAN, 0.1], [NAN, NAN, NAN], [0.6, 0.5, 0.4]),
         rejected(catalogue, 2),
@@ -71,17 +63,18 @@ def test_without_rejected_moves_up_what_stood_behind(catalogue: Catalogue) -> No
     assert found.lists.query_items.tolist() == [0, 5]
     assert found.lists.items.tolist() == [[1, 3, 4, -1], [6, 7, 0, -1]]
     assert found.lists.distances.tolist() == [[1, 3, 4, INF], [1, 2, 3, INF]]
-    np.testing.assert_array_equal(found.logits, logits([0.3, 0.1, NAN], [0.6, 0.5, 0.4]))
+    assert found.logits is not None
+    torch.testing.assert_close(found.logits, logits([0.3, 0.1, NAN], [0.6, 0.5, 0.4]), rtol=0, atol=0, equal_nan=True)
 
 
 def test_without_rejected_nothing_rejected_changes_nothing(catalogue: Catalogue) -> None:
-    scored = Scored(lists({0: [1, 2]}), logits([0.1, 0.2]), [])
+    scored = ScoredLists(lists({0: [1, 2]}), logits([0.1, 0.2]))
     assert without_rejected(scored, catalogue) is scored
 
 
 @pytest.mark.parametrize("rule", ["replace", "fuse"])
 def test_by_logits_candidate_that_moved_up_stays_behind_the_scored(rule: str) -> None:
-    given = neighbours(lists({0: [1, 3, 4, 5], 1: [2, 3, 4, 5], 2: [6, 7, 0, 1], 3: [4, 5]}))
+    given = lists({0: [1, 3, 4, 5], 1: [2, 3, 4, 5], 2: [6, 7, 0, 1], 3: [4, 5]})
     values = torch.tensor([[0.9, 0.1, NAN], [0.3, 0.2, 0.1], [NAN, NAN, NAN], [0.2, 0.1, NAN]])
     step = PairwiseStep(top_n=3, rule=rule, weight=0.0)  # pyright: ignore[reportArgumentType]
     found = by_logits(step, given, values)
@@ -89,16 +82,8 @@ def test_by_logits_candidate_that_moved_up_stays_behind_the_scored(rule: str) ->
     assert bool((found.distances[:, 1:] >= found.distances[:, :-1]).all())
 
 
-def test_rows_of_absent_query_has_an_empty_list() -> None:
-    found = rows_of(lists({1: [0, 2], 4: [3]}), torch.tensor([1, 2, 4, 6]))
-    assert found.items.tolist() == [[0, 2], [-1, -1], [3, -1], [-1, -1]]
-    assert found.distances.tolist() == [[1, 2], [INF, INF], [1, INF], [INF, INF]]
-    empty = CandidateLists(np.empty(0, np.int64), np.empty((0, 0), np.int64), np.empty((0, 0), np.float32))
-    assert rows_of(empty, torch.tensor([1, 2])).items.shape == (2, 0)
-
-
 def test_rankings_curve_re_ranks_each_smaller_top_n(catalogue: Catalogue) -> None:
-    scored = Scored(lists({0: [1, 2, 3, 4], 5: [6, 7]}), logits([0.3, 0.2, 0.1], [0.2, 0.1, NAN]), [])
+    scored = ScoredLists(lists({0: [1, 2, 3, 4], 5: [6, 7]}), logits([0.3, 0.2, 0.1], [0.2, 0.1, NAN]))
     queries = torch.tensor([0, 5])
     found = rankings(REPLACE, scored, catalogue, None, queries, curve=(2, 5))
     assert {n: ranking[torch.arange(2)].items.tolist() for n, ranking in found.items()} == {
@@ -110,14 +95,14 @@ def test_rankings_curve_re_ranks_each_smaller_top_n(catalogue: Catalogue) -> Non
 
 
 def test_rankings_of_a_query_without_a_list_are_empty(catalogue: Catalogue) -> None:
-    scored = Scored(lists({0: [1, 2], 5: [6, 7]}), logits([0.3, 0.2], [0.2, 0.1]), [])
+    scored = ScoredLists(lists({0: [1, 2], 5: [6, 7]}), logits([0.3, 0.2], [0.2, 0.1]))
     found = rankings(REPLACE, scored, catalogue, None, torch.tensor([0, 3, 5, 6]), curve=())
     assert found[3][torch.arange(4)].items.tolist() == [[2, 1], [-1, -1], [7, 6], [-1, -1]]
     assert found[3][torch.tensor([1])].items.tolist() == [[-1, -1]]
 
 
 def test_rankings_without_steps_are_the_first_stage(catalogue: Catalogue) -> None:
-    found = rankings(Chain(), Scored(lists({3: [1, 2, 4]}), None, []), catalogue, None, torch.tensor([3]))
+    found = rankings(Chain(), ScoredLists(lists({3: [1, 2, 4]})), catalogue, None, torch.tensor([3]))
     assert {n: ranking[torch.arange(1)].items.tolist() for n, ranking in found.items()} == {3: [[1, 2, 4]]}
 
 
@@ -126,14 +111,14 @@ def test_rankings_neighbourhood_step_leaves_only_gallery_items(catalogue: Catalo
     partial = Catalogue(table, catalogue.source)
     every = {item: [other for other in range(8) if other != item] for item in range(8)}
     chain = Chain((KReciprocalStep(k1=3, k2=2, weight=1.0),))
-    found = rankings(chain, Scored(lists(every), None, []), partial, None, torch.tensor([0, 5]))
+    found = rankings(chain, ScoredLists(lists(every)), partial, None, torch.tensor([0, 5]))
     # with weight 1 the distance alone counts: the order stays, item 2 is gone
     assert found[7][torch.arange(2)].items.tolist() == [[1, 3, 4, 5, 6, 7, -1], [0, 1, 3, 4, 6, 7, -1]]
 
 
 def test_only_gallery_drops_others_and_keeps_the_order(catalogue: Catalogue) -> None:
     table = catalogue.table.assign(is_gallery=[True, False] * 4)
-    given = Neighbours(torch.tensor([[1, 4, 3, 0], [2, 6, -1, -1]]), torch.tensor([[1.0, 2, 3, 4], [1, 2, INF, INF]]))
+    given = lists({5: [1, 4, 3, 0], 7: [2, 6]})
     found = only_gallery(given, Catalogue(table, catalogue.source))
     assert found.items.tolist() == [[4, 0, -1, -1], [2, 6, -1, -1]]
     assert found.distances.tolist() == [[2, 4, INF, INF], [1, 2, INF, INF]]

@@ -1,6 +1,8 @@
+import weakref
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -10,14 +12,14 @@ import torch
 from distributed_rerank.config.work import WorkConfig
 from distributed_rerank.data import tables
 from distributed_rerank.data.artifacts import read_manifest
-from distributed_rerank.data.candidates import CandidateLists
 from distributed_rerank.data.images import read_image
 from distributed_rerank.errors import BadInput
 from distributed_rerank.models.pairwise import PairwiseModel
 from distributed_rerank.scoring import plan as scoring_plan
 from distributed_rerank.scoring import score as scoring
-from distributed_rerank.scoring.score import ScoredBlock
+from distributed_rerank.scoring.rounds import ScoredBlock, Scoring
 from distributed_rerank.scoring.stage import score_candidates
+from distributed_rerank.tensors.candidate_lists import empty_lists
 from tests.small_catalogue import concat_model, distance_model, make_catalogue, make_lists, save_picture
 
 WORK = WorkConfig(queries_per_block=4, pairs_per_batch=6, encode_batch=3)
@@ -28,18 +30,18 @@ NAME = "pair_distances.parquet"
 def test_score_every_pair_equals_the_model_on_it_alone(tmp_path: Path, model: PairwiseModel) -> None:
     catalogue = make_catalogue(tmp_path / "images", 9)
     lists = make_lists(catalogue, 6)
-    found = score_candidates(catalogue, lists, model, 5, tmp_path / "out", work=WORK)
+    logits = score_candidates(catalogue, lists, model, 5, tmp_path / "out", work=WORK).logits
+    assert logits is not None
     pixels = torch.stack([model.transform(read_image(ref)) for ref in catalogue.images()])
     with torch.no_grad():
         encoded = [model.encode(one[None]) for one in pixels]
         for query in range(9):
-            for column, item in enumerate(lists.items[query, :5]):
+            for column, item in enumerate(lists.items[query, :5].tolist()):
                 if item < 0:
-                    assert np.isnan(found.logits[query, column])
+                    assert logits[query, column].isnan()
                     continue
-                distance = torch.tensor(lists.distances[query, column : column + 1])
-                logit = model(encoded[query], encoded[item], distance)
-                assert found.logits[query, column] == pytest.approx(float(logit), rel=1e-4, abs=1e-5)
+                logit = model(encoded[query], encoded[item], lists.distances[query, column : column + 1])
+                assert float(logits[query, column]) == pytest.approx(float(logit), rel=1e-4, abs=1e-5)
 
 
 def test_score_in_rounds_gives_the_same_bytes_and_counts_what_is_repeated(tmp_path: Path) -> None:
@@ -69,9 +71,9 @@ def test_score_several_blocks_in_a_call_gives_the_same_bytes(
     calls: list[int] = []
 
     class Counted(scoring.Scorer):
-        def score(self, tasks: Any, *encodings: np.ndarray) -> scoring.Scores:
+        def score(self, tasks: Any, *arrays: np.ndarray) -> scoring.Scores:
             calls.append(len(tasks))
-            return super().score(tasks, *encodings)
+            return super().score(tasks, *arrays)
 
     monkeypatch.setattr(scoring, "Scorer", Counted)
     as_on_gpu = replace(WORK, blocks_per_call=n_blocks, threads_per_worker=2)
@@ -81,22 +83,54 @@ def test_score_several_blocks_in_a_call_gives_the_same_bytes(
     assert calls == {2: [2, 2, 1], 3: [3, 2], 99: [5]}[n_blocks]
 
 
+def test_score_encodings_of_a_round_are_gone_before_the_next_is_encoded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    catalogue, model = make_catalogue(tmp_path / "images", 17), concat_model()
+    arrays: list[weakref.ref] = []
+    alive: list[int] = []
+    n_scored = 0
+
+    class Watched(scoring.Scorer):
+        def encode(self, task: Any) -> Any:
+            nonlocal n_scored
+            if n_scored:  # a new round begins
+                alive.append(sum(array() is not None for array in arrays))
+                n_scored = 0
+            array, encoded = super().encode(task)
+            arrays.append(weakref.ref(array))
+            return array, encoded
+
+        def score(self, *arguments: Any) -> scoring.Scores:
+            nonlocal n_scored
+            n_scored += 1
+            return super().score(*arguments)
+
+    monkeypatch.setattr(scoring, "Scorer", Watched)
+    small = replace(WORK, encoding_gb=12 * model.bytes_per_image / 10**9)
+    score_candidates(catalogue, make_lists(catalogue, 5), model, 5, tmp_path / "out", work=small)
+    assert len(alive) > 1
+    assert not any(alive)
+
+
 def test_score_killed_continues_to_the_same_bytes(tmp_path: Path) -> None:
     catalogue, model = make_catalogue(tmp_path / "images", 17, broken=(3,)), concat_model()
     lists = make_lists(catalogue, 5)
     whole = score_candidates(catalogue, lists, model, 5, tmp_path / "whole", work=replace(WORK, max_rejects=0.1))
 
-    def dies(plan: Any, numbers: Any, *arguments: Any) -> Iterator[tuple[int, ScoredBlock]]:
-        yield from list(scoring.score(plan, numbers, *arguments))[3:]
+    def dies(run: Scoring) -> Iterator[tuple[int, ScoredBlock]]:
+        yield from list(scoring.score_blocks(run))[3:]
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        score_candidates(catalogue, lists, model, 5, tmp_path / "killed", work=WORK, score=dies)
+        score_candidates(
+            catalogue, lists, model, 5, tmp_path / "killed", work=WORK, executors=SimpleNamespace(score_blocks=dies)
+        )
     killed = score_candidates(catalogue, lists, model, 5, tmp_path / "killed", work=replace(WORK, max_rejects=0.1))
     for name in (NAME, "rejects.parquet"):
         assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
     assert read_manifest(tmp_path / "killed")["blocks"]["reused"] == 2 * 2
-    np.testing.assert_array_equal(killed.logits, whole.logits)
+    np.testing.assert_array_equal(killed.logits, whole.logits)  # NaN in the same places
 
 
 def test_score_broken_image_removes_its_pairs_and_no_other(tmp_path: Path) -> None:
@@ -105,7 +139,8 @@ def test_score_broken_image_removes_its_pairs_and_no_other(tmp_path: Path) -> No
     found = score_candidates(catalogue, lists, model, 5, tmp_path / "out", work=replace(WORK, max_rejects=0.2))
     removed = (lists.items < 0) | (lists.items == 2)
     removed[2] = True
-    assert np.array_equal(np.isnan(found.logits), removed)
+    assert found.logits is not None
+    assert torch.equal(found.logits.isnan(), removed)
     (row,) = tables.read_table(tmp_path / "out" / "rejects.parquet", "rejects").to_pylist()
     assert (row["id"], row["stage"]) == ("picture_002.png", "score")
 
@@ -118,7 +153,8 @@ def test_score_too_many_rejects_fails_and_goes_on_once_they_are_repaired(tmp_pat
     for number in (2, 6):
         save_picture(tmp_path / "images" / f"picture_{number:03d}.png", number)
     found = score_candidates(catalogue, lists, model, 5, tmp_path / "out", work=WORK)
-    assert np.array_equal(np.isfinite(found.logits), lists.items >= 0)
+    assert found.logits is not None
+    assert torch.equal(found.logits.isfinite(), lists.items >= 0)
     assert found.rejects == ()
 
 
@@ -126,18 +162,28 @@ def test_score_lost_block_or_pair_is_an_error(tmp_path: Path) -> None:
     catalogue, model = make_catalogue(tmp_path / "images", 9), concat_model()
     lists = make_lists(catalogue, 5)
 
-    def loses_block(*arguments: Any) -> Iterator[tuple[int, ScoredBlock]]:
-        yield from list(scoring.score(*arguments))[1:]
+    def loses_block(run: Scoring) -> Iterator[tuple[int, ScoredBlock]]:
+        yield from list(scoring.score_blocks(run))[1:]
 
-    def loses_pair(*arguments: Any) -> Iterator[tuple[int, ScoredBlock]]:
-        for number, block in scoring.score(*arguments):
+    def loses_pair(run: Scoring) -> Iterator[tuple[int, ScoredBlock]]:
+        for number, block in scoring.score_blocks(run):
             block.logits[0, 0] = np.nan
             yield number, block
 
     with pytest.raises(AssertionError, match="never came back"):
-        score_candidates(catalogue, lists, model, 5, tmp_path / "block", work=WORK, score=loses_block)
+        score_candidates(
+            catalogue,
+            lists,
+            model,
+            5,
+            tmp_path / "block",
+            work=WORK,
+            executors=SimpleNamespace(score_blocks=loses_block),
+        )
     with pytest.raises(AssertionError, match="a pair was lost"):
-        score_candidates(catalogue, lists, model, 5, tmp_path / "pair", work=WORK, score=loses_pair)
+        score_candidates(
+            catalogue, lists, model, 5, tmp_path / "pair", work=WORK, executors=SimpleNamespace(score_blocks=loses_pair)
+        )
 
 
 def test_score_logits_that_are_not_finite_are_bad_input(tmp_path: Path) -> None:
@@ -168,16 +214,20 @@ def test_plan_covers_every_pair_once_and_orders_images_by_first_use(
 ) -> None:
     lists = make_lists(make_catalogue(tmp_path, 23), 6)
     plan = scoring_plan.make_plan(lists, top_n=5, queries_per_block=4, images_per_batch=3, tapers=tapers)
-    assert [len(block.rows) for block in plan.blocks] == sizes
-    assert sorted(row for block in plan.blocks for row in block.rows) == list(range(23))
-    seen: list[int] = []
+    assert [len(block.lists) for block in plan.blocks] == sizes
+    assert sorted(query for block in plan.blocks for query in block.lists.query_items.tolist()) == list(range(23))
+    place_of = {item: place for place, item in enumerate(plan.items.tolist())}
+    seen: set[int] = set()
     for block in plan.blocks:
-        found = np.where(block.candidates >= 0, plan.items[block.candidates], -1)
-        assert np.array_equal(found, lists.items[block.rows, :5])
-        assert np.array_equal(plan.items[block.queries], lists.query_items[block.rows])
-        new = [place for place in block.places() if place not in seen]
-        assert new == list(range(len(seen), len(seen) + len(new)))
-        seen += new
+        expected = lists.of_queries(block.lists.query_items).first(5)
+        assert torch.equal(block.lists.items, expected.items)
+        assert torch.equal(block.lists.distances, expected.distances)
+        own = set(block.images().tolist())
+        new = [place_of[item] for item in own - seen]
+        assert sorted(new) == list(range(len(seen), len(seen) + len(new)))
+        assert set(block.batches.tolist()) == {place_of[item] // 3 for item in own}
+        assert own <= {item for number in block.batches.tolist() for item in plan.batch(number).tolist()}
+        seen |= own
     assert len(seen) == len(plan.items)
 
 
@@ -212,5 +262,5 @@ def test_common_candidates_bring_queries_together() -> None:
 
 
 def test_plan_without_candidates_has_no_block() -> None:
-    empty = CandidateLists(np.arange(0), np.empty((0, 0), np.int64), np.empty((0, 0), np.float32))
+    empty = empty_lists(torch.arange(0), 0)
     assert scoring_plan.make_plan(empty, top_n=5, queries_per_block=4, images_per_batch=3).blocks == ()

@@ -7,12 +7,13 @@ from torch import Tensor
 
 from distributed_rerank.config.training import NegativeFilters
 from distributed_rerank.errors import BadInput
+from distributed_rerank.tensors.candidate_lists import CandidateLists
 from distributed_rerank.tensors.candidate_mining import draw_lists, filter_negatives, suspected_mislabels
-from distributed_rerank.tensors.knn import Neighbours, nearest
+from distributed_rerank.tensors.knn import nearest
 from distributed_rerank.tensors.mining_statistics import mining_statistics
 
 
-def training_set(seed: int, n: int = 60) -> tuple[Neighbours, Tensor, Tensor, Tensor]:
+def training_set(seed: int, n: int = 60) -> tuple[CandidateLists, Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     labels = torch.randint(-1, 9, (n,), generator=generator)
     sequences = torch.randint(-1, 20, (n,), generator=generator)
@@ -31,7 +32,7 @@ def training_set(seed: int, n: int = 60) -> tuple[Neighbours, Tensor, Tensor, Te
 
 
 def literal_filter(
-    found: Neighbours, anchors: Tensor, labels: Tensor, filters: NegativeFilters
+    found: CandidateLists, anchors: Tensor, labels: Tensor, filters: NegativeFilters
 ) -> tuple[list[list[int]], dict[str, int]]:
     dropped: dict[str, int] = dict.fromkeys(
         ("absolute_margin", "relative_margin", "min_distance", "range_min", "range_max"), 0
@@ -73,19 +74,19 @@ def literal_filter(
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_filter_negatives_matches_a_loop_and_counts_each_candidate_once(filters: NegativeFilters, seed: int) -> None:
     found, anchors, labels, _ = training_set(seed)
-    allowed, dropped = filter_negatives(found, anchors, labels, filters)
+    allowed, dropped = filter_negatives(found, labels, filters)
     rows, expected = literal_filter(found, anchors, labels, filters)
     assert [found.items[r][allowed[r]].tolist() for r in range(len(anchors))] == rows
     assert dropped == {name: count for name, count in expected.items() if name in dropped}
     assert all(count == 0 for name, count in expected.items() if name not in dropped)
-    statistics = mining_statistics(found, anchors, labels, allowed, dropped)
+    statistics = mining_statistics(found, labels, allowed, dropped)
     assert statistics.n_negatives - sum(dropped.values()) == statistics.negative_distances.n == sum(map(len, rows))
 
 
 def test_mining_statistics_match_a_loop() -> None:
     found, anchors, labels, _ = training_set(3)
-    allowed, dropped = filter_negatives(found, anchors, labels, NegativeFilters(min_distance=1.0, range_max=4))
-    statistics = mining_statistics(found, anchors, labels, allowed, dropped)
+    allowed, dropped = filter_negatives(found, labels, NegativeFilters(min_distance=1.0, range_max=4))
+    statistics = mining_statistics(found, labels, allowed, dropped)
     positives, hardest_used, with_negative, without_positive, without_negative = [], 0, 0, 0, 0
     for row, anchor in enumerate(anchors.tolist()):
         own = int(labels[anchor])
@@ -114,14 +115,13 @@ def test_mining_statistics_match_a_loop() -> None:
 @pytest.mark.parametrize("beyond_share", [0.0, 0.5, 1.0])
 def test_draw_lists_draws_every_possible_member_and_no_other(beyond_share: float, temperature: float | None) -> None:
     found, anchors, labels, sequences = training_set(4)
-    allowed, _ = filter_negatives(found, anchors, labels, NegativeFilters(range_max=4))
+    allowed, _ = filter_negatives(found, labels, NegativeFilters(range_max=4))
     generator = torch.Generator().manual_seed(0)
     seen: dict[int, set[int]] = {row: set() for row in range(len(anchors))}
     rows: set[int] = set()
     for _ in range(300):
         lists = draw_lists(
             found,
-            anchors,
             labels,
             allowed,
             n_negatives=2,
@@ -149,12 +149,12 @@ def test_draw_lists_draws_every_possible_member_and_no_other(beyond_share: float
 
 
 def test_draw_lists_same_seed_gives_the_same_lists_and_another_seed_others() -> None:
-    found, anchors, labels, _ = training_set(5)
-    allowed, _ = filter_negatives(found, anchors, labels, NegativeFilters())
+    found, _, labels, _ = training_set(5)
+    allowed, _ = filter_negatives(found, labels, NegativeFilters())
 
     def items(seed: int) -> Tensor:
         generator = torch.Generator().manual_seed(seed)
-        return draw_lists(found, anchors, labels, allowed, n_negatives=3, generator=generator, beyond_share=0.3).items
+        return draw_lists(found, labels, allowed, n_negatives=3, generator=generator, beyond_share=0.3).items
 
     assert torch.equal(items(0), items(0))
     assert not torch.equal(items(0), items(1))
@@ -162,14 +162,13 @@ def test_draw_lists_same_seed_gives_the_same_lists_and_another_seed_others() -> 
 
 def test_draw_lists_temperature_draws_in_proportion_to_exp_of_minus_distance() -> None:
     distances = torch.tensor([[0.1, 0.2, 0.5, 1.0]])
-    found = Neighbours(torch.tensor([[1, 2, 3, 4]]), distances)
+    found = CandidateLists(torch.tensor([0]), torch.tensor([[1, 2, 3, 4]]), distances)
     labels = torch.tensor([0, 0, 1, 2, 3])
     allowed = torch.tensor([[False, True, True, True]])
     repeat = 20_000
-    many = Neighbours(found.items.expand(repeat, -1), distances.expand(repeat, -1))
+    many = found[torch.zeros(repeat, dtype=torch.int64)]
     lists = draw_lists(
         many,
-        torch.zeros(repeat, dtype=torch.int64),
         labels,
         allowed.expand(repeat, -1),
         n_negatives=1,
@@ -192,7 +191,7 @@ def test_suspected_mislabels_matches_a_loop_each_pair_once() -> None:
                 and distance <= 1.2
             ):
                 expected[min(item, anchor), max(item, anchor)] = distance
-    pairs, distances = suspected_mislabels(found, anchors, labels, max_distance=1.2)
+    pairs, distances = suspected_mislabels(found, labels, max_distance=1.2)
     ordered = sorted(expected.items(), key=lambda entry: (entry[1], entry[0]))
     assert len(ordered) > 5
     assert [tuple(pair) for pair in pairs.tolist()] == [pair for pair, _ in ordered]

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from distributed_rerank.errors import BadInput
 from distributed_rerank.tensors import candidate_pairs, knn
+from distributed_rerank.tensors.candidate_lists import CandidateLists
 from distributed_rerank.tensors.hardware import bf16_support
-from distributed_rerank.tensors.knn import Neighbours, merge, nearest, search_tiles
+from distributed_rerank.tensors.knn import merge, nearest, search_tiles
 
 CPU = torch.device("cpu")
 
@@ -40,7 +41,7 @@ def literal(
     query_sequences: Tensor | None,
     gallery_sequences: Tensor | None,
     n_items: int,
-) -> Neighbours:
+) -> CandidateLists:
     items = np.full((len(queries), n_items), -1)
     distances = np.full((len(queries), n_items), np.inf, dtype=np.float32)
     for q in range(len(queries)):
@@ -59,10 +60,11 @@ def literal(
                 allowed.append((row[g], int(gallery_items[g])))
         for place, (distance, item) in enumerate(sorted(allowed)[:n_items]):
             items[q, place], distances[q, place] = item, distance
-    return Neighbours(torch.from_numpy(items), torch.from_numpy(distances))
+    return CandidateLists(query_items, torch.from_numpy(items), torch.from_numpy(distances))
 
 
-def assert_same(found: Neighbours, expected: Neighbours) -> None:
+def assert_same(found: CandidateLists, expected: CandidateLists) -> None:
+    assert torch.equal(found.query_items, expected.query_items)
     assert torch.equal(found.items, expected.items)
     assert torch.equal(found.distances, expected.distances)
 

@@ -17,7 +17,6 @@ from distributed_rerank.config.work import WorkConfig
 from distributed_rerank.errors import BadInput
 from distributed_rerank.models.distance_siamese import DistanceSiamese
 from distributed_rerank.models.saving import save_model
-from distributed_rerank.scoring.score import score
 from distributed_rerank.training.distillation import Teacher, check_teachable, read_teacher, score_by_teacher
 from distributed_rerank.training.plan import TeacherLogits, TrainingStep
 from distributed_rerank.training.run import fit
@@ -39,7 +38,7 @@ def task(tmp_path_factory: pytest.TempPathFactory) -> TrainingTask:
 def taught(task: TrainingTask, tmp_path_factory: pytest.TempPathFactory) -> TeacherLogits:
     folder = tmp_path_factory.mktemp("teacher")
     teacher, lists = Teacher(DistanceSiamese(RANDOM)), task.runs[0].anchors
-    return score_by_teacher(teacher, task.catalogue, lists, folder / "l", WorkConfig(), score)
+    return score_by_teacher(teacher, task.catalogue, lists, folder / "l", WorkConfig(), None)
 
 
 def test_logits_of_a_step_are_those_of_its_pairs_and_nan_for_others() -> None:
@@ -67,9 +66,7 @@ def test_student_follows_a_teacher_that_contradicts_the_labels(
 ) -> None:
     contrary = replace(taught, logits=-2 * (taught.logits - taught.logits.mean()) / taught.logits.std())
     lists = task.runs[0].anchors
-    place = torch.searchsorted(
-        taught.keys, torch.from_numpy(lists.query_items)[:, None] * taught.n_items + torch.from_numpy(lists.items)
-    )
+    place = torch.searchsorted(taught.keys, lists.query_items[:, None] * taught.n_items + lists.items)
     wanted = contrary.logits[place]
     agreement = {}
     for share in (0.0, 1.0):

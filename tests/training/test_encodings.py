@@ -36,7 +36,7 @@ def test_fitted_projections_are_those_of_the_trained_labels_when_the_backbone_le
     assert [run.name for run in task.runs] == ["train"], "nothing is halved where encodings change"
     state = fit(task, tmp_path / "run")["current"]
     untrained = load_model(task.model_folder)
-    anchors = torch.from_numpy(task.runs[0].anchors.query_items)
+    anchors = task.runs[0].anchors.query_items
     pixels = DecodedImages(task.catalogue, untrained.transform, task.config).plain(anchors)
     expected: Any = load_model(task.model_folder)
     with torch.no_grad():

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from training_examples import BACKBONE, SMALL, TOKENS, draw_catalogue
 
 from distributed_rerank.data import tables
-from distributed_rerank.data.candidates import CandidateLists
 from distributed_rerank.data.catalogue import Catalogue, read_catalogue
 from distributed_rerank.extraction import embed
-from distributed_rerank.retrieval import search
+from distributed_rerank.tensors.candidate_lists import CandidateLists, empty_lists
 from distributed_rerank.training.mining import find_suspect_pairs, mining_in_text, write_mining
 from distributed_rerank.training.stage import make_task, retrieve_among
 from distributed_rerank.training.task import TrainingTask
@@ -29,8 +29,8 @@ def planted(tmp_path_factory: pytest.TempPathFactory) -> tuple[TrainingTask, Can
     catalogue = read_catalogue(str(folder / "images" / "table.csv"), purpose="training").restrict("train")
     catalogue = catalogue.as_query_and_gallery()
     embeddings = embed(catalogue, BACKBONE, folder / "embeddings")
-    task = make_task(catalogue, embeddings, TOKENS, SMALL, folder, search)
-    nearest = retrieve_among(np.arange(len(catalogue)), catalogue, embeddings, 10, folder / "nearest", search)
+    task = make_task(catalogue, embeddings, TOKENS, SMALL, folder)
+    nearest = retrieve_among(np.arange(len(catalogue)), catalogue, embeddings, 10, folder / "nearest", None)
     return task, nearest, folder
 
 
@@ -53,13 +53,14 @@ def test_one_picture_under_two_labels_is_the_first_suspect(
 def test_figures_are_those_of_the_lists_trained_on(planted: tuple[TrainingTask, CandidateLists, Path]) -> None:
     task, nearest, folder = planted
     lists = write_mining(task, nearest, folder)["lists"]
-    anchors, labels = task.runs[-1].anchors, task.catalogue.labels
-    is_there = anchors.items >= 0
-    is_positive = is_there & (labels[anchors.items] == labels[anchors.query_items][:, None])
+    queries, items, distances = task.runs[-1].anchors.arrays()
+    labels = task.catalogue.labels
+    is_there = items >= 0
+    is_positive = is_there & (labels[items] == labels[queries][:, None])
     assert lists["n_anchors"] == len(task.catalogue) == 41
     assert lists["n_candidates"] == is_there.sum()
     assert lists["positive_distances"]["n"] == is_positive.sum()
-    assert lists["positive_distances"]["mean"] == pytest.approx(anchors.distances[is_positive].mean(), abs=1e-5)
+    assert lists["positive_distances"]["mean"] == pytest.approx(distances[is_positive].mean(), abs=1e-5)
     assert lists["negative_distances"]["n"] == (is_there & ~is_positive).sum()
     assert lists["n_without_positive"] == (~is_positive.any(axis=1)).sum()
     assert lists["share_of_hardest_used"] == 1.0  # no filter is set
@@ -79,6 +80,6 @@ def test_text_shows_the_figures(planted: tuple[TrainingTask, CandidateLists, Pat
 
 def test_catalogue_without_neighbours_has_no_suspects(planted: tuple[TrainingTask, CandidateLists, Path]) -> None:
     catalogue: Catalogue = planted[0].catalogue
-    empty = CandidateLists(np.arange(41), np.empty((41, 0), np.int64), np.empty((41, 0), np.float32))
+    empty = empty_lists(torch.arange(41), 0)
     table, figures = find_suspect_pairs(empty, catalogue)
     assert len(table) == figures["n_pairs"] == 0

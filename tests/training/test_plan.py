@@ -7,8 +7,8 @@ import pytest
 import torch
 from training_examples import SMALL
 
-from distributed_rerank.data.candidates import CandidateLists
 from distributed_rerank.errors import BadInput
+from distributed_rerank.tensors.candidate_lists import CandidateLists
 from distributed_rerank.tensors.knn import nearest
 from distributed_rerank.training.plan import (
     TrainingStep,
@@ -31,11 +31,7 @@ def draw(n_labels: int = 6, n_images: int = 5) -> tuple[CandidateLists, np.ndarr
     )
     items = torch.arange(len(labels))
     found = nearest(embeddings, embeddings, query_items=items, gallery_items=items, n_items=12)
-    return (
-        CandidateLists(items.numpy(), found.items.numpy(), found.distances.numpy()),
-        labels.numpy(),
-        embeddings,
-    )
+    return found, labels.numpy(), embeddings
 
 
 def pairs_of(step: TrainingStep) -> list[tuple[int, int, bool, float]]:

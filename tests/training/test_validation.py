@@ -12,8 +12,8 @@ from thread_workers import train_together
 from training_examples import TOKENS, build_task
 
 from distributed_rerank.config.training import TrainingConfig
-from distributed_rerank.data.candidates import CandidateLists
 from distributed_rerank.errors import BadInput
+from distributed_rerank.tensors.candidate_lists import CandidateLists
 from distributed_rerank.training.plan import reorder
 from distributed_rerank.training.run import fit, train_all
 from distributed_rerank.training.state import save_epoch
@@ -58,7 +58,7 @@ def test_negatives_come_from_the_candidates_nearest_by_the_model(
 
 
 def test_reorder_moves_items_and_distances_together_and_keeps_gaps_at_the_end() -> None:
-    lists = CandidateLists(np.array([5]), np.array([[7, 8, 9]]), np.array([[0.1, 0.2, 0.3]], np.float32))
+    lists = CandidateLists(torch.tensor([5]), torch.tensor([[7, 8, 9]]), torch.tensor([[0.1, 0.2, 0.3]]))
     found = reorder(lists, torch.tensor([[2, 0, -1]]))
     assert found.items.tolist() == [[9, 7, -1]]
     assert found.distances.tolist() == [[pytest.approx(0.3), pytest.approx(0.1), np.inf]]
