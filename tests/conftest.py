@@ -4,11 +4,17 @@ import os
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 # What ranx compiles at its first use takes a minute, and computes some hundred queries here. Before it is imported.
 os.environ.setdefault("NUMBA_DISABLE_JIT", "1")
 
 ROOT = Path(__file__).resolve().parents[1]
+
+# The same examples in every run; HYPOTHESIS_PROFILE=search looks for new ones, many more of them.
+settings.register_profile("project", deadline=None, database=None, derandomize=True, max_examples=50)
+settings.register_profile("search", deadline=None, database=None, max_examples=1000)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "project"))
 
 
 @pytest.fixture(scope="session")

@@ -10,6 +10,8 @@ from tyro.conf import OmitArgPrefixes, arg
 from distributed_rerank.config.extractor import ExtractorConfig
 from distributed_rerank.errors import BadInput
 
+MissingLists = Literal["error", "miss", "leave_out"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class FirstStageConfig:
@@ -20,12 +22,19 @@ class FirstStageConfig:
     """Embeddings made earlier: a folder of `embed`, or Parquet with id and embedding. Images then stay closed."""
     candidates: Path | None = None
     """Candidate lists of any system: Parquet or CSV (query_id, gallery_id, distance or score), or a TREC run."""
+    missing_lists: MissingLists | None = None
+    """Queries that --candidates has no list for: error: refused; miss: they find nothing; leave_out: they are no
+    queries. Default: error; miss in `rerank` without --query-catalogue, where every image may be a query."""
     n_items: int = 100
     """Items that exact search retrieves for each query."""
 
     def __post_init__(self) -> None:
         if self.n_items < 1:
             raise BadInput(f"n_items={self.n_items} must be at least 1")
+
+    def without_effect(self) -> dict[str, str]:
+        """Settings that these settings make meaningless, and what would give them a meaning."""
+        return {} if self.candidates is not None else {"missing_lists": "--candidates"}
 
     def check_files(self) -> None:
         """Raises BadInput where nothing to search with is named, and for files that do not exist."""

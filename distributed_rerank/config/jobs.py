@@ -43,6 +43,14 @@ class CatalogueJob(ClusterJob):
 
 
 @dataclass(frozen=True, kw_only=True)
+class LabelledJob(CatalogueJob):
+    """A job that needs labels."""
+
+    allow_shared_labels: bool = False
+    """Accept labels that are in both splits. Figures of labels that training has seen are too good for new ones."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class FolderJob(OutJob, CatalogueJob):
     """A job that turns a catalogue into one folder."""
 
@@ -72,7 +80,7 @@ class EmbedJob(ExtractorJob):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainingJob(FolderJob):
+class TrainingJob(FolderJob, LabelledJob):
     """A job that trains."""
 
     training: Annotated[TrainingConfig, arg(name="")] = field(default_factory=TrainingConfig)
@@ -128,7 +136,7 @@ class RankingJob(CatalogueJob):
 
 
 @dataclass(frozen=True, kw_only=True)
-class MeasuringJob(RankingJob):
+class MeasuringJob(RankingJob, LabelledJob):
     """A job that measures."""
 
     measure: OmitArgPrefixes[MeasureConfig] = field(default_factory=MeasureConfig)

@@ -4,22 +4,30 @@ A catalogue is sorted by id in code-point order; a row's position is its *item* 
 images are item numbers of one catalogue, and "ties by item" is therefore "ties by id". Files carry ids only.
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.compute
 from jaxtyping import Int64
 
 from distributed_rerank.data import catalogue_checks, locations
+from distributed_rerank.data.catalogue_checks import BOX as BOX_COLUMNS
+from distributed_rerank.data.catalogue_columns import load_table, normalise
 from distributed_rerank.data.files import json_digest
+from distributed_rerank.data.text_columns import refuse_equal_numbers
 from distributed_rerank.errors import BadInput
+
+pc: Any = pyarrow.compute  # type checkers do not see its functions, which are made at import
 
 Purpose = Literal["images", "evaluation", "training"]
 Box = tuple[int, int, int, int]
-BOX_COLUMNS = ("x_1", "y_1", "x_2", "y_2")
+_INTEGER = re.compile(r"-?[0-9]{1,18}")
 _DIGEST_COLUMNS = (
     "id",
     "written_path",
@@ -48,8 +56,8 @@ class Catalogue:
 
     Columns: `id`, `path` (absolute or a URI), `written_path` (as in the user's table), `label` (text or
     None), `split` ("train", "validation" or ""), `is_query`, `is_gallery` (bool; always False in train rows,
-    as in OML), the optional `category`, `sequence` (text or None) and `x_1, y_1, x_2, y_2` (float, NaN = no
-    box), and the user's other columns.
+    as in OML), and the optional `category`, `sequence` (text or None) and `x_1, y_1, x_2, y_2` (float, NaN = no
+    box). Names are text, as `text_columns` reads them: `01` and `1` are two labels.
     """
 
     table: pd.DataFrame
@@ -70,9 +78,9 @@ class Catalogue:
 
     @cached_property
     def label_names(self) -> list[str]:
-        """The labels present: by value where all are integers, else in code-point order."""
-        names = {name for name in self._texts("label") if name is not None}
-        return sorted(names, key=int if catalogue_checks.are_integers(names) else None)
+        """The labels present: by value where all are integers, else in code-point order; so are `1` and `01`."""
+        names = sorted({name for name in self._texts("label") if name is not None})
+        return sorted(names, key=int) if all(map(_INTEGER.fullmatch, names)) else names
 
     @cached_property
     def sequences(self) -> Int64[np.ndarray, " item"]:
@@ -157,25 +165,36 @@ class Catalogue:
         return values
 
 
-def read_catalogue(uri: str, *, purpose: Purpose = "images", schemes: frozenset[str] = locations.SCHEMES) -> Catalogue:
+def read_catalogue(
+    uri: str,
+    *,
+    purpose: Purpose = "images",
+    schemes: frozenset[str] = locations.SCHEMES,
+    allow_shared_labels: bool = False,
+) -> Catalogue:
     """Read and check a catalogue, CSV or Parquet, from a local path or URI.
 
     `purpose` decides what must be there: "images" only `path`; "evaluation" labels, a validation split,
-    queries and a gallery in it; "training" labels and a train split with two images of every label. OML's
-    tables are read unchanged. Boxes keep OML's meaning (fractions are cut off). An `id` defaults to the path
-    as written, plus the box. Missing image files are not looked for here: they become rejects. Raises
-    BadInput with everything that is wrong.
+    queries and a gallery in it; "training" labels and a train split with two images of every label. For the
+    last two no label may be in both splits, unless `allow_shared_labels`. OML's tables are read unchanged.
+
+    Ids, labels, categories and sequences are text, the same from CSV and from Parquet; words for "no value"
+    (`NULL`, `nan`, ...) count as empty. Boxes keep OML's meaning (pixels, fractions are cut off). An `id`
+    defaults to the path as written, plus the box. Missing image files are not looked for here: they become
+    rejects. Raises BadInput with everything that is wrong.
     """
     assert purpose in get_args(Purpose), f"unknown purpose {purpose!r}"
     problems = catalogue_checks.Problems(uri)
-    raw = catalogue_checks.load_table(uri, schemes)
-    table = catalogue_checks.normalise(raw, locations.folder_of(uri), purpose, problems)
+    table = normalise(load_table(uri, schemes), locations.folder_of(uri), purpose, problems)
     catalogue_checks.check_ids(table, problems)
     if purpose == "evaluation":
         catalogue_checks.check_evaluation(table, problems)
     if purpose == "training":
         catalogue_checks.check_training(table, problems)
+    if purpose != "images":
+        catalogue_checks.check_shared_labels(table, allow_shared_labels, problems)
     problems.raise_if_any()
+    problems.log_words_for_no_value()
     return Catalogue(_sorted_by_id(table), uri)
 
 
@@ -193,19 +212,33 @@ def read_query_gallery(
     with the same content, and becomes one row that is both. Raises BadInput with everything that is wrong.
     """
     tables: list[pd.DataFrame] = []
-    for uri, is_query in ((query_uri, True), (gallery_uri, False)):
+    for uri, is_query, is_gallery in ((query_uri, "1", "0"), (gallery_uri, "0", "1")):
         problems = catalogue_checks.Problems(uri)
-        raw = catalogue_checks.load_table(uri, schemes)
-        raw = raw.drop(columns=["split", "is_query", "is_gallery"], errors="ignore")
-        raw = raw.assign(split="validation", is_query=is_query, is_gallery=not is_query)
-        table = catalogue_checks.normalise(raw, locations.folder_of(uri), purpose, problems)
+        raw = load_table(uri, schemes).with_constants(split="validation", is_query=is_query, is_gallery=is_gallery)
+        table = normalise(raw, locations.folder_of(uri), purpose, problems)
         catalogue_checks.check_ids(table, problems)
         if purpose == "evaluation":
             catalogue_checks.check_labels(table, "validation", problems)
         problems.raise_if_any()
+        problems.log_words_for_no_value()
         tables.append(table)
+    _refuse_spellings(tables[0], tables[1], query_uri, gallery_uri)
     union = _union(tables[0], tables[1], f"{query_uri} and {gallery_uri}")
     return Catalogue(_sorted_by_id(union), f"{query_uri} and {gallery_uri}")
+
+
+def _refuse_spellings(queries: pd.DataFrame, gallery: pd.DataFrame, query_uri: str, gallery_uri: str) -> None:
+    """Raises BadInput where one table spells a number as the other does not: a float column of both may not be one."""
+    for name in ("id", "label", "category", "sequence"):
+        if name in queries and name in gallery:
+            columns = {
+                f"{role} {uri}": pa.array(table[name], pa.large_string())
+                for role, uri, table in (("queries", query_uri, queries), ("gallery", gallery_uri, gallery))
+            }
+            try:
+                refuse_equal_numbers(columns, name)
+            except BadInput as error:
+                raise BadInput(f"{query_uri} and {gallery_uri}: {error}") from error
 
 
 def _union(queries: pd.DataFrame, gallery: pd.DataFrame, source: str) -> pd.DataFrame:
@@ -223,5 +256,6 @@ def _union(queries: pd.DataFrame, gallery: pd.DataFrame, source: str) -> pd.Data
 
 
 def _sorted_by_id(table: pd.DataFrame) -> pd.DataFrame:
-    order = np.argsort(table["id"].to_numpy(dtype=object), kind="stable")
-    return table.iloc[order].reset_index(drop=True)
+    # Arrow orders UTF-8 bytes, and so code points, without making a Python object of each comparison.
+    order = pc.call_function("array_sort_indices", [pa.array(table["id"], pa.large_string())])
+    return table.take(order.to_numpy()).reset_index(drop=True)

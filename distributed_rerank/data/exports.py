@@ -2,7 +2,7 @@
 
 A run's line is `query Q0 item rank score tag`, a judgement's (qrels) `query 0 item 1`; fields are separated by a space.
 An id with white space or a percent sign has these percent-encoded, in both kinds of file alike; other ids stay as they
-are.
+are. The tag of a run says that it was written so, and `read_candidates` then decodes the ids.
 """
 
 import re
@@ -16,12 +16,15 @@ from jaxtyping import Float32
 
 from distributed_rerank.data.files import atomic_path
 
+OWN_TAG = "distributed_rerank:"
+"""How the tags of our runs begin."""
 _UNSAFE = re.compile(r"[\s%]")
 
 
 def write_trec_run(path: str | Path, batches: Iterable[pa.Table], tag: str) -> None:
     """Write candidates tables (sorted by query and rank) as a TREC run; scores as `trec_scores` makes them.
 
+    The run's tag is OWN_TAG and then `tag`.
     A query's rows are all in one batch. The tables' ranks are kept as they are. The file appears complete or not at
     all.
     """
@@ -35,7 +38,7 @@ def _run_lines(candidates: pa.Table, tag: str) -> Iterator[str]:
     scores = trec_scores(candidates["distance"].to_numpy().astype(np.float32), np.flatnonzero(is_first))
     queries, items = (_safe(candidates[name].to_pylist()) for name in ("query_id", "gallery_id"))
     cells = zip(queries, items, candidates["rank"].to_pylist(), scores, strict=True)
-    return (f"{query} Q0 {item} {rank} {score} {tag}" for query, item, rank, score in cells)
+    return (f"{query} Q0 {item} {rank} {score} {OWN_TAG}{tag}" for query, item, rank, score in cells)
 
 
 def trec_scores(distances: Float32[np.ndarray, " row"], starts: np.ndarray) -> list[str]:

@@ -4,7 +4,9 @@ Only listed URI schemes are opened, because paths come from tables that somebody
 """
 
 import functools
+import io
 import re
+from collections.abc import Callable
 from pathlib import Path
 from urllib.parse import unquote
 
@@ -52,16 +54,33 @@ def read_bytes(location: str, schemes: frozenset[str] = SCHEMES) -> bytes:
     A scheme outside `schemes` (http and https must be asked for) or one whose driver is not installed raises
     BadInput; a missing or unreadable file raises OSError.
     """
-    scheme = scheme_of(location)
-    if scheme is not None and scheme not in schemes:
-        allowed = ", ".join(sorted(schemes))
-        raise BadInput(f"{location}: scheme {scheme!r} is not allowed; use a local path or one of {allowed}")
+    scheme = _allowed_scheme(location, schemes)
     if scheme in (None, "file"):
         return Path(absolute(location)).read_bytes()
     try:
         return _read_remote(location, scheme)
     except (ImportError, ValueError) as error:
         raise BadInput(f"{location}: cannot open scheme {scheme!r} ({error}); install its fsspec driver") from error
+
+
+def opener(location: str, schemes: frozenset[str] = SCHEMES) -> Callable[[], io.BufferedIOBase]:
+    """Opens the file at a local path or URI anew with each call; a remote one is fetched here, once.
+
+    Raises as `read_bytes` does: OSError for a local file only when it is opened.
+    """
+    if _allowed_scheme(location, schemes) in (None, "file"):
+        path = absolute(location)
+        return lambda: open(path, "rb")
+    content = read_bytes(location, schemes)
+    return lambda: io.BytesIO(content)
+
+
+def _allowed_scheme(location: str, schemes: frozenset[str]) -> str | None:
+    scheme = scheme_of(location)
+    if scheme is not None and scheme not in schemes:
+        allowed = ", ".join(sorted(schemes))
+        raise BadInput(f"{location}: scheme {scheme!r} is not allowed; use a local path or one of {allowed}")
+    return scheme
 
 
 def _read_remote(location: str, scheme: str) -> bytes:

@@ -8,7 +8,6 @@ BadInput, and so does a file of a finished folder that is gone or has changed si
 import io
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 import pyarrow as pa
@@ -18,6 +17,7 @@ from jaxtyping import Float32
 
 from distributed_rerank.data import locations, manifests
 from distributed_rerank.data.files import atomic_path
+from distributed_rerank.data.text_columns import are_words_for_no_value, as_names, as_texts, float_bits, is_index_column
 from distributed_rerank.errors import BadInput
 
 SCHEMAS = {
@@ -112,13 +112,23 @@ def embeddings_table(ids: np.ndarray, embeddings: Float32[np.ndarray, "item dim"
 def read_embeddings(path: str | Path) -> tuple[np.ndarray, Float32[np.ndarray, "item dim"]]:
     """Ids (object array) and embeddings, in the order stored, from a file, URI or folder.
 
-    Lists of any float type are accepted where all have one length. Raises BadInput for repeated ids and for
-    values that are not finite.
+    Ids are text; numbers are read as those of a catalogue. Lists of any float type are accepted where all have one
+    length. Raises BadInput for empty and repeated ids and for values that are not finite.
     """
     table = load_parquet(path, "embeddings")
-    if sorted(table.column_names) != ["embedding", "id"]:
-        raise BadInput(f"{path}: columns {table.column_names}; an embeddings table has exactly id and embedding")
-    ids = table["id"].cast(pa.string()).to_numpy()
+    names = [name for name in table.column_names if not is_index_column(name)]
+    if sorted(names) != ["embedding", "id"]:
+        raise BadInput(f"{path}: columns {names}; an embeddings table has exactly id and embedding")
+    try:
+        ids = as_texts(table["id"], "id")
+        if pa.types.is_floating(table["id"].type):  # ids that are text are those of a catalogue that was read before
+            ids = as_names(ids, "id", float_bits(table["id"].type))
+    except BadInput as error:
+        raise BadInput(f"{path}: {error}") from error
+    is_empty = ids.is_null().to_numpy(zero_copy_only=False) | are_words_for_no_value(ids)
+    if is_empty.any():
+        raise BadInput(f"{path}: {is_empty.sum()} embeddings without an id, first in row {is_empty.argmax() + 1}")
+    ids = ids.to_numpy(zero_copy_only=False)
     embeddings = _matrix(table["embedding"].combine_chunks(), path)
     repeated = _first_repeated(ids)
     if repeated is not None:
@@ -140,7 +150,9 @@ def load_parquet(path: str | Path, name: str) -> pa.Table:
         raise BadInput(f"cannot read {text} as a Parquet table of {name}: {error}") from error
 
 
-def load_batches(path: str | Path | BinaryIO, name: str, rows: int, source: str | None = None) -> Iterator[pa.Table]:
+def load_batches(
+    path: str | Path | io.BufferedIOBase, name: str, rows: int, source: str | None = None
+) -> Iterator[pa.Table]:
     """`load_parquet` of a file, open file or folder in tables of `rows` rows each; only a file's last is shorter."""
     try:
         for file in _files(Path(path), name) if isinstance(path, str | Path) else [path]:

@@ -100,7 +100,12 @@ def markdown_summary(metrics: Mapping[str, Any]) -> str:
     """metrics.json for a pull request: the verdict, what was measured, a table with intervals."""
     outcome = verdict(metrics)
     counts = f"{count_of(metrics['n_queries'])} queries, {count_of(metrics['n_gallery'])} gallery items"
-    for key, words in (("n_without_relevant", "queries without a relevant item"), ("n_rejected", "images rejected")):
+    left_out = (
+        ("n_without_relevant", "queries without a relevant item"),
+        ("n_without_list", "queries without a list"),
+        ("n_rejected", "images rejected"),
+    )
+    for key, words in left_out:
         if metrics.get(key):
             counts += f", {count_of(metrics[key])} {words}"
     chain = metrics.get("chain") or "first stage"

@@ -16,7 +16,7 @@ from distributed_rerank.config.work import WorkConfig
 from distributed_rerank.data import artifacts
 from distributed_rerank.data.catalogue import Catalogue
 from distributed_rerank.data.rejects import all_rejects
-from distributed_rerank.errors import BadInput
+from distributed_rerank.data.relevance import check_measurable
 from distributed_rerank.evaluation import output as evaluation_output
 from distributed_rerank.evaluation.baselines import Sources
 from distributed_rerank.evaluation.diagnostics import diagnose
@@ -51,9 +51,7 @@ def evaluate(
     """
     chain, measure = chain or Chain(), measure or MeasureConfig()
     work = work or WorkConfig()
-    for role, items in (("is_query", catalogue.query_items), ("is_gallery", catalogue.gallery_items)):
-        if not len(items):
-            raise BadInput(f"{catalogue.source}: no row of this split has {role}; set it or choose another --split")
+    check_measurable(catalogue)
     check_depth(config, chain)
     fingerprint = _fingerprint(catalogue, config, measure, work, model, chain)
     if artifacts.recover(out, fingerprint, overwrite) or artifacts.is_complete(out, fingerprint, overwrite):
@@ -69,7 +67,7 @@ def evaluate(
             sources = Sources(ranked, config.n_items, work, model, staging.path, executors)
             result, details = _measure(sources, measure)
         rejects = all_rejects(first.rejects, scored.rejects)
-        result.metrics["n_rejected"] = len(rejects)
+        result.metrics.update(n_rejected=len(rejects), n_without_list=first.n_without_list)
         with timed(timings, "report"):
             evaluation_output.write(staging.path, result, rejects, fingerprint["config"], details | timings)
         artifacts.write_json(staging.path / "timings.json", {"seconds": timings, **details})

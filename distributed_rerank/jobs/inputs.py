@@ -43,13 +43,13 @@ def _(job: EmbedJob) -> Inputs:
 @read_inputs.register
 def _(job: TrainJob) -> Inputs:
     job.pairwise.extractor.check_files()
-    return (read_table(job.catalogue, purpose="training"),)
+    return (read_table(job.catalogue, purpose="training", allow_shared_labels=job.allow_shared_labels),)
 
 
 @read_inputs.register
 def _(job: TrainExtractorJob) -> Inputs:
     job.extractor.check_files()
-    return (read_table(job.catalogue, purpose="training"),)
+    return (read_table(job.catalogue, purpose="training", allow_shared_labels=job.allow_shared_labels),)
 
 
 @read_inputs.register
@@ -59,7 +59,12 @@ def _(job: MeasuringJob) -> Inputs:
     baseline = job.baseline if isinstance(job, EvaluateJob) else None
     if baseline is not None and not baseline.is_dir():
         raise BadInput(f"--baseline {baseline} is no folder; give one that `evaluate` wrote")
-    return (read_table(job.catalogue, purpose="evaluation").restrict(job.split),)
+    table = read_table(job.catalogue, purpose="evaluation", allow_shared_labels=job.allow_shared_labels)
+    catalogue = table.restrict(job.split)
+    from distributed_rerank.data.relevance import check_measurable
+
+    check_measurable(catalogue)
+    return (catalogue,)
 
 
 @read_inputs.register
@@ -77,12 +82,12 @@ def _(job: RerankJob) -> Inputs:
     return (read_query_gallery(job.query_catalogue, job.catalogue),)
 
 
-def read_table(location: str, purpose: Any = "images") -> Any:
+def read_table(location: str, purpose: Any = "images", allow_shared_labels: bool = False) -> Any:
     """The catalogue at `location`. A missing file is told before pandas is imported."""
     check_exists(location)
     from distributed_rerank.data.catalogue import read_catalogue
 
-    return read_catalogue(location, purpose=purpose)
+    return read_catalogue(location, purpose=purpose, allow_shared_labels=allow_shared_labels)
 
 
 def check_exists(location: str) -> None:

@@ -1,5 +1,6 @@
 """Candidate lists -> re-ordered lists, without labels."""
 
+import dataclasses
 import logging
 
 from distributed_rerank.config.jobs import RerankJob
@@ -15,10 +16,13 @@ def main(job: RerankJob, catalogue: Catalogue) -> None:
     """Re-order the lists of the catalogue's queries into the folder --out."""
     model, chain = load_model_and_chain(job.reranker)
     assert model is not None, "--model is required"
+    config = job.first_stage
+    if job.query_catalogue is not None and config.missing_lists is None:
+        config = dataclasses.replace(config, missing_lists="error")
     with executors_for(job.cluster) as (executors, _):
         table = rerank(
             catalogue,
-            job.first_stage,
+            config,
             job.out,
             model=model,
             chain=chain,

@@ -14,6 +14,8 @@ def table_in_text(metrics: Mapping[str, Any]) -> str:
     if metrics["n_without_relevant"] or metrics.get("n_rejected"):
         counts += f", {metrics['n_without_relevant']} queries without a relevant item left out"
         counts += f", {metrics.get('n_rejected', 0)} images rejected"
+    if metrics.get("n_without_list"):
+        counts += f", {metrics['n_without_list']} queries without a list"
     lines = [outcome.sentence, outcome.detail, f"{counts}; chain: {metrics.get('chain', 'first stage')}", ""]
     head = f"{'':14}{'before':>9}"
     lines.append(head + (f"{'after':>9}{'change':>10}   95 % interval" if is_reranked else ""))

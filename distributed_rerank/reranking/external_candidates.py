@@ -7,8 +7,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from distributed_rerank.config.evaluation import MissingLists
 from distributed_rerank.data.candidate_files import read_candidates
 from distributed_rerank.data.catalogue import Catalogue
+from distributed_rerank.data.catalogue_checks import some
 from distributed_rerank.errors import BadInput
 from distributed_rerank.tensors import sharding
 from distributed_rerank.tensors.candidate_lists import CandidateLists
@@ -39,7 +41,36 @@ def external_candidates(catalogue: Catalogue, path: Path, rejected: Set[str]) ->
         logger.warning(
             "%s: %d candidates are left out (the query itself, its sequence, or not is_gallery)", path, n_gone
         )
+    n_empty = int((lists.items[:, 0] < 0).sum())
+    if n_empty:
+        logger.warning("%s: nothing is left of the lists of %d queries, they count as misses", path, n_empty)
     return lists
+
+
+def settle_missing_lists(
+    catalogue: Catalogue, lists: CandidateLists, missing: MissingLists, path: Path
+) -> tuple[Catalogue, int]:
+    """The catalogue with the queries that count, and how many of its queries have no list in the file `path`.
+
+    `missing` says what becomes of these: "error" raises BadInput, with "miss" they stay queries, which find nothing,
+    with "leave_out" they are no longer queries. A list of which nothing is left is a list.
+    """
+    lost = np.setdiff1d(catalogue.query_items, lists.query_items.numpy())
+    if not len(lost):
+        return catalogue, 0
+    found = f"{path}: {len(lost)} of {len(catalogue.query_items)} queries have no list: "
+    if missing == "error":
+        raise BadInput(
+            f"{found}{some(catalogue.ids[lost].tolist())}; add their lists, or say what they count as with "
+            "--missing-lists miss or --missing-lists leave_out"
+        )
+    if missing == "miss":
+        logger.info("%sthey find nothing", found)
+        return catalogue, len(lost)
+    logger.info("%sthey are left out", found)
+    is_query = np.zeros(len(catalogue), bool)
+    is_query[lists.query_items.numpy()] = True
+    return Catalogue(catalogue.table.assign(is_query=is_query), catalogue.source), len(lost)
 
 
 def drop_unusable(lists: CandidateLists, catalogue: Catalogue) -> int:

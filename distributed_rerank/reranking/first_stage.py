@@ -8,7 +8,7 @@ import numpy as np
 
 from distributed_rerank import extraction, retrieval
 from distributed_rerank.chain.chain import Chain
-from distributed_rerank.config.evaluation import FirstStageConfig
+from distributed_rerank.config.evaluation import FirstStageConfig, MissingLists
 from distributed_rerank.config.work import WorkConfig
 from distributed_rerank.data import artifacts
 from distributed_rerank.data.catalogue import Catalogue
@@ -16,7 +16,7 @@ from distributed_rerank.data.embeddings import Embeddings, read_embeddings
 from distributed_rerank.data.rejects import Reject, check_rejects
 from distributed_rerank.errors import BadInput
 from distributed_rerank.executors import Executors
-from distributed_rerank.reranking.external_candidates import external_candidates
+from distributed_rerank.reranking.external_candidates import external_candidates, settle_missing_lists
 from distributed_rerank.runtime.progress import timed
 from distributed_rerank.tensors.candidate_lists import CandidateLists
 
@@ -29,6 +29,8 @@ class FirstStage:
     lists: CandidateLists
     embeddings: Embeddings | None
     rejects: list[Reject]
+    n_without_list: int = 0
+    """Queries that the lists of another system do not name; see `settle_missing_lists`."""
 
 
 def first_stage(
@@ -38,9 +40,13 @@ def first_stage(
     folder: Path,
     executors: Executors | None,
     timings: dict[str, float],
+    missing_lists: MissingLists = "error",
 ) -> FirstStage:
-    """The readable part of the catalogue and the candidate lists of its queries."""
-    embeddings = None
+    """The readable part of the catalogue and the candidate lists of its queries.
+
+    `missing_lists` is what becomes of queries without one in `config.candidates`, where the config does not say so.
+    """
+    embeddings, n_without_list = None, 0
     with timed(timings, "embed"):
         if config.embeddings is not None:
             embeddings = read_for(catalogue, config.embeddings, work.max_rejects)
@@ -55,12 +61,14 @@ def first_stage(
     with timed(timings, "retrieve"):
         if config.candidates is not None:
             lists = external_candidates(readable, config.candidates, {reject.id for reject in rejects})
+            missing = config.missing_lists or missing_lists
+            readable, n_without_list = settle_missing_lists(readable, lists, missing, config.candidates)
         else:
             assert embeddings is not None, "a search needs embeddings"
             lists = retrieval.retrieve(
                 readable, embeddings, config.n_items, folder / "candidates", work=work, executors=executors
             )
-    return FirstStage(readable, lists, embeddings, rejects)
+    return FirstStage(readable, lists, embeddings, rejects, n_without_list)
 
 
 def read_for(catalogue: Catalogue, folder: Path, max_rejects: float) -> Embeddings:
@@ -98,10 +106,12 @@ def check_depth(config: FirstStageConfig, chain: Chain) -> None:
 
 def first_stage_settings(config: FirstStageConfig, work: WorkConfig) -> dict[str, Any]:
     """All settings that can change the candidate lists: not where files lie, nor memory, threads, limits."""
-    return {
+    settings = {
         "extraction": None if config.extractor.name is None else extraction.embedding_settings(config.extractor, work),
         "retrieval": retrieval.retrieval_settings(config.n_items, work),
     }
+    # "error" and "miss" give the same result wherever both give one.
+    return settings | ({"missing_lists": "leave_out"} if config.missing_lists == "leave_out" else {})
 
 
 def input_digests(config: FirstStageConfig) -> dict[str, str | None]:

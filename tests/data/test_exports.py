@@ -48,7 +48,7 @@ def test_trec_run_read_back_is_the_same_table(tmp_path: Path) -> None:
     (tmp_path / "df.csv").write_text("path\na\nb\nx\ny\n")
     catalogue = read_catalogue(str(tmp_path / "df.csv"))
     assert candidates_table(read_candidates(tmp_path / "run", catalogue), catalogue.ids).equals(table)
-    assert (tmp_path / "run").read_text().splitlines()[1] == "a Q0 y 2 -0.75 mine"
+    assert (tmp_path / "run").read_text().splitlines()[1] == "a Q0 y 2 -0.75 distributed_rerank:mine"
 
 
 def test_trec_files_of_no_rows_are_empty(tmp_path: Path) -> None:

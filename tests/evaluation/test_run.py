@@ -87,9 +87,10 @@ def test_evaluate_given_lists_lose_query_and_gaps(catalogue: Catalogue, tmp_path
     ids = catalogue.ids
     rows = [(ids[0], ids[n], 0.1 * n) for n in (0, 1, 2)] + [(ids[5], ids[4], 0.2)]
     pd.DataFrame(rows, columns=["query_id", "gallery_id", "distance"]).to_parquet(tmp_path / "lists.parquet")
-    config = FirstStageConfig(candidates=tmp_path / "lists.parquet")
+    config = FirstStageConfig(candidates=tmp_path / "lists.parquet", missing_lists="miss")
     metrics = evaluate(catalogue, config, tmp_path / "e")
     table = pd.read_parquet(tmp_path / "e" / "per_query.parquet").set_index("query_id")
+    assert metrics["n_without_list"] == 10
     assert metrics["n_queries"] == 12, "a query without a list found nothing, it is not left out"
     assert table["cmc@1_before"][[ids[0], ids[5]]].tolist() == [1, 1]
     assert table["first_hit_before"].notna().sum() == 2

@@ -1,0 +1,51 @@
+"""How many gallery items are relevant to each query, from the catalogue alone, before any image is read."""
+
+import numpy as np
+from jaxtyping import Int64
+
+from distributed_rerank.data.catalogue import Catalogue
+from distributed_rerank.errors import BadInput
+
+
+def count_relevant(catalogue: Catalogue) -> Int64[np.ndarray, " query"]:
+    """Gallery items of each query's label, without itself and its own sequence; queries in item order."""
+    queries, gallery = catalogue.query_items, catalogue.gallery_items
+    labels, sequences = catalogue.labels, catalogue.sequences
+    same_label = _count(labels[gallery], labels[queries])
+    # Of these, the items of the query's own sequence; the query itself is one of them where it has a sequence.
+    n_sequences = int(sequences.max(initial=-1)) + 1
+    pairs = labels * n_sequences + sequences
+    in_sequence = gallery[sequences[gallery] >= 0]
+    own = np.where(sequences[queries] >= 0, _count(pairs[in_sequence], pairs[queries]), np.isin(queries, gallery))
+    return np.where(labels[queries] >= 0, same_label - own, 0)
+
+
+def check_measurable(catalogue: Catalogue) -> None:
+    """Raises BadInput, with the cause, where no query has a relevant gallery item."""
+    queries, gallery = catalogue.query_items, catalogue.gallery_items
+    for role, items in (("is_query", queries), ("is_gallery", gallery)):
+        if not len(items):
+            raise BadInput(f"{catalogue.source}: no row of this split has {role}; set it or choose another --split")
+    if count_relevant(catalogue).any():
+        return
+    labels = catalogue.labels
+    others = _count(labels[gallery], labels[queries]) - np.isin(queries, gallery)
+    n_hidden = int((others[labels[queries] >= 0] > 0).sum())
+    cause = f"{len(queries) - n_hidden} have no other gallery item of their label; check label and is_gallery"
+    if n_hidden == len(queries):
+        cause = "all gallery items of a query's label are of its own sequence; check sequence and is_gallery"
+    elif n_hidden:
+        cause = f"{n_hidden} have such items in their own sequence alone, {cause}, and sequence"
+    raise BadInput(
+        f"{catalogue.source}: none of the {len(queries)} queries has a relevant gallery item, so nothing can be "
+        f"measured: {cause}"
+    )
+
+
+def _count(of: np.ndarray, wanted: np.ndarray) -> Int64[np.ndarray, " wanted"]:
+    """How often each wanted number is in `of`."""
+    values, counts = np.unique(of, return_counts=True)
+    if not len(values):
+        return np.zeros(len(wanted), np.int64)
+    places = np.searchsorted(values, wanted).clip(max=len(values) - 1)
+    return np.where(values[places] == wanted, counts[places], 0).astype(np.int64)
