@@ -95,7 +95,7 @@ def time_embedding(catalogue: Catalogue, config: ExtractorConfig, work: WorkConf
     embedder = Embedder(extractor := build_extractor(config), work)
     started, parts = time.perf_counter(), []
     for _, refs in extraction.plan(catalogue.images(), work.images_per_block):
-        parts.append(embedder.embed(decode(refs, extractor.transform, threads=work.decode_threads).pixels))
+        parts.append(embedder.embed(decode(refs, extractor.transform, threads=work.decode_threads or 1).pixels))
     return len(catalogue) / (time.perf_counter() - started), np.concatenate(parts)
 
 

@@ -58,14 +58,14 @@ class Embedder:
     """An extractor on the device of this process. A plain class: Ray Data makes its actors from it."""
 
     def __init__(self, extractor: Extractor, work: WorkConfig) -> None:
-        self._device = pick_device()
-        self._extractor = extractor.prepare_for_inference(self._device)
+        self.device = pick_device()
+        self._extractor = extractor.prepare_for_inference(self.device)
         self._threads = InferenceThreads(work.threads_per_worker)
         self._batch = MicroBatch(
-            work.images_per_batch or (8 if self._device.type == "cpu" else 256), "--images-per-batch"
+            work.images_per_batch or (8 if self.device.type == "cpu" else 256), "--images-per-batch"
         )
-        self._to_device = Copier(self._device)
-        self.computed_with = self._extractor.computed_with(self._device)
+        self._to_device = Copier(self.device)
+        self.computed_with = self._extractor.computed_with(self.device)
 
     def embed(self, pixels: UInt8[Tensor, "image 3 height width"]) -> Float32[np.ndarray, "image dim"]:
         """Embeddings of a block, in its order, a micro-batch at a time."""
@@ -92,8 +92,9 @@ def embed_blocks(
     """Decode and embed these blocks in this process, one after the other."""
     extractor = build_extractor(config)
     embedder = Embedder(extractor, work)
+    threads = work.decode_threads_for(embedder.device.type == "cuda")
     for number, refs in blocks:
-        decoded = decode(refs, extractor.transform, threads=work.decode_threads)
+        decoded = decode(refs, extractor.transform, threads=threads)
         ids = [refs[position].id for position in decoded.kept]
         yield number, EmbeddedBlock(ids, embedder.embed(decoded.pixels), decoded.rejects, embedder.computed_with)
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
+import torch
 from jaxtyping import Float32, Int64
 from torch import Tensor
 
@@ -26,7 +27,12 @@ from distributed_rerank.runtime.devices import InferenceThreads, pick_device, te
 from distributed_rerank.runtime.progress import progress
 from distributed_rerank.tensors import sharding
 from distributed_rerank.tensors.candidate_lists import CandidateLists, concatenate
-from distributed_rerank.tensors.knn import search_tiles
+from distributed_rerank.tensors.knn import QUERY_BLOCK, Tile, search_tiles
+
+QUERY_BLOCK_ON_GPU = 1024
+"""Queries in one product there: four times the CPU's, for a GPU is idle while a product starts."""
+_SHARE_FOR_TILES = 0.5
+"""Of a GPU's memory; the rest is for products and for other processes."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +81,8 @@ class Searcher:
         self._n_threads = n_threads
         self._device = pick_device()
         self._threads = InferenceThreads(n_threads)
+        self._kept: dict[int, Tile] = {}
+        self._query_block = QUERY_BLOCK_ON_GPU if self._device.type == "cuda" else QUERY_BLOCK
 
     def search(self, queries: SearchSide) -> SearchedBlock:
         """The nearest items of each query by (distance, item), never itself nor its own sequence."""
@@ -87,12 +95,27 @@ class Searcher:
         embeddings, items, sequences = self._tensors(queries)
         lists = search_tiles(
             embeddings,
-            (self._tensors(tile) for tile in self._tiles()),
+            self._tiles_on_device(),
             query_items=items,
             query_sequences=sequences,
             n_items=self._n_items,
+            query_block=self._query_block,
         )
         return lists.cpu()
+
+    def _tiles_on_device(self) -> Iterator[Tile]:
+        """The tiles; a GPU keeps as many of them as fit a part of its memory, since copies take longer than search."""
+        for number, tile in enumerate(self._tiles()):
+            tensors = self._kept.get(number) or self._tensors(tile)
+            if self._has_room_for(tile.embeddings.nbytes):
+                self._kept[number] = tensors
+            yield tensors
+
+    def _has_room_for(self, n_bytes: int) -> bool:
+        if self._device.type != "cuda":
+            return False
+        free, whole = torch.cuda.mem_get_info(self._device)
+        return free - n_bytes > whole * (1 - _SHARE_FOR_TILES)
 
     def _tensors(self, side: SearchSide) -> tuple[Tensor, Tensor, Tensor]:
         embeddings, items, sequences = map(tensor_of, (side.embeddings, side.items, side.sequences))

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 
 from distributed_rerank import retrieval
 from distributed_rerank.config.work import WorkConfig
@@ -13,7 +14,7 @@ from distributed_rerank.data.artifacts import read_manifest
 from distributed_rerank.data.catalogue import Catalogue
 from distributed_rerank.data.embeddings import Embeddings
 from distributed_rerank.errors import BadInput
-from distributed_rerank.retrieval import QueryBlock, SearchedBlock, SearchSide, retrieve
+from distributed_rerank.retrieval import QueryBlock, SearchedBlock, Searcher, SearchSide, retrieve
 from tests.small_catalogue import make_catalogue
 
 WORK = WorkConfig(queries_per_block=5, tile_size=6)
@@ -118,3 +119,27 @@ def test_retrieve_no_embedded_query_is_bad_input(tmp_path: Path) -> None:
     nothing = Embeddings(np.array(["somebody else"], dtype=object), np.ones((1, 8), np.float32))
     with pytest.raises(BadInput, match="no query"):
         retrieve(catalogue, nothing, 4, tmp_path / "out", work=WORK)
+
+
+def test_tiles_kept_on_the_device_are_sent_once_and_change_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a GPU does whose memory has room for the first tiles only."""
+    generator = torch.Generator().manual_seed(0)
+    embeddings = torch.randn(90, 8, generator=generator).numpy()
+    sides = [
+        SearchSide(embeddings[start:stop], np.arange(start, stop), np.full(stop - start, -1))
+        for start, stop in ((0, 30), (30, 60), (60, 90))
+    ]
+    queries = SearchSide(embeddings[:20], np.arange(20), np.full(20, -1))
+    plain = Searcher(lambda: sides, 5, 1)
+    expected = plain.search(queries).lists
+    keeping = Searcher(lambda: sides, 5, 1)
+    sent: list[int] = []
+    send = keeping._tensors
+    monkeypatch.setattr(keeping, "_has_room_for", lambda n_bytes: len(keeping._kept) < 2)
+    monkeypatch.setattr(keeping, "_tensors", lambda side: (sent.append(int(side.items[0])), send(side))[1])
+    for _ in range(2):
+        found = keeping.search(queries).lists
+        assert torch.equal(found.items, expected.items)
+        assert torch.equal(found.distances, expected.distances)
+    # the queries (item 0), then the three tiles; the second time the two kept tiles are not sent again
+    assert sent == [0, 0, 30, 60, 0, 60]

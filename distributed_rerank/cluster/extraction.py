@@ -46,7 +46,7 @@ def embed_blocks(
     extractor = build_extractor(config)  # first: a wrong name or wrong weights must not cost a start of Ray
     session = connect()
     shipped = [ray.put(extractor)]
-    decode = functools.partial(decode_row, transform=extractor.transform, threads=work.decode_threads)
+    decode = functools.partial(decode_row, transform=extractor.transform, threads=work.decode_threads or 1)
     with ray.data.DataContext.current(_data_context()):
         rows = ray.data.from_arrow(manifest(blocks)).repartition(target_num_rows_per_block=1)
         on_device = _on_gpus if session.use_gpu else _on_cpus

@@ -146,8 +146,9 @@ class TrainingConfig:
     """Images at most that projections are fitted to."""
     threads: int = 1
     """Threads of torch in each worker, whatever their number."""
-    loader_workers: int = 0
-    """Threads that decode and augment the images of the next steps; 0 = none but the training one."""
+    loader_workers: int | None = None
+    """Threads that decode and augment the images of the next steps; 0 = none but the training one. Default: 0, or 16
+    beside a GPU."""
 
     def __post_init__(self) -> None:
         problems = [
@@ -216,6 +217,10 @@ class TrainingConfig:
     def fingerprint(self) -> dict[str, Any]:
         """Everything that decides the weights, as plain values for a manifest."""
         return {name: value for name, value in asdict(self).items() if name != "loader_workers"}
+
+    def loader_threads(self, is_gpu: bool) -> int:
+        """`loader_workers`, its default written out."""
+        return (16 if is_gpu else 0) if self.loader_workers is None else self.loader_workers
 
 
 EXTRACTOR_DEFAULTS = TrainingConfig(

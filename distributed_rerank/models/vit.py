@@ -109,7 +109,19 @@ def keep_positions(vit: Any) -> None:
 
 def embed_patches(vit: Any, pixels: Num[Tensor, "image 3 height width"]) -> Float[Tensor, "image patch dim"]:
     """Patch embeddings without positions, row by row. A margin smaller than a patch is ignored."""
+    if pixels.is_cuda:
+        return vit.patch_embed.norm(project_patches(vit.patch_embed.proj, pixels))
     return vit.patch_embed.norm(vit.patch_embed.proj(pixels).flatten(2).transpose(1, 2))
+
+
+def project_patches(conv: nn.Conv2d, pixels: Num[Tensor, "image 3 height width"]) -> Float[Tensor, "image patch dim"]:
+    """`conv`, whose stride is its kernel's size, as one matrix product; cuDNN's own is ten times slower on an H100."""
+    (high, wide), (height, width) = conv.kernel_size, pixels.shape[-2:]
+    rows, columns = height // high, width // wide
+    # [image, 3, row, high, column, wide] -> [image, row, column, 3, high, wide] -> [image, patch, 3 * high * wide]
+    cut = pixels[..., : rows * high, : columns * wide].unflatten(3, (columns, wide)).unflatten(2, (rows, high))
+    patches = cut.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+    return functional.linear(patches, conv.weight.flatten(1), conv.bias)
 
 
 def add_prefix(vit: Any, patches: Tensor, positions: Tensor) -> Float[Tensor, "image token dim"]:

@@ -16,7 +16,10 @@ from torch import Tensor
 
 def pick_device() -> torch.device:
     """The GPU where this process sees one (a Ray worker sees the one it holds), else the CPU."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    torch.backends.cudnn.allow_tf32 = False  # or float32 convolutions would round their factors to 10 bits
+    return torch.device("cuda")
 
 
 @contextmanager

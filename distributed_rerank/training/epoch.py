@@ -15,7 +15,7 @@ from torch import Tensor
 
 from distributed_rerank.config.training import TrainingConfig
 from distributed_rerank.errors import BadInput
-from distributed_rerank.training.images import CachedPairFeatures, TrainingImages
+from distributed_rerank.training.images import CachedPairFeatures, DecodedImages, TrainingImages
 from distributed_rerank.training.losses import step_loss
 from distributed_rerank.training.plan import TrainingStep, is_list_loss, seed_of, share_of
 from distributed_rerank.training.state import TrainingState, schedule_factor, set_training
@@ -63,7 +63,7 @@ def prefetch_steps(
 ) -> Iterator[tuple[TrainingStep, Tensor, Tensor]]:
     """Each share with the items of its pairs (ascending, once each) and their images, fetched one step ahead."""
     items = [items_of(share) for share in shares]
-    if config.loader_workers == 0:
+    if not isinstance(images, DecodedImages) or images.pool is None:
         for number, share in enumerate(shares):
             yield share, items[number], images.fetch(items[number], epoch, number)
         return

@@ -41,7 +41,8 @@ class DecodedImages:
         self.augment = config.augmentation and TrainingTransform(
             config.augmentation, transform.size, transform.interpolation
         )
-        self.pool = ThreadPoolExecutor(config.loader_workers) if config.loader_workers else None
+        n_threads = config.loader_threads(device.startswith("cuda"))
+        self.pool = ThreadPoolExecutor(n_threads) if n_threads else None
 
     def fetch(self, items: Tensor, epoch: int, step: int) -> UInt8[Tensor, "item 3 height width"]:
         """The items' pixels, augmented by a seed of (seed, epoch, step, item)."""

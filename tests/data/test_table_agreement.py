@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from table_forms import FORMS
@@ -85,7 +86,8 @@ def test_trec_run_and_csv_of_any_ids_are_read_back(ids: list[str], data: st.Data
         n = len(catalogue)
         items = np.array([np.roll(np.arange(n), -query)[1:] for query in range(n)], np.int64)
         distances = np.tile(np.arange(n - 1, dtype=np.float32) / 4, (n, 1))
-        table = candidates_table(CandidateLists(np.arange(n), items, distances), catalogue.ids)
+        lists = CandidateLists(torch.arange(n), torch.from_numpy(items), torch.from_numpy(distances))
+        table = candidates_table(lists, catalogue.ids)
         write_trec_run(folder / "run", [table], "mine")
         table.to_pandas().to_csv(folder / "lists.csv", index=False)
         table.to_pandas().drop(columns="rank").to_csv(folder / "lists.csv.gz")
