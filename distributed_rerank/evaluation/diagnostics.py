@@ -18,6 +18,7 @@ from distributed_rerank.config.evaluation import MeasureConfig
 from distributed_rerank.data import artifacts
 from distributed_rerank.evaluation import adaptive, baselines
 from distributed_rerank.evaluation.measure import Evaluation, LabelledQueries, Ranked, count_relevant, measure_ranking
+from distributed_rerank.evaluation.thresholds import by_probability
 from distributed_rerank.models.pairwise import PairwiseModel
 from distributed_rerank.scoring.stage import ScoredLists
 from distributed_rerank.tensors.candidate_lists import Ranking
@@ -49,6 +50,8 @@ def diagnose(measured: Evaluation, sources: baselines.Sources, config: MeasureCo
     figures["distances"] = {"first_stage": distance_histograms(ranked.before, queries, top_n)}
     if ranked.after:
         figures["distances"]["reranked"] = distance_histograms(ranked.final, queries, top_n)
+    if ranked.after:
+        figures["thresholds"] = by_probability(ranked.final, queries, top_n, ranked.chain)
     figures["suspects"] = labels_to_check(ranked)
     figures["cost"] = total_cost(ranked.scored, sources.model)
     if ranked.chain.pairwise is not None and ranked.scored.logits is not None:

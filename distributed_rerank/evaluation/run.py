@@ -103,4 +103,5 @@ def _measure(sources: Sources, config: MeasureConfig) -> tuple[Result, dict[str,
     metrics = measured.metrics | {"chain": ranked.chain.describe()} | extra.figures
     table = measured.per_query.assign(**extra.columns)
     after = ranked.final if ranked.after else None
-    return Result(metrics, table, ranked.first.catalogue, ranked.query_items, ranked.before, after), extra.timings
+    result = Result(metrics, table, ranked.first.catalogue, ranked.query_items, ranked.before, after, ranked.chain)
+    return result, extra.timings
