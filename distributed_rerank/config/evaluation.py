@@ -70,11 +70,18 @@ class MeasureConfig:
     """Seed of the resampling behind intervals and p-values."""
     baselines: bool = True
     """Measure free steps as well: k-reciprocal re-ranking, query expansion, database augmentation."""
+    fmrs: tuple[float, ...] = ()
+    """False match rates, such as 0.1, at which OML's fnmr@fmr of the first stage is measured; needs embeddings."""
+    pcf_variances: tuple[float, ...] = (0.5,)
+    """Shares of variance for OML's pcf, the share of axes that the embeddings need for it."""
     price_per_worker_hour: float | None = None
     """Price of an hour of one worker, in any currency; the report then tells the price of 1,000 queries."""
 
     def __post_init__(self) -> None:
         if not self.ks or min(self.ks) < 1:
             raise BadInput(f"ks={list(self.ks)} must be one or more cut-offs of at least 1; give e.g. --ks 1 5 10")
+        for name in ("fmrs", "pcf_variances"):
+            if any(not 0 <= value <= 1 for value in getattr(self, name)):
+                raise BadInput(f"{name}={list(getattr(self, name))} must lie between 0 and 1")
         if self.price_per_worker_hour is not None and not 0 <= self.price_per_worker_hour < math.inf:
             raise BadInput(f"price_per_worker_hour={self.price_per_worker_hour} must be at least 0 and finite")

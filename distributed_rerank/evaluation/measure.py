@@ -123,7 +123,13 @@ class LabelledQueries:
     labels: Int64[Tensor, " query"]
     n_relevant: Int64[Tensor, " query"]
     item_labels: Int64[Tensor, " item"]
-    n_without_relevant: int
+    rows_without: Int64[Tensor, " other"]
+    """Rows of the queries without a relevant item. OML counts them, and nobody else does."""
+
+    @property
+    def n_without_relevant(self) -> int:
+        """How many queries have no relevant item."""
+        return len(self.rows_without)
 
     def blocks(self) -> Iterator["LabelledQueries"]:
         """The queries in blocks of `QUERIES_PER_BLOCK`."""
@@ -172,7 +178,7 @@ def count_relevant(catalogue: Catalogue, query_items: Int64[Tensor, " query"]) -
     )
     rows = n_relevant.nonzero().squeeze(1)
     kept = query_items[rows]
-    return LabelledQueries(kept, rows, labels[kept], n_relevant[rows], labels, len(query_items) - len(rows))
+    return LabelledQueries(kept, rows, labels[kept], n_relevant[rows], labels, (n_relevant == 0).nonzero().squeeze(1))
 
 
 def measure(
@@ -227,7 +233,17 @@ def measure_ranking(queries: LabelledQueries, ranking: Ranking, ks: Sequence[int
 
     columns = _of_all_blocks(queries, measure_block)
     values, oml = ({key: column for (kind, key), column in columns.items() if kind == of} for of in ("value", "oml"))
-    return Measured(values, columns["rank", "first_hit"], metrics.means(oml))
+    return Measured(values, columns["rank", "first_hit"], _oml_means(oml, queries, ranking))
+
+
+def _oml_means(values: PerQuery, queries: LabelledQueries, ranking: Ranking) -> dict[str, float]:
+    """Means over all queries. One without a relevant item has 1 where its list is empty too, as in OML, and else 0."""
+    n_void = 0
+    for rows in queries.rows_without.split(QUERIES_PER_BLOCK):
+        n_void += int((ranking[rows].items < 0).all(dim=1).sum())
+    n_queries = len(queries.rows) + queries.n_without_relevant
+    n_labelled = len(queries.rows)
+    return {key: (mean * n_labelled + n_void) / n_queries for key, mean in metrics.means(values).items()}
 
 
 def _of_all_blocks(

@@ -20,6 +20,7 @@ from distributed_rerank.data.relevance import check_measurable
 from distributed_rerank.evaluation import output as evaluation_output
 from distributed_rerank.evaluation.baselines import Sources
 from distributed_rerank.evaluation.diagnostics import diagnose
+from distributed_rerank.evaluation.embedding_metrics import check_fmrs
 from distributed_rerank.evaluation.measure import measure, rank
 from distributed_rerank.evaluation.output import Result
 from distributed_rerank.executors import Executors
@@ -52,6 +53,8 @@ def evaluate(
     chain, measure = chain or Chain(), measure or MeasureConfig()
     work = work or WorkConfig()
     check_measurable(catalogue)
+    if measure.fmrs:
+        check_fmrs(catalogue, config.embeddings is not None or config.extractor.name is not None)
     check_depth(config, chain)
     fingerprint = _fingerprint(catalogue, config, measure, work, model, chain)
     if artifacts.recover(out, fingerprint, overwrite) or artifacts.is_complete(out, fingerprint, overwrite):

@@ -68,7 +68,8 @@ def in_plain_words(metrics: Mapping[str, Any]) -> str:
     else:
         chance = ", which may be chance" if low <= 0 <= high else ""
         text = f"The right item comes first for {now} of 100 queries instead of {then}{chance}"
-    shown = max((int(key.partition("@")[2]) for key in first if key.startswith("precision@")), default=0)
+    cutoffs = [key.removeprefix("precision@") for key in first if key.startswith("precision@")]
+    shown = max((int(cutoff) for cutoff in cutoffs if cutoff.isdigit()), default=0)
     if shown > 1:
         right, were = (f"{shown * side[f'precision@{shown}']:.1f}" for side in (last, first))
         text += f"; of {shown} shown, {right} are right" + ("" if right == were else f" instead of {were}")
