@@ -151,6 +151,11 @@ class Chain:
         """The chain steps that look at the lists of the neighbours as well."""
         return tuple(step for step in self.steps if not isinstance(step, PairwiseStep))
 
+    @property
+    def is_inductive(self) -> bool:
+        """Whether a query's answer needs the query and the gallery alone, and no other query."""
+        return all(map(is_inductive, self.steps))
+
     def describe(self) -> str:
         """The chain steps in one line, for a log and a report."""
         return " -> ".join(["first stage", *(describe_step(step) for step in self.steps)])
@@ -160,6 +165,11 @@ def require(is_right: bool, message: str) -> None:
     """Raises BadInput with the message where `is_right` is False."""
     if not is_right:
         raise BadInput(f"chain: {message}")
+
+
+def is_inductive(step: ChainStep) -> bool:
+    """Whether the chain step asks the gallery's lists alone. Reciprocal neighbours need the query in those lists."""
+    return not isinstance(step, KReciprocalStep) and getattr(step, "kind", "direct") == "direct"
 
 
 def kind_of(step: ChainStep) -> str:

@@ -222,7 +222,7 @@ class Sources:
         ranked = self.ranked
         if ranked.first.embeddings is None:
             raise Skipped("needs the lists of gallery items; give --embeddings or --extractor")
-        folder, chain = self.folder / "all_candidates", Chain((K_RECIPROCAL,))
+        folder, chain = self.folder / "joint_candidates", Chain((K_RECIPROCAL,))
         lists = ranking_run.lists_for(chain, ranked.first, self.n_items, self.work, folder, self.executors)
         readable = ranking_run.without_rejected(
             ScoredLists(lists, rejects=ranked.scored.rejects), ranked.first.catalogue

@@ -54,7 +54,8 @@ class Ranked:
     @property
     def covers_all_items(self) -> bool:
         """Whether gallery items have scored lists as well as queries."""
-        return bool(self.chain.neighbourhood) or ranking_run.is_one_against_rest(self.first.catalogue)
+        catalogue = self.first.catalogue
+        return ranking_run.needs_joint_lists(self.chain, catalogue) or ranking_run.is_one_against_rest(catalogue)
 
     @property
     def pairwise(self) -> Ranking | None:

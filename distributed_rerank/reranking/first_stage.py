@@ -29,6 +29,8 @@ class FirstStage:
     lists: CandidateLists
     embeddings: Embeddings | None
     rejects: list[Reject]
+    are_given: bool = False
+    """Whether the lists come from another system and not from the search here."""
     n_without_list: int = 0
     """Queries that the lists of another system do not name; see `settle_missing_lists`."""
 
@@ -68,7 +70,7 @@ def first_stage(
             lists = retrieval.retrieve(
                 readable, embeddings, config.n_items, folder / "candidates", work=work, executors=executors
             )
-    return FirstStage(readable, lists, embeddings, rejects, n_without_list)
+    return FirstStage(readable, lists, embeddings, rejects, config.candidates is not None, n_without_list)
 
 
 def read_for(catalogue: Catalogue, folder: Path, max_rejects: float) -> Embeddings:

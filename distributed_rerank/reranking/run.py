@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -25,7 +26,7 @@ from distributed_rerank.models.saving import load_model, local_folder
 from distributed_rerank.reranking.first_stage import FirstStage
 from distributed_rerank.reranking.lists import LazyRanking, only_gallery
 from distributed_rerank.scoring.stage import ScoredLists, score_candidates
-from distributed_rerank.tensors.candidate_lists import CandidateLists, Ranking, places_of
+from distributed_rerank.tensors.candidate_lists import CandidateLists, Ranking, concatenate, places_of
 
 logger = logging.getLogger(__name__)
 
@@ -69,18 +70,39 @@ def is_one_against_rest(catalogue: Catalogue) -> bool:
     return len(catalogue.query_items) == len(catalogue.gallery_items) == len(catalogue)
 
 
+def needs_joint_lists(chain: Chain, catalogue: Catalogue) -> bool:
+    """Whether queries have to be each other's candidates: for reciprocal neighbours of queries outside the gallery."""
+    is_outside = len(np.setdiff1d(catalogue.query_items, catalogue.gallery_items)) > 0
+    return bool(chain.neighbourhood) and is_outside and not chain.is_inductive
+
+
 def lists_for(
     chain: Chain, first: FirstStage, n_items: int, work: WorkConfig, out: Path, executors: Executors | None
 ) -> CandidateLists:
-    """The lists that the chain works on: the queries' own, or those of all items if it looks at neighbourhoods."""
+    """The lists that the chain works on: the queries' own, or those of all items if it looks at neighbourhoods.
+
+    All candidates are gallery items, unless the chain is not inductive and some query is no gallery item: then queries
+    are each other's candidates as well, and the log says so. Given lists stay those of their queries; the search here
+    finds the others.
+    """
     catalogue = first.catalogue
-    if not chain.neighbourhood or is_one_against_rest(catalogue):
+    if not chain.neighbourhood:
+        return first.lists
+    if is_one_against_rest(catalogue) and (not first.are_given or len(first.lists) == len(catalogue)):
         return first.lists
     if first.embeddings is None:
         raise BadInput("this chain looks at neighbourhoods and needs embeddings; give --embeddings or --extractor")
-    return retrieval.retrieve(
-        catalogue.as_query_and_gallery(), first.embeddings, n_items, out, work=work, executors=executors
-    )
+    everyone = Catalogue(catalogue.table.assign(is_query=True), catalogue.source)
+    if needs_joint_lists(chain, catalogue):
+        everyone = catalogue.as_query_and_gallery()
+        logger.info("%s: the answer to a query depends on the other queries of the catalogue", chain.describe())
+    found = retrieval.retrieve(everyone, first.embeddings, n_items, out, work=work, executors=executors)
+    if not first.are_given:
+        return found
+    others = ~torch.isin(found.query_items, first.lists.query_items)
+    width = max(first.lists.items.shape[1], found.items.shape[1])
+    both = concatenate([first.lists.padded(width), found[others.nonzero()[:, 0]].padded(width)])
+    return both[both.query_items.argsort()]
 
 
 def score_first_stage(
@@ -180,7 +202,10 @@ def _rerank(
     if embeddings is not None:
         matrix = torch.from_numpy(embeddings.matrix[embeddings.rows_of(catalogue.ids)])
     sequences = torch.from_numpy(catalogue.sequences)
-    reranked = chain_apply.apply(replace(chain, steps=chain.neighbourhood), everything, None, matrix, sequences)
+    gallery = None if needs_joint_lists(chain, catalogue) else torch.from_numpy(catalogue.gallery_items)
+    reranked = chain_apply.apply(
+        replace(chain, steps=chain.neighbourhood), everything, None, matrix, sequences, gallery
+    )
     return only_gallery(reranked[query_items], catalogue)
 
 
