@@ -19,7 +19,7 @@ from distributed_rerank.models.pairwise import PairwiseModel
 from distributed_rerank.online.encoder import CachedEncodings, Encoder, Encoding
 from distributed_rerank.online.photos import Photo
 from distributed_rerank.reranking.run import by_logits, load_model_and_chain
-from distributed_rerank.runtime.devices import InferenceThreads, pick_device
+from distributed_rerank.runtime.devices import InferenceThreads, pick_device, torch_threads
 from distributed_rerank.scoring import plan
 from distributed_rerank.tensors import calibration, sharding
 from distributed_rerank.tensors.candidate_lists import CandidateLists
@@ -100,9 +100,10 @@ class Reranker:
         if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not Path(name).is_dir():
             name = f"hf-hub:{name}"
         kind: Any = chain if chain in ("model", "replace", "first_stage") else Path(chain)
-        loaded, found = load_model_and_chain(RerankerConfig(model=name, chain=kind, top_n=top_n))
-        assert loaded is not None, "a model was named"
-        return cls(loaded, found, cache=cache, cache_gb=cache_gb, threads=threads, device=device)
+        with torch_threads(1):  # two threads take the CPU time of seconds to wait for each other
+            loaded, found = load_model_and_chain(RerankerConfig(model=name, chain=kind, top_n=top_n))
+            assert loaded is not None, "a model was named"
+            return cls(loaded, found, cache=cache, cache_gb=cache_gb, threads=threads, device=device)
 
     def __enter__(self) -> "Reranker":
         return self
