@@ -26,6 +26,7 @@ LAYER = {
     "reranking": 7,
     "report": 7,
     "evaluation": 8,
+    "online": 8,
     "monitoring": 9,
     "cluster": 10,
     "jobs": 11,

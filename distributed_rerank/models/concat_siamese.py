@@ -12,6 +12,7 @@ from torch import Tensor
 from distributed_rerank.config.pairwise import ConcatSiameseConfig
 from distributed_rerank.models.extractor import build_extractor
 from distributed_rerank.models.pairwise import PairwiseModel
+from distributed_rerank.models.rows import in_whole_tiles
 from distributed_rerank.models.stacked import hidden_dims_for, load_siamese_weights, logit_of_mean_probability, mlp_head
 
 
@@ -49,4 +50,4 @@ class ConcatSiamese(PairwiseModel):
         return logit_of_mean_probability(logit, self._one_order(encoded_gallery, encoded_query))
 
     def _one_order(self, above: Tensor, below: Tensor) -> Tensor:
-        return self.head(self.extractor.features(torch.cat([above, below], dim=2))).squeeze(1)
+        return in_whole_tiles(self.head, self.extractor.features(torch.cat([above, below], dim=2))).squeeze(1)

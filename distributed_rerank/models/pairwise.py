@@ -50,6 +50,10 @@ class PairwiseModel(nn.Module):
         """One tensor of `encoding_shape` and `encoding_dtype` per image, differentiable if its dtype is."""
         raise NotImplementedError
 
+    def encode_and_embed(self, pixels: UInt8[Tensor, "image 3 height width"]) -> tuple[Tensor, Tensor | None]:
+        """The encodings, and the images' embeddings by the extractor where the backbone sees one image at a time."""
+        return self.encode(pixels), None
+
     def forward(
         self, encoded_query: Tensor, encoded_gallery: Tensor, first_stage_distance: Float[Tensor, " pair"]
     ) -> Float32[Tensor, " pair"]:

@@ -20,6 +20,7 @@ from distributed_rerank.models import vit
 from distributed_rerank.models.extractor import build_extractor
 from distributed_rerank.models.pairwise import PairwiseModel
 from distributed_rerank.models.precision import computing_in
+from distributed_rerank.models.rows import in_whole_tiles
 from distributed_rerank.models.stacked import hidden_dims_for, load_siamese_weights, logit_of_mean_probability, mlp_head
 
 STORAGE = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -77,7 +78,7 @@ class SplitSiamese(PairwiseModel):
             features = vit.forward_from_block(
                 network, torch.cat([prefix, *patches], dim=1), self.config.split_at, pad_keys
             )
-        return self.head(features.float()).squeeze(1)
+        return in_whole_tiles(self.head, features.float()).squeeze(1)
 
     def _position_exchange(self) -> tuple[Tensor, Tensor]:
         """Differences [1, patch, dim] from single-image positions to those of the upper and of the lower half."""

@@ -7,7 +7,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
@@ -63,3 +65,15 @@ def test_compare_oml_without_the_peer_says_how_to_name_it(tmp_path: Path) -> Non
     assert done.returncode == 1
     assert "--bench" in done.stderr
     assert "DISTRIBUTED_RERANK_BENCH" in done.stderr
+
+
+def test_online_quick_measures_against_its_bars(tmp_path: Path) -> None:
+    for number in range(64):
+        pixels = np.random.default_rng(number).integers(0, 256, (40, 60, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / f"{number}.jpg")
+    rows = run_quick("online.py", tmp_path, "--photos", str(tmp_path))
+    for name in ("with the query's decoding", "query encoded before"):
+        median, late = (rows[f"one query x 50, {name}: {part}"] for part in ("p50", "p99"))
+        assert 0 < median["ours"] <= late["ours"]
+        assert late["theirs"] == pytest.approx(3 * median["ours"], rel=1e-2)
+    assert rows["import and load"]["theirs"] == 6
