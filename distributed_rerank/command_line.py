@@ -1,8 +1,8 @@
 """The command `distributed-rerank JOB ...`: parse, check, import what the job needs, run it, end with its exit code.
 
 Nothing here imports torch, timm or ray, so that help, a typo, a missing file and a broken catalogue are answered at
-once. Exit codes: 0 good, 2 bad input, 3 regression, 130 interrupted, anything else a failure (the traceback is shown,
-because it is ours to mend).
+once. Exit codes: 0 good, 2 bad input, 3 regression, 75 a service that does not answer, 130 interrupted, anything else
+a failure (the traceback is shown, because it is ours to mend).
 """
 
 import contextlib
@@ -28,7 +28,7 @@ from distributed_rerank.config.jobs import JOBS
 from distributed_rerank.config.options import Option, configs_in, flags_in, options_of
 from distributed_rerank.config.pairwise import PAIRWISE_CONFIGS
 from distributed_rerank.config.training import EXTRACTOR_DEFAULTS, defaults_for
-from distributed_rerank.errors import BadInput
+from distributed_rerank.errors import BadInput, Outage
 from distributed_rerank.runtime import logs
 
 PROGRAM = "distributed-rerank"
@@ -56,6 +56,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         # Ray re-raises a worker's error as a subclass whose text is the whole traceback; the cause is the plain line.
         sys.stderr.write(f"error: {getattr(error, 'cause', error)}\n")
         sys.exit(2)
+    except Outage as error:
+        sys.stderr.write(f"outage: {getattr(error, 'cause', error)}\n")
+        sys.exit(75)
     except KeyboardInterrupt:
         sys.stderr.write("interrupted: finished blocks are kept, the same command continues from them\n")
         sys.exit(130)

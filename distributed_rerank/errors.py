@@ -1,5 +1,12 @@
-"""The one error a user can cause. Every layer may raise it; the jobs turn it into one line and exit code 2."""
+"""The errors that are not ours to mend: the user's input, and a service that does not answer.
+
+Every layer may raise them; the jobs turn each into one line and an exit code of its own.
+"""
 
 
 class BadInput(ValueError):
-    """The user's input is wrong. The message is one line that names the value and the fix."""
+    """The user's input is wrong. The message is one line that names the value and the fix. Exit code 2."""
+
+
+class Outage(Exception):
+    """A service that the job needs does not answer. The same command may work later. Exit code 75."""

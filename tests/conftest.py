@@ -1,10 +1,13 @@
 """What every test may use: where the shared real data lies."""
 
 import os
+import secrets
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from hypothesis import settings
+from s3_server import ENVIRONMENT, Server, started
 
 # What ranx compiles at its first use takes a minute, and computes some hundred queries here. Before it is imported.
 os.environ.setdefault("NUMBA_DISABLE_JIT", "1")
@@ -24,3 +27,22 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"real data not found at {folder}; set DISTRIBUTED_RERANK_DATA to its folder")
     return folder
+
+
+@pytest.fixture(scope="session")
+def s3_server() -> Iterator[Server]:
+    """One S3 server for all tests of a process."""
+    with started() as server:
+        yield server
+
+
+@pytest.fixture
+def s3(s3_server: Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    """That server without faults, an empty bucket of this test's in it, `server.bucket`, and the environment's keys."""
+    for name, value in {**ENVIRONMENT, "AWS_ENDPOINT_URL": s3_server.address}.items():
+        monkeypatch.setenv(name, value)
+    s3_server.faults()
+    s3_server.make_bucket(f"bucket-{secrets.token_hex(6)}")
+    s3_server.requests()
+    yield s3_server
+    s3_server.faults()

@@ -18,6 +18,7 @@ import ray
 import ray.data
 
 from distributed_rerank.cluster.decode_rows import as_binary, decode_row, manifest
+from distributed_rerank.cluster.fan_out import plain_errors
 from distributed_rerank.cluster.session import Session
 from distributed_rerank.config.extractor import ExtractorConfig
 from distributed_rerank.config.work import WorkConfig
@@ -50,7 +51,8 @@ def embed_blocks(
     with ray.data.DataContext.current(_data_context()):
         rows = ray.data.from_arrow(manifest(blocks)).repartition(target_num_rows_per_block=1)
         on_device = _on_gpus if session.use_gpu else _on_cpus
-        yield from _rows(on_device(rows, decode, shipped, work, session, len(blocks)))
+        with plain_errors():
+            yield from _rows(on_device(rows, decode, shipped, work, session, len(blocks)))
 
 
 def _on_cpus(

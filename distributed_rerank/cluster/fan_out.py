@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import ray
-from ray.exceptions import RayTaskError
+from ray.exceptions import RayError, RayTaskError
 
 from distributed_rerank.cluster.session import Session
-from distributed_rerank.errors import BadInput
+from distributed_rerank.errors import BadInput, Outage
 from distributed_rerank.runtime import logs
 
 Key = TypeVar("Key")
@@ -87,8 +87,8 @@ def fan_out(
 
     Object references among the arguments arrive as their values. With `leaves_first` the method returns two values, of
     which the first stays where it was computed; its reference comes in its place. At most `in_flight` calls wait at a
-    worker: one is computed while the next one's arguments arrive. A BadInput raised in a worker is raised here as
-    BadInput; any other error of a call as Ray's RayTaskError.
+    worker: one is computed while the next one's arguments arrive. A BadInput or Outage raised in a worker is raised
+    here as itself; any other error of a call as Ray's RayTaskError.
     """
     todo = iter(calls)
     idle = deque(workers.actors * in_flight)
@@ -104,7 +104,7 @@ def fan_out(
             pending[result] = key, actor, left
         if finished is not None:
             key, references = finished
-            with _bad_input_raised():
+            with plain_errors():
                 value = ray.get(references[-1])
             yield key, (*references[:-1], value) if leaves_first else value
         if not pending:
@@ -116,14 +116,15 @@ def fan_out(
 
 
 @contextmanager
-def _bad_input_raised() -> Iterator[None]:
-    """A BadInput of a worker arrives as it was raised, one line, instead of inside Ray's error with its trace."""
+def plain_errors() -> Iterator[None]:
+    """A BadInput or Outage of a worker arrives as it was raised, one line, instead of inside Ray's error and trace."""
     try:
         yield
-    except RayTaskError as error:
+    except RayError as error:
         cause: BaseException | None = error
         while cause is not None:
-            if isinstance(cause, BadInput) and not isinstance(cause, RayTaskError):
-                raise BadInput(str(cause)) from None
+            for kind in (BadInput, Outage):
+                if isinstance(cause, kind) and not isinstance(cause, RayTaskError):
+                    raise kind(str(cause)) from None
             cause = getattr(cause, "cause", None) or cause.__cause__
         raise

@@ -41,7 +41,8 @@ class WorkConfig:
     threads_per_worker: int = 1
     """Parts that a worker computes at once, one thread each; changes no bit. Give --cpus-per-worker as many."""
     decode_threads: int | None = None
-    """Threads that read images in each process; changes no bit. Default: 1, or 16 beside a GPU."""
+    """Threads that decode images in each process; changes no bit. Default: 1, or 16 beside a GPU. Slow storage is read
+    by more threads, as many as it needs."""
     max_rejects: float = 0.001
     """Share of the images that may be unreadable, 0 to 1, before the job fails."""
 

@@ -3,18 +3,27 @@
 Both extraction and scoring decode here, so that an image is accepted or rejected by one rule.
 """
 
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import UInt8
 from torch import Tensor
 
 from distributed_rerank.data.catalogue import ImageRef
-from distributed_rerank.data.images import UnreadableImage, read_image
+from distributed_rerank.data.images import UnreadableImage, read_content, read_image
+from distributed_rerank.data.images import decode as decode_content
 from distributed_rerank.data.rejects import Reject
 from distributed_rerank.data.transforms import InferenceTransform
+
+MOST_READERS = 64
+PATIENCE_S = 0.002
+"""Waiting longer than this for a file that could have been read ahead is storage that is slow."""
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -28,12 +37,17 @@ class Decoded:
 
 
 def decode(refs: Sequence[ImageRef], transform: InferenceTransform, *, threads: int = 1) -> Decoded:
-    """Read and resize a block of images. `threads` changes the time only: the order is that of `refs`."""
+    """Read and resize a block of images. `threads` decode; they change the time only: the order is that of `refs`.
+
+    Files are read ahead by further threads, as many as the storage is slow. Raises Outage where it does not answer.
+    """
+    contents = read_ahead(refs)
     if threads > 1 and len(refs) > 1:
-        with ThreadPoolExecutor(min(threads, len(refs))) as pool:
-            images = list(pool.map(lambda ref: _decode_one(ref, transform), refs))
+        images = list(
+            _mapped(lambda ref, content: _decode_one(ref, content, transform), refs, contents, threads=threads)
+        )
     else:
-        images = [_decode_one(ref, transform) for ref in refs]
+        images = [_decode_one(transform, ref, content) for ref, content in zip(refs, contents, strict=True)]
     kept = [position for position, image in enumerate(images) if isinstance(image, Tensor)]
     pixels = [image for image in images if isinstance(image, Tensor)]
     return Decoded(
@@ -41,6 +55,30 @@ def decode(refs: Sequence[ImageRef], transform: InferenceTransform, *, threads: 
         pixels=torch.stack(pixels) if pixels else torch.empty((0, 3, *transform.size), dtype=torch.uint8),
         rejects=[image for image in images if isinstance(image, Reject)],
     )
+
+
+def read_ahead(refs: Sequence[ImageRef]) -> Iterator[bytes | Reject]:
+    """The contents of the images' files in their order, or why one cannot be read.
+
+    One file is read at a time, as suits a local disk. Whenever the next one is not there in time, twice as many are
+    read at a time, up to `MOST_READERS`: the slower the storage answers, the more requests are under way.
+    """
+    todo, n_readers = iter(refs), 1
+    pending: deque[Future[bytes | Reject]] = deque()
+    with ThreadPoolExecutor(MOST_READERS) as pool:
+        try:
+            while True:
+                while len(pending) < n_readers and (ref := next(todo, None)) is not None:
+                    pending.append(pool.submit(_read_one, ref))
+                if not pending:
+                    return
+                began = time.perf_counter()
+                content = pending.popleft().result()
+                if time.perf_counter() - began > PATIENCE_S:
+                    n_readers = min(2 * n_readers, MOST_READERS)
+                yield content
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
 def is_readable(ref: ImageRef) -> bool:
@@ -52,8 +90,29 @@ def is_readable(ref: ImageRef) -> bool:
     return True
 
 
-def _decode_one(ref: ImageRef, transform: InferenceTransform) -> Tensor | Reject:
+def _mapped(function: Callable[..., _T], *arguments: Any, threads: int) -> Iterator[_T]:
+    """`map` on threads, with the arguments taken no further ahead than the threads need."""
+    pending: deque[Future[_T]] = deque()
+    with ThreadPoolExecutor(threads) as pool:
+        for values in zip(*arguments, strict=True):
+            pending.append(pool.submit(function, *values))
+            if len(pending) >= 2 * threads:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+
+
+def _read_one(ref: ImageRef) -> bytes | Reject:
     try:
-        return transform(read_image(ref))
+        return read_content(ref)
+    except UnreadableImage as error:
+        return Reject(ref.id, ref.path, error.reason)
+
+
+def _decode_one(transform: InferenceTransform, ref: ImageRef, content: bytes | Reject) -> Tensor | Reject:
+    if isinstance(content, Reject):
+        return content
+    try:
+        return transform(decode_content(content, ref.box))
     except UnreadableImage as error:
         return Reject(ref.id, ref.path, error.reason)

@@ -17,7 +17,7 @@ from distributed_rerank.data.catalogue import Box, ImageRef
 from distributed_rerank.data.locations import read_bytes
 from distributed_rerank.errors import BadInput
 
-__all__ = ["MAX_PIXELS", "UnreadableImage", "decode", "read_bytes", "read_image", "to_rgb"]
+__all__ = ["MAX_PIXELS", "UnreadableImage", "decode", "read_bytes", "read_content", "read_image", "to_rgb"]
 
 MAX_PIXELS = 100_000_000
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
@@ -55,15 +55,19 @@ class UnreadableImage(Exception):
 
 def read_image(ref: ImageRef, max_pixels: int = MAX_PIXELS, schemes: frozenset[str] = locations.SCHEMES) -> Image.Image:
     """The picture of `ref` as mode RGB, cut to its box; whatever is wrong with the file: UnreadableImage."""
+    return decode(read_content(ref, schemes), ref.box, max_pixels)
+
+
+def read_content(ref: ImageRef, schemes: frozenset[str] = locations.SCHEMES) -> bytes:
+    """The bytes of the file of `ref`. Raises UnreadableImage, and Outage where a store does not answer."""
     try:
-        content = read_bytes(ref.path, schemes)
+        return read_bytes(ref.path, schemes)
     except FileNotFoundError:
         raise UnreadableImage("file not found") from None
     except OSError as error:
         raise UnreadableImage(_line("cannot be read", error)) from error
     except BadInput as error:
         raise UnreadableImage(str(error)) from error
-    return decode(content, ref.box, max_pixels)
 
 
 def decode(content: bytes, box: Box | None = None, max_pixels: int = MAX_PIXELS) -> Image.Image:

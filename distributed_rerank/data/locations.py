@@ -3,7 +3,6 @@
 Only listed URI schemes are opened, because paths come from tables that somebody else may have written.
 """
 
-import functools
 import io
 import re
 from collections.abc import Callable
@@ -11,12 +10,11 @@ from pathlib import Path
 from urllib.parse import unquote
 
 import fsspec
-from pyarrow import fs
 
+from distributed_rerank.data import object_store
 from distributed_rerank.errors import BadInput
 
-SCHEMES = frozenset({"file", "s3", "gs", "gcs", "hf", "abfs", "az"})
-_ARROW_SCHEMES = frozenset({"s3", "gs", "gcs", "abfs"})
+SCHEMES = frozenset({"file", "hf"}) | object_store.SCHEMES
 _SCHEME = re.compile(r"^([A-Za-z][A-Za-z0-9+.-]*)://")
 
 
@@ -52,13 +50,16 @@ def read_bytes(location: str, schemes: frozenset[str] = SCHEMES) -> bytes:
     """All bytes at a local path or URI.
 
     A scheme outside `schemes` (http and https must be asked for) or one whose driver is not installed raises
-    BadInput; a missing or unreadable file raises OSError.
+    BadInput; a missing or unreadable file raises OSError, a store that does not
+    answer Outage.
     """
     scheme = _allowed_scheme(location, schemes)
     if scheme in (None, "file"):
         return Path(absolute(location)).read_bytes()
+    if scheme in object_store.SCHEMES:
+        return object_store.read(location)
     try:
-        return _read_remote(location, scheme)
+        return _read_remote(location)
     except (ImportError, ValueError) as error:
         raise BadInput(f"{location}: cannot open scheme {scheme!r} ({error}); install its fsspec driver") from error
 
@@ -83,17 +84,6 @@ def _allowed_scheme(location: str, schemes: frozenset[str]) -> str | None:
     return scheme
 
 
-def _read_remote(location: str, scheme: str) -> bytes:
-    if scheme not in _ARROW_SCHEMES:
-        filesystem, path = fsspec.url_to_fs(location)
-        return filesystem.cat_file(path)
-    host, _, path = location.partition("://")[2].partition("/")
-    filesystem, root = _arrow_filesystem(f"{scheme}://{host}")
-    with filesystem.open_input_file(f"{root}/{path}") as file:
-        return file.read()
-
-
-@functools.lru_cache(maxsize=64)
-def _arrow_filesystem(root: str) -> tuple[fs.FileSystem, str]:
-    """One client a bucket and process; object names stay out of the URI, where they would need quoting."""
-    return fs.FileSystem.from_uri(root)
+def _read_remote(location: str) -> bytes:
+    filesystem, path = fsspec.url_to_fs(location)
+    return filesystem.cat_file(path)

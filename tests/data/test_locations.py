@@ -1,73 +1,20 @@
-import threading
-from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from s3_server import Server
 
-from distributed_rerank.data import locations
+from distributed_rerank.data import locations, object_store
 from distributed_rerank.errors import BadInput
 
-OBJECTS = {"/bucket/shop/a%20b.png": b"picture", "/bucket/shop/df.csv": b"path\na b.png\n"}
 
-
-class _Bucket(BaseHTTPRequestHandler):
-    """Enough of S3 to read objects: HEAD and GET, with ranges."""
-
-    protocol_version = "HTTP/1.1"
-
-    def do_HEAD(self) -> None:
-        self._answer(with_body=False)
-
-    def do_GET(self) -> None:
-        self._answer(with_body=True)
-
-    def _answer(self, with_body: bool) -> None:
-        content = OBJECTS.get(self.path.partition("?")[0])
-        body = content or b""
-        asked = self.headers.get("Range")
-        if content is not None and asked:
-            start, _, end = asked.removeprefix("bytes=").partition("-")
-            body = content[int(start) : int(end) + 1 if end else None]
-        self.send_response(404 if content is None else 206 if asked else 200)
-        self.send_header("Content-Length", str(len(body)))
-        self.send_header("ETag", '"1"')
-        self.send_header("Last-Modified", "Mon, 01 Jan 2024 00:00:00 GMT")
-        self.send_header("x-amz-bucket-region", "us-east-1")
-        self.end_headers()
-        if with_body:
-            self.wfile.write(body)
-
-    def log_message(self, format: str, *args: object) -> None:
-        del format, args
-
-
-@pytest.fixture
-def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    server = ThreadingHTTPServer(("127.0.0.1", 0), _Bucket)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    for name, value in {
-        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{server.server_port}",
-        "AWS_ACCESS_KEY_ID": "test",
-        "AWS_SECRET_ACCESS_KEY": "test",
-        "AWS_DEFAULT_REGION": "us-east-1",
-        "AWS_EC2_METADATA_DISABLED": "true",
-        "no_proxy": "127.0.0.1",
-    }.items():
-        monkeypatch.setenv(name, value)
-    locations._arrow_filesystem.cache_clear()
-    yield
-    locations._arrow_filesystem.cache_clear()
-    server.shutdown()
-    server.server_close()
-
-
-def test_s3_objects_are_read_by_pyarrow_even_with_spaces_in_their_names(s3: None) -> None:
-    table = "s3://bucket/shop/df.csv"
-    assert locations.read_bytes(table) == OBJECTS["/bucket/shop/df.csv"]
+def test_s3_objects_are_read_even_with_spaces_in_their_names(s3: Server) -> None:
+    table = f"{s3.bucket}/shop/df.csv"
+    object_store.write(table, b"path\na b.png\n")
+    object_store.write(f"{s3.bucket}/shop/a b.png", b"picture")
+    assert locations.read_bytes(table) == b"path\na b.png\n"
     assert locations.read_bytes(locations.join(locations.folder_of(table), "a b.png")) == b"picture"
     with pytest.raises(FileNotFoundError):
-        locations.read_bytes("s3://bucket/shop/absent.png")
+        locations.read_bytes(f"{s3.bucket}/shop/absent.png")
 
 
 def test_join_and_folder_keep_what_is_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
