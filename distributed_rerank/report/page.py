@@ -22,6 +22,7 @@ from distributed_rerank.report.formatting import (
     interval,
     metric_name,
     p_value,
+    same_bytes_in_words,
     short,
     signed,
     verdict,
@@ -63,6 +64,7 @@ def build_report(
     page = {
         "metrics": metrics,
         "both": both,
+        "same_bytes": same_bytes_in_words(metrics),
         "verdict": verdict(metrics),
         "oml": metrics.get("oml"),
         "plots": curve_plots(metrics, timings) if both else [],
