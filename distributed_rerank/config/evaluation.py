@@ -11,6 +11,7 @@ from distributed_rerank.config.extractor import ExtractorConfig
 from distributed_rerank.errors import BadInput
 
 MissingLists = Literal["error", "miss", "leave_out"]
+DistanceKind = Literal["l2", "squared_l2", "cosine", "one_minus_cosine", "inner_product"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,6 +23,10 @@ class FirstStageConfig:
     """Embeddings made earlier: a folder of `embed`, or Parquet with id and embedding. Images then stay closed."""
     candidates: Path | None = None
     """Candidate lists of any system: Parquet or CSV (query_id, gallery_id, distance or score), or a TREC run."""
+    distances: DistanceKind | None = None
+    """What the distances or scores of --candidates are; cosine and inner_product are similarities (large = same).
+    Default: guessed from the column and its range. They become the L2 distances that models are trained on, if need be
+    computed from --embeddings."""
     missing_lists: MissingLists | None = None
     """Queries that --candidates has no list for: error: refused; miss: they find nothing; leave_out: they are no
     queries. Default: error; miss in `rerank` without --query-catalogue, where every image may be a query."""
@@ -34,7 +39,8 @@ class FirstStageConfig:
 
     def without_effect(self) -> dict[str, str]:
         """Settings that these settings make meaningless, and what would give them a meaning."""
-        return {} if self.candidates is not None else {"missing_lists": "--candidates"}
+        names = ("missing_lists", "distances")
+        return {} if self.candidates is not None else dict.fromkeys(names, "--candidates")
 
     def check_files(self) -> None:
         """Raises BadInput where nothing to search with is named, and for files that do not exist."""

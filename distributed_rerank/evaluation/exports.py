@@ -77,7 +77,7 @@ def _first_stage(folder: Path, candidates: Path | None) -> Path:
     own = folder / "candidates"
     if candidates is None and not own.is_dir():
         raise BadInput(f"{folder} holds no first-stage lists: it was given some; give the same --candidates")
-    return own if candidates is None else candidates
+    return own if own.is_dir() or candidates is None else candidates
 
 
 def _batches(path: Path, rejected: Set[str], catalogue: Catalogue, queries: Sequence[str]) -> Iterator[pa.Table]:

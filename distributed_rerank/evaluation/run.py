@@ -17,6 +17,7 @@ from distributed_rerank.data import artifacts
 from distributed_rerank.data.catalogue import Catalogue
 from distributed_rerank.data.rejects import all_rejects
 from distributed_rerank.data.relevance import check_measurable
+from distributed_rerank.data.same_bytes import count_same_bytes
 from distributed_rerank.evaluation import output as evaluation_output
 from distributed_rerank.evaluation.baselines import Sources
 from distributed_rerank.evaluation.diagnostics import diagnose
@@ -27,6 +28,7 @@ from distributed_rerank.executors import Executors
 from distributed_rerank.models.pairwise import PairwiseModel
 from distributed_rerank.reranking import run as ranking_run
 from distributed_rerank.reranking.first_stage import check_depth, first_stage, first_stage_settings, input_digests
+from distributed_rerank.reranking.known_distances import known_distances
 from distributed_rerank.runtime.progress import timed
 
 logger = logging.getLogger(__name__)
@@ -43,11 +45,13 @@ def evaluate(
     work: WorkConfig | None = None,
     executors: Executors | None = None,
     overwrite: bool = False,
+    train: Catalogue | None = None,
 ) -> dict[str, Any]:
     """Evaluate the queries of `catalogue`; returns what metrics.json holds.
 
-    Without `model` and chain the first stage alone is measured. A finished `out` of the same inputs is not
-    computed again; a killed run continues with its unfinished blocks. Raises BadInput where the inputs do not
+    Images with the same bytes are counted, also against the rows that were trained on, `train`. Without `model` and
+    chain the first stage alone is measured. A finished `out` of the same inputs is not computed again; a killed run
+    continues with its unfinished blocks. Raises BadInput where the inputs do not
     fit together.
     """
     chain, measure = chain or Chain(), measure or MeasureConfig()
@@ -62,7 +66,8 @@ def evaluate(
         return json.loads((out / "metrics.json").read_text())
     timings: dict[str, float] = {}
     with artifacts.stage(out, fingerprint, overwrite) as staging:
-        first = first_stage(catalogue, config, work, staging.path, executors, timings)
+        known = known_distances(model, chain)
+        first = first_stage(catalogue, config, work, staging.path, executors, timings, known=known)
         with timed(timings, "score"):
             scored = ranking_run.score_first_stage(first, chain, model, config.n_items, work, staging.path, executors)
         with timed(timings, "measure"):
@@ -71,6 +76,7 @@ def evaluate(
             result, details = _measure(sources, measure)
         rejects = all_rejects(first.rejects, scored.rejects)
         result.metrics.update(n_rejected=len(rejects), n_without_list=first.n_without_list)
+        result.metrics["same_bytes"] = count_same_bytes(catalogue, train)
         with timed(timings, "report"):
             evaluation_output.write(staging.path, result, rejects, fingerprint["config"], details | timings)
         artifacts.write_json(staging.path / "timings.json", {"seconds": timings, **details})

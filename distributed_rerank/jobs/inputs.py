@@ -64,7 +64,8 @@ def _(job: MeasuringJob) -> Inputs:
     from distributed_rerank.data.relevance import check_measurable
 
     check_measurable(catalogue)
-    return (catalogue,)
+    is_train = (table.table["split"] == "train").to_numpy(dtype=bool) & (job.split != "train")
+    return catalogue, table.take(is_train.nonzero()[0])
 
 
 @read_inputs.register

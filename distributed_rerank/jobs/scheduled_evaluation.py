@@ -13,7 +13,7 @@ from distributed_rerank.reranking.run import load_model_and_chain
 logger = logging.getLogger(__name__)
 
 
-def main(job: ScheduledEvaluationJob, catalogue: Catalogue) -> int:
+def main(job: ScheduledEvaluationJob, catalogue: Catalogue, train: Catalogue | None = None) -> int:
     """Evaluate into the run's folder; returns 3 for a regression, else 0."""
     schedule = job.schedule
     check(schedule, catalogue, job.measure.ks)
@@ -28,6 +28,7 @@ def main(job: ScheduledEvaluationJob, catalogue: Catalogue) -> int:
             measure=job.measure,
             work=job.work,
             executors=executors,
+            train=train,
         )
     logger.info("metrics\n%s", table_in_text(metrics))
     logger.info("report: %s", schedule.folder / "report.html")

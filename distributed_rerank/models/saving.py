@@ -19,6 +19,7 @@ from distributed_rerank.config.extractor import ExtractorConfig
 from distributed_rerank.config.pairwise import PAIRWISE_CONFIGS, PairwiseConfig, pairwise_name
 from distributed_rerank.data.files import write_bytes
 from distributed_rerank.data.manifests import MANIFEST, check_files
+from distributed_rerank.data.trained_on import TRAINED_ON, read_trained_on
 from distributed_rerank.errors import BadInput
 from distributed_rerank.models import weights
 from distributed_rerank.models.concat_siamese import ConcatSiamese
@@ -84,7 +85,7 @@ def load_model(folder: str | Path) -> PairwiseModel:
     or is not a saved model, and for weights that do not fit.
     """
     path = local_folder(folder)
-    check_files(path, ["config.json", "chain.json", "model.safetensors"])
+    check_files(path, ["config.json", "chain.json", "model.safetensors", TRAINED_ON])
     for name in ("config.json", "model.safetensors"):
         if not (path / name).is_file():
             raise BadInput(f"{folder} is no saved pairwise model: it has no {name}; give a folder of jobs/train.py")
@@ -100,6 +101,7 @@ def load_model(folder: str | Path) -> PairwiseModel:
         )
     model = build_model(config_from_json(PAIRWISE_CONFIGS[content["model"]], content["config"]))
     weights.load_exactly(model, weights.read_state_dict(path / "model.safetensors"), str(path / "model.safetensors"))
+    model.trained_on = read_trained_on(path)
     return model.eval()
 
 

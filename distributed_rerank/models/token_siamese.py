@@ -33,6 +33,7 @@ class TokenSiamese(PairwiseModel):
     """Pair features -> MLP, plus a multiple of the first-stage distance; `fit_encoder`, then `fit_head`, then train."""
 
     config: TokenSiameseConfig
+    uses_distance = True
     feature_mean: Tensor
     feature_std: Tensor
 

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from distributed_rerank.report.formatting import fraction, interval, metric_name, signed
+from distributed_rerank.report.formatting import fraction, interval, metric_name, same_bytes_in_words, signed
 from distributed_rerank.report.verdict import verdict
 
 
@@ -17,6 +17,7 @@ def table_in_text(metrics: Mapping[str, Any]) -> str:
         counts += f", {metrics.get('n_rejected', 0)} images rejected"
     if metrics.get("n_without_list"):
         counts += f", {metrics['n_without_list']} queries without a list"
+    counts += "".join(f", {n} {words}" for n, words in same_bytes_in_words(metrics))
     words = (outcome.plain, outcome.sentence, outcome.detail, f"Next: {outcome.next_step}")
     lines = [*filter(None, words), f"{counts}; chain: {metrics.get('chain', 'first stage')}", ""]
     head = f"{'':14}{'before':>9}"

@@ -64,3 +64,15 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]
         else:
             rows.append((name, f"{value:g}" if isinstance(value, float) else str(value)))
     return rows
+
+
+def same_bytes_in_words(metrics: Mapping[str, Any]) -> list[tuple[int, str]]:
+    """Number and kind of the images that are there twice, without kinds of which there are none."""
+    words = {
+        "queries_in_gallery": "queries with the same file in the gallery",
+        "queries_under_two_labels": "queries with the same file under another label",
+        "measured_in_train": "measured images with the same file in train",
+        "not_compared": "images not compared byte by byte",
+    }
+    found = metrics.get("same_bytes", {})
+    return [(found[name], text) for name, text in words.items() if found.get(name)]

@@ -21,6 +21,7 @@ from distributed_rerank.report.formatting import (
     fraction,
     interval,
     metric_name,
+    same_bytes_in_words,
     short,
     signed,
 )
@@ -65,6 +66,7 @@ def build_report(
     page = {
         "metrics": metrics,
         "both": both,
+        "same_bytes": same_bytes_in_words(metrics),
         "verdict": verdict(metrics),
         "oml": metrics.get("oml"),
         "plots": curve_plots(metrics, timings) if both else [],

@@ -27,6 +27,7 @@ from distributed_rerank.reranking.first_stage import (
     first_stage_settings,
     input_digests,
 )
+from distributed_rerank.reranking.known_distances import known_distances
 from distributed_rerank.scoring.stage import ScoredLists
 from distributed_rerank.tensors.candidate_lists import CandidateLists, places_of
 
@@ -69,7 +70,8 @@ def rerank(
         return pq.read_table(out / "reranked.parquet")
     with artifacts.stage(out, fingerprint, overwrite) as staging:
         timings: dict[str, float] = {}
-        first = first_stage(catalogue, config, work, staging.path, executors, timings, missing_lists="miss")
+        known = known_distances(model, chain)
+        first = first_stage(catalogue, config, work, staging.path, executors, timings, "miss", known)
         scored = ranking_run.score_first_stage(first, chain, model, config.n_items, work, staging.path, executors)
         table = _reranked_table(first.catalogue, first.lists, scored, chain, first)
         rejects = all_rejects(first.rejects, scored.rejects)

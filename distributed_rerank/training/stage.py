@@ -27,6 +27,7 @@ from distributed_rerank.config.work import WorkConfig
 from distributed_rerank.data import artifacts
 from distributed_rerank.data.catalogue import Catalogue
 from distributed_rerank.data.embeddings import Embeddings
+from distributed_rerank.data.trained_on import trained_on, write_trained_on
 from distributed_rerank.executors import Executors
 from distributed_rerank.models.distance_siamese import DistanceSiamese
 from distributed_rerank.models.saving import build_model, load_model, save_extractor, save_model
@@ -65,9 +66,10 @@ def train(
     """Trains a pairwise model on the train split and chooses its chain; returns the chain.
 
     `out` gets config.json and model.safetensors (`models.saving`), chain.json, training.json (config and history),
-    README.md (the model card), mining.json, suspects.parquet, curves.svg and tensorboard/. A complete folder with the
-    same fingerprint is left as it is. `model_config` is the config of one of the pairwise models. A `teacher` scores
-    the mined pairs before training. Embeddings are read from and added to `embeddings_folder` if there is one.
+    README.md (the model card), trained_on.json, mining.json, suspects.parquet, curves.svg and tensorboard/. A complete
+    folder with the same fingerprint is left as it is. `model_config` is the config of one of the pairwise models. A
+    `teacher` scores the mined pairs before training. Embeddings are read from and added to `embeddings_folder` if there
+    is one.
 
     Raises BadInput for a catalogue that cannot be trained on, a folder made otherwise, a tracker not installed.
     """
@@ -98,6 +100,8 @@ def train(
         run_name = f"{Path(out).name}-{artifacts.json_digest(fingerprint)[:8]}"
         state = fit(replace(task, services=tuple(services), run_name=run_name), scratch / "run")
         chain = write_model(task, state, scratch / "run", staging.path)
+        lists = join_lists([run.validation for run in task.runs if run.validation is not None])
+        write_trained_on(trained_on(task.embeddings, fingerprint["extraction"]["extractor"], lists), staging.path)
         staging.remember_from(scratch / "run")
         shutil.rmtree(scratch)
         staging.finish({"chain": chain.describe(), "runs": [run.name for run in task.runs]}, rows=len(task.catalogue))

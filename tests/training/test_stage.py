@@ -21,7 +21,7 @@ def test_stage_writes_a_complete_folder_and_skips_it_the_second_time(tmp_path: P
     names = {path.name for path in (tmp_path / "model").iterdir()}
     expected = (
         "README.md chain.json config.json curves.svg manifest.json mining.json model.safetensors suspects.parquet "
-        "tensorboard training.json"
+        "tensorboard trained_on.json training.json"
     )
     assert names == set(expected.split())
     assert read_chain(tmp_path / "model") == chain
