@@ -151,6 +151,11 @@ class Chain:
         """The chain steps that look at the lists of the neighbours as well."""
         return tuple(step for step in self.steps if not isinstance(step, PairwiseStep))
 
+    @property
+    def evidence_text(self) -> str:
+        """What is to be said of the labels that the chain was chosen on; "" where all is as usual."""
+        return self.chosen_on.get("evidence", {}).get("text", "")
+
     def describe(self) -> str:
         """The chain steps in one line, for a log and a report."""
         return " -> ".join(["first stage", *(describe_step(step) for step in self.steps)])

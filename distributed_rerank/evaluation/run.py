@@ -68,6 +68,8 @@ def evaluate(
             result, details = _measure(sources, measure)
         rejects = all_rejects(first.rejects, scored.rejects)
         result.metrics.update(n_rejected=len(rejects), n_without_list=first.n_without_list)
+        if chain.evidence_text:
+            result.metrics["evidence"] = chain.evidence_text
         with timed(timings, "report"):
             evaluation_output.write(staging.path, result, rejects, fingerprint["config"], details | timings)
         artifacts.write_json(staging.path / "timings.json", {"seconds": timings, **details})

@@ -13,7 +13,7 @@ from distributed_rerank.config.work import WorkConfig
 from distributed_rerank.data import artifacts
 from distributed_rerank.data.catalogue import Catalogue
 from distributed_rerank.data.embeddings import Embeddings, read_embeddings
-from distributed_rerank.data.rejects import Reject, check_rejects
+from distributed_rerank.data.rejects import Reject
 from distributed_rerank.errors import BadInput
 from distributed_rerank.executors import Executors
 from distributed_rerank.reranking.external_candidates import external_candidates, settle_missing_lists
@@ -49,7 +49,9 @@ def first_stage(
     embeddings, n_without_list = None, 0
     with timed(timings, "embed"):
         if config.embeddings is not None:
-            embeddings = read_for(catalogue, config.embeddings, work.max_rejects)
+            embeddings = extraction.check_complete(
+                read_embeddings(config.embeddings), catalogue, work.max_rejects, config.embeddings
+            )
         elif config.extractor.name is not None:
             embeddings = extraction.embed(
                 catalogue, config.extractor, folder / "embeddings", work=work, executors=executors
@@ -57,7 +59,7 @@ def first_stage(
     readable, rejects = catalogue, []
     if embeddings is not None:
         readable = catalogue.take(np.flatnonzero(embeddings.rows_of(catalogue.ids) >= 0))
-        rejects = _rejects_in(catalogue, embeddings)
+        rejects = embeddings.rejects_among(catalogue.ids)
     with timed(timings, "retrieve"):
         if config.candidates is not None:
             lists = external_candidates(readable, config.candidates, {reject.id for reject in rejects})
@@ -69,30 +71,6 @@ def first_stage(
                 readable, embeddings, config.n_items, folder / "candidates", work=work, executors=executors
             )
     return FirstStage(readable, lists, embeddings, rejects, n_without_list)
-
-
-def read_for(catalogue: Catalogue, folder: Path, max_rejects: float) -> Embeddings:
-    """The embeddings in a folder that `embed` wrote.
-
-    Raises BadInput for images of the catalogue that have neither an embedding nor a reject row, and for too many
-    rejects.
-    """
-    embeddings = read_embeddings(folder)
-    rejects = _rejects_in(catalogue, embeddings)
-    known = {reject.id for reject in rejects}
-    missing = [id for id in catalogue.ids[embeddings.rows_of(catalogue.ids) < 0] if id not in known]
-    if missing:
-        raise BadInput(
-            f"{len(missing)} of {len(catalogue)} images have no embedding in {folder}, first {missing[0]!r}; "
-            "embed this catalogue (jobs/embed.py) or give another --embeddings"
-        )
-    check_rejects(rejects, len(catalogue), max_rejects, str(folder / "rejects.parquet"))
-    return embeddings
-
-
-def _rejects_in(catalogue: Catalogue, embeddings: Embeddings) -> list[Reject]:
-    own = set(catalogue.ids)
-    return [reject for reject in embeddings.rejects if reject.id in own]
 
 
 def check_depth(config: FirstStageConfig, chain: Chain) -> None:
