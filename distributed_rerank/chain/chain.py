@@ -156,6 +156,11 @@ class Chain:
         """Whether a query's answer needs the query and the gallery alone, and no other query."""
         return all(map(is_inductive, self.steps))
 
+    @property
+    def evidence_text(self) -> str:
+        """What is to be said of the labels that the chain was chosen on; "" where all is as usual."""
+        return self.chosen_on.get("evidence", {}).get("text", "")
+
     def describe(self) -> str:
         """The chain steps in one line, for a log and a report."""
         return " -> ".join(["first stage", *(describe_step(step) for step in self.steps)])

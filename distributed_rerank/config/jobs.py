@@ -12,7 +12,7 @@ from distributed_rerank.config.evaluation import FirstStageConfig, MeasureConfig
 from distributed_rerank.config.extractor import ExtractorConfig
 from distributed_rerank.config.pairwise import PairwiseConfig, PairwiseName, TokenSiameseConfig
 from distributed_rerank.config.schedule import ScheduleConfig
-from distributed_rerank.config.training import TrainingConfig
+from distributed_rerank.config.training import EvidenceConfig, TrainingConfig
 from distributed_rerank.config.work import WorkConfig
 
 TrackingService = Literal["mlflow", "wandb"]
@@ -94,20 +94,22 @@ class TrainJob(TrainingJob):
         distributed-rerank train --catalogue photos/df.csv --out runs/model --extractor vit_small_patch16_224.dino
 
     Trains on the rows of split `train`. A share of their labels is set aside: early stopping, fusion weight and the
-    chain are chosen on them, and if they show no gain the chain says "first stage". The folder holds config.json,
-    model.safetensors, chain.json, training.json, curves.svg and TensorBoard files; `evaluate` and `rerank` load it by
-    path. A second start of the same command continues after the last finished epoch. --pairwise-model concat with
-    --mining batch --loss bce is open-metric-learning's recipe.
+    chain are chosen on them, and if they show no gain the chain says "first stage". An extractor that knows the train
+    labels needs others for that: rows of split `calibration`, or labels that `train-extractor` left out. The folder
+    holds config.json, model.safetensors, chain.json, training.json, curves.svg and TensorBoard files; `evaluate` and
+    `rerank` load it by path. A second start of the same command continues after the last finished epoch.
+    --pairwise-model concat with --mining batch --loss bce is open-metric-learning's recipe.
     """
 
     pairwise_model: PairwiseName = "token"
     """token: correlation of cached local tokens; concat: OML's ConcatSiamese; split: a ViT whose first blocks run per
     image; distance: L2 distance of embeddings."""
     pairwise: OmitArgPrefixes[PairwiseConfig] = field(default_factory=TokenSiameseConfig)
+    evidence: OmitArgPrefixes[EvidenceConfig] = field(default_factory=EvidenceConfig)
     teacher: str | None = None
     """Folder of a slower pairwise model that this one learns from as well as from the labels."""
     embeddings: Path | None = None
-    """Folder of `embed`; what it lacks is added."""
+    """Folder of `embed`, where what it lacks is added; or any Parquet with id and embedding, taken as it is."""
     track: tuple[TrackingService, ...] = ()
     """mlflow, wandb: further trackers beside TensorBoard."""
 

@@ -223,6 +223,22 @@ class TrainingConfig:
         return (16 if is_gpu else 0) if self.loader_workers is None else self.loader_workers
 
 
+@dataclass(frozen=True, kw_only=True)
+class EvidenceConfig:
+    """Which labels may show what re-ranking is worth: those that the extractor has not seen."""
+
+    extractor_trained_on: Literal["unknown", "none", "train"] = "unknown"
+    """Labels that the extractor has been trained on: none of the table's, or those of split train. unknown: its weights
+    file tells where `train-extractor` wrote it, else the embeddings are looked at."""
+    calibration_split: str | None = None
+    """Split whose labels the extractor has not seen: mining, training and choice of the chain use its rows only.
+    Default: `calibration`, where the extractor has seen the train labels and the table has such rows."""
+
+    def __post_init__(self) -> None:
+        if self.calibration_split == "validation":
+            raise BadInput("--calibration-split validation: what is reported may not be trained on; name another split")
+
+
 EXTRACTOR_DEFAULTS = TrainingConfig(
     epochs=30,
     mining="whole_batch",

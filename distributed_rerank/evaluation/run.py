@@ -77,6 +77,8 @@ def evaluate(
         rejects = all_rejects(first.rejects, scored.rejects)
         result.metrics.update(n_rejected=len(rejects), n_without_list=first.n_without_list)
         result.metrics["same_bytes"] = count_same_bytes(catalogue, train)
+        if chain.evidence_text:
+            result.metrics["evidence"] = chain.evidence_text
         with timed(timings, "report"):
             evaluation_output.write(staging.path, result, rejects, fingerprint["config"], details | timings)
         artifacts.write_json(staging.path / "timings.json", {"seconds": timings, **details})

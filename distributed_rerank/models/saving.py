@@ -6,7 +6,7 @@ neither the internet nor the extractor's own weights.
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -70,10 +70,14 @@ def save_model(model: PairwiseModel, folder: str | Path) -> Path:
     return folder
 
 
-def save_extractor(extractor: Extractor, path: str | Path) -> Path:
-    """Write the weights of the extractor's network, by timm's names, as a file for `ExtractorConfig.weights`."""
+def save_extractor(extractor: Extractor, path: str | Path, seen_labels: Iterable[str] = ()) -> Path:
+    """Write the weights of the extractor's network, by timm's names, as a file for `ExtractorConfig.weights`.
+
+    The file holds the digests of the labels that they were trained on; `weights.seen_labels` reads them.
+    """
     state = {name: value.detach().cpu().contiguous() for name, value in extractor.model.state_dict().items()}
-    write_bytes(path, safetensors.torch.save(state, metadata={"format": "pt"}))
+    seen = {weights.SEEN_LABELS: " ".join(sorted(seen_labels))}
+    write_bytes(path, safetensors.torch.save(state, metadata={"format": "pt", **seen}))
     return Path(path)
 
 

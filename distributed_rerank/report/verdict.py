@@ -33,8 +33,17 @@ def verdict(metrics: Mapping[str, Any]) -> Verdict:
     """Whether re-ranking helped, by mAP@10 and its 95 % interval, and how much more was possible.
 
     A baseline without training that is better beyond chance comes first. Where mAP@10 rises but CMC@1 falls beyond
-    chance, or most metrics fall, the outcome is mixed and not good.
+    chance, or most metrics fall, the outcome is mixed and not good. What training found out about the evidence for its
+    chain comes last.
     """
+    found = verdict_of_figures(metrics)
+    if not metrics.get("evidence"):
+        return found
+    return found._replace(detail=f"{found.detail} About the chain: {metrics['evidence']}.")
+
+
+def verdict_of_figures(metrics: Mapping[str, Any]) -> Verdict:
+    """The verdict by the figures alone."""
     first, best = metrics["first_stage"], best_without_training(metrics)
     best_text = "" if best is None else f" {_best_text(best)}"
     if not metrics.get("reranked"):

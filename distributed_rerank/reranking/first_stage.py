@@ -16,7 +16,7 @@ from distributed_rerank.data.candidates import candidates_table
 from distributed_rerank.data.catalogue import Catalogue
 from distributed_rerank.data.distance_kinds import Conversion
 from distributed_rerank.data.embeddings import Embeddings, read_embeddings
-from distributed_rerank.data.rejects import Reject, check_rejects
+from distributed_rerank.data.rejects import Reject
 from distributed_rerank.data.trained_on import are_normalised
 from distributed_rerank.errors import BadInput
 from distributed_rerank.executors import Executors
@@ -64,7 +64,9 @@ def first_stage(
     embeddings, n_without_list = None, 0
     with timed(timings, "embed"):
         if config.embeddings is not None:
-            embeddings = read_for(catalogue, config.embeddings, work.max_rejects)
+            embeddings = extraction.check_complete(
+                read_embeddings(config.embeddings), catalogue, work.max_rejects, config.embeddings
+            )
         elif config.extractor.name is not None:
             embeddings = extraction.embed(
                 catalogue, config.extractor, folder / "embeddings", work=work, executors=executors
@@ -77,7 +79,7 @@ def first_stage(
             settings = extraction.embedding_settings(config.extractor, work)["extractor"]
             check_embeddings(known, embeddings, json.loads(json.dumps(settings)), "--extractor")
         readable = catalogue.take(np.flatnonzero(embeddings.rows_of(catalogue.ids) >= 0))
-        rejects = _rejects_in(catalogue, embeddings)
+        rejects = embeddings.rejects_among(catalogue.ids)
     with timed(timings, "retrieve"):
         if config.candidates is not None:
             # Where only their order matters, the numbers may be anything.
@@ -105,30 +107,6 @@ def write_lists(lists: CandidateLists, catalogue: Catalogue, folder: Path) -> No
     """Write candidates.parquet into the folder."""
     folder.mkdir(exist_ok=True)
     tables.write_table(folder / "candidates.parquet", candidates_table(lists, catalogue.ids), "candidates")
-
-
-def read_for(catalogue: Catalogue, folder: Path, max_rejects: float) -> Embeddings:
-    """The embeddings in a folder that `embed` wrote.
-
-    Raises BadInput for images of the catalogue that have neither an embedding nor a reject row, and for too many
-    rejects.
-    """
-    embeddings = read_embeddings(folder)
-    rejects = _rejects_in(catalogue, embeddings)
-    known = {reject.id for reject in rejects}
-    missing = [id for id in catalogue.ids[embeddings.rows_of(catalogue.ids) < 0] if id not in known]
-    if missing:
-        raise BadInput(
-            f"{len(missing)} of {len(catalogue)} images have no embedding in {folder}, first {missing[0]!r}; "
-            "embed this catalogue (jobs/embed.py) or give another --embeddings"
-        )
-    check_rejects(rejects, len(catalogue), max_rejects, str(folder / "rejects.parquet"))
-    return embeddings
-
-
-def _rejects_in(catalogue: Catalogue, embeddings: Embeddings) -> list[Reject]:
-    own = set(catalogue.ids)
-    return [reject for reject in embeddings.rejects if reject.id in own]
 
 
 def check_depth(config: FirstStageConfig, chain: Chain) -> None:

@@ -87,9 +87,10 @@ def worth_section(chain: Chain) -> str:
     on = chain.chosen_on
     if not on:
         return "The chain was given by hand; nothing was measured."
-    lines = [
-        f"Chain: {chain.describe()}",
-        "",
+    lines = [f"Chain: {chain.describe()}", "", *([f"Note: {chain.evidence_text}.", ""] if chain.evidence_text else [])]
+    if "n_queries" not in on:
+        return "\n".join([*lines, "Nothing was measured."])
+    lines += [
         f"On {on['n_queries']:,} images of {on['n_labels']:,} train labels that the measured weights have not seen:",
         "",
         "| | mAP@10 | CMC@1 |",

@@ -47,6 +47,12 @@ def test_quality_quick_tables_every_method_with_its_interval(tmp_path: Path) -> 
         assert gain == pytest.approx(100 * (row["ours"] - row["theirs"]), abs=0.1)
 
 
+def test_seen_labels_quick_has_a_row_for_each_case(tmp_path: Path) -> None:
+    rows = run_quick("seen_labels.py", tmp_path)
+    assert "as it is, not tuned: taken as evidence" in rows
+    assert len(rows) == 22
+
+
 def test_compare_oml_quick_agrees_with_oml(tmp_path: Path) -> None:
     environment = os.environ.get("DISTRIBUTED_RERANK_OML_ENV")
     if not environment:

@@ -175,7 +175,7 @@ def test_absent_column_suggests_the_near_miss(tmp_path: Path) -> None:
 
 def test_unknown_split_names_value_and_rows(tmp_path: Path) -> None:
     message = _one_line(tmp_path, HEAD + "v,a,validation,1,1\nv,b,val,1,1\nv,c,val,1,1\n")
-    assert message.endswith("unknown split 'val'; use 'train' or 'validation' (rows 2, 3)")
+    assert message.endswith("unknown split 'val'; use 'train', 'calibration' or 'validation' (rows 2, 3)")
 
 
 def test_label_with_one_training_image_is_listed(tmp_path: Path) -> None:
