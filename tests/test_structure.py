@@ -16,6 +16,7 @@ LAYER = {
     "tensors": 2,
     "demo": 3,
     "data": 3,
+    "importing": 4,
     "models": 4,
     "extraction": 5,
     "retrieval": 5,

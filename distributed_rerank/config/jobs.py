@@ -10,6 +10,7 @@ from tyro.conf import OmitArgPrefixes, Positional, arg
 from distributed_rerank.config.cluster import ClusterConfig, RetryConfig
 from distributed_rerank.config.evaluation import FirstStageConfig, MeasureConfig, RerankerConfig
 from distributed_rerank.config.extractor import ExtractorConfig
+from distributed_rerank.config.importing import ImportConfig
 from distributed_rerank.config.pairwise import PairwiseConfig, PairwiseName, TokenSiameseConfig
 from distributed_rerank.config.schedule import ScheduleConfig
 from distributed_rerank.config.training import EvidenceConfig, TrainingConfig
@@ -242,7 +243,27 @@ class DemoJob(OutJob):
     """
 
 
+@dataclass(frozen=True, kw_only=True)
+class MakeCatalogueJob:
+    """Folder of photos, or a data set's archive -> catalogue with a split in which no label is in both parts.
+
+        distributed-rerank catalogue photos --out runs/photos.csv
+
+    Reads one folder a label, open-metric-learning's df.csv, Hugging Face's imagefolder (metadata.csv or
+    metadata.jsonl), COCO and CVAT boxes, exports of FiftyOne, and the extracted archives of SOP, In-shop, CUB-200,
+    Cars-196 and Market-1501 with the rules of their protocols. Photos that cannot be opened are left out and named.
+    The table is checked as `train` and `evaluate` check it.
+    """
+
+    folder: Positional[Path]
+    """Folder of the photos."""
+    out: Path
+    """Table to write, .csv or .parquet."""
+    importing: OmitArgPrefixes[ImportConfig] = field(default_factory=ImportConfig)
+
+
 JOBS: Mapping[str, type] = {
+    "catalogue": MakeCatalogueJob,
     "embed": EmbedJob,
     "train": TrainJob,
     "train-extractor": TrainExtractorJob,

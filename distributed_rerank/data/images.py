@@ -32,7 +32,7 @@ _UPRIGHT = {
     8: Image.Transpose.ROTATE_90,
 }
 # What Pillow's parsers raise on damaged files. MemoryError and our own assertions are not among them.
-_DAMAGE = (
+DAMAGE = (
     OSError,
     SyntaxError,
     ValueError,
@@ -90,7 +90,7 @@ def decode(content: bytes, box: Box | None = None, max_pixels: int = MAX_PIXELS)
         raise UnreadableImage(f"not an image in one of the formats {', '.join(FORMATS)}") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise UnreadableImage(_line("too many pixels", error)) from error
-    except _DAMAGE as error:
+    except DAMAGE as error:
         raise UnreadableImage(_line("damaged or truncated", error)) from error
 
 
@@ -102,7 +102,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
 def _upright(image: Image.Image) -> Image.Image:
     try:
         orientation = image.getexif().get(_ORIENTATION_TAG)
-    except _DAMAGE:
+    except DAMAGE:
         return image  # broken metadata beside good pixels: cameras write it, and viewers ignore it
     method = _UPRIGHT.get(orientation) if isinstance(orientation, int) else None
     return image if method is None else image.transpose(method)

@@ -8,6 +8,7 @@ from distributed_rerank.config.jobs import (
     DemoJob,
     EmbedJob,
     EvaluateJob,
+    MakeCatalogueJob,
     MeasuringJob,
     RerankJob,
     SubmitJob,
@@ -31,6 +32,13 @@ def read_inputs(job: Any) -> Inputs:
 @read_inputs.register(DemoJob)
 def _(job: Any) -> Inputs:
     return ()
+
+
+@read_inputs.register
+def _(job: MakeCatalogueJob) -> Inputs:
+    if not job.folder.is_dir():
+        raise BadInput(f"{job.folder} is no folder; give the folder of the photos")
+    return (job.folder,)
 
 
 @read_inputs.register
