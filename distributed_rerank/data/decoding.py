@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -43,9 +44,8 @@ def decode(refs: Sequence[ImageRef], transform: InferenceTransform, *, threads: 
     """
     contents = read_ahead(refs)
     if threads > 1 and len(refs) > 1:
-        images = list(
-            _mapped(lambda ref, content: _decode_one(ref, content, transform), refs, contents, threads=threads)
-        )
+        one = partial(_decode_one, transform)
+        images = list(_mapped(one, refs, contents, threads=threads))
     else:
         images = [_decode_one(transform, ref, content) for ref, content in zip(refs, contents, strict=True)]
     kept = [position for position, image in enumerate(images) if isinstance(image, Tensor)]
