@@ -85,8 +85,9 @@ def run(words: Sequence[str]) -> int | None:
         sys.stdout.write(short_help(name))
         return 0
     job = parse(name, argv)
-    inputs = importlib.import_module("distributed_rerank.jobs.inputs").read_inputs(job)
-    return importlib.import_module(f"distributed_rerank.jobs.{name.replace('-', '_')}").main(job, *inputs)
+    with importlib.import_module("distributed_rerank.jobs.storage").local_job(job) as job:
+        inputs = importlib.import_module("distributed_rerank.jobs.inputs").read_inputs(job)
+        return importlib.import_module(f"distributed_rerank.jobs.{name.replace('-', '_')}").main(job, *inputs)
 
 
 def overview() -> str:

@@ -1,6 +1,7 @@
 """Which part of a cluster a job may use, and how much it puts up with."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from distributed_rerank.errors import BadInput
 
@@ -17,6 +18,8 @@ class ClusterConfig:
     """Give each worker a GPU. Default: where the cluster has any."""
     object_store_gb: float | None = None
     """Shared memory in GB of a Ray started here. Default: 30 % of the machine's memory."""
+    scratch: Path = Path("~/.cache/distributed_rerank")
+    """Folder on this machine for copies of what is read from buckets, and for results on their way there."""
     wait_s: float = 0.0
     """Seconds to wait for an autoscaling cluster to start the nodes that the workers need."""
 

@@ -59,6 +59,19 @@ def append(path: Path, row: Mapping[str, Any], metrics: Mapping[str, float]) -> 
             pq.write_table(whole, temporary)
 
 
+def merge(path: Path, other: bytes) -> None:
+    """Add the rows of another copy of the history, the file `other`, whose run ids `path` lacks."""
+    theirs = pq.ParquetFile(pa.BufferReader(other)).read()
+    whole = theirs
+    if path.exists():
+        own = _read(path)
+        known = set(own["run_id"].to_pylist())
+        new = theirs.filter(pa.array([run_id not in known for run_id in theirs["run_id"].to_pylist()], pa.bool_()))
+        whole = pa.concat_tables([own, new], promote_options="default").combine_chunks()
+    with atomic_path(path) as temporary:
+        pq.write_table(whole, temporary)
+
+
 def _read(path: Path) -> pa.Table:
     try:
         table = pq.ParquetFile(path).read()

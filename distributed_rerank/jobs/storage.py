@@ -1,0 +1,165 @@
+"""A job whose folders and files lie in buckets, as one whose folders and files are local.
+
+Inputs are fetched before the job; what it writes is published after it. The job itself knows paths only.
+"""
+
+import dataclasses
+import os
+import re
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+from distributed_rerank.config.cluster import ClusterConfig
+from distributed_rerank.config.schedule import ScheduleConfig
+from distributed_rerank.errors import BadInput, Outage
+
+INPUTS = ("candidates", "baseline", "model", "teacher", "chain", "weights", "pairwise_weights")
+FOLDERS = ("out", "embeddings")
+"""Written by a job; embeddings may be an input as well."""
+FILES = ("trec", "markdown")
+_OUTPUTS = (*FOLDERS, *FILES, "runs", "history")
+_URI = re.compile(r"(s3|gs|gcs|az|abfs|file):/+(.*)", re.DOTALL)
+_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
+"""In the environment of every job that was submitted to a Ray cluster."""
+
+
+def uri_of(value: Any) -> str | None:
+    """The URI that a text or path is, file:// included; None for a plain path. A Path holds it with one slash less."""
+    found = _URI.fullmatch(str(value)) if isinstance(value, str | Path) else None
+    return None if found is None else f"{found[1]}://{'/' if found[1] == 'file' else ''}{found[2].lstrip('/')}"
+
+
+@contextmanager
+def local_job(job: Any) -> Iterator[Any]:
+    """The job with a local path for every URI among its files; within the block it may run.
+
+    Raises BadInput for a relative output of a submitted job, and as `remote_folders` does.
+    """
+    _refuse_lost_outputs(job)
+    job = _replaced(job, _without_file_scheme)
+    if not any(uri_of(value) for name, value in _values(job) if name in (*INPUTS, *_OUTPUTS)):
+        yield job
+        return
+    cluster = next(value for _, value in _values(job) if isinstance(value, ClusterConfig))
+    places = _Places(cluster.scratch.expanduser().absolute())
+    try:
+        with ExitStack() as stack:
+            yield _replaced(job, lambda name, value: places.local(name, value, stack))
+    except (BadInput, Outage) as error:
+        raise type(error)(places.named_by_uri(str(getattr(error, "cause", error)))) from error
+
+
+class _Places:
+    """The local places of a job's URIs."""
+
+    def __init__(self, scratch: Path) -> None:
+        self._scratch = scratch
+        self._uris: dict[str, str] = {}
+
+    def local(self, name: str, value: Any, stack: ExitStack) -> Any:
+        """The value to use in place of the field's."""
+        if isinstance(value, ScheduleConfig):
+            return self._schedule(value, stack)
+        uri = uri_of(value) if name in (*INPUTS, *FOLDERS, *FILES) else None
+        if uri is None:
+            return value
+        from distributed_rerank.data.remote_folders import RemoteFolder, fetch
+
+        place = self.place(uri)
+        if name in FOLDERS:
+            stack.enter_context(RemoteFolder(uri, place))
+        elif name in FILES:
+            place.parent.mkdir(parents=True, exist_ok=True)
+            stack.callback(_upload, place, uri)
+        else:
+            fetch(uri, place)
+        return place if isinstance(value, Path) else str(place)
+
+    def place(self, uri: str) -> Path:
+        """Where a URI's copy lies: below a folder named by a digest of it, under its own name."""
+        from distributed_rerank.data.files import bytes_digest
+
+        place = self._scratch / bytes_digest(uri.rstrip("/").encode())[:16] / uri.rstrip("/").rpartition("/")[2]
+        self._uris[str(place)] = uri
+        return place
+
+    def named_by_uri(self, message: str) -> str:
+        """The message with URIs in place of their copies."""
+        for place, uri in self._uris.items():
+            message = message.replace(place, uri)
+        return message
+
+    def _schedule(self, schedule: ScheduleConfig, stack: ExitStack) -> ScheduleConfig:
+        """History and runs: this run's folder is written, the previous run's is read."""
+        from distributed_rerank.data.remote_folders import RemoteFolder, fetch
+        from distributed_rerank.monitoring.remote_history import RemoteHistory
+
+        history, runs = uri_of(schedule.history), uri_of(schedule.runs)
+        if (history is None) != (runs is None):
+            raise BadInput("one of --history and --runs is a URI; give both as URIs, or both as paths")
+        if history is None or runs is None:
+            return schedule
+        local = dataclasses.replace(schedule, history=self.place(history), runs=self.place(runs))
+        # The run's folder is published first, and the row that names it after that.
+        remote = stack.enter_context(RemoteHistory(history, local.history))
+        stack.enter_context(RemoteFolder(f"{runs}/{schedule.run_id}", local.folder))
+        for run_id in {remote.last_run()} - {None, schedule.run_id}:
+            try:
+                fetch(f"{runs}/{run_id}", local.runs / str(run_id))
+            except BadInput as error:
+                remote.say_missing(str(error))
+        if schedule.baseline is not None and uri_of(schedule.baseline):
+            baseline = uri_of(schedule.baseline)
+            local = dataclasses.replace(local, baseline=fetch(str(baseline), self.place(str(baseline))))
+        return local
+
+
+def _refuse_lost_outputs(job: Any) -> None:
+    if _JOB not in os.environ:
+        return
+    for name, value in _values(job):
+        if name not in _OUTPUTS or value is None or uri_of(value) or Path(value).is_absolute():
+            continue
+        raise BadInput(
+            f"--{name} {value} is relative: a submitted job runs in a scratch copy of the working directory, which is "
+            f"deleted with all in it; give an absolute path that the head keeps, or a URI such as s3://bucket/{value}"
+        )
+
+
+def _without_file_scheme(name: str, value: Any) -> Any:
+    uri = uri_of(value) if name in (*INPUTS, *_OUTPUTS) else None
+    if uri is None or not uri.startswith("file:"):
+        return value
+    path = uri.removeprefix("file://")
+    return Path(path) if isinstance(value, Path) else path
+
+
+def _values(config: Any) -> Iterator[tuple[str, Any]]:
+    """The fields of a config with their values, those of configs inside too."""
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        yield field.name, value
+        if dataclasses.is_dataclass(value) and not isinstance(value, type):
+            yield from _values(value)
+
+
+def _replaced(config: Any, change: Callable[[str, Any], Any]) -> Any:
+    """The config with changed fields; a config inside is changed as a whole or else field by field."""
+    new = {}
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        changed = change(field.name, value)
+        if changed is value and dataclasses.is_dataclass(value) and not isinstance(value, type):
+            changed = _replaced(value, change)
+        if changed is not value:
+            new[field.name] = changed
+    return dataclasses.replace(config, **new) if new else config
+
+
+def _upload(place: Path, uri: str) -> None:
+    from distributed_rerank.data import object_store
+
+    if place.is_file():
+        object_store.write(uri, place)
