@@ -55,6 +55,9 @@ class UnreadableImage(Exception):
 
 def read_image(ref: ImageRef, max_pixels: int = MAX_PIXELS, schemes: frozenset[str] = locations.SCHEMES) -> Image.Image:
     """The picture of `ref` as mode RGB, cut to its box; whatever is wrong with the file: UnreadableImage."""
+    problem = ref.roots.problem(ref.path)
+    if problem:
+        raise UnreadableImage(problem)
     try:
         content = read_bytes(ref.path, schemes)
     except FileNotFoundError:
