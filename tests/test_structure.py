@@ -12,6 +12,7 @@ LAYER = {
     "errors": 0,
     "config": 1,
     "svg": 1,
+    "content_policy": 1,
     "runtime": 2,
     "tensors": 2,
     "demo": 3,

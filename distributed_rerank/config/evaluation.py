@@ -59,11 +59,18 @@ class RerankerConfig:
     """The pairwise model and the chain that turns its logits into an order."""
 
     model: str | None = None
-    """Folder that `train` wrote, or hf-hub:owner/name. Default: the first stage alone."""
+    """Folder that `train` wrote, or hf-hub:owner/name with --allow-hub. Default: the first stage alone."""
+    allow_hub: bool = False
+    """Fetch --model hf-hub:owner/name from the Hugging Face hub."""
     chain: Literal["model", "replace", "first_stage"] | Path = "model"
     """model: the model folder's chain.json; replace: by the logit alone; first_stage: nothing; or a chain.json."""
     top_n: int | None = None
     """Candidates of each query that are re-ranked. Default: as the chain says, else 10."""
+
+    def check_hub(self) -> None:
+        """Raises BadInput for a model on the hub that nobody has allowed to fetch."""
+        if self.model is not None and self.model.startswith("hf-hub:") and not self.allow_hub:
+            raise BadInput(f"--model {self.model} is fetched from the network; allow it with --allow-hub")
 
 
 @dataclass(frozen=True, kw_only=True)

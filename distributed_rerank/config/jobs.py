@@ -40,6 +40,9 @@ class CatalogueJob(ClusterJob):
 
     catalogue: str
     """CSV or Parquet table of the images; a path or a URI."""
+    image_root: tuple[str, ...] = ()
+    """Folders and buckets (s3://NAME) that all images must lie in. Default: those that the table names; relative paths
+    stay in the table's folder."""
     work: OmitArgPrefixes[WorkConfig] = field(default_factory=WorkConfig)
 
 

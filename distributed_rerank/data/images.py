@@ -60,6 +60,9 @@ def read_image(ref: ImageRef, max_pixels: int = MAX_PIXELS, schemes: frozenset[s
 
 def read_content(ref: ImageRef, schemes: frozenset[str] = locations.SCHEMES) -> bytes:
     """The bytes of the file of `ref`. Raises UnreadableImage, and Outage where a store does not answer."""
+    problem = ref.roots.problem(ref.path)
+    if problem:
+        raise UnreadableImage(problem)
     try:
         return read_bytes(ref.path, schemes)
     except FileNotFoundError:

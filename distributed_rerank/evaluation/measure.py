@@ -99,7 +99,7 @@ def _without_roles(catalogue: Catalogue, items: np.ndarray) -> Catalogue:
     """The same catalogue with the same numbering, in which these items are neither query nor gallery."""
     flags = catalogue.table[["is_query", "is_gallery"]].copy()
     flags.iloc[items] = False
-    return Catalogue(catalogue.table.assign(**{name: flags[name] for name in flags}), catalogue.source)
+    return replace(catalogue, table=catalogue.table.assign(**flags))
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from typing import Any
 import huggingface_hub
 import safetensors
 import safetensors.torch
+import timm
 from torch import nn
 
 from distributed_rerank.config.extractor import ExtractorConfig
@@ -119,6 +120,8 @@ def config_from_json(kind: type, values: Mapping[str, Any]) -> Any:
     if "extractor" in plain:
         plain["extractor"] = config_from_json(ExtractorConfig, plain["extractor"])
     if kind is ExtractorConfig:
+        if not timm.is_model(str(plain.get("name")).partition(".")[0]):
+            raise BadInput(f"config.json names the extractor {plain.get('name')!r}, which is no timm model")
         plain["weights"] = "none"
     elif "pairwise_weights" in known:
         plain["pairwise_weights"] = None

@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 
+from distributed_rerank.content_policy import with_policy
 from distributed_rerank.data.catalogue import ImageRef
 from distributed_rerank.report import plots
 from distributed_rerank.report.baselines import baseline_rows
@@ -90,7 +91,7 @@ def build_report(
         "config": flatten(config),
         "environment": flatten(environment),
     }
-    out.write_text(_template().render(page) + "\n", encoding="utf-8", newline="\n")
+    out.write_text(with_policy(_template().render(page)) + "\n", encoding="utf-8", newline="\n")
     return out
 
 

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Set
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -74,7 +75,7 @@ def settle_missing_lists(
     logger.info("%sthey are left out", found)
     is_query = np.zeros(len(catalogue), bool)
     is_query[lists.query_items.numpy()] = True
-    return Catalogue(catalogue.table.assign(is_query=is_query), catalogue.source), len(lost)
+    return replace(catalogue, table=catalogue.table.assign(is_query=is_query)), len(lost)
 
 
 def drop_unusable(lists: CandidateLists, catalogue: Catalogue) -> int:

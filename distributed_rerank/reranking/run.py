@@ -48,6 +48,7 @@ def load_model_and_chain(config: RerankerConfig) -> tuple[PairwiseModel | None, 
         if top_n is not None:
             raise BadInput(f"--top-n {top_n} needs a pairwise model; give --model")
         return None, Chain()
+    config.check_hub()
     path = local_folder(folder)
     model = load_model(path)
     has_own = chain == "model" and (path / "chain.json").is_file()

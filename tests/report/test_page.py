@@ -274,3 +274,34 @@ def test_report_in_chromium_query_table_sorts_and_filters(report: Path, tmp_path
     assert len(seen["worse"]) == is_worse.sum() > 0
     assert all(change.startswith("−") for change in seen["worse"])
     assert seen["complaints"] == []
+
+
+def test_markup_that_slips_through_runs_no_script_and_fetches_nothing(report: Path, tmp_path: Path) -> None:
+    """The policy is the second wall behind the escaping, which is taken down here."""
+    page = report.read_text(encoding="utf-8")
+    policy = re.search('<meta http-equiv="Content-Security-Policy" content="([^"]+)">', page)
+    assert policy is not None
+    assert "default-src 'none'" in policy[1]
+    assert "unsafe" not in policy[1]
+    attack = (
+        "<script>document.title = 'taken'</script><img src=x onerror=\"document.title = 'taken'\">"
+        '<img src="https://example.com/seen.png"><iframe src="https://example.com/"></iframe>'
+    )
+    report.write_text(page.replace("<main>", f"<main>{attack}", 1), encoding="utf-8")
+
+    async def visit(tab: Page) -> dict[str, Any]:
+        await tab.open(report, 1280)
+        return {"title": await tab.evaluate("document.title"), "complaints": tab.complaints}
+
+    seen = in_chromium(tmp_path, visit)
+    assert seen["title"] == "Re-ranking report"
+    assert any("Content Security Policy" in complaint for complaint in seen["complaints"])
+
+
+def test_label_that_is_a_script_is_shown_as_text(tmp_path: Path) -> None:
+    script = "</td></table><script>document.title = 'taken'</script>"
+    per_query = made_up_queries(20).assign(label=script, category=script)
+    metrics = metrics_of(per_query)
+    out = build_report(metrics, per_query, [], {"catalogue": script}, {script: script}, tmp_path / "r.html")
+    assert script not in out.read_text(encoding="utf-8")
+    assert "&lt;script&gt;document.title" in out.read_text(encoding="utf-8")
