@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 from PIL import Image
 
@@ -62,13 +63,13 @@ class Imported:
     def counts(self) -> dict[str, int]:
         """Photos and labels of both splits, by the names of `protocols.COUNTS`."""
         table = self.catalogue.table
-        train, validation = (table[table["split"] == split] for split in ("train", "validation"))
+        train, validation = (table.loc[table["split"] == split] for split in ("train", "validation"))
         return {
             "train": len(train),
-            "train labels": train["label"].nunique(),
-            "queries": int(validation["is_query"].sum()),
-            "gallery": int(validation["is_gallery"].sum()),
-            "validation labels": validation["label"].nunique(),
+            "train labels": len(set(train["label"])),
+            "queries": int(np.count_nonzero(validation["is_query"])),
+            "gallery": int(np.count_nonzero(validation["is_gallery"])),
+            "validation labels": len(set(validation["label"])),
         }
 
 
@@ -178,7 +179,7 @@ def log_summary(imported: Imported, folder: Path, out: Path) -> None:
     logger.info("%s is read as %s: %d photos of %d labels", folder, imported.layout, len(table), len(per_label))
     logger.info(
         "photos of a label: %d to %d, median %g; %d labels have one photo and are only found, not asked for",
-        per_label.min(), per_label.max(), per_label.median(), int((per_label == 1).sum()),
+        per_label.min(), per_label.max(), per_label.median(), int(np.count_nonzero(per_label == 1)),
     )  # fmt: skip
     logger.info(
         "train: %d photos of %d labels; validation: %d queries, %d gallery items, %d labels (%s)",
