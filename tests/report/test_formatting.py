@@ -25,11 +25,11 @@ def test_verdict_follows_the_interval(ends: list[float], tone: str, claim: str) 
 def test_verdict_says_first_that_a_baseline_without_training_is_better() -> None:
     metrics = metrics_of(made_up_queries(40))
     metrics["difference"]["map@10"]["ci95"] = [0.01, 0.03]
-    assert "Best without training: k-reciprocal" in verdict(metrics).detail
+    assert "Best without pairs: k-reciprocal" in verdict(metrics).detail
     metrics["baselines"] = baselines_of(metrics["reranked"], against=0.04)
     outcome = verdict(metrics)
     assert outcome.tone == "bad"
-    assert outcome.sentence.startswith("k-reciprocal re-ranking, which needs no training, is better than this chain")
+    assert outcome.sentence.startswith("k-reciprocal re-ranking, which looks at no pair, is better than this chain")
     assert "+0.040; 95 % interval +0.030 to +0.050" in outcome.sentence
     assert outcome.detail.startswith("Re-ranking helps")
     metrics["baselines"] = baselines_of(metrics["reranked"], against=0.005)
@@ -41,7 +41,7 @@ def test_verdict_calls_no_baseline_best_that_gains_nothing(gain: float) -> None:
     metrics = metrics_of(made_up_queries(40))
     metrics["baselines"]["k_reciprocal"]["difference"]["map@10"]["mean"] = gain
     assert "Best" not in verdict(metrics).detail
-    assert "Nothing is gained without training; at best: k-reciprocal" in verdict(metrics).detail
+    assert "Nothing is gained without pairs; at best: k-reciprocal" in verdict(metrics).detail
 
 
 def test_numbers_and_names_in_words() -> None:
