@@ -12,6 +12,7 @@ from jaxtyping import Float, Float32, Float64, Int64
 from torch import Tensor
 
 from distributed_rerank.chain.chain import (
+    AdaptStep,
     AlphaQEStep,
     Chain,
     KReciprocalStep,
@@ -45,6 +46,8 @@ def apply(
     finding an item's own sequence.
     """
     for step in chain.steps:
+        if isinstance(step, AdaptStep):
+            continue  # the lists come from a search over what it maps
         if isinstance(step, PairwiseStep):
             assert logits is not None, "a pairwise step needs logits"
             lists = apply_pairwise(step, lists, logits)

@@ -6,18 +6,35 @@ that turns a distance of the chain's output into the probability of a match.
 """
 
 import json
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from distributed_rerank.data.files import write_json
 from distributed_rerank.data.manifests import check_paths
 from distributed_rerank.errors import BadInput
+from distributed_rerank.models.adapter import Adapter, load_adapter, save_adapter
+from distributed_rerank.models.adapter import Kind as AdapterKind
 from distributed_rerank.tensors.match_neighbourhood import Kind
 
 Rule = Literal["fuse", "replace"]
 SCHEMA_VERSION = 2
 """Of chain.json. 1 had no version field, no neighbourhood and query_expansion steps, and another calibration."""
+
+
+@dataclass(frozen=True)
+class AdaptStep:
+    """The search runs over embeddings mapped by the adapter in the model folder (`models.adapter`).
+
+    `kind` and `floor` say how it was fitted.
+    """
+
+    kind: AdapterKind = "whiten"
+    floor: float = 0.0
+
+    def __post_init__(self) -> None:
+        require(self.kind in get_args(AdapterKind), f"kind={self.kind!r} is unknown; known: {get_args(AdapterKind)}")
+        require(self.floor >= 0, f"floor={self.floor} must not be negative")
 
 
 @dataclass(frozen=True)
@@ -115,8 +132,9 @@ class AlphaQEStep:
 
 
 ProbabilityStep = NeighbourhoodStep | QueryExpansionStep
-ChainStep = PairwiseStep | KReciprocalStep | AlphaQEStep | ProbabilityStep
+ChainStep = AdaptStep | PairwiseStep | KReciprocalStep | AlphaQEStep | ProbabilityStep
 KINDS: dict[str, type[ChainStep]] = {
+    "adapt": AdaptStep,
     "pairwise": PairwiseStep,
     "k_reciprocal": KReciprocalStep,
     "neighbourhood": NeighbourhoodStep,
@@ -134,12 +152,30 @@ class Chain:
     """Labels, queries and figures of the choice; {} = given by hand."""
     calibration: dict[str, Any] = field(default_factory=dict)
     """The curve from a distance of the output to the probability of a match, and its error; {} = nothing fitted."""
+    adapter: Adapter | None = field(default=None, compare=False, repr=False)
+    """The map of the step `adapt`."""
 
     def __post_init__(self) -> None:
         kinds = [type(step) for step in self.steps]
+        require(AdaptStep not in kinds[1:], "the step adapt comes first: the search runs over what it maps")
         require(kinds.count(PairwiseStep) <= 1, "a chain has at most one pairwise step")
-        is_first = PairwiseStep not in kinds[1:]
+        is_first = PairwiseStep not in kinds[1 + (AdaptStep in kinds) :]
         require(is_first, "the pairwise step comes first: its logits belong to the first stage's lists")
+
+    @property
+    def adapt(self) -> AdaptStep | None:
+        """The step that maps embeddings before the search, or None."""
+        return next((step for step in self.steps if isinstance(step, AdaptStep)), None)
+
+    @property
+    def before_search(self) -> tuple[ChainStep, ...]:
+        """The chain steps before the search."""
+        return tuple(step for step in self.steps if isinstance(step, AdaptStep))
+
+    def identity(self) -> dict[str, Any]:
+        """All that decides what the chain does, for a fingerprint."""
+        steps = [{"step": kind_of(step), **asdict(step)} for step in self.steps]
+        return {"steps": steps, "adapter": None if self.adapter is None else self.adapter.digest()}
 
     @property
     def pairwise(self) -> PairwiseStep | None:
@@ -149,7 +185,7 @@ class Chain:
     @property
     def neighbourhood(self) -> tuple[ChainStep, ...]:
         """The chain steps that look at the lists of the neighbours as well."""
-        return tuple(step for step in self.steps if not isinstance(step, PairwiseStep))
+        return tuple(step for step in self.steps if not isinstance(step, PairwiseStep | AdaptStep))
 
     @property
     def is_inductive(self) -> bool:
@@ -189,7 +225,9 @@ def describe_step(step: ChainStep) -> str:
 
 
 def write_chain(chain: Chain, folder: Path) -> None:
-    """Write chain.json into the folder, atomically."""
+    """Write chain.json, and the adapter if there is one, into the folder, each atomically."""
+    if chain.adapter is not None:
+        save_adapter(chain.adapter, folder)
     content = {
         "schema_version": SCHEMA_VERSION,
         "steps": [{"step": kind_of(step), **asdict(step)} for step in chain.steps],
@@ -222,7 +260,8 @@ def read_chain(path: Path) -> Chain:
     unknown = set(content) - {"steps", "chosen_on", "calibration"}
     require(not unknown, f"{path} has unknown keys {sorted(unknown)}; known are steps, chosen_on, calibration")
     steps = tuple(step_from(entry) for entry in content.get("steps", []))
-    return Chain(steps, content.get("chosen_on", {}), content.get("calibration", {}))
+    chain = Chain(steps, content.get("chosen_on", {}), content.get("calibration", {}))
+    return chain if chain.adapt is None else replace(chain, adapter=load_adapter(path.parent))
 
 
 def step_from(entry: dict[str, Any]) -> ChainStep:

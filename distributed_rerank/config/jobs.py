@@ -81,6 +81,9 @@ class EmbedJob(ExtractorJob):
 
     split: str | None = None
     """Embed only the rows of this split, e.g. validation."""
+    adapt: Path | None = None
+    """Model folder of `train`: the embeddings as its chain maps them before the search are written to
+    OUT/adapted.parquet, for a vector database."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,7 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from distributed_rerank.chain.chain import Chain, kind_of
+from distributed_rerank.chain.chain import Chain
 from distributed_rerank.config.evaluation import FirstStageConfig, MeasureConfig
 from distributed_rerank.config.work import WorkConfig
 from distributed_rerank.data import artifacts
@@ -68,10 +68,14 @@ def evaluate(
     with artifacts.stage(out, fingerprint, overwrite) as staging:
         known = known_distances(model, chain)
         first = first_stage(catalogue, config, work, staging.path, executors, timings, known=known)
+        with timed(timings, "adapt"):
+            searched = ranking_run.search_adapted(first, chain, config, work, staging.path, executors)
         with timed(timings, "score"):
-            scored = ranking_run.score_first_stage(first, chain, model, config.n_items, work, staging.path, executors)
+            scored = ranking_run.score_first_stage(
+                searched, chain, model, config.n_items, work, staging.path, executors
+            )
         with timed(timings, "measure"):
-            ranked = rank(first, scored, chain, model is not None)
+            ranked = rank(searched, scored, chain, model is not None, first.lists)
             sources = Sources(ranked, config.n_items, work, model, staging.path, executors)
             result, details = _measure(sources, measure)
         rejects = all_rejects(first.rejects, scored.rejects)
@@ -100,7 +104,7 @@ def _fingerprint(
         catalogue=catalogue.digest(),
         given=input_digests(config),
         model=None if model is None else model.identity(),
-        chain=[{"step": kind_of(step), **asdict(step)} for step in chain.steps],
+        chain=chain.identity(),
     )
 
 
@@ -108,8 +112,9 @@ def _measure(sources: Sources, config: MeasureConfig) -> tuple[Result, dict[str,
     """Metrics and diagnostics of the queries, and the seconds of single diagnostics."""
     ranked = sources.ranked
     measured = measure(
-        ranked.catalogue, ranked.query_items, ranked.before, ranked.after, ks=config.ks, seed=config.resampling_seed
-    )
+        ranked.catalogue, ranked.query_items, ranked.before, ranked.after, ks=config.ks, seed=config.resampling_seed,
+        searched=None if ranked.chain.adapter is None else ranked.searched,
+    )  # fmt: skip
     extra = diagnose(measured, sources, config)
     metrics = measured.metrics | {"chain": ranked.chain.describe()} | extra.figures
     table = measured.per_query.assign(**extra.columns)

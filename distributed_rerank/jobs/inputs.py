@@ -47,6 +47,8 @@ def _(job: MakeCatalogueJob) -> Inputs:
 @read_inputs.register
 def _(job: EmbedJob) -> Inputs:
     job.extractor.check_files()
+    if job.adapt is not None and not (job.adapt / "adapter.safetensors").is_file():
+        raise BadInput(f"--adapt {job.adapt} has no adapter.safetensors; give a model folder whose chain adapts")
     catalogue = read_table(job)
     return (catalogue if job.split is None else catalogue.restrict(job.split),)
 

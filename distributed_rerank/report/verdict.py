@@ -58,7 +58,7 @@ def verdict_of_figures(metrics: Mapping[str, Any]) -> Verdict:
     moved = f"{'rises' if change > 0 else 'falls'} from {fraction(before)} to {fraction(after)}"
     moved = moved if change else f"stays at {fraction(after)}"
     sentence = f"{claim}: mAP@10 {moved} ({signed(change)}; 95 % interval {interval(compared)})."
-    plain, detail = in_plain_words(metrics), _detail(metrics, before, after)
+    plain, detail = in_plain_words(metrics), _detail(metrics, before, after) + _added_to_adapted(metrics)
     if best is not None and best.beats:
         step = f"Use {baseline_name(best.name)[:1].lower()}{baseline_name(best.name)[1:]} instead of this chain."
         return Verdict("bad", plain, _beaten(best, after), f"{sentence} {detail}", step)
@@ -126,11 +126,24 @@ def _next_step(metrics: Mapping[str, Any], tone: str) -> str:
     return "Use it; choose how sure a match must be in the table of thresholds."
 
 
+def _added_to_adapted(metrics: Mapping[str, Any]) -> str:
+    """What the rest of the chain adds to the adapted first stage; "" where the chain adapts nothing."""
+    adapted = (metrics.get("baselines") or {}).get("adapted", {})
+    if "against_reranked" not in adapted:
+        return ""
+    against, value = adapted["against_reranked"]["map@10"], fraction(adapted["metrics"]["map@10"])
+    low, high = sorted(-end for end in against["ci95"])
+    return (
+        f" The adapted first stage alone has mAP@10 {value}; what follows adds {signed(-against['mean'])} "
+        f"({interval({'ci95': [low, high]})})."
+    )
+
+
 def _beaten(best: Best, after: float) -> str:
     against = best.figures["against_reranked"]["map@10"]
     name, value = baseline_name(best.name), fraction(best.figures["metrics"]["map@10"])
     return (
-        f"{name}, which needs no training, is better than this chain: mAP@10 {value} against {fraction(after)} "
+        f"{name}, which looks at no pair, is better than this chain: mAP@10 {value} against {fraction(after)} "
         f"({signed(against['mean'])}; 95 % interval {interval(against)})."
     )
 
@@ -138,7 +151,7 @@ def _beaten(best: Best, after: float) -> str:
 def _best_text(best: Best) -> str:
     change = best.figures["difference"]["map@10"]
     value = fraction(best.figures["metrics"]["map@10"])
-    claim = "Best without training" if change["mean"] > 0 else "Nothing is gained without training; at best"
+    claim = "Best without pairs" if change["mean"] > 0 else "Nothing is gained without pairs; at best"
     return f"{claim}: {baseline_name(best.name)}, mAP@10 {value} ({signed(change['mean'])}; {interval(change)})."
 
 

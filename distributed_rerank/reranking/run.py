@@ -15,7 +15,7 @@ from torch import Tensor
 from distributed_rerank import retrieval
 from distributed_rerank.chain import apply as chain_apply
 from distributed_rerank.chain.chain import Chain, PairwiseStep, read_chain
-from distributed_rerank.config.evaluation import RerankerConfig
+from distributed_rerank.config.evaluation import FirstStageConfig, RerankerConfig
 from distributed_rerank.config.work import WorkConfig
 from distributed_rerank.data.catalogue import Catalogue
 from distributed_rerank.data.embeddings import Embeddings
@@ -75,6 +75,36 @@ def needs_joint_lists(chain: Chain, catalogue: Catalogue) -> bool:
     """Whether queries have to be each other's candidates: for reciprocal neighbours of queries outside the gallery."""
     is_outside = len(np.setdiff1d(catalogue.query_items, catalogue.gallery_items)) > 0
     return bool(chain.neighbourhood) and is_outside and not chain.is_inductive
+
+
+def search_adapted(
+    first: FirstStage,
+    chain: Chain,
+    config: FirstStageConfig,
+    work: WorkConfig,
+    folder: Path,
+    executors: Executors | None,
+) -> FirstStage:
+    """The first stage over embeddings that the chain's adapter maps; as it is where the chain has none.
+
+    Lists of another system keep their candidates and get their distances anew; without embeddings they stay.
+    """
+    if chain.adapter is None:
+        return first
+    if first.embeddings is None:
+        logger.warning(
+            "the chain begins with adapt, which needs embeddings: the lists of %s stay as they are; give --embeddings "
+            "or --extractor", config.candidates,
+        )  # fmt: skip
+        return first
+    mapped = Embeddings(first.embeddings.ids, chain.adapter(first.embeddings.matrix), first.embeddings.rejects)
+    if config.candidates is not None:
+        matrix = torch.from_numpy(mapped.matrix[mapped.rows_of(first.catalogue.ids)])
+        return replace(first, embeddings=mapped, lists=first.lists.with_distances_in(matrix))
+    lists = retrieval.retrieve(
+        first.catalogue, mapped, config.n_items, folder / "adapted_candidates", work=work, executors=executors
+    )
+    return replace(first, embeddings=mapped, lists=lists)
 
 
 def lists_for(
@@ -167,7 +197,7 @@ def rankings(
     deepest = chain.pairwise.top_n
     found = {}
     for top_n in (*(n for n in curve if n < deepest), deepest):
-        steps = (replace(chain.pairwise, top_n=top_n), *chain.neighbourhood)
+        steps = (*chain.before_search, replace(chain.pairwise, top_n=top_n), *chain.neighbourhood)
         found[top_n] = _ranking(replace(chain, steps=steps), scored, catalogue, embeddings, query_items)
     return found
 

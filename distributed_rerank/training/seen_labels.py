@@ -24,12 +24,12 @@ from distributed_rerank.runtime.devices import tensor_of
 from distributed_rerank.tensors import metrics, statistics
 from distributed_rerank.tensors.knn import nearest
 from distributed_rerank.tensors.neighbour_agreement import neighbour_agreement
+from distributed_rerank.training.plan import LABELS_TO_CHOOSE_ON
 
 logger = logging.getLogger(__name__)
 
 CALIBRATION = "calibration"
 MIN_LABELS = 2
-"""With two images each; fewer cannot be split into labels to train on and labels to choose on."""
 SUSPICIOUS_MAP = 0.65
 """mAP@10 of train lists below which an extractor is not taken to know the train labels."""
 AGREEMENT_GAP = 0.12
@@ -71,6 +71,11 @@ def pick_labels(
     extractor was trained on.
     """
     train, seen_before = catalogue.restrict("train"), weights.seen_labels(extractor_weights)
+    if config.calibration_split is None and n_usable_labels(train) < MIN_LABELS:
+        raise BadInput(
+            f"{catalogue.source}: {n_usable_labels(train)} train labels have two images or more, training needs at "
+            f"least {MIN_LABELS}; add images"
+        )
     is_seen, source = seen_among(train, extractor_weights, config)
     if source == "" and config.calibration_split is None:
         source = found_in_embeddings(catalogue, train, embed)
@@ -83,17 +88,29 @@ def pick_labels(
         if seen_among(images, extractor_weights, EvidenceConfig())[0].any():
             raise BadInput(f"the extractor was trained on labels of split {name}; name a split that it has not seen")
     elif n_seen == 0:
-        return LabelsToUse(train, True, {"seen": 0, "source": source, "text": ""}, seen_before)
+        return unseen(train, source, seen_before)
     else:
         images = train.take(np.flatnonzero(~is_seen))
         text = "the other train labels are trained and chosen on"
     seen = f"the extractor has seen {n_seen} of {n_labels} train labels ({source})"
-    is_valid = n_usable_labels(images) >= MIN_LABELS
+    is_valid = n_usable_labels(images) >= LABELS_TO_CHOOSE_ON
     if not is_valid:
         images, text = train, f"so no label shows what re-ranking is worth, and the chain is the first stage: {FIX}"
     text = f"{seen}; {text}" if n_seen else text
     logger.log(logging.INFO if is_valid else logging.WARNING, "%s", text)
     return LabelsToUse(images, is_valid, {"seen": n_seen, "source": source, "text": text}, seen_before)
+
+
+def unseen(train: Catalogue, source: str, seen_before: frozenset[str]) -> LabelsToUse:
+    """All train images, of which the extractor has seen none; too few labels are trained on without a choice."""
+    n_usable, text = n_usable_labels(train), ""
+    if n_usable < LABELS_TO_CHOOSE_ON:
+        text = (
+            f"{n_usable} train labels with two images or more are too few to choose a chain on: the model is trained "
+            f"with fixed constants, and the chain is the first stage; from {LABELS_TO_CHOOSE_ON} labels on it is chosen"
+        )
+        logger.warning("%s", text)
+    return LabelsToUse(train, not text, {"seen": 0, "source": source, "text": text}, seen_before)
 
 
 def n_usable_labels(images: Catalogue) -> int:

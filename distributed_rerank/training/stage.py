@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Int64
+from jaxtyping import Float32, Int64
 from torch.nn.functional import pad
 
 from distributed_rerank import extraction, retrieval
@@ -37,6 +37,7 @@ from distributed_rerank.models.weights import label_digest
 from distributed_rerank.runtime.devices import tensor_of
 from distributed_rerank.tensors.candidate_lists import CandidateLists
 from distributed_rerank.training import mining, tracking
+from distributed_rerank.training.adaptation import Adaptation, choose_adaptation
 from distributed_rerank.training.card import CARD, model_card
 from distributed_rerank.training.distillation import Teacher, check_teachable, score_by_teacher
 from distributed_rerank.training.encodings import FULL_ENCODER, FittedModel
@@ -45,7 +46,15 @@ from distributed_rerank.training.run import fit as fit_in_this_process
 from distributed_rerank.training.run import results
 from distributed_rerank.training.seen_labels import LabelsToUse, pick_labels
 from distributed_rerank.training.state import load_state
-from distributed_rerank.training.task import Fit, State, TrainingRun, TrainingTask, evidence_of, join_lists
+from distributed_rerank.training.task import (
+    Fit,
+    State,
+    TrainingRun,
+    TrainingTask,
+    evidence_from,
+    evidence_of,
+    join_lists,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -96,6 +105,8 @@ def train(
         used = pick_labels(catalogue, model_config.extractor.weights, evidence, embed)
         images = used.images.as_query_and_gallery()
         embeddings = embed(images)
+        if not used.is_valid:
+            config = replace(config, adapt=False)
         task = make_task(images, embeddings, model_config, config, scratch, executors)
         log_mining_report(task, embeddings, scratch, staging.path, executors)
         if teacher is not None:
@@ -106,7 +117,9 @@ def train(
         state = fit(replace(task, services=tuple(services), run_name=run_name), scratch / "run")
         chain = write_model(task, state, scratch / "run", staging.path, used)
         lists = join_lists([run.validation for run in task.runs if run.validation is not None])
-        write_trained_on(trained_on(task.embeddings, fingerprint["extraction"]["extractor"], lists), staging.path)
+        write_trained_on(
+            trained_on(tensor_of(embeddings.matrix), fingerprint["extraction"]["extractor"], lists), staging.path
+        )
         staging.remember_from(scratch / "run")
         shutil.rmtree(scratch)
         staging.finish({"chain": chain.describe(), "runs": [run.name for run in task.runs]}, rows=len(task.catalogue))
@@ -168,12 +181,8 @@ def make_task(
         save_model(build_model(model_config), model_folder)
     is_halved = isinstance(load_model(model_folder), FittedModel) and config.backbone_lr == 0
     side = sides(images.labels, 0.5 if is_halved else config.set_aside, config.seed)
-    first, second = (
-        retrieve_among(
-            np.flatnonzero(side == number), images, embeddings, config.n_items, work / f"candidates-{number}", executors
-        )
-        for number in (0, 1)
-    )
+    adapted = adapt(images, embeddings, side, config, work, executors)
+    first, second = adapted.lists
     if is_halved:
         both = TrainingRun("all", join_lists([first, second]), None)
         runs = (TrainingRun("half-0", first, second), TrainingRun("half-1", second, first), both)
@@ -183,9 +192,50 @@ def make_task(
         catalogue=images,
         config=config,
         model_folder=model_folder,
-        embeddings=tensor_of(embeddings.matrix[embeddings.rows_of(images.ids)]),
+        embeddings=tensor_of(adapted.embeddings),
         runs=runs,
         half=side if is_halved else None,
+        start=Chain(
+            () if adapted.step is None else (adapted.step,),
+            {} if adapted.decision is None else {"adapt": adapted.decision},
+            adapter=adapted.adapter,
+        ),
+    )
+
+
+def adapt(
+    images: Catalogue,
+    embeddings: Embeddings,
+    side: Int64[np.ndarray, " image"],
+    config: TrainingConfig,
+    work: Path,
+    executors: Executors | None,
+) -> Adaptation:
+    """The lists of both sides over the embeddings as they are, or mapped where that is better for other labels."""
+
+    def search(matrix: Float32[np.ndarray, "image dim"], name: str) -> tuple[CandidateLists, CandidateLists]:
+        mapped, folder = Embeddings(images.ids, matrix), work / "candidates" / name
+        first, second = (
+            retrieve_among(
+                np.flatnonzero(side == s), images, mapped, config.n_items, folder.with_name(f"{name}-{s}"), executors
+            )
+            for s in (0, 1)
+        )
+        return first, second
+
+    own = embeddings.matrix[embeddings.rows_of(images.ids)]
+    if not config.adapt or config.mining != "lists":
+        return Adaptation(search(own, "plain"), own)
+    everything = tensor_of(own)
+    return choose_adaptation(
+        own,
+        images.labels,
+        images.sequences,
+        side,
+        search,
+        lambda lists: evidence_from(images, everything, join_lists(list(lists)), None, config.target),
+        config.seed,
+        config.accept,
     )
 
 
@@ -227,7 +277,9 @@ def write_model(task: TrainingTask, state: State, run_folder: Path, folder: Path
         save_extractor(model.extractor, folder / EXTRACTOR_WEIGHTS, used.seen_before | trained_labels(task))
     chain = Chain()
     if used.is_valid:
-        chain = choose(evidence_of_runs(task, list(of_runs.values())), task.config.seed)
+        found = choose(evidence_of_runs(task, list(of_runs.values())), task.config.seed, task.config.accept)
+        steps, on = (*task.start.steps, *found.steps), found.chosen_on | task.start.chosen_on
+        chain = replace(found, steps=steps, chosen_on=on, adapter=task.start.adapter)
     chain = replace(chain, chosen_on={**chain.chosen_on, "evidence": used.note})
     write_chain(chain, folder)
     (folder / CARD).write_text(model_card(task, model, chain))

@@ -27,11 +27,11 @@ def test_verdict_says_first_that_a_baseline_without_training_is_better() -> None
     metrics = metrics_of(made_up_queries(40))
     for compared in metrics["difference"].values():
         compared |= {"mean": 0.02, "ci95": [0.01, 0.03]}
-    assert "Best without training: k-reciprocal" in verdict(metrics).detail
+    assert "Best without pairs: k-reciprocal" in verdict(metrics).detail
     metrics["baselines"] = baselines_of(metrics["reranked"], against=0.04)
     outcome = verdict(metrics)
     assert outcome.tone == "bad"
-    assert outcome.sentence.startswith("k-reciprocal re-ranking, which needs no training, is better than this chain")
+    assert outcome.sentence.startswith("k-reciprocal re-ranking, which looks at no pair, is better than this chain")
     assert "+0.040; 95 % interval +0.030 to +0.050" in outcome.sentence
     assert outcome.detail.startswith("Re-ranking helps")
     metrics["baselines"] = baselines_of(metrics["reranked"], against=0.005)
@@ -43,7 +43,7 @@ def test_verdict_calls_no_baseline_best_that_gains_nothing(gain: float) -> None:
     metrics = metrics_of(made_up_queries(40))
     metrics["baselines"]["k_reciprocal"]["difference"]["map@10"]["mean"] = gain
     assert "Best" not in verdict(metrics).detail
-    assert "Nothing is gained without training; at best: k-reciprocal" in verdict(metrics).detail
+    assert "Nothing is gained without pairs; at best: k-reciprocal" in verdict(metrics).detail
 
 
 @pytest.mark.parametrize(

@@ -93,15 +93,26 @@ def test_rows_of_a_calibration_split_take_the_place_of_known_train_labels() -> N
 def test_a_weights_file_tells_the_labels_that_it_was_trained_on(tmp_path: Path) -> None:
     catalogue = catalogue_of({"train": [3] * 10, "validation": [3] * 10})
     extractor = build_extractor(BACKBONE)
-    path = save_extractor(extractor, tmp_path / "w.safetensors", {label_digest(str(n)) for n in range(7)})
-    assert seen_labels(path) == {label_digest(str(n)) for n in range(7)}
+    path = save_extractor(extractor, tmp_path / "w.safetensors", {label_digest(str(n)) for n in range(6)})
+    assert seen_labels(path) == {label_digest(str(n)) for n in range(6)}
     assert seen_labels(save_extractor(extractor, tmp_path / "fresh.safetensors")) == frozenset()
     used = pick_labels(catalogue, str(path), EvidenceConfig(), lambda images: pytest.fail("nothing to look for"))
     assert used.is_valid
-    assert sorted(set(used.images.table["label"])) == ["7", "8", "9"]
-    assert "7 of 10" in used.note["text"]
+    assert sorted(set(used.images.table["label"])) == ["6", "7", "8", "9"]
+    assert "6 of 10" in used.note["text"]
     own = extractor.model.state_dict()
     assert all(torch.equal(value, own[name]) for name, value in read_state_dict(path).items())
     catalogue.table.loc[catalogue.table["label"] == "3", "split"] = "calibration"
     with pytest.raises(BadInput, match="calibration"):
         pick_labels(catalogue, str(path), EvidenceConfig(calibration_split="calibration"), lambda images: None)  # pyright: ignore
+
+
+@pytest.mark.parametrize(("sizes", "is_valid"), [([4, 4], False), ([4, 4, 4, 1], False), ([4] * 4, True)])
+def test_two_labels_are_enough_to_train_and_four_to_choose(sizes: list[int], is_valid: bool) -> None:
+    catalogue = catalogue_of({"train": sizes, "validation": [6] * 10})
+    used = picked(catalogue, embeddings_of(catalogue, {"train": 2.0, "validation": 2.0}))
+    assert used.is_valid is is_valid
+    assert len(used.images) == sum(sizes)
+    assert is_valid or "too few to choose" in used.note["text"]
+    with pytest.raises(BadInput, match="at least 2"):
+        picked(catalogue_of({"train": [4, 1, 1]}), embeddings_of(catalogue, {"train": 1.0, "validation": 1.0}))
