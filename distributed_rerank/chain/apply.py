@@ -99,7 +99,7 @@ def apply_by_probability(
     # [item, k]: for each candidate the distance by neighbours, mixed with its own probability, then sorted.
     distances = neighbour_distances(step, lists, probabilities, embeddings, everything, gallery)
     mixed = mix(distances, probabilities, original_weight=step.weight)
-    items, distances = reorder_stably(lists.items, mixed)
+    items, distances = reorder_stably(lists.items, mixed, step.pinned)
     return replace(lists, items=items, distances=distances)
 
 

@@ -76,7 +76,8 @@ class NeighbourhoodStep:
     """Two items are near where their neighbourhoods overlap; each neighbour counts with its probability of a match.
 
     (1 - weight) * Jaccard distance + weight * (1 - p) with p = sigmoid(intercept - slope * distance), with the distance
-    of the chain step before. kind: reciprocal neighbours, or directly the first k1.
+    of the chain step before. kind: reciprocal neighbours, or directly the first k1. The first `pinned` candidates stay
+    where they are: with 1, CMC@1 is that of the chain step before.
     """
 
     slope: float
@@ -85,6 +86,7 @@ class NeighbourhoodStep:
     k1: int = 20
     k2: int = 3
     weight: float = 0.3
+    pinned: int = 0
 
     def __post_init__(self) -> None:
         require(self.kind in get_args(Kind), f"kind={self.kind!r} is unknown; known are {get_args(Kind)}")
@@ -92,6 +94,7 @@ class NeighbourhoodStep:
         require(self.k1 >= 1, f"k1={self.k1} must be at least 1")
         require(1 <= self.k2 <= self.k1, f"k2={self.k2} must lie between 1 and k1={self.k1}")
         require(0 <= self.weight <= 1, f"weight={self.weight} must lie between 0 and 1")
+        require(self.pinned >= 0, f"pinned={self.pinned} must not be negative")
 
 
 @dataclass(frozen=True)
@@ -99,8 +102,8 @@ class QueryExpansionStep:
     """Alpha query expansion with database augmentation inside the lists, which keep their candidates.
 
     Every embedding becomes the normalised sum of itself and the first k of its list with weights p ** alpha; the new
-    distance is (1 - weight) * (distance of the expanded embeddings / its scale) + weight * (1 - p), with p as in
-    `NeighbourhoodStep`.
+    distance is (1 - weight) * (distance of the expanded embeddings / its scale) + weight * (1 - p), with p and `pinned`
+    as in `NeighbourhoodStep`.
     """
 
     slope: float
@@ -108,12 +111,14 @@ class QueryExpansionStep:
     k: int = 10
     alpha: float = 1.0
     weight: float = 0.5
+    pinned: int = 0
 
     def __post_init__(self) -> None:
         require(self.slope >= 0, f"slope={self.slope} is negative; a larger distance is no likelier match")
         require(self.k >= 1, f"k={self.k} must be at least 1")
         require(self.alpha >= 0, f"alpha={self.alpha} must not be negative")
         require(0 <= self.weight <= 1, f"weight={self.weight} must lie between 0 and 1")
+        require(self.pinned >= 0, f"pinned={self.pinned} must not be negative")
 
 
 @dataclass(frozen=True)

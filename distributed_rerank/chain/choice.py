@@ -9,7 +9,7 @@ no chain step at all it is the first stage, and the log says so.
 A chain step that needs the probability of a match has a curve fitted to labels. Its settings are measured twice: with
 the curve of either half of the labels, on all queries. So constants are chosen on one half and measured on the other
 with nothing in them that has seen it. Settings that share their costly part (a neighbourhood's overlap, expanded
-embeddings) and differ only in the weight of the probability are computed together.
+embeddings) and differ only in the weight of the probability and in pinned places are computed together.
 """
 
 import logging
@@ -49,6 +49,8 @@ SIZES = tuple(product((10, 20, 30), (1, 3, 6)))
 """(k1, k2) of the neighbourhoods tried."""
 ORIGINAL_WEIGHTS = (0.3, 0.5, 0.7)
 """Of the probability beside the overlap, or beside the expanded distance."""
+WEIGHTS_AND_PINNED = tuple(product(ORIGINAL_WEIGHTS, (0, 1)))
+"""With every weight as well: the first candidate stays where it is, so that CMC@1 cannot fall."""
 EXPANSIONS = tuple(product((5, 10, 20), (1.0, 2.0)))
 """(k, alpha) of the query expansions tried."""
 ACCEPT = 0.99
@@ -90,11 +92,12 @@ def choose(evidence: Evidence, seed: int = 0, accept: float = ACCEPT) -> Chain:
             continue
         pick = smallest_best_weight if name == "pairwise" else best
         table += [row(chain, values) for chain, values in zip(settings.chains, settings.values, strict=True)]
-        values = cross_fitted_values(settings, first_stage, is_first_half, pick)
+        # Settings that would lose CMC@1 against the chain so far are not chosen where others are there.
+        values = cross_fitted_values(settings, current, is_first_half, pick)
         decisions.append(judge(name, current.values, values, first_stage, labels, seed, accept))
         if decisions[-1]["taken"]:
             everyone = torch.ones_like(is_first_half)
-            current = try_chain(evidence, settings.chains[pick(settings.values, first_stage, everyone)])
+            current = try_chain(evidence, settings.chains[pick(settings.values, current, everyone)])
     log_choice(current, decisions)
     chosen_on = {
         "n_labels": len(labels.unique()),
@@ -175,16 +178,16 @@ def neighbour_settings(evidence: Evidence, before: Trial, is_first_half: Bool[Te
 
 
 def step_groups(longest: int, *, has_embeddings: bool) -> list[Sequence[ProbabilityStep]]:
-    """Chain steps without a curve yet; those of a group differ in their weight only."""
+    """Chain steps without a curve yet; those of a group differ in weight and pinned places only."""
     groups: list[Sequence[ProbabilityStep]] = [
-        [NeighbourhoodStep(0.0, 0.0, kind, k1, k2, weight) for weight in ORIGINAL_WEIGHTS]
+        [NeighbourhoodStep(0.0, 0.0, kind, k1, k2, weight, pinned) for weight, pinned in WEIGHTS_AND_PINNED]
         for kind in KINDS
         for k1, k2 in SIZES
         if k1 <= longest
     ]
     if has_embeddings:
         groups += [
-            [QueryExpansionStep(0.0, 0.0, k, alpha, weight) for weight in ORIGINAL_WEIGHTS]
+            [QueryExpansionStep(0.0, 0.0, k, alpha, weight, pinned) for weight, pinned in WEIGHTS_AND_PINNED]
             for k, alpha in EXPANSIONS
             if k <= longest
         ]
@@ -212,7 +215,7 @@ def group_values(
     values = []
     for step in group:
         mixed = mix(distances, probabilities[queries], original_weight=step.weight)
-        items, _ = reorder_stably(lists.items[queries], mixed)
+        items, _ = reorder_stably(lists.items[queries], mixed, step.pinned)
         values.append(evidence.measure(queries, items))
     return values
 

@@ -53,6 +53,20 @@ def test_seen_labels_quick_has_a_row_for_each_case(tmp_path: Path) -> None:
     assert len(rows) == 22
 
 
+def test_few_labels_quick_has_mean_worst_and_number_of_steps(tmp_path: Path) -> None:
+    rows = run_quick("few_labels.py", tmp_path)
+    assert rows["4 labels: worst draw"]["ours"] <= rows["4 labels: mean gain"]["ours"]
+    assert 0 <= rows["4 labels: draws with a step"]["ours"] <= 2
+
+
+def test_never_harm_quick_counts_catalogues_of_each_kind(tmp_path: Path) -> None:
+    rows = run_quick("never_harm.py", tmp_path)
+    assert len(rows) == 12
+    for kind in ("train labels shuffled", "all labels shuffled", "perfect first stage"):
+        assert 0 <= rows[f"{kind}: harmed"]["ours"] <= 100
+        assert rows[f"{kind}: worst"]["ours"] <= rows[f"{kind}: mean change"]["ours"]
+
+
 def test_compare_oml_quick_agrees_with_oml(tmp_path: Path) -> None:
     environment = os.environ.get("DISTRIBUTED_RERANK_OML_ENV")
     if not environment:

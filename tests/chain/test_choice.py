@@ -8,7 +8,7 @@ import torch
 from chain_evidence import N_LABELS, evidence
 from torch import Tensor
 
-from distributed_rerank.chain.chain import Chain, NeighbourhoodStep, QueryExpansionStep
+from distributed_rerank.chain.chain import Chain, NeighbourhoodStep, PairwiseStep, QueryExpansionStep
 from distributed_rerank.chain.choice import choose, fusion_figure, fusion_trials, judge, neighbour_settings, outcome
 from distributed_rerank.chain.evidence import Evidence, Trial, half_of_labels, try_chain
 from distributed_rerank.chain.probability import probabilities
@@ -82,6 +82,18 @@ def test_the_target_decides_what_is_maximised() -> None:
     assert torch.equal(values["cmc@1"]["objective"], values["both"]["cmc@1"])
     assert torch.equal(values["both"]["objective"], values["both"]["map@10"] + 2 * values["both"]["cmc@1"])
     assert torch.equal(values["mrr"]["objective"], values["mrr"]["mrr"])
+
+
+def test_a_pinned_step_keeps_the_first_place_of_the_step_before() -> None:
+    known = evidence(1.5, 2.0)
+    pairwise = PairwiseStep(30, "fuse", 0.0)
+    before = try_chain(known, Chain((pairwise,)))
+    pinned = try_chain(known, Chain((pairwise, NeighbourhoodStep(1.0, 0.0, weight=0.3, pinned=1))))
+    free = try_chain(known, Chain((pairwise, NeighbourhoodStep(1.0, 0.0, weight=0.3))))
+    assert torch.equal(pinned.values["cmc@1"], before.values["cmc@1"])
+    assert torch.equal(pinned.lists.items[:, 0], before.lists.items[:, 0])
+    assert not torch.equal(pinned.lists.items, before.lists.items)
+    assert not torch.equal(free.lists.items[:, 0], before.lists.items[:, 0])
 
 
 def test_choice_leaves_a_pairwise_model_of_noise_out() -> None:
