@@ -24,7 +24,11 @@ _RETRIES = {
     "retry_timeout": timedelta(seconds=30),
     "backoff": {"init_backoff": timedelta(milliseconds=100), "max_backoff": timedelta(seconds=5), "base": 2},
 }
-_CLIENT = {"connect_timeout": timedelta(seconds=10), "timeout": timedelta(seconds=60), "pool_max_idle_per_host": "64"}
+_CLIENT: Any = {
+    "connect_timeout": timedelta(seconds=10),
+    "timeout": timedelta(seconds=60),
+    "pool_max_idle_per_host": "64",
+}
 _BODY_ATTEMPTS = 5
 """A body that breaks off is asked for again; the client itself repeats requests without an answer only."""
 Tag = Mapping[str, Any]
@@ -164,7 +168,7 @@ def _store(scheme: str, host: str) -> Any:
         with _translated_region(host):
             options["region"] = resolve_s3_region(host)
     allow_http = bool(endpoint) and endpoint.startswith("http://")  # pyright: ignore[reportOptionalMemberAccess]
-    return S3Store(host, client_options={**_CLIENT, "allow_http": allow_http}, **_profile(), **options)
+    return S3Store(host, client_options=_CLIENT | {"allow_http": allow_http}, **_profile(), **options)
 
 
 @contextmanager

@@ -131,10 +131,15 @@ def test_submit_ends_as_the_job_does_and_attaches_to_a_known_id(
     (tmp_path / "code").mkdir()
     (tmp_path / "code" / "say.py").write_text("import sys\nprint('said', sys.argv[1])\nsys.exit(int(sys.argv[2]))\n")
 
-    def submit(submission_id: str, command: str, address: str = head.address) -> subprocess.Popen[str]:
+    def submit(
+        submission_id: str, command: str, address: str = head.address, env: str = "X=1"
+    ) -> subprocess.Popen[str]:
         given = ["--address", address, "--submission-id", submission_id, "--working-dir", tmp_path / "code"]
+        given += ["--env", env]
         return start_job("submit", *given, "--", *shlex.split(command), **head.environment)
 
+    flaky = "bash -c 'test -e $MARK && exit 0; touch $MARK; exit 75'"
+    crash = submit("crash", flaky, env=f"MARK={tmp_path}/mark")
     good, bad = submit("good", "python say.py 'two words' 0"), submit("bad", "python say.py no 3")
     stopped = submit("stopped", "python -c 'import time; print(1, flush=True); time.sleep(500)'")
     wait_until_running(head, "stopped")
@@ -143,6 +148,13 @@ def test_submit_ends_as_the_job_does_and_attaches_to_a_known_id(
     assert [process.returncode for process in (good, bad, stopped)] == [0, 3, 130], outputs
     assert "said two words" in outputs[0][0]
 
+    said = crash.communicate(timeout=300)
+    assert crash.returncode == 75, said
+    for _ in range(2):  # the third start attaches to the second, which has succeeded
+        crash = submit("crash", flaky, env=f"MARK={tmp_path}/mark")
+        said = crash.communicate(timeout=300)
+        assert crash.returncode == 0, said
+    assert "crash.2 is known to the cluster (SUCCEEDED): attached" in said[1]
     again, other = submit("bad", "python say.py no 3"), submit("bad", "python say.py yes 0")
     absent = submit("x", "true", "http://127.0.0.1:9")
     outputs = [process.communicate(timeout=300) for process in (again, other, absent)]
