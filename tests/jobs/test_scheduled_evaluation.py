@@ -87,7 +87,8 @@ def test_baseline_of_a_smaller_catalogue_is_compared_on_the_common_queries(
     lists = write_lists(tmp_path / "lists.csv", tmp_path / "other" / "df.csv")
     other = arguments(tmp_path / "other" / "df.csv", tmp_path, "1", "--candidates", lists)
     assert run_job("scheduled_evaluation", *other).code == 0
-    given = arguments(catalogue_path, tmp_path, "2", "--candidates", lists, "--baseline", tmp_path / "runs" / "1")
+    whole = write_lists(tmp_path / "whole.csv", catalogue_path)
+    given = arguments(catalogue_path, tmp_path, "2", "--candidates", whole, "--baseline", tmp_path / "runs" / "1")
     outcome = run_job("scheduled_evaluation", *given)
     assert outcome.code == 0, outcome.errors
     verdict = json.loads((tmp_path / "runs" / "2" / "verdict.json").read_text())
