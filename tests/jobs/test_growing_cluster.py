@@ -20,6 +20,7 @@ from job_files import descendants, kill_by_pid
 from distributed_rerank.cluster.growth import wanted_bundles
 from distributed_rerank.config.cluster import ClusterConfig
 
+HEAD = "f" * 51 + "00000"
 ROOT = Path(__file__).resolve().parents[2]
 GPU, CPU = {"CPU": 2.0, "GPU": 1.0}, {"CPU": 1.0}
 
@@ -61,7 +62,7 @@ def cluster() -> Iterator[dict[str, str]]:
             "launch_multiple": True,
             "disable_node_updaters": True,
             "disable_launch_config_check": True,
-            "head_node_id": "f" * 51 + "00000",
+            "head_node_id": HEAD,
             "gcs_address": f"127.0.0.1:{port}",
         },
         "available_node_types": {
@@ -83,7 +84,8 @@ def cluster() -> Iterator[dict[str, str]]:
     (folder / "cluster.json").write_text(json.dumps(config))
     own = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32), "RAY_USAGE_STATS_ENABLED": "0"}
     own |= {"RAY_FAKE_CLUSTER": "1", "RAY_enable_autoscaler_v2": "1", "AUTOSCALER_UPDATE_INTERVAL_S": "1"}
-    own |= {"RAY_OVERRIDE_NODE_ID_FOR_TESTING": "f" * 51 + "00000"}
+    own |= dict.fromkeys(("RAY_CLOUD_INSTANCE_ID", "RAY_OVERRIDE_NODE_ID_FOR_TESTING"), HEAD)
+    own |= {"RAY_NODE_TYPE_NAME": "ray.head.default"}
     base = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--num-cpus=0"]
     command += ["--node-ip-address=127.0.0.1"]
