@@ -55,7 +55,13 @@ def submit(client: JobSubmissionClient, job: SubmitJob) -> str:
     runtime_env: dict[str, Any] = {"env_vars": variables}
     if job.working_dir:
         runtime_env["working_dir"] = job.working_dir
-    client.submit_job(entrypoint=entrypoint, submission_id=name, runtime_env=runtime_env)
+    client.submit_job(
+        entrypoint=entrypoint,
+        submission_id=name,
+        runtime_env=runtime_env,
+        entrypoint_num_cpus=job.driver_cpus,
+        entrypoint_num_gpus=job.driver_gpus,
+    )
     return name
 
 

@@ -227,6 +227,10 @@ class SubmitJob:
     """Address of the cluster's dashboard."""
     working_dir: str | None = None
     """Folder to upload and to run in, without what .gitignore and .rayignore name. Default: the cluster's own."""
+    driver_cpus: float | None = None
+    """Run the command itself on a worker, with so many CPUs. Default: on the head, without any."""
+    driver_gpus: float | None = None
+    """Run the command itself on a worker, with so many GPUs: for `--num-workers 0`, which computes in that process."""
     env: tuple[str, ...] = ()
     """Environment variables of the job, as NAME=VALUE. Everybody who sees the dashboard sees them: no secrets."""
 

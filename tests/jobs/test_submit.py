@@ -66,7 +66,7 @@ def test_submit_ends_as_the_job_does_and_attaches_to_a_known_id(
         submission_id: str, command: str, address: str = head.address, env: str = "X=1"
     ) -> subprocess.Popen[str]:
         given = ["--address", address, "--submission-id", submission_id, "--working-dir", tmp_path / "code"]
-        given += ["--env", env]
+        given += ["--env", env, "--driver-cpus", 1]
         return start_job("submit", *given, "--", *shlex.split(command), **head.environment)
 
     flaky = "bash -c 'test -e $MARK && exit 0; touch $MARK; exit 75'"
