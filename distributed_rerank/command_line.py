@@ -87,6 +87,7 @@ def run(words: Sequence[str]) -> int | None:
     job = parse(name, argv)
     with importlib.import_module("distributed_rerank.jobs.storage").local_job(job) as job:
         inputs = importlib.import_module("distributed_rerank.jobs.inputs").read_inputs(job)
+        importlib.import_module("distributed_rerank.jobs.plan").tell(job, inputs)
         return importlib.import_module(f"distributed_rerank.jobs.{name.replace('-', '_')}").main(job, *inputs)
 
 

@@ -11,7 +11,6 @@ import shutil
 import signal
 import tempfile
 import threading
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -21,9 +20,9 @@ from typing import Any
 
 import ray
 from ray._private import services
-from ray.autoscaler.sdk import request_resources
 from ray.exceptions import AuthenticationError
 
+from distributed_rerank.cluster.growth import room
 from distributed_rerank.cluster.quiet import quieten
 from distributed_rerank.config.cluster import ClusterConfig
 from distributed_rerank.data import locks
@@ -72,8 +71,8 @@ def connect(config: ClusterConfig | None = None) -> Iterator[Session]:
             is_local = os.environ.get("RAY_ADDRESS", "local") == "local"
             stack.enter_context(_start_local(config) if is_local else _attach())
         stack.enter_context(_interrupt_on_sigterm())
-        if config.wait_s > 0 and not is_local:
-            _wait_for_nodes(config)
+        if not is_local:
+            stack.enter_context(room(config))
         session = make_session(config, ray.cluster_resources(), cores=_cores() if is_local else None)
         logger.info("Ray: %d workers, %s", session.num_workers, "one GPU each" if session.use_gpu else "CPU")
         yield session
@@ -214,19 +213,6 @@ def _interrupt_on_sigterm() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
-
-
-def _wait_for_nodes(config: ClusterConfig) -> None:
-    """Ask the autoscaler for the workers' resources and wait until they are there, or `wait_s` is over."""
-    bundle = {"CPU": config.cpus_per_worker} | ({"GPU": 1} if config.use_gpu else {})
-    wanted = [bundle] * (config.num_workers or 1)
-    request_resources(bundles=wanted)
-    deadline = time.monotonic() + config.wait_s
-    while time.monotonic() < deadline:
-        resources = ray.cluster_resources()
-        if all(resources.get(name, 0) >= amount * len(wanted) for name, amount in bundle.items()):
-            return
-        time.sleep(1.0)
 
 
 def _cores() -> int:

@@ -1,10 +1,12 @@
 """Submit a command to a Ray cluster, show its log, tell how it ended."""
 
 import asyncio
+import itertools
 import logging
 import shlex
 import sys
 import time
+from typing import Any
 
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
@@ -12,6 +14,8 @@ from distributed_rerank.config.jobs import SubmitJob
 from distributed_rerank.errors import BadInput
 
 logger = logging.getLogger(__name__)
+
+EXIT_REGRESSION = 3
 
 
 def main(job: SubmitJob) -> int:
@@ -22,22 +26,50 @@ def main(job: SubmitJob) -> int:
         client = JobSubmissionClient(job.address)
     except ConnectionError:
         raise BadInput(f"--address {job.address} does not answer; start the cluster or its tunnel") from None
-    submit(client, job)
-    asyncio.run(show_log(client, job.submission_id))
-    return exit_code(wait(client, job.submission_id))
+    submission_id = submit(client, job)
+    asyncio.run(show_log(client, submission_id))
+    return exit_code(wait(client, submission_id))
 
 
-def submit(client: JobSubmissionClient, job: SubmitJob) -> None:
-    """Submit the command, unless a job of this id runs it already. Raises BadInput where that job is another one."""
+def submit(client: JobSubmissionClient, job: SubmitJob) -> str:
+    """Submit the command unless a job of this id runs it or has answered; returns the id on the cluster.
+
+    A job that crashed or was stopped is submitted again, under the id with the next number. Raises BadInput where the
+    id runs another command.
+    """
     entrypoint = shlex.join(job.command)
-    known = {job.submission_id: job for job in client.list_jobs()}.get(job.submission_id)
-    if known is None:
-        runtime_env = {"working_dir": job.working_dir} if job.working_dir else {}
-        client.submit_job(entrypoint=entrypoint, submission_id=job.submission_id, runtime_env=runtime_env)
-    elif known.entrypoint != entrypoint:
-        raise BadInput(f"--submission-id {job.submission_id} runs {known.entrypoint!r}; give another id")
-    else:
-        logger.info("%s is known to the cluster (%s): attached", job.submission_id, known.status.value)
+    jobs = {known.submission_id: known for known in client.list_jobs()}
+    names = itertools.chain([job.submission_id], (f"{job.submission_id}.{number}" for number in itertools.count(2)))
+    attempts = list(itertools.takewhile(lambda name: name in jobs, names))
+    for known in [jobs[name] for name in attempts]:
+        if known.entrypoint != entrypoint:
+            raise BadInput(f"--submission-id {job.submission_id} runs {known.entrypoint!r}; give another id")
+    if attempts and _is_answer(jobs[attempts[-1]]):
+        logger.info("%s is known to the cluster (%s): attached", attempts[-1], jobs[attempts[-1]].status.value)
+        return attempts[-1]
+    name = f"{job.submission_id}.{len(attempts) + 1}" if attempts else job.submission_id
+    if attempts:
+        logger.info("%s ended without an answer (%s): started again", attempts[-1], jobs[attempts[-1]].status.value)
+    # A job that is stopped gets a minute to copy its unfinished work to its bucket; Ray's default is 3 s.
+    variables = {"RAY_JOB_STOP_WAIT_TIME_S": "60", **dict(word.split("=", 1) for word in job.env)}
+    runtime_env: dict[str, Any] = {"env_vars": variables}
+    if job.working_dir:
+        runtime_env["working_dir"] = job.working_dir
+    client.submit_job(
+        entrypoint=entrypoint,
+        submission_id=name,
+        runtime_env=runtime_env,
+        entrypoint_num_cpus=job.driver_cpus,
+        entrypoint_num_gpus=job.driver_gpus,
+    )
+    return name
+
+
+def _is_answer(known: JobDetails) -> bool:
+    """Whether the job still works or has said what there is to say: success, or a regression."""
+    if not known.status.is_terminal() or known.status == JobStatus.SUCCEEDED:
+        return True
+    return known.status == JobStatus.FAILED and known.driver_exit_code == EXIT_REGRESSION
 
 
 async def show_log(client: JobSubmissionClient, submission_id: str) -> None:

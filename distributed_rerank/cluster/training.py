@@ -7,6 +7,7 @@ the fingerprint.
 
 import functools
 import os
+import secrets
 import socket
 import tempfile
 from collections.abc import Callable
@@ -21,6 +22,7 @@ from ray.train import Checkpoint, CheckpointConfig, FailureConfig, LoggingConfig
 from ray.train.collective import broadcast_from_rank_zero
 from ray.train.torch import get_device
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from torch import Tensor
 
 from distributed_rerank.cluster.session import Session
@@ -101,13 +103,14 @@ def report(worker: TrainingWorker, state: State, figures: dict[str, float]) -> N
 def fit(task: TrainingTask, folder: Path, *, session: Session, retry: RetryConfig | None = None) -> State:
     """Trains on the session's workers and returns the last state; goes on from the last epoch in `folder`.
 
-    `folder` must be one that all workers reach. Raises BadInput as `train_all` does, and Ray's TrainingFailedError when
-    the workers failed too often or could not be had.
+    `folder` must be one that all workers reach. Raises BadInput as `train_all` and `require_shared` do, and Ray's
+    TrainingFailedError when the workers failed too often or could not be had.
     """
     retry = retry or RetryConfig()
     # Reports wait until the controller looks again, by default after 2 s: longer than an epoch on cached encodings.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.1")
     folder = folder.absolute()
+    require_shared(folder)
     trainer = Trainer(
         # Bound to the function and not `train_loop_config`, which the controller reads, importing all that is in it.
         functools.partial(train_worker, task, folder, timedelta(seconds=retry.timeout_s)),
@@ -134,6 +137,31 @@ def fit(task: TrainingTask, folder: Path, *, session: Session, retry: RetryConfi
     assert result.checkpoint is not None, "a finished training has a checkpoint"
     with result.checkpoint.as_directory() as last:
         return read_state(Path(last) / STATE)
+
+
+def require_shared(folder: Path) -> None:
+    """Raises BadInput for a folder that a node with CPUs does not see; it names the node."""
+    folder.mkdir(parents=True, exist_ok=True)
+    marker = folder / f".seen-{secrets.token_hex(8)}"
+    marker.touch()
+    try:
+        nodes = [node for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU")]
+        is_there: Any = ray.remote(num_cpus=0)(Path.is_file)
+        answers = [
+            is_there.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)).remote(
+                marker
+            )
+            for node in nodes
+        ]
+        unseen = [node["NodeManagerAddress"] for node, seen in zip(nodes, ray.get(answers), strict=True) if not seen]
+    finally:
+        marker.unlink()
+    if unseen:
+        raise BadInput(
+            f"{folder} is not seen by node {unseen[0]}, and training on several nodes needs a folder that all of them "
+            "mount; give one as --out (for a URI as --scratch), or train on one machine: submit --driver-gpus 1 ... "
+            "--num-workers 0"
+        )
 
 
 def fit_on(session: Callable[[], Session], retry: RetryConfig) -> Fit:

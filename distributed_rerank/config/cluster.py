@@ -11,7 +11,8 @@ class ClusterConfig:
     """Which part of the cluster a job may use."""
 
     num_workers: int | None = None
-    """Ray workers; 0 = no Ray, all in this process. Default: one for each GPU, or for each CPU core without GPUs."""
+    """Ray workers; 0 = no Ray, all in this process. Default: one for each GPU, or for each CPU core without GPUs;
+    a cluster without any yet is asked for the first."""
     cpus_per_worker: int = 1
     """CPUs reserved for each worker."""
     use_gpu: bool | None = None
@@ -20,8 +21,8 @@ class ClusterConfig:
     """Shared memory in GB of a Ray started here. Default: 30 % of the machine's memory."""
     scratch: Path = Path("~/.cache/distributed_rerank")
     """Folder on this machine for copies of what is read from buckets, and for results on their way there."""
-    wait_s: float = 0.0
-    """Seconds to wait for an autoscaling cluster to start the nodes that the workers need."""
+    wait_s: float | None = None
+    """Seconds to wait for a cluster that can grow to start the nodes that the workers need. Default: 900."""
 
     def __post_init__(self) -> None:
         if self.num_workers is not None and self.num_workers < 0:
@@ -30,7 +31,7 @@ class ClusterConfig:
             raise BadInput(f"cpus_per_worker={self.cpus_per_worker}: give 1 or more")
         if self.object_store_gb is not None and self.object_store_gb < 0.1:
             raise BadInput(f"object_store_gb={self.object_store_gb} is too small for image blocks; give 0.1 or more")
-        if self.wait_s < 0:
+        if self.wait_s is not None and self.wait_s < 0:
             raise BadInput(f"wait_s={self.wait_s} is negative; give 0 or more seconds")
 
 

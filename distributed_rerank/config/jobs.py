@@ -1,5 +1,6 @@
 """The command line of each job: its manual and the configs that it is made of."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +16,7 @@ from distributed_rerank.config.pairwise import PairwiseConfig, PairwiseName, Tok
 from distributed_rerank.config.schedule import ScheduleConfig
 from distributed_rerank.config.training import EvidenceConfig, TrainingConfig
 from distributed_rerank.config.work import WorkConfig
+from distributed_rerank.errors import BadInput
 
 TrackingService = Literal["mlflow", "wandb"]
 
@@ -219,20 +221,32 @@ class SubmitJob:
             --working-dir . -- python jobs/scheduled_evaluation.py --catalogue s3://bucket/df.csv ...
 
     `ray job submit` ends with 0 for a job that was stopped and with 1 for any failure. This ends with 0 where the job
-    succeeded, with the job's own exit code where it failed (2 bad input, 3 regression), with 130 where it was stopped.
-    A submission id that the cluster knows is not submitted again: its log is shown and its exit code returned, so a
-    timer that fires twice does the work once. Interrupting this command does not stop the job. A token is taken from
-    the environment as Ray does: RAY_AUTH_MODE=token and RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token.
+    succeeded, with the job's own exit code where it failed (2 bad input, 3 regression, 75 outage), with 130 where it
+    was stopped. An id that runs, succeeded or found a regression is not submitted again: its log is shown and its exit
+    code returned, so a timer that fires twice does the work once. One that crashed or was stopped is, as ID.2, ID.3 and
+    so on, and continues. Interrupting this command does not stop the job. A token is taken from the environment as Ray
+    does: RAY_AUTH_MODE=token and RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token.
     """
 
     command: Positional[tuple[str, ...]]
     """What to run on the cluster, after `--`."""
     submission_id: str
-    """Unique on the cluster; the same id again attaches to the job that has it."""
+    """Unique on the cluster; the same id again attaches to the job that has it, or starts it again if it crashed."""
     address: str = "http://127.0.0.1:8265"
     """Address of the cluster's dashboard."""
     working_dir: str | None = None
     """Folder to upload and to run in, without what .gitignore and .rayignore name. Default: the cluster's own."""
+    driver_cpus: float | None = None
+    """Run the command itself on a worker, with so many CPUs. Default: on the head, without any."""
+    driver_gpus: float | None = None
+    """Run the command itself on a worker, with so many GPUs: for `--num-workers 0`, which computes in that process."""
+    env: tuple[str, ...] = ()
+    """Environment variables of the job, as NAME=VALUE. Everybody who sees the dashboard sees them: no secrets."""
+
+    def __post_init__(self) -> None:
+        for word in self.env:
+            if not re.fullmatch(r"[A-Za-z_]\w*=.*", word, re.DOTALL):
+                raise BadInput(f"--env {word} must have the form NAME=VALUE")
 
 
 @dataclass(frozen=True, kw_only=True)

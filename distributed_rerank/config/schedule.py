@@ -1,5 +1,6 @@
 """Which scheduled run this is, and when a loss counts as a regression."""
 
+import os
 import re
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -19,7 +20,15 @@ class ScheduleConfig:
     run_id: str = field(default_factory=lambda: datetime.now(UTC).date().isoformat())
     """Name of this run. Default: today's date (UTC)."""
     baseline: Path | None = None
-    """Evaluation folder that every run is compared with, beside the previous run."""
+    """Evaluation folder that every run is compared with, beside the last run without a regression."""
+    accept_baseline: bool = False
+    """Accept this run's result as it is: from now on runs are compared with it, in place of --baseline too. Until then
+    a regression fails every night. Give it with the --run-id of a finished run, or with a new run."""
+    webhook: str | None = field(default_factory=lambda: os.environ.get("DISTRIBUTED_RERANK_WEBHOOK"))
+    """URL that gets a POST of JSON with a `text` when a run regressed or failed.
+    Default: $DISTRIBUTED_RERANK_WEBHOOK."""
+    metrics_file: Path | None = None
+    """File ending in .prom that gets the last verdict and figures as Prometheus gauges, for a textfile collector."""
     metric: str = "map@10"
     """The metric that decides."""
     tolerance: float = 0.005

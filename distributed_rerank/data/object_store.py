@@ -168,8 +168,7 @@ def _store(scheme: str, host: str) -> Any:
         with _translated_region(host):
             options["region"] = resolve_s3_region(host)
     allow_http = bool(endpoint) and endpoint.startswith("http://")  # pyright: ignore[reportOptionalMemberAccess]
-    client: Any = {**_CLIENT, "allow_http": allow_http}
-    return S3Store(host, client_options=client, **_profile(), **options)
+    return S3Store(host, client_options=_CLIENT | {"allow_http": allow_http}, **_profile(), **options)
 
 
 @contextmanager

@@ -1,11 +1,13 @@
 """Evaluate under a run id, append to the history, compare with the baseline and the run before."""
 
 import logging
+from typing import Any
 
 from distributed_rerank.config.jobs import ScheduledEvaluationJob
 from distributed_rerank.data.catalogue import Catalogue
 from distributed_rerank.evaluation.run import evaluate
 from distributed_rerank.jobs.connection import executors_for
+from distributed_rerank.monitoring.alerts import told
 from distributed_rerank.monitoring.scheduled_run import check, conclude
 from distributed_rerank.report.console import table_in_text
 from distributed_rerank.reranking.run import load_model_and_chain
@@ -15,6 +17,13 @@ logger = logging.getLogger(__name__)
 
 def main(job: ScheduledEvaluationJob, catalogue: Catalogue, train: Catalogue | None = None) -> int:
     """Evaluate into the run's folder; returns 3 for a regression, else 0."""
+    figures: dict[str, Any] = {"exit_code": 1}
+    with told(job.schedule, figures):
+        return _run(job, catalogue, train, figures)
+
+
+def _run(job: ScheduledEvaluationJob, catalogue: Catalogue, train: Catalogue | None, figures: dict[str, Any]) -> int:
+    """Evaluate, compare and record; `figures` gets what is told to other programs."""
     schedule = job.schedule
     check(schedule, catalogue, job.measure.ks)
     model, chain = load_model_and_chain(job.reranker)
@@ -32,4 +41,13 @@ def main(job: ScheduledEvaluationJob, catalogue: Catalogue, train: Catalogue | N
         )
     logger.info("metrics\n%s", table_in_text(metrics))
     logger.info("report: %s", schedule.folder / "report.html")
-    return conclude(schedule, seed=job.measure.resampling_seed).exit_code
+    outcome = conclude(schedule, seed=job.measure.resampling_seed)
+    figures.update(
+        exit_code=outcome.exit_code,
+        reason=outcome.reason,
+        metrics=metrics.get("reranked") or metrics["first_stage"],
+        changes=outcome.changes,
+        n_queries=metrics["n_queries"],
+        n_rejected=metrics["n_rejected"],
+    )
+    return outcome.exit_code

@@ -4,6 +4,7 @@ Inputs are fetched before the job; what it writes is published after it. The job
 """
 
 import dataclasses
+import logging
 import os
 import re
 from collections.abc import Callable, Iterator
@@ -14,6 +15,8 @@ from typing import Any
 from distributed_rerank.config.cluster import ClusterConfig
 from distributed_rerank.config.schedule import ScheduleConfig
 from distributed_rerank.errors import BadInput, Outage
+
+logger = logging.getLogger(__name__)
 
 INPUTS = ("candidates", "baseline", "model", "teacher", "chain", "weights", "pairwise_weights")
 FOLDERS = ("out", "embeddings")
@@ -105,11 +108,11 @@ class _Places:
         # The run's folder is published first, and the row that names it after that.
         remote = stack.enter_context(RemoteHistory(history, local.history))
         stack.enter_context(RemoteFolder(f"{runs}/{schedule.run_id}", local.folder))
-        for run_id in {remote.last_run()} - {None, schedule.run_id}:
+        for run_id in remote.references(schedule.run_id):
             try:
-                fetch(f"{runs}/{run_id}", local.runs / str(run_id))
+                fetch(f"{runs}/{run_id}", local.runs / run_id)
             except BadInput as error:
-                remote.say_missing(str(error))
+                logger.warning("%s", error)  # the verdict says that the run is gone
         if schedule.baseline is not None and uri_of(schedule.baseline):
             baseline = uri_of(schedule.baseline)
             local = dataclasses.replace(local, baseline=fetch(str(baseline), self.place(str(baseline))))

@@ -21,6 +21,10 @@ from distributed_rerank.tensors.metrics import means
 NO_CATEGORY = "(none)"
 
 
+class NothingInCommon(BadInput):
+    """Two runs that measured no query in common."""
+
+
 @dataclass(frozen=True)
 class Comparison:
     """`summary` is plain JSON; `changes` has label, category and the metrics' differences of every shared query."""
@@ -29,21 +33,27 @@ class Comparison:
     changes: pd.DataFrame
 
 
-def compare_runs(baseline: Path, run: Path, *, seed: int = 0, n_resamples: int = 2000) -> Comparison:
+def compare_runs(
+    baseline: Path, run: Path, *, seed: int = 0, n_resamples: int = 2000, other_catalogue: bool = False
+) -> Comparison:
     """How the final ranking of the evaluation folder `run` differs from that of `baseline`, paired by query.
 
     Differences are run - baseline of the metrics that both have, over the queries that both measured and within each
     category; intervals and p-values are clustered by label (`statistics.compare`). Queries that only one side measured
     are left out and counted. Raises BadInput for folders that are no evaluations and, naming both digests, for runs of
-    different catalogues.
+    different catalogues. With `other_catalogue` these are compared as well, over the queries that have one id and one
+    label in both; the gallery may have changed under them.
     """
     prints = [_fingerprint(folder) for folder in (baseline, run)]
-    require_same_catalogue(str(baseline), prints[0]["catalogue"], str(run), prints[1]["catalogue"])
+    if not other_catalogue:
+        require_same_catalogue(str(baseline), prints[0]["catalogue"], str(run), prints[1]["catalogue"])
     sides = [_final_values(folder) for folder in (baseline, run)]
-    shared = sides[0].index.intersection(sides[1].index).sort_values()
+    both = sides[0].index.intersection(sides[1].index).sort_values()
+    is_same_label = (sides[0].loc[both, "label"].astype(str) == sides[1].loc[both, "label"].astype(str)).to_numpy()
+    shared = both[is_same_label]
     metrics = [key for key in sides[0] if key in sides[1] and key not in ("label", "category")]
     if shared.empty:
-        raise BadInput(f"{baseline} and {run} measured no query in common; compare runs of the same split")
+        raise NothingInCommon(f"{baseline} and {run} measured no query in common; compare runs of the same split")
     before, after = (side.loc[shared] for side in sides)
     labels = torch.from_numpy(np.unique(before["label"].astype(str), return_inverse=True)[1].astype(np.int64))
     categories = before["category"].fillna(NO_CATEGORY).astype(str).reset_index(drop=True)
@@ -61,14 +71,34 @@ def compare_runs(baseline: Path, run: Path, *, seed: int = 0, n_resamples: int =
         }
 
     summary = {
-        "catalogue": prints[0]["catalogue"],
+        "catalogue": prints[1]["catalogue"],
+        "catalogue_of_baseline": prints[0]["catalogue"],
+        "n_relabelled": len(both) - len(shared),
         "models": {"baseline": prints[0].get("model"), "run": prints[1].get("model")},
-        "n_only_in_baseline": len(sides[0]) - len(shared),
-        "n_only_in_run": len(sides[1]) - len(shared),
+        "n_only_in_baseline": len(sides[0]) - len(both),
+        "n_only_in_run": len(sides[1]) - len(both),
         **within(np.arange(len(shared))),
         "categories": {name: within(rows) for name, rows in groups.items()},
     }
     return Comparison(summary, before[["label", "category"]].join(after[metrics] - before[metrics]))
+
+
+def catalogue_change(summary: Mapping[str, Any]) -> str:
+    """What is to be known of a comparison of two catalogues, in words; "" where they are the same."""
+    old, new = summary["catalogue_of_baseline"][:16], summary["catalogue"][:16]
+    if old == new:
+        return ""
+    counts = [
+        f"{count_of(summary[key])} {what}"
+        for key, what in (
+            ("n_only_in_run", "new"),
+            ("n_only_in_baseline", "gone"),
+            ("n_relabelled", "with another label"),
+        )
+        if summary[key]
+    ]
+    others = f", queries left out: {', '.join(counts)}" if counts else ""
+    return f"the catalogue changed from {old} to {new}: {count_of(summary['n_queries'])} common queries{others}"
 
 
 def catalogue_of(folder: Path) -> str:

@@ -16,6 +16,8 @@ from distributed_rerank.data import locks
 from distributed_rerank.data.files import atomic_path
 from distributed_rerank.errors import BadInput
 
+ACCEPTED = "accepted"
+"""The verdict of a run whose result somebody accepted, whatever it lost."""
 COLUMNS = pa.schema(
     {
         "run_id": pa.string(),
@@ -59,15 +61,40 @@ def append(path: Path, row: Mapping[str, Any], metrics: Mapping[str, float]) -> 
             pq.write_table(whole, temporary)
 
 
+def accept(path: Path, run_id: str) -> None:
+    """Change a run's regression to `accepted`, exit code 0."""
+    with locks.wait_for(path.with_name(f".{path.name}.lock")):
+        table = _read(path)
+        rows = [
+            row | {"verdict": ACCEPTED, "exit_code": 0, "reason": f"{row['reason']}; accepted by --accept-baseline"}
+            if row["run_id"] == run_id and row["verdict"] != ACCEPTED
+            else row
+            for row in table.to_pylist()
+        ]
+        with atomic_path(path) as temporary:
+            pq.write_table(pa.Table.from_pylist(rows, table.schema), temporary)
+
+
+def references(history: pd.DataFrame, run_id: str) -> tuple[str | None, str | None]:
+    """The runs that `run_id` is compared with: the last before it without a regression, and the last accepted one."""
+    ids = history["run_id"].tolist()
+    before = history.head(ids.index(run_id)) if run_id in ids else history
+    good, accepted = before[before["exit_code"] == 0], before[before["verdict"] == ACCEPTED]
+    last = [str(rows["run_id"].tolist()[-1]) if len(rows) else None for rows in (good, accepted)]
+    return last[0], last[1]
+
+
 def merge(path: Path, other: bytes) -> None:
-    """Add the rows of another copy of the history, the file `other`, whose run ids `path` lacks."""
+    """Add what another copy of the history, the file `other`, has beyond `path`: runs, and runs that were accepted."""
     theirs = pq.ParquetFile(pa.BufferReader(other)).read()
     whole = theirs
     if path.exists():
         own = _read(path)
-        known = set(own["run_id"].to_pylist())
-        new = theirs.filter(pa.array([run_id not in known for run_id in theirs["run_id"].to_pylist()], pa.bool_()))
-        whole = pa.concat_tables([own, new], promote_options="default").combine_chunks()
+        rows = {row["run_id"]: row for row in own.to_pylist()}
+        news = {row["run_id"]: row for row in theirs.to_pylist()}
+        rows |= {run_id: row for run_id, row in news.items() if run_id not in rows or row["verdict"] == ACCEPTED}
+        schema = pa.unify_schemas([own.schema, theirs.schema])
+        whole = pa.Table.from_pylist(list(rows.values()), schema)
     with atomic_path(path) as temporary:
         pq.write_table(whole, temporary)
 

@@ -8,7 +8,7 @@ from distributed_rerank.data import object_store
 from distributed_rerank.data.files import write_bytes
 from distributed_rerank.data.object_store import Conflict, Tag
 from distributed_rerank.errors import Outage
-from distributed_rerank.monitoring.history import merge, read_history
+from distributed_rerank.monitoring.history import merge, read_history, references
 
 logger = logging.getLogger(__name__)
 
@@ -31,14 +31,9 @@ class RemoteHistory:
         if error is None and self._path.is_file():
             self._write_back()
 
-    def last_run(self) -> str | None:
-        """The id of the run in the last row."""
-        table = read_history(self._path)
-        return None if table.empty else str(table["run_id"].iloc[-1])
-
-    def say_missing(self, reason: str) -> None:
-        """Log why an earlier run cannot be compared with; the verdict says so as well."""
-        logger.warning("%s", reason)
+    def references(self, run_id: str) -> set[str]:
+        """The ids of the earlier runs that `run_id` is compared with."""
+        return {name for name in references(read_history(self._path), run_id) if name is not None}
 
     def _fetch(self) -> tuple[bytes | None, Tag | None]:
         self._path.parent.mkdir(parents=True, exist_ok=True)

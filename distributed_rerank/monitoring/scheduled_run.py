@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,11 +11,11 @@ import pandas as pd
 import torch
 
 from distributed_rerank.config.schedule import ScheduleConfig
-from distributed_rerank.data import artifacts
+from distributed_rerank.data import artifacts, tables
 from distributed_rerank.data.catalogue import Catalogue
 from distributed_rerank.errors import BadInput
-from distributed_rerank.monitoring.comparison import catalogue_of, compare_runs, require_same_catalogue
-from distributed_rerank.monitoring.history import append, read_history
+from distributed_rerank.monitoring.comparison import NothingInCommon, catalogue_change, catalogue_of, compare_runs
+from distributed_rerank.monitoring.history import accept, append, read_history, references
 from distributed_rerank.monitoring.regression import describe, is_regression
 from distributed_rerank.monitoring.trend import write_page, write_trend
 from distributed_rerank.tensors import metrics
@@ -32,6 +32,8 @@ class Outcome:
     exit_code: int
     verdict: str
     reason: str
+    changes: Mapping[str, float | None]
+    """Of the metric that decides, against `baseline` and `previous`."""
 
 
 def check(config: ScheduleConfig, catalogue: Catalogue, ks: Sequence[int]) -> None:
@@ -40,9 +42,12 @@ def check(config: ScheduleConfig, catalogue: Catalogue, ks: Sequence[int]) -> No
     if config.metric not in known:
         raise BadInput(f"--metric {config.metric} is not measured; choose one of {', '.join(known)}")
     read_history(config.history)
-    if config.baseline is not None:
-        digest = catalogue_of(config.baseline)
-        require_same_catalogue(f"--baseline {config.baseline}", digest, "this run", catalogue.digest())
+    if config.baseline is not None and catalogue_of(config.baseline) != catalogue.digest():
+        known_ids = set(tables.read_table(config.baseline, "per_query")["query_id"].to_pylist())
+        if known_ids.isdisjoint(catalogue.ids[catalogue.query_items]):
+            raise BadInput(
+                f"--baseline {config.baseline} has no query in common with this catalogue; choose another baseline"
+            )
 
 
 def conclude(config: ScheduleConfig, *, seed: int = 0) -> Outcome:
@@ -56,13 +61,17 @@ def conclude(config: ScheduleConfig, *, seed: int = 0) -> Outcome:
     is_done = config.run_id in set(history["run_id"])
     if not is_done:
         _record(config, history, seed)
-        history = read_history(config.history)
+    if config.accept_baseline:
+        accept(config.history, config.run_id)
+    history = read_history(config.history)
     position = history["run_id"].tolist().index(config.run_id)
     row = history.iloc[position]
     metric = str(row["metric"])
     write_trend(config.folder, history.head(position + 1), metric)
     write_page(config.history.with_suffix(".html"), history, metric, config.runs)
-    outcome = Outcome(int(row["exit_code"]), str(row["verdict"]), str(row["reason"]))
+    found = {name: row[f"change_from_{name}"] for name in ("baseline", "previous")}
+    changes = {name: None if pd.isna(change) else float(change) for name, change in found.items()}
+    outcome = Outcome(int(row["exit_code"]), str(row["verdict"]), str(row["reason"]), changes)
     state = "was done before" if is_done else "is done"
     logger.info("run %s %s: %s: %s", config.run_id, state, outcome.verdict, outcome.reason)
     return outcome
@@ -71,13 +80,17 @@ def conclude(config: ScheduleConfig, *, seed: int = 0) -> Outcome:
 def _record(config: ScheduleConfig, history: pd.DataFrame, seed: int) -> None:
     """Compare, write verdict.json, append the row."""
     summaries: dict[str, Any] = {"baseline": None, "previous": None}
-    reasons = []
-    if config.baseline is not None:
+    reasons: list[str] = []
+    previous, accepted = references(history, config.run_id)
+    if accepted is not None:
+        name = f"the accepted run {accepted}"
+        summaries["baseline"] = _against(config, config.runs / accepted, name, reasons, seed)
+    elif config.baseline is not None:
         summaries["baseline"] = _against(config, config.baseline, "the baseline", reasons, seed)
-    previous = None if history.empty else str(history["run_id"].iloc[-1])
-    obstacle = _obstacle(config, history)
-    if obstacle is None:
-        name = f"the previous run {previous}"
+    if previous is not None and previous == accepted:
+        previous = None  # it is the baseline already
+    elif (obstacle := _obstacle(config, history, previous)) is None:
+        name = f"the last run without a regression, {previous},"
         summaries["previous"] = _against(config, config.runs / str(previous), name, reasons, seed)
     else:
         reasons.append(obstacle)
@@ -107,27 +120,27 @@ def model_digest(identity: Any) -> str | None:
     return identity if identity is None or isinstance(identity, str) else artifacts.json_digest(identity)
 
 
-def _against(config: ScheduleConfig, other: Path, name: str, reasons: list[str], seed: int) -> dict[str, Any]:
-    """The comparison with another run; adds a sentence about it to `reasons`."""
-    comparison = compare_runs(other, config.folder, seed=seed)
-    reasons.append(describe(comparison, config.metric, config.tolerance, name))
+def _against(config: ScheduleConfig, other: Path, name: str, reasons: list[str], seed: int) -> dict[str, Any] | None:
+    """The comparison with another run, None where no query is common; adds a sentence about it to `reasons`."""
+    try:
+        comparison = compare_runs(other, config.folder, seed=seed, other_catalogue=True)
+    except NothingInCommon as error:
+        reasons.append(f"cannot compare with {name}: {error}")
+        return None
+    sentence = describe(comparison, config.metric, config.tolerance, name)
+    change = catalogue_change(comparison.summary)
+    reasons.append(f"{sentence} ({change})" if change else sentence)
     return comparison.summary
 
 
-def _obstacle(config: ScheduleConfig, history: pd.DataFrame) -> str | None:
-    """Why the previous run cannot be compared with this one; None where it can."""
-    if history.empty:
-        return "there is no previous run"
-    last = history.iloc[-1]
-    folder = config.runs / last["run_id"]
-    own = catalogue_of(config.folder)
-    if last["catalogue"] != own:
-        return (
-            f"cannot compare with the previous run {last['run_id']}: its catalogue is {last['catalogue'][:16]}, "
-            f"this one's {own[:16]}"
-        )
+def _obstacle(config: ScheduleConfig, history: pd.DataFrame, previous: str | None) -> str | None:
+    """Why the run `previous` cannot be compared with this one; None where it can."""
+    if previous is None:
+        return "there is no previous run" if history.empty else "no earlier run is without a regression"
+    last = history[history["run_id"] == previous].iloc[-1]
+    folder = config.runs / previous
     if not (folder / artifacts.MANIFEST).is_file():
-        return f"cannot compare with the previous run {last['run_id']}: its folder {folder} is gone"
+        return f"cannot compare with the previous run {previous}: its folder {folder} is gone"
     if config.metric not in history or pd.isna(last[config.metric]):
-        return f"cannot compare with the previous run {last['run_id']}: it has no {config.metric}"
+        return f"cannot compare with the previous run {previous}: it has no {config.metric}"
     return None

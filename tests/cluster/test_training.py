@@ -1,6 +1,7 @@
 """Training on Ray: the losses of one process for any number of workers, and the same weights after any
 kill."""
 
+import fcntl
 import functools
 import os
 import re
@@ -50,6 +51,20 @@ def task(tmp_path_factory: pytest.TempPathFactory) -> TrainingTask:
 @pytest.fixture(scope="module")
 def alone(task: TrainingTask, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return training_run.fit(task, tmp_path_factory.mktemp("alone"))
+
+
+def test_folder_that_only_the_driver_sees_is_refused_before_training(ray_cluster: str, tmp_path: Path) -> None:
+    training.require_shared(tmp_path / "shared")
+    assert list((tmp_path / "shared").iterdir()) == []
+    own = os.open(tmp_path, os.O_RDONLY)
+    number = fcntl.fcntl(own, fcntl.F_DUPFD, 900)
+    try:  # a folder's path that means something in this process alone
+        with pytest.raises(BadInput, match=r"fd/9\d\d is not seen by node .*; give one as --out"):
+            training.require_shared(Path(f"/proc/self/fd/{number}"))
+    finally:
+        os.close(number)
+        os.close(own)
+    assert [path.name for path in tmp_path.iterdir()] == ["shared"]
 
 
 def losses_of(state: dict[str, Any]) -> list[float]:

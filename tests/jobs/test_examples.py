@@ -140,6 +140,7 @@ VOLUME = mapping(
 CONTAINER = mapping(
     {"name": NAME, "image": TEXT},
     {
+        "envFrom": sequence(mapping({"secretRef": mapping({"name": NAME})})),
         "command": sequence(TEXT),
         "args": sequence(TEXT),
         "resources": mapping({"requests": AMOUNTS, "limits": AMOUNTS}),
@@ -230,8 +231,48 @@ def test_cron_job_manifest_fits_the_schema_and_mounts_what_it_creates(manifests:
     pod = spec["jobTemplate"]["spec"]["template"]["spec"]
     assert pod["volumes"][0]["configMap"]["name"] == manifests["ConfigMap"]["metadata"]["name"]
     assert pod["serviceAccountName"] == manifests["RoleBinding"]["subjects"][0]["name"]
-    assert set(manifests["Role"]["rules"][0]["verbs"]) == {"create", "get"}
+    assert set(manifests["Role"]["rules"][0]["verbs"]) == {"create", "delete", "get", "list", "watch"}
     assert subprocess.run(["sh", "-n", "-c", pod["containers"][0]["args"][0]], check=False).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("states", "code", "calls"),
+    [
+        (["", "", "Running", "Complete"], 0, ["create"]),
+        (["Failed", "", "Retrying", "Failed"], 1, ["delete", "create"]),
+        (["Complete", "Complete", "Complete"], 0, []),
+        (["Running", "Running", "Complete"], 0, []),
+    ],
+)
+def test_cron_job_waits_for_its_run_and_makes_a_failed_one_again(
+    manifests: dict[str, Any], tmp_path: Path, states: list[str], code: int, calls: list[str]
+) -> None:
+    """The script as it stands, with a `kubectl` that answers one state after the other and notes what it changes."""
+    script = manifests["CronJob"]["spec"]["jobTemplate"]["spec"]["template"]["spec"]["containers"][0]["args"][0]
+    (tmp_path / "rayjob.yaml").write_text("run: RUN_DATE\n")
+    (tmp_path / "states").write_text("".join(f"{state}\n" for state in states))
+    (tmp_path / "calls").touch()
+    (tmp_path / "kubectl").write_text(
+        f"""#!/bin/sh
+cd {tmp_path}
+case "$*" in
+  get*jsonpath*) head -n 1 states | tr -d '\\n'; sed -i 1d states ;;
+  get*) [ -n "$(head -n 1 states)" ] ; found=$?; sed -i 1d states; exit $found ;;
+  *) echo "$1" >> calls ;;
+esac
+"""
+    )
+    (tmp_path / "kubectl").chmod(0o755)
+    script = script.replace("/manifest/", f"{tmp_path}/").replace("/tmp/rayjob.yaml", f"{tmp_path}/made.yaml")
+    done = subprocess.run(
+        ["sh", "-ec", script],
+        env={"PATH": f"{tmp_path}:/usr/bin:/bin", "LOOK_SECONDS": "0"},
+        timeout=20,
+        check=False,
+    )
+    assert done.returncode == code
+    assert (tmp_path / "calls").read_text().split() == calls
+    assert re.fullmatch(r"run: \d{4}-\d\d-\d\d\n", (tmp_path / "made.yaml").read_text())
 
 
 @pytest.mark.parametrize("change", [{"backOffLimit": 1}, {"submissionMode": "CronMode"}, {"entrypoint": 3}])

@@ -1,25 +1,14 @@
 """jobs/submit.py: a truthful exit code for every end of a job, on a real Ray with a token."""
 
-import contextlib
-import json
-import os
-import secrets
 import shlex
-import shutil
-import signal
-import socket
 import subprocess
-import sys
-import tempfile
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import pytest
 from ray.job_submission import JobDetails, JobStatus, JobType
+from ray_head import Head, ask, started_head
 
 from distributed_rerank import command_line
 from distributed_rerank.cluster.submit import exit_code, main
@@ -58,68 +47,10 @@ def test_submission_without_a_command_is_refused() -> None:
         main(SubmitJob(command=(), submission_id="a"))
 
 
-class Head(NamedTuple):
-    address: str
-    environment: dict[str, str]
-
-
 @pytest.fixture(scope="module")
 def head() -> Iterator[Head]:
-    """A Ray head with a dashboard, own ports, own folder, own token; ended by its process group."""
-    # pytest's own temporary folder is too long for Ray's socket paths
-    folder = Path(tempfile.mkdtemp(prefix="rerank-test-", dir="/tmp"))
-    port, dashboard, agent, grpc, client = free_ports(5)
-    own = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32), "RAY_USAGE_STATS_ENABLED": "0"}
-    base = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-    command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--num-cpus=4"]
-    command += [f"--port={port}", f"--dashboard-port={dashboard}", f"--dashboard-agent-listen-port={agent}"]
-    command += [f"--dashboard-agent-grpc-port={grpc}", f"--ray-client-server-port={client}"]
-    command += ["--object-store-memory=100000000", f"--temp-dir={folder}", "--disable-usage-stats"]
-    log = open(folder / "start.log", "w", encoding="utf-8")
-    process = subprocess.Popen(command, env=base | own, stdout=log, stderr=log, start_new_session=True)
-    try:
-        wait_for_agent(f"http://127.0.0.1:{dashboard}", own, process)
-        yield Head(f"http://127.0.0.1:{dashboard}", own)
-    finally:
-        process.terminate()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(20)
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-        log.close()
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def free_ports(n: int) -> list[int]:
-    sockets = [socket.socket() for _ in range(n)]
-    for one in sockets:
-        one.bind(("127.0.0.1", 0))
-    ports = [one.getsockname()[1] for one in sockets]
-    for one in sockets:
-        one.close()
-    return ports
-
-
-def ask(address: str, environment: dict[str, str], path: str, method: str = "GET") -> Any:
-    headers = {"Authorization": f"Bearer {environment['RAY_AUTH_TOKEN']}"}
-    with urllib.request.urlopen(
-        urllib.request.Request(address + path, headers=headers, method=method), timeout=20
-    ) as answer:
-        return json.loads(answer.read())
-
-
-def wait_for_agent(address: str, environment: dict[str, str], process: subprocess.Popen[bytes]) -> None:
-    deadline = time.monotonic() + 200
-    while time.monotonic() < deadline:
-        assert process.poll() is None, "ray start ended"
-        try:
-            ask(address, environment, "/api/jobs/")
-        except (urllib.error.URLError, TimeoutError, ConnectionError):
-            time.sleep(0.5)
-        else:
-            return
-    pytest.fail("the dashboard does not answer")
+    with started_head() as running:
+        yield running
 
 
 @pytest.mark.ray
@@ -131,10 +62,15 @@ def test_submit_ends_as_the_job_does_and_attaches_to_a_known_id(
     (tmp_path / "code").mkdir()
     (tmp_path / "code" / "say.py").write_text("import sys\nprint('said', sys.argv[1])\nsys.exit(int(sys.argv[2]))\n")
 
-    def submit(submission_id: str, command: str, address: str = head.address) -> subprocess.Popen[str]:
+    def submit(
+        submission_id: str, command: str, address: str = head.address, env: str = "X=1"
+    ) -> subprocess.Popen[str]:
         given = ["--address", address, "--submission-id", submission_id, "--working-dir", tmp_path / "code"]
+        given += ["--env", env, "--driver-cpus", 1]
         return start_job("submit", *given, "--", *shlex.split(command), **head.environment)
 
+    flaky = "bash -c 'test -e $MARK && exit 0; touch $MARK; exit 75'"
+    crash = submit("crash", flaky, env=f"MARK={tmp_path}/mark")
     good, bad = submit("good", "python say.py 'two words' 0"), submit("bad", "python say.py no 3")
     stopped = submit("stopped", "python -c 'import time; print(1, flush=True); time.sleep(500)'")
     wait_until_running(head, "stopped")
@@ -143,6 +79,13 @@ def test_submit_ends_as_the_job_does_and_attaches_to_a_known_id(
     assert [process.returncode for process in (good, bad, stopped)] == [0, 3, 130], outputs
     assert "said two words" in outputs[0][0]
 
+    said = crash.communicate(timeout=300)
+    assert crash.returncode == 75, said
+    for _ in range(2):  # the third start attaches to the second, which has succeeded
+        crash = submit("crash", flaky, env=f"MARK={tmp_path}/mark")
+        said = crash.communicate(timeout=300)
+        assert crash.returncode == 0, said
+    assert "crash.2 is known to the cluster (SUCCEEDED): attached" in said[1]
     again, other = submit("bad", "python say.py no 3"), submit("bad", "python say.py yes 0")
     absent = submit("x", "true", "http://127.0.0.1:9")
     outputs = [process.communicate(timeout=300) for process in (again, other, absent)]

@@ -10,7 +10,7 @@ import pytest
 from planted_runs import planted_catalogue, planted_ranking, write_run
 
 from distributed_rerank.config.schedule import ScheduleConfig
-from distributed_rerank.data.catalogue import Catalogue
+from distributed_rerank.data.catalogue import Catalogue, read_catalogue
 from distributed_rerank.errors import BadInput
 from distributed_rerank.monitoring.scheduled_run import Outcome, check, conclude
 
@@ -98,12 +98,64 @@ def test_run_killed_before_its_row_was_appended_gives_the_same_bytes(tmp_path: P
     assert files_of(tmp_path) == whole
 
 
-def test_previous_run_of_another_catalogue_cannot_be_compared_and_is_said(tmp_path: Path) -> None:
-    catalogues = [planted_catalogue(tmp_path / f"catalogue {n}", n_labels=n) for n in (5, 6)]
+def test_grown_catalogue_is_compared_on_the_common_queries_and_that_is_said(tmp_path: Path) -> None:
+    catalogues = [planted_catalogue(tmp_path / f"catalogue {n}", n_labels=n) for n in (60, 61)]
     run(schedule(tmp_path, "1"), catalogues[0], GOOD)
     outcome = run(schedule(tmp_path, "2"), catalogues[1], WORSE)
-    assert (outcome.exit_code, outcome.verdict) == (0, "not compared")
+    assert (outcome.exit_code, outcome.verdict) == (3, "regression")
     assert all(catalogue.digest()[:16] in outcome.reason for catalogue in catalogues)
+    assert "240 common queries, queries left out: 4 new" in outcome.reason
+    # The same difference as without the new label, for it is left out: an independent computation.
+    before, after = (
+        pd.read_parquet(tmp_path / "runs" / number / "per_query.parquet").set_index("query_id")["map@10_before"]
+        for number in ("1", "2")
+    )
+    expected = (after.loc[before.index] - before).mean()
+    assert outcome.changes["previous"] == pytest.approx(expected)
+
+
+def test_queries_whose_label_was_corrected_are_left_out_and_counted(tmp_path: Path) -> None:
+    catalogue = planted_catalogue(tmp_path / "catalogue")
+    run(schedule(tmp_path, "1"), catalogue, GOOD)
+    table = pd.read_csv(tmp_path / "catalogue" / "table.csv", dtype=str)
+    table.loc[:3, "label"] = "corrected"
+    table.to_csv(tmp_path / "corrected.csv", index=False)
+    corrected = read_catalogue(str(tmp_path / "corrected.csv"), purpose="evaluation")
+    outcome = run(schedule(tmp_path, "2"), corrected, GOOD)
+    assert "236 common queries, queries left out: 4 with another label" in outcome.reason
+    assert outcome.exit_code == 0
+
+
+def test_catalogue_without_a_common_query_cannot_be_compared_and_is_said(tmp_path: Path) -> None:
+    catalogue = planted_catalogue(tmp_path / "catalogue", n_labels=5)
+    run(schedule(tmp_path, "1"), catalogue, GOOD)
+    table = pd.read_csv(tmp_path / "catalogue" / "table.csv", dtype=str)
+    table["id"] = "new " + table["id"]
+    table.to_csv(tmp_path / "new.csv", index=False)
+    other = read_catalogue(str(tmp_path / "new.csv"), purpose="evaluation")
+    outcome = run(schedule(tmp_path, "2"), other, WORSE)
+    assert (outcome.exit_code, outcome.verdict) == (0, "not compared")
+    assert "measured no query in common" in outcome.reason
+
+
+def test_regression_fails_every_night_until_it_is_accepted(tmp_path: Path) -> None:
+    catalogue = planted_catalogue(tmp_path / "catalogue")
+    write_run(tmp_path / "baseline", catalogue, planted_ranking(catalogue, GOOD, seed=3))
+    for pinned in ({}, {"baseline": tmp_path / "baseline"}):
+        folder = tmp_path / f"nights {len(pinned)}"
+        assert run(schedule(folder, "1", **pinned), catalogue, GOOD).exit_code == 0
+        for number in ("2", "3"):
+            outcome = run(schedule(folder, number, **pinned), catalogue, WORSE)
+            assert outcome.exit_code == 3
+            assert "the last run without a regression, 1," in outcome.reason
+        accepted = conclude(schedule(folder, "3", accept_baseline=True, **pinned))
+        assert (accepted.exit_code, accepted.verdict) == (0, "accepted")
+        assert "accepted by --accept-baseline" in accepted.reason
+        fourth = run(schedule(folder, "4", **pinned), catalogue, WORSE)
+        assert (fourth.exit_code, fourth.verdict) == (0, "no regression")
+        assert "against the accepted run 3" in fourth.reason
+        assert run(schedule(folder, "5", **pinned), catalogue, {**WORSE, "cups": 0.9}).exit_code == 3
+        assert conclude(schedule(folder, "2", **pinned)).exit_code == 3, "what was said of an earlier night stays"
 
 
 def test_previous_run_whose_folder_is_gone_cannot_be_compared_and_is_said(tmp_path: Path) -> None:
@@ -113,13 +165,16 @@ def test_previous_run_whose_folder_is_gone_cannot_be_compared_and_is_said(tmp_pa
     assert "is gone" in run(schedule(tmp_path, "2"), catalogue, GOOD).reason
 
 
-def test_check_refuses_a_baseline_of_another_catalogue_before_any_work(tmp_path: Path) -> None:
+def test_check_refuses_a_baseline_without_a_common_query_before_any_work(tmp_path: Path) -> None:
     catalogue, other = (planted_catalogue(tmp_path / f"catalogue {n}", n_labels=n) for n in (5, 6))
     write_run(tmp_path / "baseline", other, planted_ranking(other, {}))
     config = schedule(tmp_path, "1", baseline=tmp_path / "baseline")
-    with pytest.raises(BadInput, match=f"{other.digest()[:16]}, this run on {catalogue.digest()[:16]}"):
-        check(config, catalogue, (1, 5, 10))
-    check(config, other, (1, 5, 10))
+    check(config, catalogue, (1, 5, 10))
+    table = pd.read_csv(tmp_path / "catalogue 5" / "table.csv", dtype=str)
+    table["id"] = "new " + table["id"]
+    table.to_csv(tmp_path / "new.csv", index=False)
+    with pytest.raises(BadInput, match=r"--baseline .*baseline has no query in common with this catalogue"):
+        check(config, read_catalogue(str(tmp_path / "new.csv"), purpose="evaluation"), (1, 5, 10))
 
 
 def test_check_refuses_a_metric_that_is_not_measured(tmp_path: Path) -> None:
