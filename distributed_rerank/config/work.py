@@ -42,8 +42,8 @@ class WorkConfig:
     """Parts that a worker computes at once, one thread each; changes no bit. Give --cpus-per-worker as many."""
     decode_threads: int = 1
     """Threads that read images in each process. It changes no bit."""
-    max_rejects: float = 0.001
-    """Share of the images that may be unreadable, 0 to 1, before the job fails."""
+    max_rejects: float | None = None
+    """Share of the images that may be unreadable, 0 to 1, before the job fails. Default: 1 %, and five in any case."""
 
     def __post_init__(self) -> None:
         for name in COUNTS:
@@ -52,7 +52,7 @@ class WorkConfig:
                 raise BadInput(f"{name}={value} must be at least 1")
         if self.encoding_gb <= 0:
             raise BadInput(f"encoding_gb={self.encoding_gb} must be above 0")
-        if not 0 <= self.max_rejects <= 1:
+        if self.max_rejects is not None and not 0 <= self.max_rejects <= 1:
             raise BadInput(f"max_rejects={self.max_rejects} is no share of the images; give 0 to 1")
 
     @property

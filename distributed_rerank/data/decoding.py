@@ -16,6 +16,9 @@ from distributed_rerank.data.images import UnreadableImage, read_image
 from distributed_rerank.data.rejects import Reject
 from distributed_rerank.data.transforms import InferenceTransform
 
+_REJECT_THREADS = 8
+"""Rejects that are read again at the same time."""
+
 
 @dataclass(frozen=True)
 class Decoded:
@@ -43,13 +46,18 @@ def decode(refs: Sequence[ImageRef], transform: InferenceTransform, *, threads: 
     )
 
 
-def is_readable(ref: ImageRef) -> bool:
-    """Whether the image can be read now (it may have been repaired since it was rejected)."""
-    try:
-        read_image(ref)
-    except UnreadableImage:
-        return False
-    return True
+def readable_ids(refs: Sequence[ImageRef]) -> set[str]:
+    """Ids of the images that can be read now: some may have been repaired since they were rejected."""
+
+    def is_readable(ref: ImageRef) -> bool:
+        try:
+            read_image(ref)
+        except UnreadableImage:
+            return False
+        return True
+
+    with ThreadPoolExecutor(_REJECT_THREADS) as pool:
+        return {ref.id for ref, found in zip(refs, pool.map(is_readable, refs), strict=True) if found}
 
 
 def _decode_one(ref: ImageRef, transform: InferenceTransform) -> Tensor | Reject:

@@ -105,7 +105,7 @@ def write_lists(lists: CandidateLists, catalogue: Catalogue, folder: Path) -> No
     tables.write_table(folder / "candidates.parquet", candidates_table(lists, catalogue.ids), "candidates")
 
 
-def read_for(catalogue: Catalogue, folder: Path, max_rejects: float) -> Embeddings:
+def read_for(catalogue: Catalogue, folder: Path, max_rejects: float | None) -> Embeddings:
     """The embeddings in a folder that `embed` wrote.
 
     Raises BadInput for images of the catalogue that have neither an embedding nor a reject row, and for too many
