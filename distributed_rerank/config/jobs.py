@@ -13,7 +13,7 @@ from distributed_rerank.config.extractor import ExtractorConfig
 from distributed_rerank.config.pairwise import PairwiseConfig, PairwiseName, TokenSiameseConfig
 from distributed_rerank.config.schedule import ScheduleConfig
 from distributed_rerank.config.training import TrainingConfig
-from distributed_rerank.config.work import WorkConfig
+from distributed_rerank.config.work import WorkConfig, refuse_uri
 
 TrackingService = Literal["mlflow", "wandb"]
 
@@ -31,6 +31,9 @@ class OutJob(ClusterJob):
 
     out: Path
     """Folder for the results."""
+
+    def __post_init__(self) -> None:
+        refuse_uri("--out", self.out)
 
 
 @dataclass(frozen=True, kw_only=True)

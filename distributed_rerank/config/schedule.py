@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 
+from distributed_rerank.config.work import refuse_uri
 from distributed_rerank.errors import BadInput
 
 
@@ -26,6 +27,8 @@ class ScheduleConfig:
     """A loss is a regression where its 95 % interval lies below 0 and its mean below -tolerance."""
 
     def __post_init__(self) -> None:
+        refuse_uri("--history", self.history)
+        refuse_uri("--runs", self.runs)
         if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.:+-]*", self.run_id):
             raise BadInput(f"run_id={self.run_id!r} cannot name a folder; use letters, digits and _ . : + -")
         if not 0 <= self.tolerance < 1:

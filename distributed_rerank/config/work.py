@@ -1,6 +1,8 @@
 """How work is cut into pieces, and what a worker may use for it."""
 
+import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from distributed_rerank.errors import BadInput
@@ -16,6 +18,12 @@ COUNTS = (
     "threads_per_worker",
     "decode_threads",
 )
+
+
+def refuse_uri(option: str, path: Path) -> None:
+    """Raises BadInput for a folder to write that is a URI: `s3://b/x` would become the local folder `s3:`."""
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]*:/", str(path)):
+        raise BadInput(f"{option} {path} is a URI; results go to a local or shared folder, copy them from there")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -54,6 +54,8 @@ def load_model_and_chain(config: RerankerConfig) -> tuple[PairwiseModel | None, 
     if chain == "first_stage":
         found = Chain()
     elif chain == "replace" or (chain == "model" and not has_own):
+        if chain == "model":
+            logger.warning("%s has no chain.json: CANDIDATES ARE ORDERED BY THE LOGIT ALONE, as OML does", path)
         found = Chain((PairwiseStep(top_n=10 if top_n is None else top_n, rule="replace"),))
     else:
         found = read_chain(path if has_own else Path(chain))
