@@ -50,7 +50,7 @@ class ConcatSiameseConfig(PairwiseConfig):
     """Model `concat`: `image_size` is that of one image, the network sees twice the height."""
 
     hidden_dims: tuple[int, ...] = (100,)
-    """Widths of the head's hidden layers. With --pairwise-weights: as in that file."""
+    """Widths of the head's hidden layers."""
     dropout: float = 0.5
     """Share of each hidden layer that training drops."""
     both_orders: bool = False

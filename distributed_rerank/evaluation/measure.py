@@ -4,7 +4,6 @@ Everything here is arithmetic on rankings. The figures in metrics.json come from
 per_query.parquet holds. Time and number of workers never enter, so equal rankings give equal bytes.
 """
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
@@ -124,13 +123,7 @@ class LabelledQueries:
     labels: Int64[Tensor, " query"]
     n_relevant: Int64[Tensor, " query"]
     item_labels: Int64[Tensor, " item"]
-    rows_without_relevant: Int64[Tensor, " other"]
-    """Rows of the queries that have none; only open-metric-learning's figures count them."""
-
-    @property
-    def n_without_relevant(self) -> int:
-        """Queries that are left out."""
-        return len(self.rows_without_relevant)
+    n_without_relevant: int
 
     def blocks(self) -> Iterator["LabelledQueries"]:
         """The queries in blocks of `QUERIES_PER_BLOCK`."""
@@ -179,8 +172,7 @@ def count_relevant(catalogue: Catalogue, query_items: Int64[Tensor, " query"]) -
     )
     rows = n_relevant.nonzero().squeeze(1)
     kept = query_items[rows]
-    others = (n_relevant == 0).nonzero().squeeze(1)
-    return LabelledQueries(kept, rows, labels[kept], n_relevant[rows], labels, others)
+    return LabelledQueries(kept, rows, labels[kept], n_relevant[rows], labels, len(query_items) - len(rows))
 
 
 def measure(
@@ -235,15 +227,7 @@ def measure_ranking(queries: LabelledQueries, ranking: Ranking, ks: Sequence[int
 
     columns = _of_all_blocks(queries, measure_block)
     values, oml = ({key: column for (kind, key), column in columns.items() if kind == of} for of in ("value", "oml"))
-    return Measured(values, columns["rank", "first_hit"], _oml_means(oml, queries, ranking))
-
-
-def _oml_means(oml: PerQuery, queries: LabelledQueries, ranking: Ranking) -> dict[str, float]:
-    """Means over all queries, as OML has them: one without a relevant item counts 1 if its list is empty, else 0."""
-    rows = queries.rows_without_relevant
-    n_empty = sum(int((ranking[part].items < 0).all(dim=1).sum()) for part in rows.split(QUERIES_PER_BLOCK))
-    n_queries = len(queries.rows) + len(rows)
-    return {key: (math.fsum(column.tolist()) + n_empty) / n_queries for key, column in oml.items()}
+    return Measured(values, columns["rank", "first_hit"], metrics.means(oml))
 
 
 def _of_all_blocks(

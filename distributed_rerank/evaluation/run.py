@@ -15,7 +15,6 @@ from distributed_rerank.config.evaluation import FirstStageConfig, MeasureConfig
 from distributed_rerank.config.work import WorkConfig
 from distributed_rerank.data import artifacts
 from distributed_rerank.data.catalogue import Catalogue
-from distributed_rerank.data.embeddings import Embeddings
 from distributed_rerank.data.rejects import all_rejects
 from distributed_rerank.data.relevance import check_measurable
 from distributed_rerank.data.same_bytes import count_same_bytes
@@ -23,7 +22,6 @@ from distributed_rerank.evaluation import output as evaluation_output
 from distributed_rerank.evaluation.baselines import Sources
 from distributed_rerank.evaluation.diagnostics import diagnose
 from distributed_rerank.evaluation.measure import measure, rank
-from distributed_rerank.evaluation.of_embeddings import figures_of_embeddings
 from distributed_rerank.evaluation.output import Result
 from distributed_rerank.executors import Executors
 from distributed_rerank.models.pairwise import PairwiseModel
@@ -73,8 +71,6 @@ def evaluate(
             ranked = rank(first, scored, chain, model is not None)
             sources = Sources(ranked, config.n_items, work, model, staging.path, executors)
             result, details = _measure(sources, measure)
-            if first.embeddings is not None:
-                _add_figures_of_embeddings(result.metrics, first.catalogue, first.embeddings)
         rejects = all_rejects(first.rejects, scored.rejects)
         result.metrics.update(n_rejected=len(rejects), n_without_list=first.n_without_list)
         result.metrics["same_bytes"] = count_same_bytes(catalogue, train)
@@ -101,15 +97,6 @@ def _fingerprint(
         model=None if model is None else model.identity(),
         chain=[{"step": kind_of(step), **asdict(step)} for step in chain.steps],
     )
-
-
-def _add_figures_of_embeddings(metrics: dict[str, Any], catalogue: Catalogue, embeddings: Embeddings) -> None:
-    """pcf and fnmr@fmr: with OML's figures, and within each category."""
-    found = figures_of_embeddings(catalogue, embeddings)
-    metrics["oml"]["embeddings"] = found["all"]
-    for name, figures in found["categories"].items():
-        if name in metrics["categories"]:
-            metrics["categories"][name]["embeddings"] = figures
 
 
 def _measure(sources: Sources, config: MeasureConfig) -> tuple[Result, dict[str, Any]]:

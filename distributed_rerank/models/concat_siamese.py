@@ -12,13 +12,7 @@ from torch import Tensor
 from distributed_rerank.config.pairwise import ConcatSiameseConfig
 from distributed_rerank.models.extractor import build_extractor
 from distributed_rerank.models.pairwise import PairwiseModel
-from distributed_rerank.models.stacked import (
-    hidden_dims_of,
-    logit_of_mean_probability,
-    mlp_head,
-    read_siamese_weights,
-)
-from distributed_rerank.models.weights import load_exactly
+from distributed_rerank.models.stacked import load_siamese_weights, logit_of_mean_probability, mlp_head
 
 
 class ConcatSiamese(PairwiseModel):
@@ -28,16 +22,13 @@ class ConcatSiamese(PairwiseModel):
     encoding_dtype = torch.uint8
 
     def __init__(self, config: ConcatSiameseConfig) -> None:
-        state = read_siamese_weights(config.pairwise_weights) if config.pairwise_weights else None
-        if state is not None:
-            no_weights = replace(config.extractor, weights="none")
-            config = replace(config, extractor=no_weights, hidden_dims=hidden_dims_of(state))
-        extractor = build_extractor(config.extractor, stacked=2)
+        backbone = replace(config.extractor, weights="none") if config.pairwise_weights else config.extractor
+        extractor = build_extractor(backbone, stacked=2)
         super().__init__(replace(config, extractor=extractor.config), extractor)
         self.encoding_shape = (3, *self.transform.size)
         self.head = mlp_head(extractor.dim, config.hidden_dims, config.dropout, config.head_seed)
-        if state is not None:
-            load_exactly(self, state, str(config.pairwise_weights))
+        if config.pairwise_weights:
+            load_siamese_weights(self, config.pairwise_weights)
         self.eval()
 
     def encode(self, pixels: UInt8[Tensor, "image 3 height width"]) -> UInt8[Tensor, "image 3 height width"]:

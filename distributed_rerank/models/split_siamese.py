@@ -20,13 +20,7 @@ from distributed_rerank.models import vit
 from distributed_rerank.models.extractor import build_extractor
 from distributed_rerank.models.pairwise import PairwiseModel
 from distributed_rerank.models.precision import computing_in
-from distributed_rerank.models.stacked import (
-    hidden_dims_of,
-    logit_of_mean_probability,
-    mlp_head,
-    read_siamese_weights,
-)
-from distributed_rerank.models.weights import load_exactly
+from distributed_rerank.models.stacked import load_siamese_weights, logit_of_mean_probability, mlp_head
 
 STORAGE = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -37,11 +31,8 @@ class SplitSiamese(PairwiseModel):
     config: SplitSiameseConfig
 
     def __init__(self, config: SplitSiameseConfig) -> None:
-        state = read_siamese_weights(config.pairwise_weights) if config.pairwise_weights else None
-        if state is not None:
-            no_weights = replace(config.extractor, weights="none")
-            config = replace(config, extractor=no_weights, hidden_dims=hidden_dims_of(state))
-        extractor = build_extractor(config.extractor, stacked=2)
+        backbone = replace(config.extractor, weights="none") if config.pairwise_weights else config.extractor
+        extractor = build_extractor(backbone, stacked=2)
         super().__init__(replace(config, extractor=extractor.config), extractor)
         _check_splittable(extractor.model, extractor.is_plain_vit, extractor.config.network, config.split_at)
         self.encoding_dtype = STORAGE[config.storage]
@@ -49,8 +40,8 @@ class SplitSiamese(PairwiseModel):
         n_tokens = self.grid[0] * self.grid[1] + extractor.model.num_prefix_tokens
         self.encoding_shape = (n_tokens, extractor.dim)
         self.head = mlp_head(extractor.dim, config.hidden_dims, config.dropout, config.head_seed)
-        if state is not None:
-            load_exactly(self, state, str(config.pairwise_weights))
+        if config.pairwise_weights:
+            load_siamese_weights(self, config.pairwise_weights)
         self.eval()
 
     def encode(self, pixels: UInt8[Tensor, "image 3 height width"]) -> Float[Tensor, "image token dim"]:

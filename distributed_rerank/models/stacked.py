@@ -1,7 +1,6 @@
 """Parts that ConcatSiamese and SplitSiamese share: OML's head, its checkpoints, the mean of both orders."""
 
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 from jaxtyping import Float32
@@ -10,8 +9,6 @@ from torch.nn import functional
 
 from distributed_rerank.errors import BadInput
 from distributed_rerank.models import weights
-
-_HIDDEN = re.compile(r"head\.\d+\.weight")
 
 
 def logit_of_mean_probability(a: Float32[Tensor, " pair"], b: Float32[Tensor, " pair"]) -> Float32[Tensor, " pair"]:
@@ -32,20 +29,14 @@ def mlp_head(dim: int, hidden_dims: Sequence[int], dropout: float, seed: int) ->
         return nn.Sequential(*layers, nn.Linear(dim, 1, bias=False))
 
 
-def read_siamese_weights(path: str) -> dict[str, Tensor]:
-    """A ConcatSiamese state dict: OML's, Lightning's with a prefix, or ours, without the prefix.
+def load_siamese_weights(model: nn.Module, path: str) -> None:
+    """Load a ConcatSiamese state dict: OML's, Lightning's with a prefix, or ours.
 
-    Raises BadInput if the file cannot be read or holds no `extractor.` entries.
+    Raises BadInput if the file cannot be read, holds no `extractor.` entries, or has other names or shapes.
     """
     state = weights.read_state_dict(path)
     first = next((name for name in state if "extractor." in name), None)
     if first is None:
         raise BadInput(f"weights {path} hold no 'extractor.' entries; give a state dict of OML's or our ConcatSiamese")
     prefix = first[: first.index("extractor.")]
-    return {name.removeprefix(prefix): value for name, value in state.items()}
-
-
-def hidden_dims_of(state: Mapping[str, Tensor]) -> tuple[int, ...]:
-    """The widths of the hidden layers of `mlp_head` in a ConcatSiamese state dict, in order."""
-    layers = {int(name.split(".")[1]): len(value) for name, value in state.items() if _HIDDEN.fullmatch(name)}
-    return tuple(layers[number] for number in sorted(layers))[:-1]
+    weights.load_exactly(model, {name.removeprefix(prefix): value for name, value in state.items()}, path)

@@ -79,7 +79,6 @@ def metric_name(key: str) -> str:
     """`map@10` -> `mAP@10`, as the literature writes it."""
     stem, at, cutoff = key.partition("@")
     names = {"cmc": "CMC", "map": "mAP", "mrr": "MRR", "precision": "Precision", "recall": "Recall"}
-    names["r_precision"] = "R-Precision"
     return names.get(stem, stem) + at + cutoff.upper()
 
 

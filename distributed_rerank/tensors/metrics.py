@@ -80,7 +80,6 @@ def per_query(
     - `map@k` = (1 / min(k, R)) sum_{i<=k} P(i) rel(i); `map@10` is given whatever `ks` is;
     - `map@r` = (1 / R) sum_{i<=R} P(i) rel(i) (Musgrave et al. 2020). Where R exceeds the length of the list, the
       candidates that were not retrieved count as irrelevant, so the value is a lower bound;
-    - `r_precision` = hits(R) / R, with the same bound;
     - `mrr` = 1 / place of the first hit, 0 without one in the list.
 
     A list shorter than k is not padded: its missing places are misses. Raises `BadInput` for a cut-off below 1 and for
@@ -100,9 +99,8 @@ def per_query(
     for k in sorted({*ks, 10}):
         values[f"map@{k}"] = precision_sums[:, min(k, length)] / n_relevant.clamp(max=k).double()
     # The cut-off of map@r differs from query to query.
-    last = n_relevant.clamp(max=length)[:, None]
-    values["map@r"] = precision_sums.gather(1, last).squeeze(1) / n_relevant.double()
-    values["r_precision"] = hits.gather(1, last).squeeze(1) / n_relevant.double()
+    at_r = precision_sums.gather(1, n_relevant.clamp(max=length)[:, None]).squeeze(1)
+    values["map@r"] = at_r / n_relevant.double()
     place = first_hit(is_relevant).double()
     values["mrr"] = torch.where(place > 0, 1 / place.clamp(min=1), 0.0)
     return values

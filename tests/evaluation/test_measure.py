@@ -131,12 +131,3 @@ def test_count_relevant_leaves_out_own_item_and_sequence(catalogue: Catalogue) -
     assert labelled.query_items.tolist() == [0, 1]
     assert labelled.n_relevant.tolist() == [2, 2]
     assert labelled.n_without_relevant == 1
-
-
-def test_measure_oml_counts_queries_without_a_relevant_item(catalogue: Catalogue) -> None:
-    """Query 2 has none: OML counts it, 0 with a list and 1 without one; the textbook figures leave it out."""
-    found = measure(catalogue, QUERIES, ranking([3, 5], [5, 3], [3, 4]), {}, ks=(1,)).metrics
-    assert found["first_stage"]["cmc@1"] == 1
-    assert found["oml"]["first_stage"] == {"cmc@1": 2 / 3, "precision@1": 2 / 3, "map@1": 2 / 3}
-    empty = measure(catalogue, QUERIES, ranking([3, 5], [3, 5], [-1, -1]), {}, ks=(1,)).metrics
-    assert empty["oml"]["first_stage"]["cmc@1"] == (1 + 0 + 1) / 3
