@@ -5,7 +5,8 @@ Which images share a block and a micro-batch is fixed by the catalogue and the c
 order of completion, because a network's last bits may depend on what else is in its batch.
 """
 
-from collections.abc import Iterator, Sequence
+import logging
+from collections.abc import Iterator, Sequence, Set
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -20,7 +21,7 @@ from distributed_rerank.config.work import WorkConfig
 from distributed_rerank.data import artifacts, tables
 from distributed_rerank.data.begun import ComputedWith
 from distributed_rerank.data.catalogue import Catalogue, ImageRef
-from distributed_rerank.data.decoding import decode, is_readable
+from distributed_rerank.data.decoding import decode, readable_ids
 from distributed_rerank.data.embeddings import Embeddings, join_embeddings, read_embeddings
 from distributed_rerank.data.manifests import MANIFEST
 from distributed_rerank.data.rejects import Reject, check_rejects, reject_table, rejects_of
@@ -30,6 +31,8 @@ from distributed_rerank.runtime.devices import InferenceThreads, pick_device
 from distributed_rerank.runtime.gpu import Copier, MicroBatch
 from distributed_rerank.runtime.progress import progress
 from distributed_rerank.tensors import sharding
+
+logger = logging.getLogger(__name__)
 
 ImageBlock = tuple[int, Sequence[ImageRef]]
 """Number and images of a block."""
@@ -98,7 +101,9 @@ def embed_blocks(
     for number, refs in blocks:
         decoded = decode(refs, extractor.transform, threads=threads)
         ids = [refs[position].id for position in decoded.kept]
-        yield number, EmbeddedBlock(ids, embedder.embed(decoded.pixels), decoded.rejects, embedder.computed_with)
+        embeddings = embedder.embed(decoded.pixels)
+        check_finite(ids, embeddings)
+        yield number, EmbeddedBlock(ids, embeddings, decoded.rejects, embedder.computed_with)
 
 
 def embed(
@@ -117,24 +122,30 @@ def embed(
     they can be read. An explicit id is taken for the same image whatever its path is.
 
     Raises BadInput for a folder made with another extractor or config, on another kind of device or in another
-    precision, or damaged (`overwrite` recomputes it), and, after all images were tried, when more than the share
-    `work.max_rejects` of the catalogue cannot be read.
+    precision, or damaged (`overwrite` recomputes it), for an embedding that is not finite, and, after all
+    images were tried, when more than the share `work.max_rejects` of the catalogue cannot be read.
     """
     out, work = Path(out), work or WorkConfig()
     fingerprint = artifacts.make_fingerprint("embed", config=embedding_settings(config, work))
     if artifacts.recover(out, fingerprint, overwrite):
         overwrite = False
     earlier = read_embeddings(out) if artifacts.is_complete(out, fingerprint, overwrite) else None
-    if earlier is not None and not _missing(catalogue, earlier):
+    # Rejects are read again once; what this run rejects is not.
+    repaired = None if earlier is None else _repaired(catalogue, earlier)
+    if earlier is not None and repaired is not None and not _missing(catalogue, earlier, repaired):
         _check(earlier, catalogue, work.max_rejects, out)
         return earlier
     with artifacts.stage(out, fingerprint, overwrite) as staging:
         # Read again: another run may have added images before this one had the lock.
         earlier = read_embeddings(out) if artifacts.is_complete(out, fingerprint, overwrite) else None
         done = join_embeddings([earlier, *_staged(staging)])
-        _compute(_missing(catalogue, done), config, work, staging, executors)
+        if repaired is None or len(done.rejects) != len(earlier.rejects if earlier is not None else ()):
+            repaired = _repaired(catalogue, done)
+        _compute(_missing(catalogue, done, repaired), config, work, staging, executors)
         complete = join_embeddings([earlier, *_staged(staging)])
-        assert not _missing(catalogue, complete), f"images were lost: {_missing(catalogue, complete)[:3]}"
+        lost = _missing(catalogue, complete, set())
+        assert not lost, f"images were lost: {lost[:3]}"
+        tell_of_no_use(complete)
         tables.write_embeddings(staging.path / "embeddings.parquet", complete.ids, complete.matrix)
         rejects = reject_table(complete.rejects, "embed")
         tables.write_table(staging.path / "rejects.parquet", rejects, "rejects")
@@ -143,11 +154,37 @@ def embed(
     return complete
 
 
-def _missing(catalogue: Catalogue, done: Embeddings) -> list[ImageRef]:
-    """Images without an embedding, except those that were rejected and still cannot be read."""
-    rejected = {reject.id for reject in done.rejects}
+def _missing(catalogue: Catalogue, done: Embeddings, repaired: Set[str]) -> list[ImageRef]:
+    """Images without an embedding, except those that were rejected and are not `repaired`."""
+    rejected = {reject.id for reject in done.rejects} - repaired
     refs = catalogue.images(np.flatnonzero(done.rows_of(catalogue.ids) < 0))
-    return [ref for ref in refs if ref.id not in rejected or is_readable(ref)]
+    return [ref for ref in refs if ref.id not in rejected]
+
+
+def _repaired(catalogue: Catalogue, done: Embeddings) -> set[str]:
+    """Ids of the catalogue's images that were rejected and can be read now."""
+    rejected = {reject.id for reject in done.rejects}
+    return readable_ids([ref for ref in catalogue.images() if ref.id in rejected]) if rejected else set()
+
+
+def check_finite(ids: Sequence[str], embeddings: Float32[np.ndarray, "image dim"]) -> None:
+    """Raises BadInput, naming the first image, where an embedding of a block is not finite."""
+    bad = np.flatnonzero(~np.isfinite(embeddings).all(axis=1))
+    if len(bad):
+        raise BadInput(
+            f"the extractor gives no finite embedding of image {ids[bad[0]]!r} ({len(bad)} of {len(ids)} images of its "
+            "block); check its weights, or give --extractor-precision fp32"
+        )
+
+
+def tell_of_no_use(embeddings: Embeddings) -> None:
+    """Warn of embeddings that are zero, and of images that all have the same one."""
+    matrix = embeddings.matrix
+    is_zero = ~matrix.any(axis=1)
+    if is_zero.any():
+        logger.warning("%d EMBEDDINGS ARE ZERO, first that of %r", is_zero.sum(), embeddings.ids[is_zero.argmax()])
+    elif len(matrix) > 1 and (matrix == matrix[0]).all():
+        logger.warning("ALL %d IMAGES HAVE THE SAME EMBEDDING: check the extractor's weights", len(matrix))
 
 
 def embedding_settings(config: ExtractorConfig, work: WorkConfig) -> dict[str, Any]:
@@ -189,12 +226,12 @@ def _staged(staging: artifacts.Staging) -> Iterator[Embeddings]:
         yield Embeddings(table["id"].to_numpy(), matrix, tuple(rejects_of(rejected.read(number))))
 
 
-def _check(embeddings: Embeddings, catalogue: Catalogue, max_rejects: float, folder: Path) -> None:
+def _check(embeddings: Embeddings, catalogue: Catalogue, max_rejects: float | None, folder: Path) -> None:
     rejects = embeddings.rejects_among(catalogue.ids)
     check_rejects(rejects, len(catalogue), max_rejects, str(folder / "rejects.parquet"))
 
 
-def check_complete(embeddings: Embeddings, catalogue: Catalogue, max_rejects: float, source: Path) -> Embeddings:
+def check_complete(embeddings: Embeddings, catalogue: Catalogue, max_rejects: float | None, source: Path) -> Embeddings:
     """The embeddings, as they were read from `source`.
 
     Raises BadInput for images of the catalogue that have neither an embedding nor a reject row, and for too many

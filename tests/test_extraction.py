@@ -6,13 +6,17 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+from torch import Tensor
 
 from distributed_rerank import extraction
 from distributed_rerank.config.extractor import ExtractorConfig
 from distributed_rerank.config.work import WorkConfig
-from distributed_rerank.data import tables
+from distributed_rerank.data import decoding, tables
 from distributed_rerank.data.artifacts import read_manifest
-from distributed_rerank.data.images import read_image
+from distributed_rerank.data.catalogue import ImageRef
+from distributed_rerank.data.embeddings import Embeddings
+from distributed_rerank.data.images import OUTAGE, UnreadableImage, read_image
 from distributed_rerank.errors import BadInput
 from distributed_rerank.extraction import EmbeddedBlock, ImageBlock, embed
 from distributed_rerank.models.extractor import build_extractor
@@ -145,7 +149,7 @@ def test_embed_broken_image_becomes_a_reject_with_its_reason(tmp_path: Path) -> 
 def test_embed_too_many_rejects_fails_and_goes_on_once_they_are_repaired(tmp_path: Path) -> None:
     catalogue = make_catalogue(tmp_path / "images", 6, broken=(1, 4))
     with pytest.raises(BadInput, match=r"2 of 6 images .*picture_001.*rejects\.parquet"):
-        embed(catalogue, EXTRACTOR, tmp_path / "out", work=WORK)
+        embed(catalogue, EXTRACTOR, tmp_path / "out", work=replace(WORK, max_rejects=0.1))
     save_picture(tmp_path / "images" / "picture_001.png", 1)
     save_picture(tmp_path / "images" / "picture_004.png", 4)
     repaired = embed(catalogue, EXTRACTOR, tmp_path / "out", work=WORK)
@@ -161,3 +165,72 @@ def test_embed_other_config_in_the_same_folder_is_refused(tmp_path: Path) -> Non
         embed(catalogue, other, tmp_path / "out")
     changed = embed(catalogue, other, tmp_path / "out", overwrite=True)
     assert changed.digest != embed(catalogue, EXTRACTOR, tmp_path / "first", work=WORK).digest
+
+
+def test_embed_reads_rejects_again_once_and_never_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    catalogue = make_catalogue(tmp_path / "images", 8, broken=(1, 4))
+    reads: list[str] = []
+    read_image = decoding.read_image
+
+    def counted(ref: ImageRef) -> Image.Image:
+        reads.append(ref.id)
+        return read_image(ref)
+
+    monkeypatch.setattr(decoding, "read_image", counted)
+    embed(catalogue, EXTRACTOR, tmp_path / "out", work=WORK)
+    assert sorted(reads) == catalogue.ids.tolist(), "each image is read once"
+    reads.clear()
+    embed(catalogue, EXTRACTOR, tmp_path / "out", work=WORK)
+    assert sorted(reads) == ["picture_001.png", "picture_004.png"]
+    reads.clear()
+    save_picture(tmp_path / "images" / "picture_001.png", 1)
+    repaired = embed(catalogue, EXTRACTOR, tmp_path / "out", work=WORK)
+    assert [reject.id for reject in repaired.rejects] == ["picture_004.png"]
+    assert sorted(reads) == ["picture_001.png", "picture_001.png", "picture_004.png"]
+
+
+def test_embed_image_that_is_back_between_two_looks_is_not_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A store that was away for a moment: the image cannot be read with its block, and can be a second later."""
+    catalogue = make_catalogue(tmp_path / "images", 6)
+    read_image, away = decoding.read_image, ["picture_002.png"]
+
+    def sometimes(ref: ImageRef) -> Image.Image:
+        if ref.id in away:
+            away.remove(ref.id)
+            raise UnreadableImage(f"{OUTAGE}: curlCode 7")
+        return read_image(ref)
+
+    monkeypatch.setattr(decoding, "read_image", sometimes)
+    with pytest.raises(BadInput, match="1 of 6 images were not fetched, because their store does not answer"):
+        embed(catalogue, EXTRACTOR, tmp_path / "out", work=WORK)
+    assert embed(catalogue, EXTRACTOR, tmp_path / "out", work=WORK).ids.tolist() == catalogue.ids.tolist()
+
+
+def test_embed_number_that_is_none_is_told_with_its_image_and_never_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    catalogue = make_catalogue(tmp_path / "images", 6)
+    embedder = extraction.Embedder.embed
+
+    def broken(self: extraction.Embedder, pixels: Tensor) -> np.ndarray:
+        found = embedder(self, pixels)
+        if len(found) > 1:
+            found[1, 3] = np.nan
+        return found
+
+    monkeypatch.setattr(extraction.Embedder, "embed", broken)
+    with pytest.raises(BadInput, match=r"no finite embedding of image 'picture_001\.png' \(1 of "):
+        embed(catalogue, EXTRACTOR, tmp_path / "out", work=WORK)
+    assert not [path for path in tmp_path.rglob("*.parquet") if "reject" not in path.name and "out" in str(path)]
+
+
+def test_embeddings_of_no_use_are_told(caplog: pytest.LogCaptureFixture) -> None:
+    ids = np.array(["a", "b", "c"], dtype=object)
+    extraction.tell_of_no_use(Embeddings(ids, np.eye(3, dtype=np.float32)))
+    assert not caplog.text
+    extraction.tell_of_no_use(Embeddings(ids, np.ones((3, 2), np.float32)))
+    assert "ALL 3 IMAGES HAVE THE SAME EMBEDDING" in caplog.text
+    extraction.tell_of_no_use(Embeddings(ids, np.eye(3, dtype=np.float32)[:, :2]))
+    assert "1 EMBEDDINGS ARE ZERO, first that of 'c'" in caplog.text

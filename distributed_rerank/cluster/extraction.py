@@ -25,7 +25,7 @@ from distributed_rerank.config.work import WorkConfig
 from distributed_rerank.data.begun import ComputedWith
 from distributed_rerank.data.rejects import Reject
 from distributed_rerank.errors import BadInput
-from distributed_rerank.extraction import EmbeddedBlock, Embedder, ImageBlock
+from distributed_rerank.extraction import EmbeddedBlock, Embedder, ImageBlock, check_finite
 from distributed_rerank.models.extractor import build_extractor
 from distributed_rerank.runtime.devices import tensor_of
 
@@ -122,14 +122,17 @@ class _EmbedRow:
             self._refusal = str(error)
 
     def __call__(self, row: pa.Table) -> pa.Table:
-        if self._refusal:
-            embeddings = np.empty((0, 0), np.float32)
-        else:
+        refusal, embeddings = self._refusal, np.empty((0, 0), np.float32)
+        if not refusal:
             shape = row["shape"][0].as_py()
             pixels = np.frombuffer(row["pixels"][0].as_buffer(), np.uint8).reshape(shape)
             embeddings = self._embedder.embed(tensor_of(pixels))
+            try:
+                check_finite(row["ids"][0].as_py(), embeddings)
+            except BadInput as error:
+                refusal = str(error)
         columns = {name: row[name] for name in ("block", "ids", "rejects")}
-        columns |= {"refusal": [self._refusal], "computed_with": [self._computed_with]}
+        columns |= {"refusal": [refusal], "computed_with": [self._computed_with]}
         return pa.table({**columns, "shape": [list(embeddings.shape)], "embeddings": as_binary(embeddings)})
 
 

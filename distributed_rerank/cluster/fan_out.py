@@ -4,6 +4,8 @@ Every call must be repeatable: a call whose worker died runs again on its succes
 has the key of its call with it.
 """
 
+import logging
+import time
 from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -19,6 +21,10 @@ from distributed_rerank.runtime import logs
 
 Key = TypeVar("Key")
 
+logger = logging.getLogger(__name__)
+
+_FIRST_S, _LEAST_S, _SLOWER = 1800.0, 120.0, 20.0
+"""Seconds for the first result of all, and the least for any other; how much slower than the slowest is too slow."""
 _RETRIES = 3
 """A call that kills its worker this many times more is an error of the call, not of the machine."""
 
@@ -87,12 +93,16 @@ def fan_out(
 
     Object references among the arguments arrive as their values. With `leaves_first` the method returns two values, of
     which the first stays where it was computed; its reference comes in its place. At most `in_flight` calls wait at a
-    worker: one is computed while the next one's arguments arrive. A BadInput or Outage raised in a worker is raised
-    here as itself; any other error of a call as Ray's RayTaskError.
+    worker: one is computed while the next one's arguments arrive. A BadInput or Outage raised in a worker is
+    raised here as itself; any other error of a call as Ray's RayTaskError.
+
+    A worker that takes `_SLOWER` times as long as the slowest call so far (one that is stopped) is replaced, and its
+    calls run again.
     """
     todo = iter(calls)
     idle = deque(workers.actors * in_flight)
     pending: dict[ray.ObjectRef, tuple[Key, Any, list[ray.ObjectRef]]] = {}
+    patience = _Patience()
     finished: tuple[Key, list[ray.ObjectRef]] | None = None
     while True:
         # Before a result is handed over, its worker gets the next call.
@@ -102,6 +112,7 @@ def fan_out(
             returned = remote.remote(workers.made_from, method, *arguments)
             *left, result = returned if leaves_first else [returned]
             pending[result] = key, actor, left
+            patience.starts(actor)
         if finished is not None:
             key, references = finished
             with plain_errors():
@@ -109,10 +120,52 @@ def fan_out(
             yield key, (*references[:-1], value) if leaves_first else value
         if not pending:
             return
-        ready, _ = ray.wait(list(pending), num_returns=1)
+        while not (ready := ray.wait(list(pending), num_returns=1, timeout=patience.check_s())[0]):
+            _replace_late(patience.late({actor for _, actor, _ in pending.values()}))
         key, actor, left = pending.pop(ready[0])
+        patience.ends(actor)
         idle.append(actor)
         finished = key, [*left, ready[0]]
+
+
+class _Patience:
+    """How long a worker may take for its next result, by the slowest one so far."""
+
+    def __init__(self) -> None:
+        self._slowest: float | None = None
+        self._since: dict[Any, float] = {}
+        """Of each worker that has calls: when it was last heard of."""
+
+    def allowed_s(self) -> float:
+        """Seconds from one result of a worker to its next, or from its first call to its first result."""
+        return _FIRST_S if self._slowest is None else max(_LEAST_S, _SLOWER * self._slowest)
+
+    def check_s(self) -> float:
+        """Seconds to wait for a result before `late` is asked."""
+        return self.allowed_s() / 4
+
+    def starts(self, actor: Any) -> None:
+        """A call was sent to the worker."""
+        self._since.setdefault(actor, time.monotonic())
+
+    def ends(self, actor: Any) -> None:
+        """A result of the worker has come."""
+        now = time.monotonic()
+        self._slowest = max(self._slowest or 0.0, now - self._since.get(actor, now))
+        self._since[actor] = now
+
+    def late(self, actors: set[Any]) -> list[Any]:
+        """Those of these workers, all with calls, that take too long; their time starts anew."""
+        now = time.monotonic()
+        found = [actor for actor in actors if now - self._since[actor] > self.allowed_s()]
+        self._since |= dict.fromkeys(found, now)
+        return found
+
+
+def _replace_late(actors: Iterable[Any]) -> None:
+    for actor in actors:
+        logger.warning("a worker does not answer and is replaced; its blocks are computed again")
+        ray.kill(actor, no_restart=False)
 
 
 @contextmanager

@@ -43,8 +43,8 @@ class WorkConfig:
     decode_threads: int | None = None
     """Threads that decode images in each process; changes no bit. Default: 1, or 16 beside a GPU. Slow storage is read
     by more threads, as many as it needs."""
-    max_rejects: float = 0.001
-    """Share of the images that may be unreadable, 0 to 1, before the job fails."""
+    max_rejects: float | None = None
+    """Share of the images that may be unreadable, 0 to 1, before the job fails. Default: 1 %, and five in any case."""
 
     def __post_init__(self) -> None:
         for name in COUNTS:
@@ -53,7 +53,7 @@ class WorkConfig:
                 raise BadInput(f"{name}={value} must be at least 1")
         if self.encoding_gb <= 0:
             raise BadInput(f"encoding_gb={self.encoding_gb} must be above 0")
-        if not 0 <= self.max_rejects <= 1:
+        if self.max_rejects is not None and not 0 <= self.max_rejects <= 1:
             raise BadInput(f"max_rejects={self.max_rejects} is no share of the images; give 0 to 1")
 
     @property

@@ -25,6 +25,8 @@ MOST_READERS = 64
 PATIENCE_S = 0.002
 """Waiting longer than this for a file that could have been read ahead is storage that is slow."""
 _T = TypeVar("_T")
+_REJECT_THREADS = 8
+"""Rejects that are read again at the same time."""
 
 
 @dataclass(frozen=True)
@@ -80,13 +82,18 @@ def read_ahead(refs: Sequence[ImageRef]) -> Iterator[bytes | Reject]:
             pool.shutdown(cancel_futures=True)
 
 
-def is_readable(ref: ImageRef) -> bool:
-    """Whether the image can be read now (it may have been repaired since it was rejected)."""
-    try:
-        read_image(ref)
-    except UnreadableImage:
-        return False
-    return True
+def readable_ids(refs: Sequence[ImageRef]) -> set[str]:
+    """Ids of the images that can be read now: some may have been repaired since they were rejected."""
+
+    def is_readable(ref: ImageRef) -> bool:
+        try:
+            read_image(ref)
+        except UnreadableImage:
+            return False
+        return True
+
+    with ThreadPoolExecutor(_REJECT_THREADS) as pool:
+        return {ref.id for ref, found in zip(refs, pool.map(is_readable, refs), strict=True) if found}
 
 
 def _mapped(function: Callable[..., _T], *arguments: Any, threads: int) -> Iterator[_T]:

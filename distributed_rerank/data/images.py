@@ -14,13 +14,18 @@ from PIL import Image, UnidentifiedImageError
 
 from distributed_rerank.data import locations
 from distributed_rerank.data.catalogue import Box, ImageRef
-from distributed_rerank.data.locations import read_bytes
+from distributed_rerank.data.locations import StoreUnreachable, read_bytes
 from distributed_rerank.errors import BadInput
 
 __all__ = ["MAX_PIXELS", "UnreadableImage", "decode", "read_bytes", "read_content", "read_image", "to_rgb"]
 
 MAX_PIXELS = 100_000_000
+MAX_BYTES = 200_000_000
+"""Of a file, checked before it is read."""
+OUTAGE = "the store does not answer"
+"""How the reason begins where the store was at fault and not the image."""
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
+_STRIP_ROWS = 256
 _ORIENTATION_TAG = 0x0112
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -64,9 +69,11 @@ def read_content(ref: ImageRef, schemes: frozenset[str] = locations.SCHEMES) -> 
     if problem:
         raise UnreadableImage(problem)
     try:
-        return read_bytes(ref.path, schemes)
+        return read_bytes(ref.path, schemes, MAX_BYTES)
     except FileNotFoundError:
         raise UnreadableImage("file not found") from None
+    except StoreUnreachable as error:
+        raise UnreadableImage(_line(OUTAGE, error)) from error
     except OSError as error:
         raise UnreadableImage(_line("cannot be read", error)) from error
     except BadInput as error:
@@ -95,6 +102,8 @@ def decode(content: bytes, box: Box | None = None, max_pixels: int = MAX_PIXELS)
         raise UnreadableImage(_line("too many pixels", error)) from error
     except DAMAGE as error:
         raise UnreadableImage(_line("damaged or truncated", error)) from error
+    except MemoryError:
+        raise UnreadableImage("needs more memory than there is") from None
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -116,11 +125,17 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         raise UnreadableImage("floating-point pixels have no known range; store 8 or 16 bits")
     if image.mode == "I" or image.mode.startswith("I;16"):
         return _to_8_bits(image).convert("RGB")
-    if image.has_transparency_data:
-        colours = image.convert("RGBA")
-        white = Image.new("RGBA", colours.size, "white")
-        return Image.alpha_composite(white, colours).convert("RGB")
-    return image.convert("RGB")
+    return _on_white(image) if image.has_transparency_data else image.convert("RGB")
+
+
+def _on_white(image: Image.Image) -> Image.Image:
+    """The image over white; by strips, since a whole one would be held three times, at four bytes a pixel."""
+    whole = Image.new("RGB", image.size)
+    for top in range(0, image.height, _STRIP_ROWS):
+        strip = image.crop((0, top, image.width, min(top + _STRIP_ROWS, image.height))).convert("RGBA")
+        white = Image.new("RGBA", strip.size, "white")
+        whole.paste(Image.alpha_composite(white, strip).convert("RGB"), (0, top))
+    return whole
 
 
 def _to_8_bits(image: Image.Image) -> Image.Image:

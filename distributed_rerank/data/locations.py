@@ -4,10 +4,16 @@ Paths come from tables that somebody else may have written. So only listed URI s
 change the server or the credentials that are used, and images lie below `ImageRoots`.
 """
 
+import functools
 import io
 import os
 import re
-from collections.abc import Callable, Iterable, Sequence
+import stat
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import unquote
@@ -27,6 +33,14 @@ _HOSTS = {
 _HOSTS |= {"gs": _HOSTS["s3"], "gcs": _HOSTS["s3"], "az": _HOSTS["abfs"]}
 _PSEUDO = ("/proc", "/sys", "/dev")
 """Folders whose files are no files: memory, devices, settings of the kernel."""
+PAUSES_S = (0.5, 2.0)
+"""Seconds between the tries of a store that does not answer."""
+_FAILED: set[str] = set()
+_OUTAGE = re.compile(
+    r"NETWORK_CONNECTION|curlCode|time[d-]? ?out|SLOW_DOWN|SERVICE_UNAVAILABLE|INTERNAL_FAILURE|HTTP (status )?5\d\d"
+    r"|\b50[0-4]\b|Connect(ion)?Error|ServerError|OfflineMode|LocalEntryNotFound|resolve host|getaddrinfo",
+    re.IGNORECASE,
+)
 _SCHEME = re.compile(r"^([A-Za-z][A-Za-z0-9+.-]*)://")
 
 
@@ -58,8 +72,12 @@ class ImageRoots:
 
     def problem(self, path: str) -> str:
         """Why an image at `path`, absolute or a URI, is not read; "" where it may be."""
-        scheme = scheme_of(path)
-        is_local = scheme in (None, "file")
+        try:
+            if b"\0" in os.fsencode(path):
+                return "no path of a file: it holds a NUL"
+        except UnicodeEncodeError:
+            return "no path of a file: it holds half a character"
+        is_local = scheme_of(path) in (None, "file")
         local = os.path.normpath(absolute(path)) if is_local else ""
         if is_local and _is_below(os.path.realpath(local), _PSEUDO):
             return "no image file, but a device or a file of the kernel"
@@ -102,20 +120,24 @@ def join(folder: str, path: str) -> str:
     return f"{folder}/{path}"
 
 
-def read_bytes(location: str, schemes: frozenset[str] = SCHEMES) -> bytes:
-    """All bytes at a local path or URI.
+class StoreUnreachable(OSError):
+    """A store that does not answer, or fails by its own account; that says nothing about the file."""
+
+
+def read_bytes(location: str, schemes: frozenset[str] = SCHEMES, max_bytes: int | None = None) -> bytes:
+    """All bytes at a local path or URI: of a regular file, and of no more than `max_bytes`.
 
     A scheme outside `schemes` (http and https must be asked for) or one whose driver is not installed raises
-    BadInput; a missing or unreadable file raises OSError, a store that does not
-    answer Outage.
+    BadInput; a missing, unreadable or larger file raises OSError. A bucket that does not answer raises Outage, the hub
+    StoreUnreachable, after some more tries.
     """
     scheme = _allowed_scheme(location, schemes)
     if scheme in (None, "file"):
-        return Path(absolute(location)).read_bytes()
+        return _read_local(absolute(location), max_bytes)
     if scheme in object_store.SCHEMES:
-        return object_store.read(location)
+        return object_store.read(location, max_bytes)
     try:
-        return _read_remote(location)
+        return read_with_patience(lambda: _read_remote(location, scheme, max_bytes), location)
     except (ImportError, ValueError) as error:
         raise BadInput(f"{location}: cannot open scheme {scheme!r} ({error}); install its fsspec driver") from error
 
@@ -160,6 +182,100 @@ def _check_host(location: str, scheme: str) -> None:
         raise BadInput(f"{location}: a URI with '::' or '?' may point elsewhere; name the file itself")
 
 
-def _read_remote(location: str) -> bytes:
+def _read_local(path: str, max_bytes: int | None) -> bytes:
+    """The bytes of a regular file. Nothing else is opened: a pipe would block for ever, a device has no end."""
+    try:
+        _check_regular(os.stat(path), max_bytes)
+        # Without waiting, should it have become a pipe since.
+        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
+            _check_regular(os.fstat(file.fileno()), max_bytes)
+            content = file.read() if max_bytes is None else file.read(max_bytes + 1)
+    except ValueError as error:  # a NUL, or what no file name can hold
+        raise OSError(f"no path of a file ({error})") from error
+    _check_size(len(content), max_bytes)
+    return content
+
+
+def _check_regular(found: os.stat_result, max_bytes: int | None) -> None:
+    if not stat.S_ISREG(found.st_mode):
+        kinds = {stat.S_IFDIR: "directory", stat.S_IFIFO: "pipe", stat.S_IFSOCK: "socket"}
+        raise OSError(f"no regular file but a {kinds.get(stat.S_IFMT(found.st_mode), 'device')}")
+    _check_size(found.st_size, max_bytes)
+
+
+def _check_size(size: int, max_bytes: int | None) -> None:
+    if max_bytes is not None and size > max_bytes:
+        raise OSError(f"{size} bytes or more exceed the limit of {max_bytes}")
+
+
+def _read_remote(location: str, scheme: str | None, max_bytes: int | None) -> bytes:
+    if scheme == "hf" and not hub_answers():
+        raise StoreUnreachable("the Hugging Face hub does not answer")
     filesystem, path = fsspec.url_to_fs(location)
+    _check_size(int(filesystem.size(path) or 0), max_bytes)
     return filesystem.cat_file(path)
+
+
+def read_with_patience(read: Callable[[], bytes], location: str) -> bytes:
+    """What `read` returns; again after `PAUSES_S` where the store is at fault, then StoreUnreachable.
+
+    Once a store has failed for good, its next reads are tried once each until one succeeds.
+    """
+    store = "/".join(location.split("/")[:3])
+    for pause in (*(() if store in _FAILED else PAUSES_S), None):
+        try:
+            content = read()
+        except Exception as error:
+            if not is_outage(error):
+                raise error if isinstance(error, OSError | ImportError | ValueError) else OSError(str(error)) from error
+            if pause is None:
+                _FAILED.add(store)
+                kind = "" if isinstance(error, StoreUnreachable) else f"{type(error).__name__}: "
+                raise StoreUnreachable(" ".join(f"{kind}{error}".split())[:200]) from error
+            time.sleep(pause)
+        else:
+            _FAILED.discard(store)
+            return content
+    raise AssertionError("the last try has no pause behind it")
+
+
+def is_outage(error: Exception) -> bool:
+    """Whether an error of a read speaks of the store or the network, and not of the file."""
+    if isinstance(error, FileNotFoundError | PermissionError):
+        return False
+    return isinstance(error, StoreUnreachable | ConnectionError | TimeoutError) or bool(
+        _OUTAGE.search(f"{type(error).__name__}: {error}")
+    )
+
+
+def hub_answers() -> bool:
+    """Whether the Hugging Face hub can be reached, asked at most once a minute; its own client asks for 47 seconds."""
+    return _hub_answers(int(time.monotonic() // 60))
+
+
+@contextmanager
+def asking_hub() -> Iterator[None]:
+    """Inside, the hub's client looks in its cache alone where the hub does not answer, and so fails at once."""
+    from huggingface_hub import constants
+
+    before = constants.HF_HUB_OFFLINE
+    constants.HF_HUB_OFFLINE = before or not hub_answers()
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
+
+
+@functools.lru_cache(maxsize=1)
+def _hub_answers(minute: int) -> bool:
+    del minute  # only to ask again in the next one
+    from huggingface_hub import constants
+
+    request = urllib.request.Request(constants.ENDPOINT, method="HEAD")
+    try:
+        urllib.request.urlopen(request, timeout=5).close()
+    except urllib.error.HTTPError:
+        return True  # that is an answer
+    except OSError:
+        return False
+    return True

@@ -44,19 +44,25 @@ def is_object(location: str) -> bool:
     return _URI.fullmatch(location) is not None
 
 
-def read(uri: str) -> bytes:
-    """All bytes of an object, by one GET. Raises FileNotFoundError, PermissionError and Outage."""
-    return read_tagged(uri)[0]
+def read(uri: str, max_bytes: int | None = None) -> bytes:
+    """All bytes of an object, by one GET.
+
+    Raises FileNotFoundError, PermissionError and Outage, and OSError for more than `max_bytes`, before they are read.
+    """
+    return read_tagged(uri, max_bytes)[0]
 
 
-def read_tagged(uri: str) -> tuple[bytes, Tag]:
-    """The bytes of an object, and the tag of this version for `write`."""
+def read_tagged(uri: str, max_bytes: int | None = None) -> tuple[bytes, Tag]:
+    """The bytes of an object, and the tag of this version for `write`; raises as `read` does."""
     import obstore
 
     store, key = _place(uri)
     for attempt in range(_BODY_ATTEMPTS):
         with _translated(uri):
             answer = obstore.get(store, key)
+            size = answer.meta["size"]
+            if max_bytes is not None and size > max_bytes:
+                raise OSError(f"{size} bytes exceed the limit of {max_bytes}")
             try:
                 content = bytes(answer.bytes())
             except Exception:

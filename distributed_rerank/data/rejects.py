@@ -1,5 +1,6 @@
 """Images that could not be read, and why: the table `rejects` and the share of them that a run accepts. Layer 2."""
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -7,7 +8,15 @@ import pandas as pd
 import pyarrow as pa
 
 from distributed_rerank.data import tables
+from distributed_rerank.data.images import OUTAGE
 from distributed_rerank.errors import BadInput
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_SHARE = 0.01
+"""Of the images that may be unreadable."""
+FEW = 5
+"""So many may be, whatever their share."""
 
 
 @dataclass(frozen=True)
@@ -19,17 +28,31 @@ class Reject:
     reason: str
 
 
-def check_rejects(rejects: Sequence[Reject], n_images: int, max_rejects: float, table: str) -> None:
-    """Raise BadInput, naming count, share, first reasons and the `table` with all, when more than the share
-    `max_rejects` of `n_images` images could not be read."""
-    if len(rejects) <= max_rejects * n_images:
+def check_rejects(rejects: Sequence[Reject], n_images: int, max_rejects: float | None, table: str) -> None:
+    """Raise BadInput, naming count, share, first reasons and the `table` with all, for too many unreadable images.
+
+    Too many of `n_images` are more than the share `max_rejects`; by default more than 1 %, but five are never too many
+    as long as half of the images remain. Where nobody gave a share, no image may be left out because its store did not
+    answer. Fewer rejects are told by a warning.
+    """
+    if not rejects:
         return
     first = "; ".join(f"{reject.id}: {reject.reason}" for reject in rejects[:3])
-    raise BadInput(
-        f"{len(rejects)} of {n_images} images ({len(rejects) / n_images:.2%}) cannot be read, more than "
-        f"max_rejects={max_rejects:.2%} allows ({first}); all reasons are in {table}; "
-        "repair them or raise --max-rejects"
-    )
+    n_unreachable = sum(reject.reason.startswith(OUTAGE) for reject in rejects)
+    if max_rejects is None and n_unreachable:
+        raise BadInput(
+            f"{n_unreachable} of {n_images} images were not fetched, because their store does not answer ({first}); "
+            f"start the same command again when it does, or leave them out with --max-rejects; all are in {table}"
+        )
+    share = DEFAULT_SHARE if max_rejects is None else max_rejects
+    least = min(FEW, n_images / 2) if max_rejects is None else 0
+    found = f"{len(rejects)} of {n_images} images ({len(rejects) / n_images:.2%}) cannot be read"
+    if len(rejects) > max(share * n_images, least):
+        raise BadInput(
+            f"{found}, more than max_rejects={share:.2%} allows ({first}); all reasons are in {table}; "
+            "repair them or raise --max-rejects"
+        )
+    logger.warning("%s AND ARE LEFT OUT (%s); all reasons are in %s", found, first, table)
 
 
 def reject_table(rejects: Sequence[Reject], stage: str) -> pa.Table:

@@ -10,6 +10,7 @@ import inspect
 import json
 import sys
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from torch.nn import functional
 from distributed_rerank.config.extractor import ExtractorConfig, python_literal
 from distributed_rerank.data.begun import ComputedWith
 from distributed_rerank.data.files import file_digest
+from distributed_rerank.data.locations import asking_hub
 from distributed_rerank.data.transforms import InferenceTransform
 from distributed_rerank.errors import BadInput
 from distributed_rerank.models import inference, vit, weights
@@ -163,7 +165,9 @@ def _create(config: ExtractorConfig) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.extractor_seed)
         try:
-            model = timm.create_model(config.network, pretrained=False, num_classes=0, **args)
+            # A name on the hub is asked for its architecture.
+            with asking_hub() if config.network.startswith(("hf-hub:", "hf_hub:")) else nullcontext():
+                model = timm.create_model(config.network, pretrained=False, num_classes=0, **args)
         except (TypeError, ValueError, AssertionError, RuntimeError, KeyError, OSError) as error:
             raise BadInput(
                 f"extractor {config.name} with arguments {args} is refused by timm: {_line(error)}"
@@ -171,7 +175,8 @@ def _create(config: ExtractorConfig) -> nn.Module:
         if config.weights is not None:
             return model
         try:
-            return timm.create_model(config.network, pretrained=True, num_classes=0, **args)
+            with asking_hub():
+                return timm.create_model(config.network, pretrained=True, num_classes=0, **args)
         except (OSError, RuntimeError) as error:
             raise BadInput(
                 f"the weights of extractor {config.name} could not be fetched ({_line(error)}); "
@@ -277,7 +282,8 @@ def _resolve(config: ExtractorConfig, model: Any, transform: InferenceTransform)
             described = json.loads((Path(identifier) / "config.json").read_text())
             name, hub_args = described["architecture"], described.get("model_args")
         else:
-            _, name, hub_args = load_model_config_from_hf(identifier)
+            with asking_hub():
+                _, name, hub_args = load_model_config_from_hf(identifier)
         # The source may fix the size of the position table; the bare name would build the default one.
         size = {"img_size": _native_size(model)} if hasattr(model, "pos_embed") else {}
         args = {**(hub_args or {}), **size, **args}

@@ -19,6 +19,7 @@ from torch import nn
 from distributed_rerank.config.extractor import ExtractorConfig
 from distributed_rerank.config.pairwise import PAIRWISE_CONFIGS, PairwiseConfig, pairwise_name
 from distributed_rerank.data.files import write_bytes
+from distributed_rerank.data.locations import asking_hub
 from distributed_rerank.data.manifests import MANIFEST, check_files
 from distributed_rerank.data.trained_on import TRAINED_ON, read_trained_on
 from distributed_rerank.errors import BadInput
@@ -155,7 +156,8 @@ def local_folder(folder: str | Path) -> Path:
     try:
         patterns = ["*.json", "*.safetensors", "*.md"]
         repo_id = name.removeprefix("hf-hub:")
-        return Path(huggingface_hub.snapshot_download(repo_id, allow_patterns=patterns, ignore_patterns=[MANIFEST]))
+        with asking_hub():
+            return Path(huggingface_hub.snapshot_download(repo_id, allow_patterns=patterns, ignore_patterns=[MANIFEST]))
     except (OSError, ValueError) as error:
         raise BadInput(
             f"{name} could not be fetched from the hub: {str(error).splitlines()[0]}; give a local folder"

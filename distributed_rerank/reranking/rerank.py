@@ -55,6 +55,8 @@ def rerank(
     """
     work = work or WorkConfig()
     check_depth(config, chain)
+    if not chain.steps:
+        logger.warning("the chain is the first stage alone: THE ORDER OF THE LISTS STAYS AS IT IS")
     fingerprint = artifacts.make_fingerprint(
         "rerank",
         config=first_stage_settings(config, work) | {"scoring": work.fingerprint_settings("score")},

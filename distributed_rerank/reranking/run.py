@@ -55,6 +55,8 @@ def load_model_and_chain(config: RerankerConfig) -> tuple[PairwiseModel | None, 
     if chain == "first_stage":
         found = Chain()
     elif chain == "replace" or (chain == "model" and not has_own):
+        if chain == "model":
+            logger.warning("%s has no chain.json: CANDIDATES ARE ORDERED BY THE LOGIT ALONE, as OML does", path)
         found = Chain((PairwiseStep(top_n=10 if top_n is None else top_n, rule="replace"),))
     else:
         found = read_chain(path if has_own else Path(chain))
@@ -123,7 +125,7 @@ def lists_for(
         return first.lists
     if first.embeddings is None:
         raise BadInput("this chain looks at neighbourhoods and needs embeddings; give --embeddings or --extractor")
-    everyone = Catalogue(catalogue.table.assign(is_query=True), catalogue.source)
+    everyone = replace(catalogue, table=catalogue.table.assign(is_query=True))
     if needs_joint_lists(chain, catalogue):
         everyone = catalogue.as_query_and_gallery()
         logger.info("%s: the answer to a query depends on the other queries of the catalogue", chain.describe())

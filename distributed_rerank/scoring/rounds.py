@@ -175,11 +175,15 @@ class Round:
         """The score blocks of one call. Raises BadInput for a logit that is not finite."""
         computed_with = frozenset({*self._computed_with, scores.computed_with})
         for number, of_pairs in zip(numbers, scores.logits, strict=True):
-            if not np.isfinite(of_pairs).all():
-                raise BadInput(
-                    "the pairwise model gives logits that are not finite; train it again, or with precision fp32"
-                )
             block = self._scoring.plan.blocks[number]
+            if not np.isfinite(of_pairs).all():
+                query, column = self._is_readable(block).nonzero()[int(np.isfinite(of_pairs).argmin())].tolist()
+                ids, lists = self._scoring.catalogue.ids, block.lists
+                pair = f"{ids[int(lists.query_items[query])]!r} and {ids[int(lists.items[query, column])]!r}"
+                raise BadInput(
+                    f"the pairwise model gives no finite logit of {pair} ({(~np.isfinite(of_pairs)).sum()} pairs of "
+                    "their block); train it again, or with precision fp32"
+                )
             placed = torch.full(block.lists.items.shape, torch.nan)
             placed[self._is_readable(block)] = tensor_of(of_pairs)
             self._scoring.counters.pairs_scored += len(of_pairs)

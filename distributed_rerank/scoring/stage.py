@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import torch
 from jaxtyping import Float32
 from torch import Tensor
@@ -20,7 +19,7 @@ from distributed_rerank.config.work import WorkConfig
 from distributed_rerank.data import artifacts, tables
 from distributed_rerank.data.candidates import aligned_logits, pairs_table
 from distributed_rerank.data.catalogue import Catalogue
-from distributed_rerank.data.decoding import is_readable
+from distributed_rerank.data.decoding import readable_ids
 from distributed_rerank.data.rejects import Reject, check_rejects, reject_table, rejects_of
 from distributed_rerank.models.pairwise import PairwiseModel
 from distributed_rerank.runtime.progress import Progress
@@ -132,13 +131,11 @@ def _unfinished(staging: artifacts.Staging, catalogue: Catalogue, plan: ScorePla
     """Numbers of the blocks that are not stored, or were stored with a reject that can be read by now."""
     scored, rejected = staging.blocks("pair_distances"), staging.blocks("rejects")
     stored = scored.done() & rejected.done()
-    finished = {number for number in stored if not _is_repaired(rejected.read(number), catalogue)}
+    ids = {number: [reject.id for reject in rejects_of(rejected.read(number))] for number in stored}
+    distinct = sorted({id for of_block in ids.values() for id in of_block})
+    repaired = readable_ids(catalogue.images(catalogue.items_of(distinct))) if distinct else set()
+    finished = {number for number in stored if not repaired & set(ids[number])}
     return [number for number in range(len(plan.blocks)) if number not in finished]
-
-
-def _is_repaired(rejects: pa.Table, catalogue: Catalogue) -> bool:
-    ids = [reject.id for reject in rejects_of(rejects)]
-    return any(is_readable(ref) for ref in catalogue.images(catalogue.items_of(ids)))
 
 
 def _store(

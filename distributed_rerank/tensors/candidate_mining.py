@@ -49,8 +49,9 @@ def filter_negatives(
 ) -> tuple[Bool[Tensor, "query k"], dict[str, int]]:
     """The negatives that pass all filters, and how many each filter dropped (each counts once).
 
-    With several positives in a list the margins refer to the furthest, as in sentence-transformers. If there is none in
-    the list, every candidate is nearer than any positive and a margin drops them all.
+    With several positives in a list the margins refer to the furthest one there, in L2 distance; sentence-transformers
+    has margins in similarity, and looks at all positives. If there is none in the list, every candidate is nearer than
+    any positive and a margin drops them all.
     """
     distances = lists.distances
     # [query, 1]: the distance of the furthest positive in each list; inf where there is none.

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from distributed_rerank.config.training import TrainingConfig
 from distributed_rerank.data.catalogue import Catalogue
-from distributed_rerank.data.images import read_image
+from distributed_rerank.data.images import UnreadableImage, read_image
 from distributed_rerank.data.transforms import InferenceTransform, TrainingTransform
+from distributed_rerank.errors import BadInput
 from distributed_rerank.tensors import sharding
 from distributed_rerank.tensors.candidate_lists import CandidateLists
 from distributed_rerank.training.plan import seed_of
@@ -61,7 +62,14 @@ class DecodedImages:
 
     def _read(self, items: Tensor, augment: TrainingTransform | None, seeds: list[int]) -> Tensor:
         def one(ref_and_seed: tuple) -> Tensor:
-            image = read_image(ref_and_seed[0])
+            ref = ref_and_seed[0]
+            try:
+                image = read_image(ref)
+            except UnreadableImage as error:
+                raise BadInput(
+                    f"image {ref.id!r} ({ref.path}) could be read before and cannot now: {error.reason}; restore it or "
+                    "remove its row, then start again"
+                ) from None
             if augment is None:
                 return self.transform(image)
             return augment(image, torch.Generator().manual_seed(ref_and_seed[1]))

@@ -8,6 +8,7 @@ import pytest
 import ray
 from ray.exceptions import RayTaskError
 
+from distributed_rerank.cluster import fan_out as fan_outs
 from distributed_rerank.cluster.fan_out import fan_out, start_workers
 from distributed_rerank.cluster.session import Session
 from distributed_rerank.errors import BadInput
@@ -124,3 +125,33 @@ def test_fan_out_killed_worker_changes_no_result(session_of: SessionOf, tmp_path
     assert killer.killed
     assert len(list(tmp_path.glob("started_*"))) == 3
     assert sorted(results) == [(n, n + 1) for n in range(12)]
+
+
+def test_fan_out_stopped_worker_is_replaced_and_its_calls_run_again(
+    session_of: SessionOf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A process that is stopped, not dead, tells nobody."""
+    monkeypatch.setattr(fan_outs, "_LEAST_S", 3.0)
+
+    class Slow:
+        def work(self, value: int) -> int:
+            (tmp_path / f"started_{os.getpid()}").touch()
+            time.sleep(0.05)
+            return value + 1
+
+    stopped: list[int] = []
+    results = []
+    with start_workers(session_of(2), Slow) as workers:
+        for number, value in fan_out(workers, "work", calls(range(40))):
+            results.append((number, value))
+            pids = sorted(int(path.name.partition("_")[2]) for path in tmp_path.glob("started_*"))
+            if not stopped and len(pids) == 2:
+                os.kill(pids[0], signal.SIGSTOP)
+                stopped.append(pids[0])
+    assert stopped
+    assert sorted(results) == [(n, n + 1) for n in range(40)]
+    assert "a worker does not answer and is replaced" in caplog.text
+    deadline = time.monotonic() + 30
+    while Path(f"/proc/{stopped[0]}").exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not Path(f"/proc/{stopped[0]}").exists(), "the stopped process is still there"

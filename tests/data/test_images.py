@@ -1,8 +1,17 @@
 import copy
 import io
+import os
 import pickle
+import resource
+import shutil
+import socket
 import struct
+import tempfile
+import time
+import urllib.error
+import urllib.request
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import fsspec
@@ -231,3 +240,78 @@ def test_real_photos_and_drawings_are_read(shared_data: Path) -> None:
         path = next(iter(sorted((shared_data / name / "images").rglob("*.*g"))))
         image = images.read_image(ImageRef("a", str(path)))
         assert np.array_equal(np.asarray(image), np.asarray(Image.open(path).convert("RGB")))
+
+
+@pytest.fixture
+def no_images(tmp_path: Path) -> Iterator[dict[str, str]]:
+    """Paths that are no regular file or too large, and words of the reason."""
+    os.mkfifo(tmp_path / "pipe.jpg")
+    (tmp_path / "folder.jpg").mkdir()
+    with open(tmp_path / "sparse.jpg", "wb") as file:
+        file.truncate(3_000_000_000)
+    (tmp_path / "link.jpg").symlink_to("/dev/zero")
+    sock = socket.socket(socket.AF_UNIX)
+    # The name of a socket may have a hundred characters.
+    short = tempfile.mkdtemp(dir="/tmp")
+    sock.bind(f"{short}/s.jpg")
+    yield {
+        str(tmp_path / "pipe.jpg"): "no regular file but a pipe", str(tmp_path / "folder.jpg"): "but a directory",
+        str(tmp_path / "sparse.jpg"): "3000000000 bytes or more exceed the limit", "/dev/zero": "a device",
+        str(tmp_path / "link.jpg"): "a device", f"{short}/s.jpg": "but a socket", "/proc/self/mem": "of the kernel",
+        str(tmp_path / "a\0b.jpg"): "no path of a file", str(tmp_path / "a\ud800.jpg"): "no path of a file",
+        str(tmp_path / ("x" * 300)): "name too long",
+    }  # fmt: skip
+    sock.close()
+    shutil.rmtree(short)
+
+
+def test_what_is_no_image_file_is_refused_at_once_and_unread(no_images: dict[str, str]) -> None:
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    started = time.monotonic()
+    for path, words in no_images.items():
+        with pytest.raises(UnreadableImage) as caught:
+            images.read_image(ImageRef("a", path))
+        assert words.lower() in caught.value.reason.lower(), path
+        assert "\n" not in caught.value.reason
+    assert time.monotonic() - started < 5
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000, "kB: the file was read"
+
+
+def test_hub_that_is_away_is_told_at_once_and_once_a_minute(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    def refuse(request: urllib.request.Request, **options: object) -> None:
+        asked.append(request.full_url)
+        raise urllib.error.URLError("Network is unreachable")
+
+    monkeypatch.setattr(urllib.request, "urlopen", refuse)
+    monkeypatch.setattr(locations.time, "sleep", lambda seconds: None)
+    locations._hub_answers.cache_clear()
+    for name in ("a", "b"):
+        with pytest.raises(UnreadableImage, match=f"^{images.OUTAGE}: .*hub does not answer"):
+            images.read_image(ImageRef(name, f"hf://datasets/owner/name/{name}.jpg"))
+    assert len(asked) <= 2
+    locations._hub_answers.cache_clear()
+
+
+def test_image_that_needs_more_memory_than_there_is_is_a_reject(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(image: Image.Image) -> Image.Image:
+        raise MemoryError
+
+    monkeypatch.setattr(images, "_to_rgb", fail)
+    assert _reason(_bytes(_photo())) == "needs more memory than there is"
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "PA", "P"])
+def test_transparent_image_over_white_by_strips_is_the_whole_one(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = np.random.default_rng(3)
+    image = Image.fromarray(generator.integers(0, 256, (41, 17, 4), np.uint8), "RGBA")
+    if mode == "P":
+        image = image.convert("RGB").convert("P")
+        image.info["transparency"] = bytes(generator.integers(0, 256, 256, np.uint8))
+    elif mode != "RGBA":
+        image = image.convert(mode)
+    colours = image.convert("RGBA")
+    expected = Image.alpha_composite(Image.new("RGBA", colours.size, "white"), colours).convert("RGB")
+    monkeypatch.setattr(images, "_STRIP_ROWS", 8)
+    assert images._to_rgb(image).tobytes() == expected.tobytes()

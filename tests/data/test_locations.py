@@ -17,6 +17,48 @@ def test_s3_objects_are_read_even_with_spaces_in_their_names(s3: Server) -> None
         locations.read_bytes(f"{s3.bucket}/shop/absent.png")
 
 
+def test_store_that_fails_for_a_moment_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    pauses: list[float] = []
+    monkeypatch.setattr(locations.time, "sleep", pauses.append)
+    answers: list[Exception | bytes] = [
+        OSError("When reading: AWS Error SLOW_DOWN during GetObject"),
+        TimeoutError("read timed out"),
+        b"picture",
+    ]
+
+    def read() -> bytes:
+        answer = answers.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    assert locations.read_with_patience(read, "s3://bucket/a.png") == b"picture"
+    assert pauses == list(locations.PAUSES_S)
+
+
+def test_store_that_stays_away_is_told_apart_from_a_file_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    pauses: list[float] = []
+    monkeypatch.setattr(locations.time, "sleep", pauses.append)
+    monkeypatch.setattr(locations, "_FAILED", set())
+    tries: list[str] = []
+
+    def fail(error: Exception) -> bytes:
+        tries.append(str(error))
+        raise error
+
+    for error in (FileNotFoundError("x"), PermissionError("x"), OSError("AWS Error ACCESS_DENIED"), ValueError("x")):
+        with pytest.raises(type(error)):
+            locations.read_with_patience(lambda error=error: fail(error), "s3://bucket/a.png")
+    assert (len(tries), pauses) == (4, [])
+    away = OSError("AWS Error NETWORK_CONNECTION during HeadObject: curlCode: 7, Couldn't connect to server")
+    with pytest.raises(locations.StoreUnreachable, match="curlCode"):
+        locations.read_with_patience(lambda: fail(away), "s3://bucket/a.png")
+    assert pauses == list(locations.PAUSES_S)
+    with pytest.raises(locations.StoreUnreachable):
+        locations.read_with_patience(lambda: fail(away), "s3://bucket/b.png")
+    assert len(pauses) == len(locations.PAUSES_S), "the next images of a store that is away cost one try each"
+
+
 def test_join_and_folder_keep_what_is_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert locations.folder_of("df.csv") == str(tmp_path)

@@ -255,7 +255,7 @@ def test_broken_image_is_rejected_and_counted(
     (tmp_path / "photos" / "03-1.png").write_bytes(b"this is no picture")
     common = ["--catalogue", tmp_path / "photos" / "df.csv", "--out", tmp_path / "e", *EXTRACTOR,
               "--model", models["concat"]]  # fmt: skip
-    refused = run_job("evaluate", *common)
+    refused = run_job("evaluate", *common, "--max-rejects", 0.01)
     assert refused.code == 2
     assert "1 of 48 images" in refused.errors
     assert "--max-rejects" in refused.errors

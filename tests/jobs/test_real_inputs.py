@@ -504,3 +504,28 @@ def test_same_file_in_gallery_or_train_is_counted(measure: Measure, tmp_path: Pa
     assert "3 measured images with the same file in train" in found["said"]
     report = (found["out"] / "report.html").read_text()
     assert "<dt>Queries with the same file in the gallery</dt><dd>3<" in report
+
+
+@pytest.mark.parametrize("out", ["HTTP://x/y", "ftp://x/y"])
+def test_out_in_a_store_that_cannot_be_written_is_refused_and_no_folder_is_made(
+    out: str, run_job: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    written(tmp_path / "df.csv", FOUR)
+    outcome = run_job("embed", "--catalogue", tmp_path / "df.csv", "--out", out, *EXTRACTOR)
+    assert outcome.code == 2
+    assert out.split(":")[0] in outcome.errors
+    assert [path.name for path in tmp_path.iterdir()] == ["df.csv"]
+
+
+def test_chain_that_changes_nothing_or_is_not_there_is_told(
+    run_job: Callable, models: dict, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    common = ["--catalogue", written(tmp_path / "df.csv", FOUR), "--model", models["identity"], "--max-rejects", 1]
+    common += ["--candidates", written(tmp_path / "lists.csv", RIGHT_FIRST)]
+    outcome = run_job("rerank", *common, "--chain", "first_stage", "--out", tmp_path / "a")
+    assert outcome.code == 0, outcome.errors
+    assert "THE ORDER OF THE LISTS STAYS AS IT IS" in caplog.text
+    caplog.clear()
+    run_job("rerank", *common, "--out", tmp_path / "b")
+    assert "has no chain.json: CANDIDATES ARE ORDERED BY THE LOGIT ALONE" in caplog.text

@@ -1,6 +1,7 @@
 import dataclasses
 import hashlib
 import json
+import time
 
 import huggingface_hub
 import pytest
@@ -9,6 +10,7 @@ import timm
 import torch
 
 from distributed_rerank.config.extractor import ExtractorConfig, parse_named_values
+from distributed_rerank.data import locations
 from distributed_rerank.data.transforms import InferenceTransform
 from distributed_rerank.errors import BadInput
 from distributed_rerank.models import extractor as extractor_module
@@ -205,6 +207,20 @@ def test_build_extractor_unknown_name_suggests_close_ones():
 def test_build_extractor_refused_argument_is_named():
     with pytest.raises(BadInput, match="resnet10t takes no argument depht"):
         build_extractor(ExtractorConfig(name="resnet10t", weights="none", args={"depht": "2"}))
+
+
+def test_build_extractor_hub_that_does_not_answer_is_told_quickly_and_once(monkeypatch, capfd):
+    locations._hub_answers.cache_clear()
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    started = time.monotonic()
+    with pytest.raises(BadInput, match=r"could not be fetched") as told:
+        build_extractor(ExtractorConfig(name="test_resnet.r160_in1k"))
+    assert time.monotonic() - started < 10
+    assert "\n" not in str(told.value)
+    assert "retry" not in capfd.readouterr().err.lower()
+    assert not huggingface_hub.constants.HF_HUB_OFFLINE
+    locations._hub_answers.cache_clear()
 
 
 def test_build_extractor_unreachable_hub_says_what_to_do(monkeypatch):

@@ -1,3 +1,4 @@
+import re
 import weakref
 from collections.abc import Iterator
 from dataclasses import replace
@@ -6,14 +7,17 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
+from torch import Tensor
 
 from distributed_rerank.config.work import WorkConfig
 from distributed_rerank.data import tables
 from distributed_rerank.data.artifacts import read_manifest
 from distributed_rerank.data.images import read_image
 from distributed_rerank.errors import BadInput
+from distributed_rerank.models.concat_siamese import ConcatSiamese
 from distributed_rerank.models.pairwise import PairwiseModel
 from distributed_rerank.scoring import plan as scoring_plan
 from distributed_rerank.scoring import score as scoring
@@ -149,7 +153,7 @@ def test_score_too_many_rejects_fails_and_goes_on_once_they_are_repaired(tmp_pat
     catalogue, model = make_catalogue(tmp_path / "images", 9, broken=(2, 6)), concat_model()
     lists = make_lists(catalogue, 5)
     with pytest.raises(BadInput, match=r"2 of 9 images .*rejects\.parquet"):
-        score_candidates(catalogue, lists, model, 5, tmp_path / "out", work=WORK)
+        score_candidates(catalogue, lists, model, 5, tmp_path / "out", work=replace(WORK, max_rejects=0.1))
     for number in (2, 6):
         save_picture(tmp_path / "images" / f"picture_{number:03d}.png", number)
     found = score_candidates(catalogue, lists, model, 5, tmp_path / "out", work=WORK)
@@ -186,12 +190,25 @@ def test_score_lost_block_or_pair_is_an_error(tmp_path: Path) -> None:
         )
 
 
-def test_score_logits_that_are_not_finite_are_bad_input(tmp_path: Path) -> None:
+def test_score_logit_that_is_not_finite_is_told_with_its_pair_and_never_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     catalogue, model = make_catalogue(tmp_path / "images", 5), concat_model()
-    with torch.no_grad():
-        model.head[-1].weight.fill_(torch.nan)
-    with pytest.raises(BadInput, match="not finite"):
-        score_candidates(catalogue, make_lists(catalogue, 3), model, 5, tmp_path / "out", work=WORK)
+    lists = make_lists(catalogue, 3)
+    wanted = lists.distances[2, 1]
+    forward = ConcatSiamese.forward
+
+    def broken(self: ConcatSiamese, query: Tensor, gallery: Tensor, distance: Tensor) -> Tensor:
+        logits = forward(self, query, gallery, distance)
+        return torch.where(distance == wanted, torch.nan, logits)
+
+    monkeypatch.setattr(ConcatSiamese, "forward", broken)
+    pair = " and ".join(repr(catalogue.ids[item]) for item in (2, int(lists.items[2, 1])))
+    with pytest.raises(BadInput, match=rf"no finite logit of {re.escape(pair)} \(1 pairs of their block\)"):
+        score_candidates(catalogue, lists, model, 5, tmp_path / "out", work=WORK)
+    for path in tmp_path.rglob("*.parquet"):
+        table = pd.read_parquet(path)
+        assert "logit" not in table or table["logit"].notna().all()
 
 
 def test_score_model_of_the_caller_is_left_as_it_was(tmp_path: Path) -> None:

@@ -1,12 +1,15 @@
 """Projections are fitted to the right labels: those of the other half, or those that are trained on."""
 
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from training_examples import TOKENS, build_task
 
+from distributed_rerank.errors import BadInput
 from distributed_rerank.models.saving import load_model
 from distributed_rerank.training.images import DecodedImages
 from distributed_rerank.training.run import fit
@@ -49,3 +52,11 @@ def test_fitted_projections_are_those_of_the_trained_labels_when_the_backbone_le
         for key, value in state["model"].items()
         if key.startswith("extractor.")
     )
+
+
+def test_image_that_is_gone_since_it_was_embedded_is_named(tmp_path: Path) -> None:
+    task = build_task(tmp_path)
+    ref = task.catalogue.images()[3]
+    Path(ref.path).unlink()
+    with pytest.raises(BadInput, match=rf"image '{re.escape(ref.id)}' .*could be read before and cannot now: file not"):
+        fit(task, tmp_path / "run")
