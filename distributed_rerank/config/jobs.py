@@ -11,7 +11,7 @@ from distributed_rerank.config.cluster import ClusterConfig, RetryConfig
 from distributed_rerank.config.evaluation import FirstStageConfig, MeasureConfig, RerankerConfig
 from distributed_rerank.config.extractor import ExtractorConfig
 from distributed_rerank.config.importing import ImportConfig
-from distributed_rerank.config.pairwise import PairwiseConfig, PairwiseName, TokenSiameseConfig
+from distributed_rerank.config.pairwise import PairwiseConfig, PairwiseName, TokenSiameseConfig, pairwise_config
 from distributed_rerank.config.schedule import ScheduleConfig
 from distributed_rerank.config.training import TrainingConfig
 from distributed_rerank.config.work import WorkConfig
@@ -101,9 +101,9 @@ class TrainJob(TrainingJob):
     --mining batch --loss bce is open-metric-learning's recipe.
     """
 
-    pairwise_model: PairwiseName = "token"
+    pairwise_model: PairwiseName | str = "token"
     """token: correlation of cached local tokens; concat: OML's ConcatSiamese; split: a ViT whose first blocks run per
-    image; distance: L2 distance of embeddings."""
+    image; distance: L2 distance of embeddings; package.module:Class: one of your own."""
     pairwise: OmitArgPrefixes[PairwiseConfig] = field(default_factory=TokenSiameseConfig)
     teacher: str | None = None
     """Folder of a slower pairwise model that this one learns from as well as from the labels."""
@@ -111,6 +111,9 @@ class TrainJob(TrainingJob):
     """Folder of `embed`; what it lacks is added."""
     track: tuple[TrackingService, ...] = ()
     """mlflow, wandb: further trackers beside TensorBoard."""
+
+    def __post_init__(self) -> None:
+        pairwise_config(self.pairwise_model)
 
 
 @dataclass(frozen=True, kw_only=True)
