@@ -40,6 +40,8 @@ FIRST_OPTIONS: Mapping[str, str] = {
     "train-extractor": "catalogue out extractor extractor-weights image-size epochs backbone-lr minutes num-workers",
     "evaluate": "catalogue out model extractor extractor-weights image-size embeddings candidates split num-workers",
     "rerank": "catalogue candidates model out query-catalogue embeddings extractor top-n num-workers overwrite",
+    "export": "model out",
+    "verify": "folder",
     "scheduled-evaluation": "catalogue model history runs run-id baseline metric tolerance extractor num-workers",
     "submit": "submission-id address working-dir",
     "demo": "out num-workers",

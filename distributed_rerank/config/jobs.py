@@ -263,6 +263,34 @@ class MakeCatalogueJob:
     importing: OmitArgPrefixes[ImportConfig] = field(default_factory=ImportConfig)
 
 
+@dataclass(frozen=True, kw_only=True)
+class ExportJob:
+    """Model folder -> ONNX files of encoder and head, with 64 pairs whose logits are known.
+
+        distributed-rerank export --model runs/model --out runs/onnx
+
+    encoder.onnx turns pixels into the encoding of an image, head.onnx two encodings and a first-stage distance into a
+    logit; the first axis is free, opset 18, float32. export.json says how a picture becomes pixels. The files are
+    compared with the model by onnxruntime before they are kept. Needs pip install 'distributed-rerank[onnx]'.
+    """
+
+    model: str
+    """Folder that `train` wrote, or hf-hub:owner/name."""
+    out: Path
+    """Folder for the files."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class VerifyJob:
+    """Does an export still give the logits that were stored with it? Exit code 2 where it does not.
+
+    distributed-rerank verify --folder runs/onnx
+    """
+
+    folder: Path
+    """Folder that `export` wrote."""
+
+
 JOBS: Mapping[str, type] = {
     "catalogue": MakeCatalogueJob,
     "embed": EmbedJob,
@@ -270,6 +298,8 @@ JOBS: Mapping[str, type] = {
     "train-extractor": TrainExtractorJob,
     "evaluate": EvaluateJob,
     "rerank": RerankJob,
+    "export": ExportJob,
+    "verify": VerifyJob,
     "scheduled-evaluation": ScheduledEvaluationJob,
     "submit": SubmitJob,
     "demo": DemoJob,

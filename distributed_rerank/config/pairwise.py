@@ -102,7 +102,7 @@ def pairwise_name(config: PairwiseConfig) -> str:
     if is_own(config.model_name):
         return config.model_name
     raise BadInput(
-        f"{type(config).__name__} is no config of a pairwise model; known are {', '.join(PAIRWISE_CONFIGS)}, one "
+        f"{type(config).__name__} is no config of a pairwise model; known are {', '.join(PAIRWISE_CONFIGS)}; one "
         'of your own says model_name: ClassVar[str] = "package.module:Class"'
     )
 
