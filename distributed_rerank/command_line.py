@@ -26,7 +26,8 @@ import tyro
 from distributed_rerank import __version__
 from distributed_rerank.config.jobs import JOBS
 from distributed_rerank.config.options import Option, configs_in, flags_in, options_of
-from distributed_rerank.config.pairwise import PAIRWISE_CONFIGS
+from distributed_rerank.config.own import is_own
+from distributed_rerank.config.pairwise import PAIRWISE_CONFIGS, pairwise_config
 from distributed_rerank.config.training import EXTRACTOR_DEFAULTS, defaults_for
 from distributed_rerank.errors import BadInput, Outage
 from distributed_rerank.runtime import logs
@@ -39,6 +40,8 @@ FIRST_OPTIONS: Mapping[str, str] = {
     "train-extractor": "catalogue out extractor extractor-weights image-size epochs backbone-lr minutes num-workers",
     "evaluate": "catalogue out model extractor extractor-weights image-size embeddings candidates split num-workers",
     "rerank": "catalogue candidates model out query-catalogue embeddings extractor top-n num-workers overwrite",
+    "export": "model out",
+    "verify": "folder",
     "scheduled-evaluation": "catalogue model history runs run-id baseline metric tolerance extractor num-workers",
     "submit": "submission-id address working-dir",
     "demo": "out num-workers",
@@ -134,7 +137,7 @@ def job_type(name: str, argv: Sequence[str] = ()) -> type:
         defaults = {"training": EXTRACTOR_DEFAULTS}
     elif name == "train":
         model = pairwise_model_of(argv)
-        defaults = {"pairwise": PAIRWISE_CONFIGS[model](), "training": defaults_for(model)}
+        defaults = {"pairwise": pairwise_config(model)(), "training": defaults_for(model)}
     else:
         return JOBS[name]
     hints = typing.get_type_hints(JOBS[name], include_extras=True)
@@ -152,7 +155,7 @@ def pairwise_model_of(argv: Sequence[str]) -> str:
     for flag, value in zip(argv, [*argv[1:], ""], strict=False):
         if flag.partition("=")[0] in ("--pairwise-model", "--pairwise_model"):
             model = flag.partition("=")[2] or value
-    return model if model in PAIRWISE_CONFIGS else "token"
+    return model if model in PAIRWISE_CONFIGS or is_own(model) else "token"
 
 
 def check_effect(job: Any, argv: Sequence[str]) -> None:

@@ -53,7 +53,8 @@ class ExtractorConfig:
     """The extractor: a timm network and the transform of its images. A default of None is the network's own."""
 
     name: Annotated[str | None, arg(name="extractor")] = None
-    """A timm model such as vit_small_patch16_224.dino, `hf-hub:owner/model` or `local-dir:folder`."""
+    """A timm model such as vit_small_patch16_224.dino, `hf-hub:owner/model`, `local-dir:folder`, or a function of your
+    own as package.module:function that returns a torch module."""
     weights: Annotated[str | None, arg(name="extractor-weights")] = None
     """A .safetensors, .pth or .pt file; `none` for an untrained network. Default: timm's weights from the hub."""
     args: Annotated[NamedValues, arg(name="extractor-args")] = field(default_factory=dict)

@@ -12,7 +12,7 @@ from distributed_rerank.config.cluster import ClusterConfig, RetryConfig
 from distributed_rerank.config.evaluation import FirstStageConfig, MeasureConfig, RerankerConfig
 from distributed_rerank.config.extractor import ExtractorConfig
 from distributed_rerank.config.importing import ImportConfig
-from distributed_rerank.config.pairwise import PairwiseConfig, PairwiseName, TokenSiameseConfig
+from distributed_rerank.config.pairwise import PairwiseConfig, PairwiseName, TokenSiameseConfig, pairwise_config
 from distributed_rerank.config.schedule import ScheduleConfig
 from distributed_rerank.config.training import EvidenceConfig, TrainingConfig
 from distributed_rerank.config.work import WorkConfig
@@ -110,9 +110,9 @@ class TrainJob(TrainingJob):
     --pairwise-model concat with --mining batch --loss bce is open-metric-learning's recipe.
     """
 
-    pairwise_model: PairwiseName = "token"
+    pairwise_model: PairwiseName | str = "token"
     """token: correlation of cached local tokens; concat: OML's ConcatSiamese; split: a ViT whose first blocks run per
-    image; distance: L2 distance of embeddings."""
+    image; distance: L2 distance of embeddings; package.module:Class: one of your own."""
     pairwise: OmitArgPrefixes[PairwiseConfig] = field(default_factory=TokenSiameseConfig)
     evidence: OmitArgPrefixes[EvidenceConfig] = field(default_factory=EvidenceConfig)
     teacher: str | None = None
@@ -121,6 +121,9 @@ class TrainJob(TrainingJob):
     """Folder of `embed`, where what it lacks is added; or any Parquet with id and embedding, taken as it is."""
     track: tuple[TrackingService, ...] = ()
     """mlflow, wandb: further trackers beside TensorBoard."""
+
+    def __post_init__(self) -> None:
+        pairwise_config(self.pairwise_model)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -282,6 +285,34 @@ class MakeCatalogueJob:
     importing: OmitArgPrefixes[ImportConfig] = field(default_factory=ImportConfig)
 
 
+@dataclass(frozen=True, kw_only=True)
+class ExportJob:
+    """Model folder -> ONNX files of encoder and head, with 64 pairs whose logits are known.
+
+        distributed-rerank export --model runs/model --out runs/onnx
+
+    encoder.onnx turns pixels into the encoding of an image, head.onnx two encodings and a first-stage distance into a
+    logit; the first axis is free, opset 18, float32. export.json says how a picture becomes pixels. The files are
+    compared with the model by onnxruntime before they are kept. Needs pip install 'distributed-rerank[onnx]'.
+    """
+
+    model: str
+    """Folder that `train` wrote, or hf-hub:owner/name."""
+    out: Path
+    """Folder for the files."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class VerifyJob:
+    """Does an export still give the logits that were stored with it? Exit code 2 where it does not.
+
+    distributed-rerank verify --folder runs/onnx
+    """
+
+    folder: Path
+    """Folder that `export` wrote."""
+
+
 JOBS: Mapping[str, type] = {
     "catalogue": MakeCatalogueJob,
     "embed": EmbedJob,
@@ -289,6 +320,8 @@ JOBS: Mapping[str, type] = {
     "train-extractor": TrainExtractorJob,
     "evaluate": EvaluateJob,
     "rerank": RerankJob,
+    "export": ExportJob,
+    "verify": VerifyJob,
     "scheduled-evaluation": ScheduledEvaluationJob,
     "submit": SubmitJob,
     "demo": DemoJob,

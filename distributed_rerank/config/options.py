@@ -59,9 +59,10 @@ def field_texts(kind: type) -> Mapping[str, str]:
     """The text below each field of a dataclass and of its bases."""
     texts: dict[str, str] = {}
     for base in reversed(kind.__mro__):
-        if not base.__module__.startswith("distributed_rerank.config."):
+        try:
+            (definition,) = ast.parse(textwrap.dedent(inspect.getsource(base))).body
+        except (OSError, TypeError):
             continue  # made by the command line, whose fields stand in a base too
-        (definition,) = ast.parse(textwrap.dedent(inspect.getsource(base))).body
         assert isinstance(definition, ast.ClassDef), "the source of a class is a class"
         for statement, following in zip(definition.body, definition.body[1:], strict=False):
             is_field = isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name)

@@ -2,11 +2,12 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import ClassVar, Literal, get_type_hints
 
 from tyro.conf import OmitArgPrefixes
 
 from distributed_rerank.config.extractor import ExtractorConfig
+from distributed_rerank.config.own import is_own, load_own
 from distributed_rerank.errors import BadInput
 
 PairwiseName = Literal["token", "concat", "split", "distance"]
@@ -15,6 +16,9 @@ PairwiseName = Literal["token", "concat", "split", "distance"]
 @dataclass(frozen=True, kw_only=True)
 class PairwiseConfig:
     """What all pairwise models have."""
+
+    model_name: ClassVar[str] = ""
+    """`package.module:Class` of the model, in the config of a model of your own."""
 
     extractor: OmitArgPrefixes[ExtractorConfig] = field(default_factory=ExtractorConfig)
     head_seed: int = 0
@@ -95,4 +99,30 @@ def pairwise_name(config: PairwiseConfig) -> str:
     for name, kind in PAIRWISE_CONFIGS.items():
         if type(config) is kind:
             return name
-    raise BadInput(f"{type(config).__name__} is no config of a pairwise model; known are {', '.join(PAIRWISE_CONFIGS)}")
+    if is_own(config.model_name):
+        return config.model_name
+    raise BadInput(
+        f"{type(config).__name__} is no config of a pairwise model; known are {', '.join(PAIRWISE_CONFIGS)}; one "
+        'of your own says model_name: ClassVar[str] = "package.module:Class"'
+    )
+
+
+def pairwise_config(name: str) -> type[PairwiseConfig]:
+    """The config class of a pairwise model: of one of ours, or of your own, by the annotation of its `config`.
+
+    Raises BadInput for a name that is neither, and for a class without such an annotation.
+    """
+    if name in PAIRWISE_CONFIGS:
+        return PAIRWISE_CONFIGS[name]
+    if not is_own(name):
+        raise BadInput(
+            f"pairwise_model={name!r} is unknown; known are {', '.join(map(repr, PAIRWISE_CONFIGS))}, or your own "
+            "as package.module:Class"
+        )
+    kind = get_type_hints(load_own(name)).get("config")
+    if not (isinstance(kind, type) and issubclass(kind, PairwiseConfig) and kind.model_name == name):
+        raise BadInput(
+            f"{name} does not say which config it has; write `config: YourConfig` in it, and in that subclass of "
+            f'PairwiseConfig `model_name: ClassVar[str] = "{name}"`'
+        )
+    return kind

@@ -8,8 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import median
 
-import numpy as np
 import pandas as pd
 from PIL import Image
 
@@ -63,13 +63,13 @@ class Imported:
     def counts(self) -> dict[str, int]:
         """Photos and labels of both splits, by the names of `protocols.COUNTS`."""
         table = self.catalogue.table
-        train, validation = (table.loc[table["split"] == split] for split in ("train", "validation"))
+        split, labels = table["split"].to_numpy(dtype=object), table["label"].to_numpy(dtype=object)
         return {
-            "train": len(train),
-            "train labels": len(set(train["label"])),
-            "queries": int(np.count_nonzero(validation["is_query"])),
-            "gallery": int(np.count_nonzero(validation["is_gallery"])),
-            "validation labels": len(set(validation["label"])),
+            "train": int((split == "train").sum()),
+            "train labels": len(set(labels[split == "train"])),
+            "queries": len(self.catalogue.query_items),
+            "gallery": len(self.catalogue.gallery_items),
+            "validation labels": len(set(labels[split == "validation"])),
         }
 
 
@@ -174,12 +174,12 @@ def _table(rows: Sequence[Row], folder: Path) -> pd.DataFrame:
 
 def log_summary(imported: Imported, folder: Path, out: Path) -> None:
     """What came of the folder, in a few lines, and the next command."""
-    counts, table = imported.counts(), imported.catalogue.table
-    per_label = table.groupby("label").size()
-    logger.info("%s is read as %s: %d photos of %d labels", folder, imported.layout, len(table), len(per_label))
+    counts, labels = imported.counts(), imported.catalogue.table["label"].tolist()
+    per_label = sorted(Counter(labels).values())
+    logger.info("%s is read as %s: %d photos of %d labels", folder, imported.layout, len(labels), len(per_label))
     logger.info(
         "photos of a label: %d to %d, median %g; %d labels have one photo and are only found, not asked for",
-        per_label.min(), per_label.max(), per_label.median(), int(np.count_nonzero(per_label == 1)),
+        per_label[0], per_label[-1], median(per_label), per_label.count(1),
     )  # fmt: skip
     logger.info(
         "train: %d photos of %d labels; validation: %d queries, %d gallery items, %d labels (%s)",

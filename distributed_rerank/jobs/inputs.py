@@ -10,6 +10,7 @@ from distributed_rerank.config.jobs import (
     DemoJob,
     EmbedJob,
     EvaluateJob,
+    ExportJob,
     LabelledJob,
     MakeCatalogueJob,
     MeasuringJob,
@@ -17,6 +18,7 @@ from distributed_rerank.config.jobs import (
     SubmitJob,
     TrainExtractorJob,
     TrainJob,
+    VerifyJob,
 )
 from distributed_rerank.data.locations import scheme_of
 from distributed_rerank.errors import BadInput
@@ -42,6 +44,21 @@ def _(job: MakeCatalogueJob) -> Inputs:
     if not job.folder.is_dir():
         raise BadInput(f"{job.folder} is no folder; give the folder of the photos")
     return (job.folder,)
+
+
+@read_inputs.register
+def _(job: ExportJob) -> Inputs:
+    check_model(job.model)
+    if job.out.exists():
+        raise BadInput(f"--out {job.out} exists; give another folder")
+    return ()
+
+
+@read_inputs.register
+def _(job: VerifyJob) -> Inputs:
+    if not (job.folder / "golden.safetensors").is_file():
+        raise BadInput(f"--folder {job.folder} is no export: it has no golden.safetensors; give a folder of `export`")
+    return ()
 
 
 @read_inputs.register

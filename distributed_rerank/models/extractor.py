@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from distributed_rerank.config.extractor import ExtractorConfig, python_literal
+from distributed_rerank.config.own import is_own, load_own
 from distributed_rerank.data.begun import ComputedWith
 from distributed_rerank.data.files import file_digest
 from distributed_rerank.data.locations import asking_hub
@@ -130,9 +131,11 @@ def build_extractor(config: ExtractorConfig, stacked: int = 1) -> Extractor:
     image size that it refuses, and weights that are absent, unreachable or do not fit; not for a precision that this
     machine does not have, since other machines may do the computing.
     """
-    model = _create(config)
+    model: Any = _create(config)
     if config.weights not in (None, "none"):
         _load_file(model, config.weights)
+    if is_own(config.network) and not isinstance(getattr(model, "num_features", None), int):
+        model.num_features = _vector_size(model, config)
     if not isinstance(getattr(model, "num_features", None), int):
         raise _no_vector(config)
     transform = _transform(config, model)
@@ -159,6 +162,8 @@ def weights_digest(config: ExtractorConfig) -> str:
 
 def _create(config: ExtractorConfig) -> nn.Module:
     """The timm model without classifier, with hub weights if config.weights is None, else initialised from the seed."""
+    if is_own(config.network):
+        return _create_own(config)
     _check_name(config.network)
     args = {name: python_literal(value) for name, value in config.args.items()}
     _check_args(config.network, args)
@@ -182,6 +187,33 @@ def _create(config: ExtractorConfig) -> nn.Module:
                 f"the weights of extractor {config.name} could not be fetched ({_line(error)}); "
                 "pass --extractor-weights FILE for a local file or --extractor-weights none for no training"
             ) from error
+
+
+def _create_own(config: ExtractorConfig) -> nn.Module:
+    """What a function or class of the user's makes: a module from normalised images to one vector each."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.extractor_seed)
+        model = load_own(config.network)(**{name: python_literal(value) for name, value in config.args.items()})
+    if not isinstance(model, nn.Module):
+        raise BadInput(f"extractor {config.name} makes a {type(model).__name__}; it must return a torch.nn.Module")
+    return model
+
+
+def _vector_size(model: nn.Module, config: ExtractorConfig) -> int:
+    """How many numbers the user's module gives for an image."""
+    size = config.image_size or 224
+    height, width = (size, size) if isinstance(size, int) else size
+    try:
+        with torch.no_grad():
+            vectors: Any = model.eval()(torch.zeros(1, 3, height, width))
+            n_images, dim = vectors.shape
+    except (RuntimeError, AttributeError, TypeError, ValueError) as error:
+        raise BadInput(
+            f"extractor {config.name} gives no vector for an image of {height} x {width} pixels ({_line(error)}); it "
+            "must turn [image, 3, height, width] into [image, dim]"
+        ) from error
+    assert n_images == 1, "one vector for one image"
+    return int(dim)
 
 
 def _line(error: Exception) -> str:
@@ -237,7 +269,7 @@ def _is_plain(value: Any) -> bool:
 def _load_file(model: Any, path: str) -> None:
     """Load a backbone's checkpoint, without its classifier or training criterion where the model has none."""
     own = model.state_dict()
-    classifiers = model.pretrained_cfg.get("classifier") or ()
+    classifiers = getattr(model, "pretrained_cfg", {}).get("classifier") or ()
     parts = (classifiers,) if isinstance(classifiers, str) else tuple(classifiers)
     absent = [part for part in (*parts, "criterion") if not any(name.startswith(f"{part}.") for name in own)]
     known = [*own, *(f"{part}.{kind}" for part in absent for kind in ("weight", "bias")), MASK_TOKEN]
@@ -277,7 +309,7 @@ def _resolve(config: ExtractorConfig, model: Any, transform: InferenceTransform)
     """The config with the transform written out and a name that timm knows without asking the hub."""
     name, args = config.network, dict(config.args)
     source, _, identifier = name.partition(":")
-    if identifier:
+    if identifier and not is_own(name):
         if source == "local-dir":
             described = json.loads((Path(identifier) / "config.json").read_text())
             name, hub_args = described["architecture"], described.get("model_args")

@@ -17,7 +17,8 @@ import timm
 from torch import nn
 
 from distributed_rerank.config.extractor import ExtractorConfig
-from distributed_rerank.config.pairwise import PAIRWISE_CONFIGS, PairwiseConfig, pairwise_name
+from distributed_rerank.config.own import is_own, load_own
+from distributed_rerank.config.pairwise import PairwiseConfig, pairwise_config, pairwise_name
 from distributed_rerank.data.files import write_bytes
 from distributed_rerank.data.locations import asking_hub
 from distributed_rerank.data.manifests import MANIFEST, check_files
@@ -43,8 +44,16 @@ MODELS: Mapping[str, type[PairwiseModel]] = {
 
 def build_model(config: PairwiseConfig) -> PairwiseModel:
     """The untrained model of `config`."""
-    kind: Any = MODELS[pairwise_name(config)]
+    kind: Any = model_class(pairwise_name(config))
     return kind(config)
+
+
+def model_class(name: str) -> type[PairwiseModel]:
+    """The class of one of our models, or of your own. Raises BadInput for what is no pairwise model."""
+    found = load_own(name) if is_own(name) else MODELS[name]
+    if not (isinstance(found, type) and issubclass(found, PairwiseModel)):
+        raise BadInput(f"{name} is no pairwise model; derive it from distributed_rerank.models.pairwise.PairwiseModel")
+    return found
 
 
 def model_name(model: nn.Module) -> str:
@@ -52,6 +61,9 @@ def model_name(model: nn.Module) -> str:
     for name, kind in MODELS.items():
         if type(model) is kind:
             return name
+    name = getattr(getattr(model, "config", None), "model_name", "")
+    if is_own(name) and type(model) is model_class(name):
+        return name
     raise BadInput(f"{type(model).__name__} is no pairwise model that can be saved; known are {', '.join(MODELS)}")
 
 
@@ -101,11 +113,10 @@ def load_model(folder: str | Path) -> PairwiseModel:
         raise BadInput(f"{path / 'config.json'} is not JSON: {error}") from error
     if not isinstance(content, dict) or content.get("schema_version") != SCHEMA_VERSION:
         raise BadInput(f"{path / 'config.json'} has another schema_version than {SCHEMA_VERSION}; train again")
-    if content.get("model") not in MODELS:
-        raise BadInput(
-            f"{path / 'config.json'} names the model {content.get('model')!r}; known are {', '.join(MODELS)}"
-        )
-    model = build_model(config_from_json(PAIRWISE_CONFIGS[content["model"]], content["config"]))
+    name = str(content.get("model"))
+    if name not in MODELS and not is_own(name):
+        raise BadInput(f"{path / 'config.json'} names the model {name!r}; known are {', '.join(MODELS)}")
+    model = build_model(config_from_json(pairwise_config(name), content["config"]))
     weights.load_exactly(model, weights.read_state_dict(path / "model.safetensors"), str(path / "model.safetensors"))
     model.trained_on = read_trained_on(path)
     return model.eval()

@@ -231,7 +231,7 @@ class Reranker:
             of_all = calibration.probability(distances, self._curve).float().tolist()
             probable = [p if scored else None for p, scored in zip(of_all, is_scored[items].tolist(), strict=True)]
         placed = zip(items.tolist(), probable, distances.tolist(), strict=True)
-        return [Match(names[int(item)], probability, distance) for item, probability, distance in placed]
+        return [Match(str(names[item]), probability, distance) for item, probability, distance in placed]
 
     def _logits(self, queries: Sequence[Encoding], candidates: Tensor, distances: Tensor) -> Float32[Tensor, " pair"]:
         """The mean logit of each candidate over the photos of the query. Raises BadInput where one is not finite."""

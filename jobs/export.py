@@ -1,0 +1,8 @@
+"""`distributed-rerank export` from a checkout, as `ray job submit` runs it."""
+
+import sys
+
+from distributed_rerank.command_line import main
+
+if __name__ == "__main__":
+    main(["export", *sys.argv[1:]])
