@@ -53,7 +53,7 @@ WEIGHTS_AND_PINNED = tuple(product(ORIGINAL_WEIGHTS, (0, 1)))
 """With every weight as well: the first candidate stays where it is, so that CMC@1 cannot fall."""
 EXPANSIONS = tuple(product((5, 10, 20), (1.0, 2.0)))
 """(k, alpha) of the query expansions tried."""
-ACCEPT = 0.99
+ACCEPT = 0.995
 """A chain step joins where its gain is so probable; high, for several are tried, and nobody may be harmed."""
 PRIOR_SPREAD, PRIOR_LABELS = 0.1, 2
 """What is assumed of the spread of a gain between labels before any is seen: as if two labels had shown 10 points."""
@@ -306,13 +306,13 @@ def outcome(decision: dict[str, Any]) -> str:
     """Whether the chain step was taken, how sure its gain is, and what would change a decision against it."""
     probability, accept, mean = decision["probability"], decision["accept"], decision["gain"]["objective"]["mean"]
     if decision["taken"]:
-        return f"taken, for it gains with a probability of {probability:.1%} (--accept {accept:.0%})"
+        return f"taken, for it gains with a probability of {probability:.1%} (--accept {accept:g})"
     if mean < MIN_GAIN:
         return f"not taken, for mAP@10 + {CMC_WEIGHT:g} CMC@1 does not rise by {MIN_GAIN:g}"
     if probability >= accept:
         return "not taken, for mAP@10 or CMC@1 would fall"
     return (
-        f"not taken, for it gains with a probability of {probability:.1%} only, where --accept asks for {accept:.0%}; "
+        f"not taken, for it gains with a probability of {probability:.1%} only, where --accept asks for {accept:g}; "
         f"with the same gain about {labels_needed(decision)} labels would do instead of {decision['n_labels']}"
     )
 

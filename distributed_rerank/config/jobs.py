@@ -259,10 +259,10 @@ class DemoJob(OutJob):
         distributed-rerank demo --out out/demo
 
     120 product designs in look-alike families, 6 photos each, labels of `train` and `validation` disjoint. A small
-    network (timm's test_resnet, untrained) is first trained as extractor on the train labels; then a pairwise model on
-    Ray Train, with a chain chosen on train labels that it was not trained on; then the validation labels, which nothing
-    has seen, are evaluated before and after re-ranking. The figures are what came out: if re-ranking did not help, it
-    says so.
+    network (timm's test_resnet, untrained) is first trained as extractor on half of the train labels; then a pairwise
+    model on Ray Train on the other half, with a chain chosen on labels that it was not trained on; then the validation
+    labels, which nothing has seen, are evaluated before and after re-ranking. The figures are what came out: if
+    re-ranking did not help, it says so.
     """
 
 

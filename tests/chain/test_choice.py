@@ -41,7 +41,7 @@ def test_choice_takes_a_pairwise_model_that_helps() -> None:
 @pytest.mark.parametrize(
     ("is_taken", "probability", "mean", "said"),
     [
-        (True, 0.995, 0.1, "taken, for it gains with a probability of 99.5% (--accept 99%)"),
+        (True, 0.995, 0.1, "taken, for it gains with a probability of 99.5% (--accept 0.99)"),
         (False, 0.995, 0.1, "not taken, for mAP@10 or CMC@1 would fall"),
         (False, 0.6, 0.004, "not taken, for mAP@10 + 2 CMC@1 does not rise by 0.005"),
     ],
