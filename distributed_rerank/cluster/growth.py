@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import ray
-from ray._raylet import GcsClient
+from ray._raylet import GcsClient  # pyright: ignore[reportAttributeAccessIssue]
 from ray.autoscaler.sdk import request_resources
 from ray.core.generated import autoscaler_pb2
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -121,7 +121,7 @@ def _holds(present: Resources, bundle: Resources, n_workers: int) -> bool:
 def _state() -> Any:
     """What the autoscaler last reported; its version is 0 where there is none."""
     client = GcsClient(address=ray.get_runtime_context().gcs_address)
-    reply = autoscaler_pb2.GetClusterStatusReply()
+    reply = autoscaler_pb2.GetClusterStatusReply()  # pyright: ignore[reportAttributeAccessIssue]
     reply.ParseFromString(client.get_cluster_status())
     return reply.autoscaling_state
 
@@ -154,7 +154,7 @@ def _keep_nodes() -> list[Any]:
         name = next((name for name in node["Resources"] if name.startswith("node:") and "internal" not in name), None)
         if not node["Alive"] or not node["Resources"].get("CPU") or name is None:
             continue
-        where = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+        where: Any = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
         keeper: Any = ray.remote(num_cpus=0, resources={name: 0.001}, scheduling_strategy=where)(_Keeper)
         keepers.append(keeper.remote())
     ray.get([keeper.is_here.remote() for keeper in keepers])

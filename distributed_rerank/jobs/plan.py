@@ -117,7 +117,7 @@ def plan_of(job: Any, catalogue: Catalogue) -> Plan:
         n_embedded=len(catalogue) if reads and (first is None or embeddings is None) else 0,
         n_queries=n_queries if searches else 0,
         n_items=n_items,
-        top_n=_top_n(job.reranker) if first is not None else 0,
+        top_n=_top_n(job.reranker) if isinstance(job, MeasuringJob | RerankJob) else 0,
         images_per_block=job.work.images_per_block,
         queries_per_block=job.work.queries_per_search_block,
         n_workers=job.cluster.num_workers,

@@ -79,8 +79,9 @@ def references(history: pd.DataFrame, run_id: str) -> tuple[str | None, str | No
     """The runs that `run_id` is compared with: the last before it without a regression, and the last accepted one."""
     ids = history["run_id"].tolist()
     before = history.head(ids.index(run_id)) if run_id in ids else history
-    good, accepted = before[before["exit_code"] == 0], before[before["verdict"] == ACCEPTED]
-    last = [None if rows.empty else str(rows["run_id"].iloc[-1]) for rows in (good, accepted)]
+    good, accepted = before["exit_code"] == 0, before["verdict"] == ACCEPTED
+    found = [before.loc[is_meant, "run_id"].tolist() for is_meant in (good, accepted)]
+    last = [str(ids[-1]) if ids else None for ids in found]
     return last[0], last[1]
 
 
