@@ -81,8 +81,8 @@ class Trial:
         self.config = FirstStageConfig(embeddings=work / "embeddings")
 
     def evaluate(self, name: str, chain: Chain, model: Path | None = None) -> dict[str, Any]:
-        """Metrics of a chain on the validation split."""
-        loaded = None if model is None else load_model(model)
+        """Metrics of a chain on the validation split; the model is loaded where the chain has a pairwise step."""
+        loaded = None if model is None or chain.pairwise is None else load_model(model)
         return evaluate(
             self.validation,
             self.config,
@@ -120,11 +120,13 @@ class Trial:
         return len(self.training.restrict("train").label_names)
 
     def ours(self, model: str, seed: int) -> list[Result]:
-        """Our default for a pairwise model: its pairwise step alone, and the whole chain that it chose."""
+        """Our default for a pairwise model: the adapted first stage, its pairwise step alone, and the whole chain."""
         runs = RUNS_OF_FITTED_MODELS if model == "token" else 1
         config = replace(defaults_for(model), minutes=self.arguments.minutes / runs)
         folder, chain, seconds = self.train(model, model, config, seed)
-        alone = Chain((chain.pairwise,) if chain.pairwise else ())
+        start = chain.before_search
+        adapted = Chain(start, adapter=chain.adapter)
+        alone = replace(adapted, steps=(*start, *((chain.pairwise,) if chain.pairwise else ())))
         return [
             Result(
                 f"{model}, {name}",
@@ -133,7 +135,7 @@ class Trial:
                 steps.describe(),
                 seconds,
             )
-            for name, steps in (("pairwise step", alone), ("chain", chain))
+            for name, steps in (("adapted", adapted), ("pairwise step", alone), ("chain", chain))
         ]
 
 
@@ -149,7 +151,7 @@ def run(trial: Trial, arguments: argparse.Namespace) -> list[Result]:
         for model in arguments.models:
             try:
                 results += trial.ours(model, seed)
-                show(results[-2:])
+                show(results[-3:])
             except BadInput as error:
                 print(f"{model} is left out: {error}", flush=True)
     return results

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from distributed_rerank.evaluation.run import evaluate
     from distributed_rerank.extraction import embed
     from distributed_rerank.models.saving import load_model
+    from distributed_rerank.online.reranker import Reranker
     from distributed_rerank.reranking.rerank import rerank
     from distributed_rerank.reranking.run import load_model_and_chain
     from distributed_rerank.training.stage import train
@@ -39,6 +40,7 @@ _MODULES = {
     "ExtractorConfig": "config.extractor",
     "FirstStageConfig": "config.evaluation",
     "MeasureConfig": "config.evaluation",
+    "Reranker": "online.reranker",
     "RerankerConfig": "config.evaluation",
     "SplitSiameseConfig": "config.pairwise",
     "TokenSiameseConfig": "config.pairwise",
@@ -60,6 +62,7 @@ __all__ = [
     "ExtractorConfig",
     "FirstStageConfig",
     "MeasureConfig",
+    "Reranker",
     "RerankerConfig",
     "SplitSiameseConfig",
     "TokenSiameseConfig",

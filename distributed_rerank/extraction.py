@@ -22,7 +22,9 @@ from distributed_rerank.data.begun import ComputedWith
 from distributed_rerank.data.catalogue import Catalogue, ImageRef
 from distributed_rerank.data.decoding import decode, is_readable
 from distributed_rerank.data.embeddings import Embeddings, join_embeddings, read_embeddings
+from distributed_rerank.data.manifests import MANIFEST
 from distributed_rerank.data.rejects import Reject, check_rejects, reject_table, rejects_of
+from distributed_rerank.errors import BadInput
 from distributed_rerank.models.extractor import Extractor, build_extractor, weights_digest
 from distributed_rerank.runtime.devices import InferenceThreads, pick_device
 from distributed_rerank.runtime.gpu import Copier, MicroBatch
@@ -188,6 +190,28 @@ def _staged(staging: artifacts.Staging) -> Iterator[Embeddings]:
 
 
 def _check(embeddings: Embeddings, catalogue: Catalogue, max_rejects: float, folder: Path) -> None:
-    own = set(catalogue.ids)
-    rejects = [reject for reject in embeddings.rejects if reject.id in own]
+    rejects = embeddings.rejects_among(catalogue.ids)
     check_rejects(rejects, len(catalogue), max_rejects, str(folder / "rejects.parquet"))
+
+
+def check_complete(embeddings: Embeddings, catalogue: Catalogue, max_rejects: float, source: Path) -> Embeddings:
+    """The embeddings, as they were read from `source`.
+
+    Raises BadInput for images of the catalogue that have neither an embedding nor a reject row, and for too many
+    rejects.
+    """
+    known = {reject.id for reject in embeddings.rejects}
+    missing = [id for id in catalogue.ids[embeddings.rows_of(catalogue.ids) < 0] if id not in known]
+    if missing:
+        raise BadInput(
+            f"{len(missing)} of {len(catalogue)} images have no embedding in {source}, first {missing[0]!r}; "
+            "embed this catalogue (jobs/embed.py) or give another --embeddings"
+        )
+    _check(embeddings, catalogue, max_rejects, source)
+    return embeddings
+
+
+def embeddings_of_others(folder: Path) -> Embeddings | None:
+    """The table of embeddings at `folder` where it is none that `embed` wrote or may write to; None: it is."""
+    is_own = folder.is_dir() and ((folder / MANIFEST).is_file() or not any(folder.glob("*.parquet")))
+    return None if is_own or not folder.exists() else read_embeddings(folder)

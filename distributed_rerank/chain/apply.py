@@ -1,7 +1,8 @@
 """A chain applied to candidate lists: each chain step re-orders the lists of the one before.
 
-The lists are those of all items of a search, queries and gallery alike, numbered 0, 1, ...: neighbourhood steps ask
-whether two items are in each other's lists. Only alpha_qe, which searches again, brings new candidates into a list.
+The lists are those of all items of a search, queries and gallery alike, numbered 0, 1, ...; neighbourhood steps look at
+the lists of an item's candidates. Where the candidates are gallery items alone, so is everything that an answer depends
+on beside its query (reciprocal neighbours excepted). Only alpha_qe, which searches again, brings new candidates.
 """
 
 from dataclasses import replace
@@ -11,6 +12,7 @@ from jaxtyping import Float, Float32, Float64, Int64
 from torch import Tensor
 
 from distributed_rerank.chain.chain import (
+    AdaptStep,
     AlphaQEStep,
     Chain,
     KReciprocalStep,
@@ -32,24 +34,30 @@ def apply(
     logits: Float[Tensor, "item top_n"] | None = None,
     embeddings: Float[Tensor, "item dim"] | None = None,
     sequences: Int64[Tensor, " item"] | None = None,
+    gallery: Int64[Tensor, " gallery"] | None = None,
 ) -> CandidateLists:
     """The lists after all chain steps; the input is not changed.
+
+    `gallery` are the items that may be candidates, by default all. What is the same for all lists (scales, shifts)
+    comes from theirs, so that it does not depend on the queries.
 
     `logits` are those of the first candidates of each list, NaN where there is none; a pairwise step needs them.
     alpha_qe and query_expansion need `embeddings`. `sequences` (negative = none) keep the new search of alpha_qe from
     finding an item's own sequence.
     """
     for step in chain.steps:
+        if isinstance(step, AdaptStep):
+            continue  # the lists come from a search over what it maps
         if isinstance(step, PairwiseStep):
             assert logits is not None, "a pairwise step needs logits"
             lists = apply_pairwise(step, lists, logits)
         elif isinstance(step, KReciprocalStep):
-            lists = apply_k_reciprocal(step, lists)
+            lists = apply_k_reciprocal(step, lists, gallery)
         elif isinstance(step, AlphaQEStep):
             assert embeddings is not None, "alpha_qe needs embeddings"
-            lists = apply_alpha_qe(step, lists, embeddings, sequences)
+            lists = apply_alpha_qe(step, lists, embeddings, sequences, gallery)
         else:
-            lists = apply_by_probability(step, lists, embeddings)
+            lists = apply_by_probability(step, lists, embeddings, gallery)
     return lists
 
 
@@ -66,26 +74,32 @@ def apply_pairwise(step: PairwiseStep, lists: CandidateLists, logits: Float[Tens
     return replace(lists, items=lists.items.gather(1, order), distances=distances)
 
 
-def apply_k_reciprocal(step: KReciprocalStep, lists: CandidateLists) -> CandidateLists:
+def apply_k_reciprocal(
+    step: KReciprocalStep, lists: CandidateLists, gallery: Int64[Tensor, " gallery"] | None = None
+) -> CandidateLists:
     """The lists of all items by k-reciprocal encoding; fused distances are shifted so that none is negative."""
-    finite = lists.distances[lists.distances.isfinite()]
+    distances = lists.distances if gallery is None else lists.distances[gallery]
+    finite = distances[distances.isfinite()]
     shift = min(0.0, float(finite.min())) if len(finite) else 0.0
     items, distances = k_reciprocal(
-        lists.items, lists.distances - shift, k1=step.k1, k2=step.k2, original_weight=step.weight
+        lists.items, (lists.distances - shift).clamp(min=0), k1=step.k1, k2=step.k2, original_weight=step.weight
     )
     return replace(lists, items=items, distances=distances)
 
 
 def apply_by_probability(
-    step: ProbabilityStep, lists: CandidateLists, embeddings: Float[Tensor, "item dim"] | None
+    step: ProbabilityStep,
+    lists: CandidateLists,
+    embeddings: Float[Tensor, "item dim"] | None,
+    gallery: Int64[Tensor, " gallery"] | None = None,
 ) -> CandidateLists:
     """The lists of all items by neighbourhood or query expansion, with probabilities from the chain step's curve."""
     probabilities = probabilities_of(step, lists)
     everything = torch.arange(len(lists.items))
     # [item, k]: for each candidate the distance by neighbours, mixed with its own probability, then sorted.
-    distances = neighbour_distances(step, lists, probabilities, embeddings, everything)
+    distances = neighbour_distances(step, lists, probabilities, embeddings, everything, gallery)
     mixed = mix(distances, probabilities, original_weight=step.weight)
-    items, distances = reorder_stably(lists.items, mixed)
+    items, distances = reorder_stably(lists.items, mixed, step.pinned)
     return replace(lists, items=items, distances=distances)
 
 
@@ -101,6 +115,7 @@ def neighbour_distances(
     probabilities: Float64[Tensor, "item k"],
     embeddings: Float[Tensor, "item dim"] | None,
     queries: Int64[Tensor, " query"],
+    gallery: Int64[Tensor, " gallery"] | None = None,
 ) -> Float32[Tensor, "query k"]:
     """Distances of these items' candidates by their neighbours, before mixing; they do not depend on `step.weight`.
 
@@ -114,9 +129,9 @@ def neighbour_distances(
         return overlap_distances(lists.items, probabilities, queries, kind=step.kind, k1=k1, k2=k2)
     assert embeddings is not None, "query expansion needs embeddings"
     everything = torch.arange(len(lists.items))
-    # The scale is that of all items' lists, so all are computed although only those of `queries` are returned.
+    # The scale is that of the gallery's lists, so all are computed although only those of `queries` are returned.
     distances = expanded_distances(embeddings, lists.items, probabilities, everything, k=step.k, alpha=step.alpha)
-    return distances[queries] / distance_scale(distances)
+    return distances[queries] / distance_scale(distances if gallery is None else distances[gallery])
 
 
 def apply_alpha_qe(
@@ -124,11 +139,13 @@ def apply_alpha_qe(
     lists: CandidateLists,
     embeddings: Float[Tensor, "item dim"],
     sequences: Int64[Tensor, " item"] | None = None,
+    gallery: Int64[Tensor, " gallery"] | None = None,
 ) -> CandidateLists:
-    """A new search with every embedding expanded by its neighbours in the lists."""
+    """A new search in the gallery with every embedding expanded by its neighbours in the lists."""
     expanded = expand_embeddings(embeddings, embeddings, lists.items, n_neighbours=step.k, alpha=step.alpha)
-    items: Int64[Tensor, " item"] = torch.arange(len(embeddings))
+    items = torch.arange(len(embeddings))
+    found = items if gallery is None else gallery
     return nearest(
-        expanded, expanded, query_items=items, gallery_items=items,
-        query_sequences=sequences, gallery_sequences=sequences, n_items=lists.items.shape[1],
+        expanded, expanded[found], query_items=items, gallery_items=found, query_sequences=sequences,
+        gallery_sequences=None if sequences is None else sequences[found], n_items=lists.items.shape[1],
     )  # fmt: skip

@@ -6,18 +6,35 @@ that turns a distance of the chain's output into the probability of a match.
 """
 
 import json
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from distributed_rerank.data.files import write_json
 from distributed_rerank.data.manifests import check_paths
 from distributed_rerank.errors import BadInput
+from distributed_rerank.models.adapter import Adapter, load_adapter, save_adapter
+from distributed_rerank.models.adapter import Kind as AdapterKind
 from distributed_rerank.tensors.match_neighbourhood import Kind
 
 Rule = Literal["fuse", "replace"]
 SCHEMA_VERSION = 2
 """Of chain.json. 1 had no version field, no neighbourhood and query_expansion steps, and another calibration."""
+
+
+@dataclass(frozen=True)
+class AdaptStep:
+    """The search runs over embeddings mapped by the adapter in the model folder (`models.adapter`).
+
+    `kind` and `floor` say how it was fitted.
+    """
+
+    kind: AdapterKind = "whiten"
+    floor: float = 0.0
+
+    def __post_init__(self) -> None:
+        require(self.kind in get_args(AdapterKind), f"kind={self.kind!r} is unknown; known: {get_args(AdapterKind)}")
+        require(self.floor >= 0, f"floor={self.floor} must not be negative")
 
 
 @dataclass(frozen=True)
@@ -59,7 +76,8 @@ class NeighbourhoodStep:
     """Two items are near where their neighbourhoods overlap; each neighbour counts with its probability of a match.
 
     (1 - weight) * Jaccard distance + weight * (1 - p) with p = sigmoid(intercept - slope * distance), with the distance
-    of the chain step before. kind: reciprocal neighbours, or directly the first k1.
+    of the chain step before. kind: reciprocal neighbours, or directly the first k1. The first `pinned` candidates stay
+    where they are: with 1, CMC@1 is that of the chain step before.
     """
 
     slope: float
@@ -68,6 +86,7 @@ class NeighbourhoodStep:
     k1: int = 20
     k2: int = 3
     weight: float = 0.3
+    pinned: int = 0
 
     def __post_init__(self) -> None:
         require(self.kind in get_args(Kind), f"kind={self.kind!r} is unknown; known are {get_args(Kind)}")
@@ -75,6 +94,7 @@ class NeighbourhoodStep:
         require(self.k1 >= 1, f"k1={self.k1} must be at least 1")
         require(1 <= self.k2 <= self.k1, f"k2={self.k2} must lie between 1 and k1={self.k1}")
         require(0 <= self.weight <= 1, f"weight={self.weight} must lie between 0 and 1")
+        require(self.pinned >= 0, f"pinned={self.pinned} must not be negative")
 
 
 @dataclass(frozen=True)
@@ -82,8 +102,8 @@ class QueryExpansionStep:
     """Alpha query expansion with database augmentation inside the lists, which keep their candidates.
 
     Every embedding becomes the normalised sum of itself and the first k of its list with weights p ** alpha; the new
-    distance is (1 - weight) * (distance of the expanded embeddings / its scale) + weight * (1 - p), with p as in
-    `NeighbourhoodStep`.
+    distance is (1 - weight) * (distance of the expanded embeddings / its scale) + weight * (1 - p), with p and `pinned`
+    as in `NeighbourhoodStep`.
     """
 
     slope: float
@@ -91,12 +111,14 @@ class QueryExpansionStep:
     k: int = 10
     alpha: float = 1.0
     weight: float = 0.5
+    pinned: int = 0
 
     def __post_init__(self) -> None:
         require(self.slope >= 0, f"slope={self.slope} is negative; a larger distance is no likelier match")
         require(self.k >= 1, f"k={self.k} must be at least 1")
         require(self.alpha >= 0, f"alpha={self.alpha} must not be negative")
         require(0 <= self.weight <= 1, f"weight={self.weight} must lie between 0 and 1")
+        require(self.pinned >= 0, f"pinned={self.pinned} must not be negative")
 
 
 @dataclass(frozen=True)
@@ -115,8 +137,9 @@ class AlphaQEStep:
 
 
 ProbabilityStep = NeighbourhoodStep | QueryExpansionStep
-ChainStep = PairwiseStep | KReciprocalStep | AlphaQEStep | ProbabilityStep
+ChainStep = AdaptStep | PairwiseStep | KReciprocalStep | AlphaQEStep | ProbabilityStep
 KINDS: dict[str, type[ChainStep]] = {
+    "adapt": AdaptStep,
     "pairwise": PairwiseStep,
     "k_reciprocal": KReciprocalStep,
     "neighbourhood": NeighbourhoodStep,
@@ -134,12 +157,30 @@ class Chain:
     """Labels, queries and figures of the choice; {} = given by hand."""
     calibration: dict[str, Any] = field(default_factory=dict)
     """The curve from a distance of the output to the probability of a match, and its error; {} = nothing fitted."""
+    adapter: Adapter | None = field(default=None, compare=False, repr=False)
+    """The map of the step `adapt`."""
 
     def __post_init__(self) -> None:
         kinds = [type(step) for step in self.steps]
+        require(AdaptStep not in kinds[1:], "the step adapt comes first: the search runs over what it maps")
         require(kinds.count(PairwiseStep) <= 1, "a chain has at most one pairwise step")
-        is_first = PairwiseStep not in kinds[1:]
+        is_first = PairwiseStep not in kinds[1 + (AdaptStep in kinds) :]
         require(is_first, "the pairwise step comes first: its logits belong to the first stage's lists")
+
+    @property
+    def adapt(self) -> AdaptStep | None:
+        """The step that maps embeddings before the search, or None."""
+        return next((step for step in self.steps if isinstance(step, AdaptStep)), None)
+
+    @property
+    def before_search(self) -> tuple[ChainStep, ...]:
+        """The chain steps before the search."""
+        return tuple(step for step in self.steps if isinstance(step, AdaptStep))
+
+    def identity(self) -> dict[str, Any]:
+        """All that decides what the chain does, for a fingerprint."""
+        steps = [{"step": kind_of(step), **asdict(step)} for step in self.steps]
+        return {"steps": steps, "adapter": None if self.adapter is None else self.adapter.digest()}
 
     @property
     def pairwise(self) -> PairwiseStep | None:
@@ -149,7 +190,17 @@ class Chain:
     @property
     def neighbourhood(self) -> tuple[ChainStep, ...]:
         """The chain steps that look at the lists of the neighbours as well."""
-        return tuple(step for step in self.steps if not isinstance(step, PairwiseStep))
+        return tuple(step for step in self.steps if not isinstance(step, PairwiseStep | AdaptStep))
+
+    @property
+    def is_inductive(self) -> bool:
+        """Whether a query's answer needs the query and the gallery alone, and no other query."""
+        return all(map(is_inductive, self.steps))
+
+    @property
+    def evidence_text(self) -> str:
+        """What is to be said of the labels that the chain was chosen on; "" where all is as usual."""
+        return self.chosen_on.get("evidence", {}).get("text", "")
 
     def describe(self) -> str:
         """The chain steps in one line, for a log and a report."""
@@ -160,6 +211,11 @@ def require(is_right: bool, message: str) -> None:
     """Raises BadInput with the message where `is_right` is False."""
     if not is_right:
         raise BadInput(f"chain: {message}")
+
+
+def is_inductive(step: ChainStep) -> bool:
+    """Whether the chain step asks the gallery's lists alone. Reciprocal neighbours need the query in those lists."""
+    return not isinstance(step, KReciprocalStep) and getattr(step, "kind", "direct") == "direct"
 
 
 def kind_of(step: ChainStep) -> str:
@@ -174,7 +230,9 @@ def describe_step(step: ChainStep) -> str:
 
 
 def write_chain(chain: Chain, folder: Path) -> None:
-    """Write chain.json into the folder, atomically."""
+    """Write chain.json, and the adapter if there is one, into the folder, each atomically."""
+    if chain.adapter is not None:
+        save_adapter(chain.adapter, folder)
     content = {
         "schema_version": SCHEMA_VERSION,
         "steps": [{"step": kind_of(step), **asdict(step)} for step in chain.steps],
@@ -207,7 +265,8 @@ def read_chain(path: Path) -> Chain:
     unknown = set(content) - {"steps", "chosen_on", "calibration"}
     require(not unknown, f"{path} has unknown keys {sorted(unknown)}; known are steps, chosen_on, calibration")
     steps = tuple(step_from(entry) for entry in content.get("steps", []))
-    return Chain(steps, content.get("chosen_on", {}), content.get("calibration", {}))
+    chain = Chain(steps, content.get("chosen_on", {}), content.get("calibration", {}))
+    return chain if chain.adapt is None else replace(chain, adapter=load_adapter(path.parent))
 
 
 def step_from(entry: dict[str, Any]) -> ChainStep:

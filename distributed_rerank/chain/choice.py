@@ -3,23 +3,25 @@
 Chain steps are tried one after the other: first fusion of the logits with the first-stage distances, then
 neighbourhoods and query expansion on the result. A chain step joins the chain only if its gain holds on labels that its
 constants were not chosen on: the set-aside labels are halved, the best constants of either half are measured on the
-other, and the interval of the gain over the chain so far must lie above zero. Otherwise the chain stays as it was; with
+other, and a gain over the chain so far must be probable enough (`judge`). Otherwise the chain stays as it was; with
 no chain step at all it is the first stage, and the log says so.
 
 A chain step that needs the probability of a match has a curve fitted to labels. Its settings are measured twice: with
 the curve of either half of the labels, on all queries. So constants are chosen on one half and measured on the other
 with nothing in them that has seen it. Settings that share their costly part (a neighbourhood's overlap, expanded
-embeddings) and differ only in the weight of the probability are computed together.
+embeddings) and differ only in the weight of the probability and in pinned places are computed together.
 """
 
 import logging
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
+from statistics import NormalDist
 from typing import Any
 
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Int64
 from torch import Tensor
 
 from distributed_rerank.chain.apply import neighbour_distances, probabilities_of
@@ -41,22 +43,25 @@ logger = logging.getLogger(__name__)
 
 FUSION_WEIGHTS = (0.0, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
 """Of the first-stage distance beside the logit; the larger, the more the first stage counts."""
-KINDS = ("direct", "reciprocal")
+KINDS = ("direct",)
+"""Reciprocal neighbours need the query in the gallery's lists; on grocery they gave mAP@10 .793, direct ones .792."""
 SIZES = tuple(product((10, 20, 30), (1, 3, 6)))
 """(k1, k2) of the neighbourhoods tried."""
 ORIGINAL_WEIGHTS = (0.3, 0.5, 0.7)
 """Of the probability beside the overlap, or beside the expanded distance."""
+WEIGHTS_AND_PINNED = tuple(product(ORIGINAL_WEIGHTS, (0, 1)))
+"""With every weight as well: the first candidate stays where it is, so that CMC@1 cannot fall."""
 EXPANSIONS = tuple(product((5, 10, 20), (1.0, 2.0)))
 """(k, alpha) of the query expansions tried."""
-MAX_P_VALUE = 0.01
-"""Largest p-value of an accepted gain; below 0.05 because several chain steps are tested."""
+ACCEPT = 0.99
+"""A chain step joins where its gain is so probable; high, for several are tried, and nobody may be harmed."""
+PRIOR_SPREAD, PRIOR_LABELS = 0.1, 2
+"""What is assumed of the spread of a gain between labels before any is seen: as if two labels had shown 10 points."""
 MIN_GAIN = 0.005
 """A smaller gain of the objective is not worth a chain step, even if it is real."""
 CLEARLY_BETTER = 0.005
 """A larger weight of the first stage must raise mAP@10 + CMC@1 by more than this. The measured models have seen fewer
 labels than the model that is kept, and lean on the first stage more than it has to."""
-
-Gain = dict[str, statistics.Difference]
 
 
 @dataclass(frozen=True)
@@ -70,10 +75,11 @@ class Settings:
     """Values of every query with setting number i and the curve of the first (True) or second half of the labels."""
 
 
-def choose(evidence: Evidence, seed: int = 0) -> Chain:
+def choose(evidence: Evidence, seed: int = 0, accept: float = ACCEPT) -> Chain:
     """The chain for these labels, with the figures of every setting tried in `chosen_on` and a calibration.
 
-    Without logits only the chain steps that need no training are tried.
+    A step joins where the probability of its gain (`judge`) is at least `accept`. Without logits only the chain steps
+    that need no training are tried.
     """
     labels = evidence.query_labels()
     is_first_half = half_of_labels(labels, seed)
@@ -86,14 +92,12 @@ def choose(evidence: Evidence, seed: int = 0) -> Chain:
             continue
         pick = smallest_best_weight if name == "pairwise" else best
         table += [row(chain, values) for chain, values in zip(settings.chains, settings.values, strict=True)]
-        values = cross_fitted_values(settings, first_stage, is_first_half, pick)
-        gain = statistics.compare({key: current.values[key] for key in values}, values, labels, seed=seed)
-        is_taken = is_significant(gain, first_stage, values)
-        gain_in_json = {key: gain_to_json(difference) for key, difference in gain.items()}
-        decisions.append({"step": name, "taken": is_taken, "gain": gain_in_json})
-        if is_taken:
+        # Settings that would lose CMC@1 against the chain so far are not chosen where others are there.
+        values = cross_fitted_values(settings, current, is_first_half, pick)
+        decisions.append(judge(name, current.values, values, first_stage, labels, seed, accept))
+        if decisions[-1]["taken"]:
             everyone = torch.ones_like(is_first_half)
-            current = try_chain(evidence, settings.chains[pick(settings.values, first_stage, everyone)])
+            current = try_chain(evidence, settings.chains[pick(settings.values, current, everyone)])
     log_choice(current, decisions)
     chosen_on = {
         "n_labels": len(labels.unique()),
@@ -174,16 +178,16 @@ def neighbour_settings(evidence: Evidence, before: Trial, is_first_half: Bool[Te
 
 
 def step_groups(longest: int, *, has_embeddings: bool) -> list[Sequence[ProbabilityStep]]:
-    """Chain steps without a curve yet; those of a group differ in their weight only."""
+    """Chain steps without a curve yet; those of a group differ in weight and pinned places only."""
     groups: list[Sequence[ProbabilityStep]] = [
-        [NeighbourhoodStep(0.0, 0.0, kind, k1, k2, weight) for weight in ORIGINAL_WEIGHTS]
+        [NeighbourhoodStep(0.0, 0.0, kind, k1, k2, weight, pinned) for weight, pinned in WEIGHTS_AND_PINNED]
         for kind in KINDS
         for k1, k2 in SIZES
         if k1 <= longest
     ]
     if has_embeddings:
         groups += [
-            [QueryExpansionStep(0.0, 0.0, k, alpha, weight) for weight in ORIGINAL_WEIGHTS]
+            [QueryExpansionStep(0.0, 0.0, k, alpha, weight, pinned) for weight, pinned in WEIGHTS_AND_PINNED]
             for k, alpha in EXPANSIONS
             if k <= longest
         ]
@@ -211,7 +215,7 @@ def group_values(
     values = []
     for step in group:
         mixed = mix(distances, probabilities[queries], original_weight=step.weight)
-        items, _ = reorder_stably(lists.items[queries], mixed)
+        items, _ = reorder_stably(lists.items[queries], mixed, step.pinned)
         values.append(evidence.measure(queries, items))
     return values
 
@@ -256,14 +260,32 @@ def cross_fitted_values(
     return values
 
 
-def is_significant(gain: Gain, first_stage: Trial, values: PerQuery) -> bool:
-    """Whether the objective rose beyond noise and by enough to matter.
+def judge(
+    name: str,
+    before: PerQuery,
+    after: PerQuery,
+    first_stage: Trial,
+    labels: Int64[Tensor, " query"],
+    seed: int,
+    accept: float,
+) -> dict[str, Any]:
+    """The decision about a chain step, for chain.json: its gain, how probable one is, and whether it is taken.
 
-    mAP@10 must not have fallen, and CMC@1 must not be below the first stage's.
+    Taken where the objective rises with probability `accept` and by enough to matter; neither may mAP@10 have fallen,
+    nor CMC@1 be below the first stage's.
     """
-    rise = gain["objective"]
-    is_real = rise.low > 0 and rise.p_value < MAX_P_VALUE and rise.mean >= MIN_GAIN and gain["map@10"].mean >= 0
-    return is_real and float((values["cmc@1"] - first_stage.values["cmc@1"]).mean()) >= 0
+    gain = statistics.compare({key: before[key] for key in after}, after, labels, seed=seed)
+    change = after["objective"] - before["objective"]
+    probability = statistics.probability_of_gain(change, labels, prior_spread=PRIOR_SPREAD, prior_clusters=PRIOR_LABELS)
+    is_harmless = gain["map@10"].mean >= 0 and float((after["cmc@1"] - first_stage.values["cmc@1"]).mean()) >= 0
+    return {
+        "step": name,
+        "taken": probability >= accept and gain["objective"].mean >= MIN_GAIN and is_harmless,
+        "probability": probability,
+        "accept": accept,
+        "gain": {key: gain_to_json(difference) for key, difference in gain.items()},
+        "n_labels": len(labels.unique()),
+    }
 
 
 def row(chain: Chain, values: PerQuery) -> dict[str, Any]:
@@ -281,13 +303,25 @@ def gain_to_json(difference: statistics.Difference) -> dict[str, Any]:
 
 
 def outcome(decision: dict[str, Any]) -> str:
-    """Whether the chain step was taken; and if not, how likely its gain is chance."""
-    p_value = decision["gain"]["objective"]["p_value"]
-    if decision["taken"] or p_value < MAX_P_VALUE:
-        return "taken" if decision["taken"] else "not taken"
+    """Whether the chain step was taken, how sure its gain is, and what would change a decision against it."""
+    probability, accept, mean = decision["probability"], decision["accept"], decision["gain"]["objective"]["mean"]
+    if decision["taken"]:
+        return f"taken, for it gains with a probability of {probability:.1%} (--accept {accept:.0%})"
+    if mean < MIN_GAIN:
+        return f"not taken, for mAP@10 + {CMC_WEIGHT:g} CMC@1 does not rise by {MIN_GAIN:g}"
+    if probability >= accept:
+        return "not taken, for mAP@10 or CMC@1 would fall"
     return (
-        f"not taken, for mAP@10 + {CMC_WEIGHT:g} CMC@1 may rise so by chance (p {p_value:.3f}, not below {MAX_P_VALUE})"
+        f"not taken, for it gains with a probability of {probability:.1%} only, where --accept asks for {accept:.0%}; "
+        f"with the same gain about {labels_needed(decision)} labels would do instead of {decision['n_labels']}"
     )
+
+
+def labels_needed(decision: dict[str, Any]) -> int:
+    """The number of labels with which a gain of this size and spread between labels would be sure enough."""
+    wanted = NormalDist().inv_cdf(min(decision["accept"], 0.9999))
+    found = NormalDist().inv_cdf(min(max(decision["probability"], 0.51), 0.9999))
+    return math.ceil(decision["n_labels"] * (wanted / found) ** 2)
 
 
 def log_choice(chosen: Trial, decisions: Sequence[dict[str, Any]]) -> None:
@@ -300,6 +334,6 @@ def log_choice(chosen: Trial, decisions: Sequence[dict[str, Any]]) -> None:
             *gain["cmc@1"]["ci95"], outcome(decision),
         )  # fmt: skip
     if not chosen.chain.steps:
-        logger.info("no step improves the set-aside labels beyond noise: the chain is the first stage alone")
+        logger.info("no step improves the set-aside labels surely enough: the chain is the first stage alone")
     else:
         logger.info("chosen chain: %s", chosen.chain.describe())

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from distributed_rerank.chain.apply import apply
 from distributed_rerank.chain.chain import Chain
+from distributed_rerank.config.training import Target
 from distributed_rerank.tensors import calibration, label_split, metrics
 from distributed_rerank.tensors.candidate_lists import CandidateLists
 from distributed_rerank.tensors.metrics import PerQuery
@@ -26,6 +27,8 @@ class Evidence:
     """Relevant items of each item; items with none are candidates of others but no queries."""
     logits: Float[Tensor, "item top_n"] | None = None
     embeddings: Float[Tensor, "item dim"] | None = None
+    target: Target = "both"
+    """What a choice maximises: mAP@10 + `CMC_WEIGHT` CMC@1, or one metric."""
 
     @property
     def queries(self) -> Int64[Tensor, " query"]:
@@ -41,11 +44,12 @@ class Evidence:
         return self.measure(self.queries, lists.items[self.queries])
 
     def measure(self, queries: Int64[Tensor, " query"], candidates: Int64[Tensor, "query k"]) -> PerQuery:
-        """mAP@10, CMC@1 and their objective for some of the queries, from their own ranked candidates."""
+        """mAP@10, CMC@1, the target and the objective for some queries, from their own ranked candidates."""
         is_relevant = metrics.relevance(candidates, self.labels[queries], self.labels)
         values = metrics.per_query(is_relevant, self.n_relevant[queries], (1, 10))
-        values = {key: values[key] for key in ("map@10", "cmc@1")}
-        return {**values, "objective": values["map@10"] + CMC_WEIGHT * values["cmc@1"]}
+        both = values["map@10"] + CMC_WEIGHT * values["cmc@1"]
+        kept = {key: values[key] for key in ("map@10", "cmc@1", self.target) if key in values}
+        return {**kept, "objective": both if self.target == "both" else values[self.target]}
 
     def labelled_pairs(
         self, lists: CandidateLists, top_n: int, is_counted: Bool[Tensor, " query"] | None = None

@@ -3,13 +3,16 @@
 A module of its own, since nothing of the models is imported here: a process that only decodes starts in half the time.
 """
 
+import json
 from collections.abc import Sequence
+from dataclasses import asdict
 
 import numpy as np
 import pyarrow as pa
 
 from distributed_rerank.data.catalogue import ImageRef
 from distributed_rerank.data.decoding import decode
+from distributed_rerank.data.locations import ImageRoots
 from distributed_rerank.data.rejects import reject_table
 from distributed_rerank.data.transforms import InferenceTransform
 
@@ -25,11 +28,14 @@ def manifest(blocks: Sequence[tuple[int, Sequence[ImageRef]]]) -> list[pa.Table]
             "ids": [ref.id for ref in refs],
             "paths": [ref.path for ref in refs],
             "boxes": [None if ref.box is None else list(ref.box) for ref in refs],
+            "roots": json.dumps(asdict(refs[0].roots if refs else ImageRoots())),
         }
         for number, refs in blocks
     ]
     texts = pa.list_(pa.string())
-    schema = pa.schema({"block": pa.int64(), "ids": texts, "paths": texts, "boxes": pa.list_(_BOX)})
+    schema = pa.schema(
+        {"block": pa.int64(), "ids": texts, "paths": texts, "boxes": pa.list_(_BOX), "roots": pa.string()}
+    )
     parts = [rows[start : start + _BLOCKS_PER_PART] for start in range(0, len(rows), _BLOCKS_PER_PART)]
     return [pa.Table.from_pylist(part, schema=schema) for part in parts]
 
@@ -52,8 +58,10 @@ def decode_row(row: pa.Table, *, transform: InferenceTransform, threads: int) ->
 
 
 def _refs(row: pa.Table) -> list[ImageRef]:
-    columns = (row[name][0].as_py() for name in ("ids", "paths", "boxes"))
-    return [ImageRef(id, path, None if box is None else tuple(box)) for id, path, box in zip(*columns, strict=True)]
+    ids, paths, boxes, roots = (row[name][0].as_py() for name in ("ids", "paths", "boxes", "roots"))
+    boxes = [None if box is None else tuple(box) for box in boxes]
+    image_roots = ImageRoots(**{name: tuple(places) for name, places in json.loads(roots).items()})
+    return [ImageRef(*image, image_roots) for image in zip(ids, paths, boxes, strict=True)]
 
 
 def as_binary(array: np.ndarray) -> pa.Array:

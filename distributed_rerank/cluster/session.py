@@ -19,6 +19,7 @@ from types import FrameType
 from typing import Any
 
 import ray
+from ray._private import services
 from ray.exceptions import AuthenticationError
 
 from distributed_rerank.cluster.growth import room
@@ -109,6 +110,7 @@ def _start_local(config: ClusterConfig) -> Iterator[None]:
     """A private Ray of this process: own folder, own token, no dashboard."""
     _remove_left_behind()
     # /tmp and not TMPDIR: Ray's socket paths must stay below 107 characters
+    # Ray makes its own folder writable for everybody, so it lies in one that only this user may enter.
     folder = Path(tempfile.mkdtemp(prefix=_FOLDER_PREFIX, dir="/tmp"))
     lock = locks.wait_for(folder / _LOCK)
     needed = (config.num_workers or 0) * config.cpus_per_worker + 2
@@ -116,20 +118,43 @@ def _start_local(config: ClusterConfig) -> Iterator[None]:
     # A private Ray of one machine loses no node with notice, so training needs no process that watches for it.
     os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     try:
-        ray.init(
-            address="local",
-            num_cpus=max(_MIN_LOGICAL_CPUS, 2 * _cores(), needed),
-            object_store_memory=None if config.object_store_gb is None else int(config.object_store_gb * 10**9),
-            include_dashboard=False,
-            logging_level=logging.WARNING,
-            runtime_env={"worker_process_setup_hook": "distributed_rerank.cluster.quiet.quieten"},
-            _temp_dir=str(folder),
-        )
+        with _without_metrics_port():
+            ray.init(
+                address="local",
+                num_cpus=max(_MIN_LOGICAL_CPUS, 2 * _cores(), needed),
+                object_store_memory=None if config.object_store_gb is None else int(config.object_store_gb * 10**9),
+                include_dashboard=False,
+                logging_level=logging.WARNING,
+                runtime_env={"worker_process_setup_hook": "distributed_rerank.cluster.quiet.quieten"},
+                _temp_dir=str(folder / "ray"),
+            )
         yield
     finally:
         ray.shutdown()
         shutil.rmtree(folder, ignore_errors=True)
         lock.release()
+
+
+@contextmanager
+def _without_metrics_port() -> Iterator[None]:
+    """Ray started inside opens no port for metrics, which anybody on the network could read without the token.
+
+    The agent of a node has a switch for it, and ray.init none, so the switch is added where the raylet is started.
+    """
+    start = services.start_ray_process
+
+    def start_without(command: list[Any], *arguments: Any, **options: Any) -> Any:
+        words = [
+            f"{word} --disable-metrics-collection" if str(word).startswith("--dashboard_agent_command=") else word
+            for word in command
+        ]
+        return start(words, *arguments, **options)
+
+    services.start_ray_process = start_without
+    try:
+        yield
+    finally:
+        services.start_ray_process = start
 
 
 def _remove_left_behind() -> None:

@@ -11,6 +11,7 @@ from distributed_rerank.config.extractor import ExtractorConfig
 from distributed_rerank.errors import BadInput
 
 MissingLists = Literal["error", "miss", "leave_out"]
+DistanceKind = Literal["l2", "squared_l2", "cosine", "one_minus_cosine", "inner_product"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,6 +23,10 @@ class FirstStageConfig:
     """Embeddings made earlier: a folder of `embed`, or Parquet with id and embedding. Images then stay closed."""
     candidates: Path | None = None
     """Candidate lists of any system: Parquet or CSV (query_id, gallery_id, distance or score), or a TREC run."""
+    distances: DistanceKind | None = None
+    """What the distances or scores of --candidates are; cosine and inner_product are similarities (large = same).
+    Default: guessed from the column and its range. They become the L2 distances that models are trained on, if need be
+    computed from --embeddings."""
     missing_lists: MissingLists | None = None
     """Queries that --candidates has no list for: error: refused; miss: they find nothing; leave_out: they are no
     queries. Default: error; miss in `rerank` without --query-catalogue, where every image may be a query."""
@@ -34,7 +39,8 @@ class FirstStageConfig:
 
     def without_effect(self) -> dict[str, str]:
         """Settings that these settings make meaningless, and what would give them a meaning."""
-        return {} if self.candidates is not None else {"missing_lists": "--candidates"}
+        names = ("missing_lists", "distances")
+        return {} if self.candidates is not None else dict.fromkeys(names, "--candidates")
 
     def check_files(self) -> None:
         """Raises BadInput where nothing to search with is named, and for files that do not exist."""
@@ -53,11 +59,18 @@ class RerankerConfig:
     """The pairwise model and the chain that turns its logits into an order."""
 
     model: str | None = None
-    """Folder that `train` wrote, or hf-hub:owner/name. Default: the first stage alone."""
+    """Folder that `train` wrote, or hf-hub:owner/name with --allow-hub. Default: the first stage alone."""
+    allow_hub: bool = False
+    """Fetch --model hf-hub:owner/name from the Hugging Face hub."""
     chain: Literal["model", "replace", "first_stage"] | Path = "model"
     """model: the model folder's chain.json; replace: by the logit alone; first_stage: nothing; or a chain.json."""
     top_n: int | None = None
     """Candidates of each query that are re-ranked. Default: as the chain says, else 10."""
+
+    def check_hub(self) -> None:
+        """Raises BadInput for a model on the hub that nobody has allowed to fetch."""
+        if self.model is not None and self.model.startswith("hf-hub:") and not self.allow_hub:
+            raise BadInput(f"--model {self.model} is fetched from the network; allow it with --allow-hub")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,11 +83,18 @@ class MeasureConfig:
     """Seed of the resampling behind intervals and p-values."""
     baselines: bool = True
     """Measure free steps as well: k-reciprocal re-ranking, query expansion, database augmentation."""
+    fmrs: tuple[float, ...] = ()
+    """False match rates, such as 0.1, at which OML's fnmr@fmr of the first stage is measured; needs embeddings."""
+    pcf_variances: tuple[float, ...] = (0.5,)
+    """Shares of variance for OML's pcf, the share of axes that the embeddings need for it."""
     price_per_worker_hour: float | None = None
     """Price of an hour of one worker, in any currency; the report then tells the price of 1,000 queries."""
 
     def __post_init__(self) -> None:
         if not self.ks or min(self.ks) < 1:
             raise BadInput(f"ks={list(self.ks)} must be one or more cut-offs of at least 1; give e.g. --ks 1 5 10")
+        for name in ("fmrs", "pcf_variances"):
+            if any(not 0 <= value <= 1 for value in getattr(self, name)):
+                raise BadInput(f"{name}={list(getattr(self, name))} must lie between 0 and 1")
         if self.price_per_worker_hour is not None and not 0 <= self.price_per_worker_hour < math.inf:
             raise BadInput(f"price_per_worker_hour={self.price_per_worker_hour} must be at least 0 and finite")

@@ -11,9 +11,10 @@ from tyro.conf import OmitArgPrefixes, Positional, arg
 from distributed_rerank.config.cluster import ClusterConfig, RetryConfig
 from distributed_rerank.config.evaluation import FirstStageConfig, MeasureConfig, RerankerConfig
 from distributed_rerank.config.extractor import ExtractorConfig
+from distributed_rerank.config.importing import ImportConfig
 from distributed_rerank.config.pairwise import PairwiseConfig, PairwiseName, TokenSiameseConfig
 from distributed_rerank.config.schedule import ScheduleConfig
-from distributed_rerank.config.training import TrainingConfig
+from distributed_rerank.config.training import EvidenceConfig, TrainingConfig
 from distributed_rerank.config.work import WorkConfig
 from distributed_rerank.errors import BadInput
 
@@ -41,6 +42,9 @@ class CatalogueJob(ClusterJob):
 
     catalogue: str
     """CSV or Parquet table of the images; a path or a URI."""
+    image_root: tuple[str, ...] = ()
+    """Folders and buckets (s3://NAME) that all images must lie in. Default: those that the table names; relative paths
+    stay in the table's folder."""
     work: OmitArgPrefixes[WorkConfig] = field(default_factory=WorkConfig)
 
 
@@ -79,6 +83,9 @@ class EmbedJob(ExtractorJob):
 
     split: str | None = None
     """Embed only the rows of this split, e.g. validation."""
+    adapt: Path | None = None
+    """Model folder of `train`: the embeddings as its chain maps them before the search are written to
+    OUT/adapted.parquet, for a vector database."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,20 +103,22 @@ class TrainJob(TrainingJob):
         distributed-rerank train --catalogue photos/df.csv --out runs/model --extractor vit_small_patch16_224.dino
 
     Trains on the rows of split `train`. A share of their labels is set aside: early stopping, fusion weight and the
-    chain are chosen on them, and if they show no gain the chain says "first stage". The folder holds config.json,
-    model.safetensors, chain.json, training.json, curves.svg and TensorBoard files; `evaluate` and `rerank` load it by
-    path. A second start of the same command continues after the last finished epoch. --pairwise-model concat with
-    --mining batch --loss bce is open-metric-learning's recipe.
+    chain are chosen on them, and if they show no gain the chain says "first stage". An extractor that knows the train
+    labels needs others for that: rows of split `calibration`, or labels that `train-extractor` left out. The folder
+    holds config.json, model.safetensors, chain.json, training.json, curves.svg and TensorBoard files; `evaluate` and
+    `rerank` load it by path. A second start of the same command continues after the last finished epoch.
+    --pairwise-model concat with --mining batch --loss bce is open-metric-learning's recipe.
     """
 
     pairwise_model: PairwiseName = "token"
     """token: correlation of cached local tokens; concat: OML's ConcatSiamese; split: a ViT whose first blocks run per
     image; distance: L2 distance of embeddings."""
     pairwise: OmitArgPrefixes[PairwiseConfig] = field(default_factory=TokenSiameseConfig)
+    evidence: OmitArgPrefixes[EvidenceConfig] = field(default_factory=EvidenceConfig)
     teacher: str | None = None
     """Folder of a slower pairwise model that this one learns from as well as from the labels."""
     embeddings: Path | None = None
-    """Folder of `embed`; what it lacks is added."""
+    """Folder of `embed`, where what it lacks is added; or any Parquet with id and embedding, taken as it is."""
     track: tuple[TrackingService, ...] = ()
     """mlflow, wandb: further trackers beside TensorBoard."""
 
@@ -254,7 +263,27 @@ class DemoJob(OutJob):
     """
 
 
+@dataclass(frozen=True, kw_only=True)
+class MakeCatalogueJob:
+    """Folder of photos, or a data set's archive -> catalogue with a split in which no label is in both parts.
+
+        distributed-rerank catalogue photos --out runs/photos.csv
+
+    Reads one folder a label, open-metric-learning's df.csv, Hugging Face's imagefolder (metadata.csv or
+    metadata.jsonl), COCO and CVAT boxes, exports of FiftyOne, and the extracted archives of SOP, In-shop, CUB-200,
+    Cars-196 and Market-1501 with the rules of their protocols. Photos that cannot be opened are left out and named.
+    The table is checked as `train` and `evaluate` check it.
+    """
+
+    folder: Positional[Path]
+    """Folder of the photos."""
+    out: Path
+    """Table to write, .csv or .parquet."""
+    importing: OmitArgPrefixes[ImportConfig] = field(default_factory=ImportConfig)
+
+
 JOBS: Mapping[str, type] = {
+    "catalogue": MakeCatalogueJob,
     "embed": EmbedJob,
     "train": TrainJob,
     "train-extractor": TrainExtractorJob,

@@ -54,6 +54,9 @@ class Augmentation:
                 raise BadInput(f"{name}={getattr(self, name)} is not in [0, {top}]; 0 switches it off")
 
 
+Target = Literal["both", "map@10", "cmc@1", "mrr"]
+
+
 @dataclass(frozen=True, kw_only=True)
 class TrainingConfig:
     """How a pairwise model is trained. The defaults are for cached encodings of a frozen backbone on a
@@ -120,6 +123,13 @@ class TrainingConfig:
     gradient_checkpointing: bool = False
     """Compute the backbone's activations again in the backward pass instead of keeping them: a third more time,
     a fraction of the memory."""
+    target: Target = "both"
+    """What the choice of the chain maximises; both: mAP@10 + 2 CMC@1. mAP@10 may not fall for it, nor CMC@1 below the
+    first stage's."""
+    accept: float = 0.99
+    """How probable the gain of a chain step must be, on labels that it has not seen, for the step to be taken."""
+    adapt: bool = True
+    """Try a map of the embeddings, fitted to the labels in closed form, as first chain step (mining=lists)."""
     teacher_share: float = 0.5
     """Weight of agreeing with the teacher, where there is one; the rest is the labels' loss."""
     teacher_temperature: float = 1.0
@@ -167,6 +177,7 @@ class TrainingConfig:
                 self.remine_every > 0 and self.mining != "lists",
                 f"remine_every={self.remine_every} orders candidate lists anew; take --mining lists, or 0",
             ),
+            (not 0.5 <= self.accept < 1, f"accept={self.accept} is no such probability; give 0.5 to below 1"),
             (self.top_n < 2, f"top_n={self.top_n} re-ranks nothing; give at least 2"),
             (
                 self.top_n > self.n_items,
@@ -205,7 +216,8 @@ class TrainingConfig:
             "--mining batch or whole_batch": (self.mining == "lists", "n_labels n_instances"),
             "--mining lists": (
                 self.mining != "lists",
-                "lists_per_step n_negatives steps_per_epoch negative_temperature remine_every share_beyond filters",
+                "lists_per_step n_negatives steps_per_epoch negative_temperature remine_every share_beyond filters "
+                "adapt",
             ),
             "--loss margin": (self.loss != "margin", "margin"),
             "--optimizer sgd": (self.optimizer != "sgd", "momentum"),
@@ -221,6 +233,22 @@ class TrainingConfig:
     def loader_threads(self, is_gpu: bool) -> int:
         """`loader_workers`, its default written out."""
         return (16 if is_gpu else 0) if self.loader_workers is None else self.loader_workers
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvidenceConfig:
+    """Which labels may show what re-ranking is worth: those that the extractor has not seen."""
+
+    extractor_trained_on: Literal["unknown", "none", "train"] = "unknown"
+    """Labels that the extractor has been trained on: none of the table's, or those of split train. unknown: its weights
+    file tells where `train-extractor` wrote it, else the embeddings are looked at."""
+    calibration_split: str | None = None
+    """Split whose labels the extractor has not seen: mining, training and choice of the chain use its rows only.
+    Default: `calibration`, where the extractor has seen the train labels and the table has such rows."""
+
+    def __post_init__(self) -> None:
+        if self.calibration_split == "validation":
+            raise BadInput("--calibration-split validation: what is reported may not be trained on; name another split")
 
 
 EXTRACTOR_DEFAULTS = TrainingConfig(

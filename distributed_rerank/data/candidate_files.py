@@ -13,6 +13,7 @@ import pyarrow.compute
 from distributed_rerank.data import locations, manifests, tables
 from distributed_rerank.data.catalogue import Catalogue
 from distributed_rerank.data.csv_files import layout_of, regrouped
+from distributed_rerank.data.distance_kinds import Conversion
 from distributed_rerank.data.exports import OWN_TAG
 from distributed_rerank.data.gathering import gather_lists
 from distributed_rerank.data.table_files import TableFile
@@ -33,6 +34,7 @@ def read_candidates(
     catalogue: Catalogue,
     *,
     ignored: Set[str] = frozenset(),
+    conversion: Conversion | None = None,
     schemes: frozenset[str] = locations.SCHEMES,
     rows_per_batch: int = ROWS_PER_BATCH,
 ) -> CandidateLists:
@@ -44,7 +46,7 @@ def read_candidates(
     cannot be read) are left out. Raises BadInput where nothing can be read.
     """
     batches = _batches(path, catalogue, schemes, rows_per_batch)
-    return gather_lists(batches, catalogue, source=str(path), ignored=ignored)
+    return gather_lists(batches, catalogue, source=str(path), ignored=ignored, conversion=conversion)
 
 
 def _batches(path: str | Path, catalogue: Catalogue, schemes: frozenset[str], rows: int) -> Iterator[pa.Table]:

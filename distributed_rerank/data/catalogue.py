@@ -6,7 +6,7 @@ images are item numbers of one catalogue, and "ties by item" is therefore "ties 
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal, get_args
 
@@ -20,6 +20,7 @@ from distributed_rerank.data import catalogue_checks, locations
 from distributed_rerank.data.catalogue_checks import BOX as BOX_COLUMNS
 from distributed_rerank.data.catalogue_columns import load_table, normalise
 from distributed_rerank.data.files import json_digest
+from distributed_rerank.data.locations import ImageRoots
 from distributed_rerank.data.text_columns import refuse_equal_numbers
 from distributed_rerank.errors import BadInput
 
@@ -48,6 +49,8 @@ class ImageRef:
     id: str
     path: str
     box: Box | None = None
+    roots: ImageRoots = field(default=ImageRoots(), compare=False)
+    """Where images may lie."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,6 +65,8 @@ class Catalogue:
 
     table: pd.DataFrame
     source: str
+    roots: ImageRoots = ImageRoots()
+    """Where its images may lie."""
 
     def __len__(self) -> int:
         return len(self.table)
@@ -116,21 +121,21 @@ class Catalogue:
         """The rows of these items, in id order whatever the order given, numbered anew; no item twice."""
         items = np.sort(np.asarray(items))
         assert np.all(items[1:] > items[:-1]), "an item is taken twice"
-        return Catalogue(self.table.iloc[items].reset_index(drop=True), self.source)
+        return replace(self, table=self.table.iloc[items].reset_index(drop=True))
 
     def as_query_and_gallery(self) -> "Catalogue":
         """The same rows, each both query and gallery item: how training images search among themselves."""
-        return Catalogue(self.table.assign(is_query=True, is_gallery=True), self.source)
+        return replace(self, table=self.table.assign(is_query=True, is_gallery=True))
 
     def images(self, items: np.ndarray | None = None) -> list[ImageRef]:
         """Image references of all rows, or of `items` in the order given (repeats allowed)."""
         table = self.table if items is None else self.table.iloc[items]
         ids, paths = table["id"].tolist(), table["path"].tolist()
         if BOX_COLUMNS[0] not in table:
-            return [ImageRef(id, path) for id, path in zip(ids, paths, strict=True)]
+            return [ImageRef(id, path, None, self.roots) for id, path in zip(ids, paths, strict=True)]
         corners = table[list(BOX_COLUMNS)].to_numpy(dtype=np.float64)
         boxes = [None if np.isnan(row[0]) else tuple(int(value) for value in row) for row in corners]
-        return [ImageRef(id, path, box) for id, path, box in zip(ids, paths, boxes, strict=True)]  # pyright: ignore
+        return [ImageRef(*row, self.roots) for row in zip(ids, paths, boxes, strict=True)]  # pyright: ignore
 
     def items_of(self, ids: Sequence[str] | np.ndarray) -> Int64[np.ndarray, " id"]:
         """Item numbers of these ids. Raises BadInput naming ids that are not in the catalogue."""
@@ -171,6 +176,7 @@ def read_catalogue(
     purpose: Purpose = "images",
     schemes: frozenset[str] = locations.SCHEMES,
     allow_shared_labels: bool = False,
+    image_roots: Sequence[str] = (),
 ) -> Catalogue:
     """Read and check a catalogue, CSV or Parquet, from a local path or URI.
 
@@ -181,11 +187,14 @@ def read_catalogue(
     Ids, labels, categories and sequences are text, the same from CSV and from Parquet; words for "no value"
     (`NULL`, `nan`, ...) count as empty. Boxes keep OML's meaning (pixels, fractions are cut off). An `id`
     defaults to the path as written, plus the box. Missing image files are not looked for here: they become
-    rejects. Raises BadInput with everything that is wrong.
+    rejects, as do images outside `ImageRoots`, which `image_roots` narrows. Raises BadInput with everything that is
+    wrong.
     """
     assert purpose in get_args(Purpose), f"unknown purpose {purpose!r}"
     problems = catalogue_checks.Problems(uri)
-    table = normalise(load_table(uri, schemes), locations.folder_of(uri), purpose, problems)
+    folder = locations.folder_of(uri)
+    roots = locations.make_roots([folder], image_roots)
+    table = normalise(load_table(uri, schemes), folder, purpose, problems)
     catalogue_checks.check_ids(table, problems)
     if purpose == "evaluation":
         catalogue_checks.check_evaluation(table, problems)
@@ -195,7 +204,7 @@ def read_catalogue(
         catalogue_checks.check_shared_labels(table, allow_shared_labels, problems)
     problems.raise_if_any()
     problems.log_words_for_no_value()
-    return Catalogue(_sorted_by_id(table), uri)
+    return Catalogue(_sorted_by_id(table), uri, roots)
 
 
 def read_query_gallery(
@@ -204,6 +213,7 @@ def read_query_gallery(
     *,
     purpose: Literal["images", "evaluation"] = "images",
     schemes: frozenset[str] = locations.SCHEMES,
+    image_roots: Sequence[str] = (),
 ) -> Catalogue:
     """One catalogue from two tables: rows of the first are queries only, rows of the second gallery items
     only.
@@ -224,7 +234,8 @@ def read_query_gallery(
         tables.append(table)
     _refuse_spellings(tables[0], tables[1], query_uri, gallery_uri)
     union = _union(tables[0], tables[1], f"{query_uri} and {gallery_uri}")
-    return Catalogue(_sorted_by_id(union), f"{query_uri} and {gallery_uri}")
+    roots = locations.make_roots([locations.folder_of(uri) for uri in (query_uri, gallery_uri)], image_roots)
+    return Catalogue(_sorted_by_id(union), f"{query_uri} and {gallery_uri}", roots)
 
 
 def _refuse_spellings(queries: pd.DataFrame, gallery: pd.DataFrame, query_uri: str, gallery_uri: str) -> None:

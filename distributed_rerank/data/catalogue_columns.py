@@ -86,7 +86,7 @@ def normalise(raw: RawTable, folder: str, purpose: str, problems: Problems) -> p
     table["label"] = pd.Series(as_objects(texts["label"]), dtype=object)
     table["split"] = pd.Series(_splits(raw.names, texts["split"], purpose, problems), dtype=object)
     for name in ("is_query", "is_gallery"):
-        table[name] = _flags(name, texts[name], problems) & (table["split"] != "train").to_numpy(dtype=bool)
+        table[name] = _flags(name, texts[name], problems) & ~table["split"].isin(SPLITS[:-1]).to_numpy(dtype=bool)
     for name in ("category", "sequence"):
         if name in raw.names:
             table[name] = pd.Series(as_objects(texts[name]), dtype=object)
@@ -151,7 +151,7 @@ def _splits(names: Sequence[str], texts: pa.Array, purpose: str, problems: Probl
     if "split" in names:
         unknown = sorted(set(values) - set(SPLITS) - ({""} if purpose == "images" else set()))
         bad = np.isin(values.astype(str), unknown)
-        problems.add(f"unknown split {some(unknown)}; use 'train' or 'validation'", bad)
+        problems.add(f"unknown split {some(unknown)}; use 'train', 'calibration' or 'validation'", bad)
     return values
 
 

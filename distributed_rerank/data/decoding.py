@@ -44,8 +44,7 @@ def decode(refs: Sequence[ImageRef], transform: InferenceTransform, *, threads: 
     """
     contents = read_ahead(refs)
     if threads > 1 and len(refs) > 1:
-        one = partial(_decode_one, transform)
-        images = list(_mapped(one, refs, contents, threads=threads))
+        images = list(_mapped(partial(_decode_one, transform), refs, contents, threads=threads))
     else:
         images = [_decode_one(transform, ref, content) for ref, content in zip(refs, contents, strict=True)]
     kept = [position for position, image in enumerate(images) if isinstance(image, Tensor)]

@@ -27,6 +27,11 @@ class Embeddings:
         """The row of each id; -1 where there is none."""
         return self._index.get_indexer(pd.Index(ids, dtype=object)).astype(np.int64)
 
+    def rejects_among(self, ids: np.ndarray) -> list[Reject]:
+        """The rejected images among these."""
+        own = set(ids)
+        return [reject for reject in self.rejects if reject.id in own]
+
     @cached_property
     def digest(self) -> str:
         """sha256 of ids and values."""

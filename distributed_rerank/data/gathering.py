@@ -16,6 +16,7 @@ import pyarrow.compute
 from jaxtyping import Float32, Int32
 
 from distributed_rerank.data.catalogue import Catalogue
+from distributed_rerank.data.distance_kinds import Conversion
 from distributed_rerank.data.item_lookup import EMPTY, PADDING, ItemLookup
 from distributed_rerank.data.list_order import ListOrder
 from distributed_rerank.data.text_columns import as_numbers, as_texts, is_index_column
@@ -38,6 +39,7 @@ def gather_lists(
     *,
     source: str = "this table",
     ignored: Set[str] = frozenset(),
+    conversion: Conversion | None = None,
     queries_per_block: int = QUERIES_PER_BLOCK,
 ) -> CandidateLists:
     """The candidate lists in the rows of all `batches`: queries in item order, each list best first.
@@ -46,11 +48,12 @@ def gather_lists(
     or without `rank`; an index column that pandas wrote is ignored. A list is ordered by (rank, distance, item),
     without ranks by (distance, item). Rows with an id in `ignored` are left out, and so, with a warning, are rows with
     the gallery id -1, with which faiss fills up short lists. A query of which nothing is left has an empty list.
+    `conversion` makes L2 distances of the values; None = they stay as they are.
 
     Raises BadInput, naming `source`, for unknown ids, repeated pairs, values that are not finite as float32, distances
     that fall while the rank grows (they are similarities then), and lists without ranks that look sorted the wrong way.
     """
-    gathering = _Gathering(catalogue, ignored, source)
+    gathering = _Gathering(catalogue, ignored, source, conversion)
     for batch in batches:
         gathering.add(batch)
     return gathering.lists(queries_per_block)
@@ -117,7 +120,10 @@ class _Bad:
 class _Gathering:
     """Collects the rows of all batches as numbers, and their faults."""
 
-    def __init__(self, catalogue: Catalogue, ignored: Set[str], source: str) -> None:
+    def __init__(
+        self, catalogue: Catalogue, ignored: Set[str], source: str, conversion: Conversion | None = None
+    ) -> None:
+        self._conversion = conversion
         self._catalogue, self._ignored, self._source = catalogue, ignored, source
         self._lookup = ItemLookup(catalogue, ignored)
         self._order = ListOrder(len(catalogue))
@@ -148,8 +154,11 @@ class _Gathering:
         self._is_named[query[query >= 0]] = True
         is_known = (query >= 0) & (item >= 0)
         if is_known.any() and not self._is_bad:
-            rows = _Rows(query, item, distance.astype(np.float32), rank)
-            rows = (rows if is_known.all() else rows.take(is_known)).by_query()
+            if not is_known.all():
+                query, item, distance, rank = (column[is_known] for column in (query, item, distance, rank))
+            if self._conversion is not None:
+                distance = self._conversion.convert(distance, is_score=value == "score")
+            rows = _Rows(query, item, distance.astype(np.float32), rank).by_query()
             if "rank" not in batch.column_names:
                 self._order.add(rows.query, rows.item, rows.distance)
             self._chunks.append(_Chunk(rows))
@@ -270,6 +279,8 @@ class _Gathering:
                 f"itself is the worst candidate; {self._other_way}; if the name is right, write the best candidate of "
                 "each query first or add a rank column"
             )
+        if self._conversion is not None:
+            self._conversion.check_range(self._source)
 
 
 def _hint(value: Any) -> str:

@@ -17,7 +17,7 @@ from distributed_rerank.data.catalogue import Box, ImageRef
 from distributed_rerank.data.locations import read_bytes
 from distributed_rerank.errors import BadInput
 
-__all__ = ["MAX_PIXELS", "UnreadableImage", "decode", "read_bytes", "read_content", "read_image"]
+__all__ = ["MAX_PIXELS", "UnreadableImage", "decode", "read_bytes", "read_content", "read_image", "to_rgb"]
 
 MAX_PIXELS = 100_000_000
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
@@ -32,7 +32,7 @@ _UPRIGHT = {
     8: Image.Transpose.ROTATE_90,
 }
 # What Pillow's parsers raise on damaged files. MemoryError and our own assertions are not among them.
-_DAMAGE = (
+DAMAGE = (
     OSError,
     SyntaxError,
     ValueError,
@@ -60,6 +60,9 @@ def read_image(ref: ImageRef, max_pixels: int = MAX_PIXELS, schemes: frozenset[s
 
 def read_content(ref: ImageRef, schemes: frozenset[str] = locations.SCHEMES) -> bytes:
     """The bytes of the file of `ref`. Raises UnreadableImage, and Outage where a store does not answer."""
+    problem = ref.roots.problem(ref.path)
+    if problem:
+        raise UnreadableImage(problem)
     try:
         return read_bytes(ref.path, schemes)
     except FileNotFoundError:
@@ -85,19 +88,24 @@ def decode(content: bytes, box: Box | None = None, max_pixels: int = MAX_PIXELS)
                 size = f"{image.width} x {image.height}"
                 raise UnreadableImage(f"{size} pixels exceed the limit of {max_pixels} (decompression bomb?)")
             image.load()
-            return _crop(_to_rgb(_upright(image)), box)
+            return _crop(to_rgb(image), box)
     except UnidentifiedImageError:
         raise UnreadableImage(f"not an image in one of the formats {', '.join(FORMATS)}") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise UnreadableImage(_line("too many pixels", error)) from error
-    except _DAMAGE as error:
+    except DAMAGE as error:
         raise UnreadableImage(_line("damaged or truncated", error)) from error
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """A picture upright (EXIF), as mode RGB. Raises UnreadableImage for pixels without a known range."""
+    return _to_rgb(_upright(image))
 
 
 def _upright(image: Image.Image) -> Image.Image:
     try:
         orientation = image.getexif().get(_ORIENTATION_TAG)
-    except _DAMAGE:
+    except DAMAGE:
         return image  # broken metadata beside good pixels: cameras write it, and viewers ignore it
     method = _UPRIGHT.get(orientation) if isinstance(orientation, int) else None
     return image if method is None else image.transpose(method)

@@ -1,11 +1,14 @@
 """Where bytes lie: local paths and URIs, joined and read in one way for tables and images (layer 2).
 
-Only listed URI schemes are opened, because paths come from tables that somebody else may have written.
+Paths come from tables that somebody else may have written. So only listed URI schemes are opened, nothing in a URI can
+change the server or the credentials that are used, and images lie below `ImageRoots`.
 """
 
 import io
+import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import unquote
 
@@ -15,6 +18,15 @@ from distributed_rerank.data import object_store
 from distributed_rerank.errors import BadInput
 
 SCHEMES = frozenset({"file", "hf"}) | object_store.SCHEMES
+_HOSTS = {
+    "s3": re.compile(r"[a-z0-9][a-z0-9._-]*", re.IGNORECASE),
+    "abfs": re.compile(r"[a-z0-9$-]+(@[a-z0-9]+\.(dfs|blob)\.core\.windows\.net)?", re.IGNORECASE),
+    "hf": re.compile(r"[a-z0-9][a-z0-9._-]*", re.IGNORECASE),
+}
+"""What may stand between :// and the next slash, by scheme: a bucket's name, without server, user or query string."""
+_HOSTS |= {"gs": _HOSTS["s3"], "gcs": _HOSTS["s3"], "az": _HOSTS["abfs"]}
+_PSEUDO = ("/proc", "/sys", "/dev")
+"""Folders whose files are no files: memory, devices, settings of the kernel."""
 _SCHEME = re.compile(r"^([A-Za-z][A-Za-z0-9+.-]*)://")
 
 
@@ -32,6 +44,50 @@ def absolute(location: str) -> str:
     if scheme == "file":
         return unquote(re.sub(r"^file://(localhost(?=/))?", "", location, flags=re.IGNORECASE))
     return location
+
+
+@dataclass(frozen=True)
+class ImageRoots:
+    """Where the images of a table may lie."""
+
+    folders: tuple[str, ...] = ()
+    """Those of the tables themselves, absolute; a relative path must not leave its table's folder."""
+    given: tuple[str, ...] = ()
+    """Folders and URIs of --image-root: all images lie below one of them, links followed. None: also where the table's
+    absolute paths and URIs point to; but a table in an object store names no local file."""
+
+    def problem(self, path: str) -> str:
+        """Why an image at `path`, absolute or a URI, is not read; "" where it may be."""
+        scheme = scheme_of(path)
+        is_local = scheme in (None, "file")
+        local = os.path.normpath(absolute(path)) if is_local else ""
+        if is_local and _is_below(os.path.realpath(local), _PSEUDO):
+            return "no image file, but a device or a file of the kernel"
+        if self.given:
+            is_inside = _is_below(os.path.realpath(local), map(os.path.realpath, self.given)) if is_local else False
+            is_inside |= not is_local and ".." not in path.split("/") and _is_below(path, self.given)
+            return "" if is_inside else "outside --image-root"
+        if not is_local:
+            return "'..' in a URI" if ".." in path.split("/") else ""
+        if self.folders and all(scheme_of(folder) for folder in self.folders):
+            return "a local path in a table that is not local; allow it with --image-root"
+        leaves = [folder for folder in self.folders if path.startswith(f"{folder}/")]
+        if ".." in path.split("/") and leaves and not _is_below(local, map(os.path.normpath, leaves)):
+            return "the path leaves the folder of the table; allow it with --image-root"
+        return ""
+
+
+def make_roots(folders: Sequence[str], given: Sequence[str]) -> ImageRoots:
+    """The roots of tables in these folders. Raises BadInput for one of `given` that is no folder."""
+    roots = tuple(absolute(root).rstrip("/") for root in given)
+    for root in roots:
+        if scheme_of(root) is None and not os.path.isdir(root or "/"):
+            raise BadInput(f"--image-root {root} is no folder; check the path")
+    return ImageRoots(tuple(folders), roots)
+
+
+def _is_below(path: str, roots: Iterable[str]) -> bool:
+    return any(path == root or path.startswith(f"{root.rstrip('/')}/") for root in roots)
 
 
 def folder_of(location: str) -> str:
@@ -81,7 +137,27 @@ def _allowed_scheme(location: str, schemes: frozenset[str]) -> str | None:
     if scheme is not None and scheme not in schemes:
         allowed = ", ".join(sorted(schemes))
         raise BadInput(f"{location}: scheme {scheme!r} is not allowed; use a local path or one of {allowed}")
+    if scheme not in (None, "file"):
+        _check_host(location, scheme)
     return scheme
+
+
+def _check_host(location: str, scheme: str) -> None:
+    """Raises BadInput for a URI that names more than a bucket and a path in it.
+
+    `s3://b?endpoint_override=HOST` would send credentials to HOST, `s3://user:word@b` use others, and `hf://x::http://y`
+    open a second URI.
+    """
+    rest = location.partition("://")[2]
+    host = rest.partition("/")[0]
+    known = _HOSTS.get(scheme)
+    if known is not None and not known.fullmatch(host):
+        raise BadInput(
+            f"{location}: {host!r} is no name of a bucket; servers, credentials and options are taken from the "
+            "environment (such as AWS_ENDPOINT_URL) and never from a path"
+        )
+    if scheme not in object_store.SCHEMES and ("::" in rest or "?" in rest):
+        raise BadInput(f"{location}: a URI with '::' or '?' may point elsewhere; name the file itself")
 
 
 def _read_remote(location: str) -> bytes:

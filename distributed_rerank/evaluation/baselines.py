@@ -106,6 +106,8 @@ class Skipped(Exception):
 def _plan(sources: "Sources") -> Iterator[tuple[str, str, dict[str, Any], Callable[[], Ranking]]]:
     """Name of each baseline, the ranking it starts from, its constants, and the function that computes it."""
     k_reciprocal, expansion = asdict(K_RECIPROCAL), asdict(EXPANSION)
+    if sources.ranked.chain.adapt is not None:
+        yield "adapted", "first_stage", asdict(sources.ranked.chain.adapt), lambda: sources.ranked.searched
     yield "k_reciprocal", "first_stage", k_reciprocal, lambda: sources.k_reciprocal(False)
     yield "query_expansion", "first_stage", expansion, lambda: sources.expand(False, True, False)
     yield "database_augmentation", "first_stage", expansion, lambda: sources.expand(False, False, True)
@@ -152,7 +154,7 @@ class Sources:
         """The first candidates ordered by the tokens that the model caches, without its trained head."""
         assert isinstance(self.model, TokenSiamese), "MaxSim needs tokens"
         ranked, catalogue = self.ranked, self.ranked.first.catalogue
-        before = ranked.before[torch.arange(len(ranked.query_items))]
+        before = ranked.searched[torch.arange(len(ranked.query_items))]
         n_images = len(torch.unique(torch.cat([before.items[:, : self.top_n].flatten(), ranked.query_items])))
         if n_images > MAX_ENCODED:
             raise Skipped(f"encodes every image a second time, which is done for up to {MAX_ENCODED:,}")
@@ -186,7 +188,7 @@ class Sources:
             torch.nn.functional.normalize(matrix[items]) for items in (ranked.query_items, gallery_items)
         )
         if of_queries:
-            ranking = self.pairwise() if is_pairwise else ranked.before
+            ranking = self.pairwise() if is_pairwise else ranked.searched
             queries = _expanded(matrix, ranked.query_items, ranking[torch.arange(len(ranked.query_items))])
         if of_gallery:
             lists = self._lists_of_all(is_pairwise).of_queries(gallery_items)
@@ -222,7 +224,7 @@ class Sources:
         ranked = self.ranked
         if ranked.first.embeddings is None:
             raise Skipped("needs the lists of gallery items; give --embeddings or --extractor")
-        folder, chain = self.folder / "all_candidates", Chain((K_RECIPROCAL,))
+        folder, chain = self.folder / "joint_candidates", Chain((K_RECIPROCAL,))
         lists = ranking_run.lists_for(chain, ranked.first, self.n_items, self.work, folder, self.executors)
         readable = ranking_run.without_rejected(
             ScoredLists(lists, rejects=ranked.scored.rejects), ranked.first.catalogue

@@ -17,7 +17,9 @@ from torch import Tensor
 from distributed_rerank.config.evaluation import MeasureConfig
 from distributed_rerank.data import artifacts
 from distributed_rerank.evaluation import adaptive, baselines
+from distributed_rerank.evaluation.embedding_metrics import embedding_metrics
 from distributed_rerank.evaluation.measure import Evaluation, LabelledQueries, Ranked, count_relevant, measure_ranking
+from distributed_rerank.evaluation.thresholds import by_probability
 from distributed_rerank.models.pairwise import PairwiseModel
 from distributed_rerank.scoring.stage import ScoredLists
 from distributed_rerank.tensors.candidate_lists import Ranking
@@ -49,11 +51,17 @@ def diagnose(measured: Evaluation, sources: baselines.Sources, config: MeasureCo
     figures["distances"] = {"first_stage": distance_histograms(ranked.before, queries, top_n)}
     if ranked.after:
         figures["distances"]["reranked"] = distance_histograms(ranked.final, queries, top_n)
+    if ranked.after:
+        figures["thresholds"] = by_probability(ranked.final, queries, top_n, ranked.chain)
     figures["suspects"] = labels_to_check(ranked)
     figures["cost"] = total_cost(ranked.scored, sources.model)
     if ranked.chain.pairwise is not None and ranked.scored.logits is not None:
         _add_cost_of_pairs(diagnostics, ranked, measured.metrics, config.price_per_worker_hour, sources.folder)
         _add_adaptive(diagnostics, ranked, queries, measured, config.resampling_seed)
+    if ranked.first.embeddings is not None:
+        figures["embeddings"] = embedding_metrics(
+            ranked.first.catalogue, ranked.first.embeddings, config.fmrs, config.pcf_variances
+        )
     if config.baselines:
         start = time.perf_counter()
         results = baselines.measure_baselines(

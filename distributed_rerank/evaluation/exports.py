@@ -14,7 +14,8 @@ from distributed_rerank.data.candidates import candidates_table
 from distributed_rerank.data.catalogue import Catalogue
 from distributed_rerank.data.exports import write_qrels, write_trec_run
 from distributed_rerank.errors import BadInput
-from distributed_rerank.report.formatting import count_of, fraction, interval, metric_name, p_value, signed, verdict
+from distributed_rerank.report.formatting import count_of, fraction, interval, metric_name, signed
+from distributed_rerank.report.verdict import verdict
 from distributed_rerank.reranking.external_candidates import external_candidates
 from distributed_rerank.tensors import sharding
 
@@ -76,7 +77,7 @@ def _first_stage(folder: Path, candidates: Path | None) -> Path:
     own = folder / "candidates"
     if candidates is None and not own.is_dir():
         raise BadInput(f"{folder} holds no first-stage lists: it was given some; give the same --candidates")
-    return own if candidates is None else candidates
+    return own if own.is_dir() or candidates is None else candidates
 
 
 def _batches(path: Path, rejected: Set[str], catalogue: Catalogue, queries: Sequence[str]) -> Iterator[pa.Table]:
@@ -109,14 +110,15 @@ def markdown_summary(metrics: Mapping[str, Any]) -> str:
         if metrics.get(key):
             counts += f", {count_of(metrics[key])} {words}"
     chain = metrics.get("chain") or "first stage"
-    lines = [f"**{outcome.sentence}** {outcome.detail}", "", f"{counts}; chain: {chain}", ""]
+    words = f"{outcome.plain} {outcome.sentence}".strip()
+    lines = [f"**{words}** {outcome.detail}", "", f"{counts}; chain: {chain}", ""]
     if not metrics.get("reranked"):
         lines += ["| metric | first stage |", "|:--|--:|"]
         lines += [f"| {metric_name(key)} | {fraction(value)} |" for key, value in metrics["first_stage"].items()]
         return "\n".join(lines) + "\n"
-    lines += ["| metric | before | after | change | 95 % interval | p |", "|:--|--:|--:|--:|:-:|--:|"]
+    lines += ["| metric | before | after | change | 95 % interval |", "|:--|--:|--:|--:|:-:|"]
     for key, before in metrics["first_stage"].items():
         after, compared = metrics["reranked"][key], metrics["difference"][key]
         cells = [metric_name(key), fraction(before), fraction(after), signed(compared["mean"])]
-        lines.append(f"| {' | '.join([*cells, interval(compared), p_value(compared['p_value'])])} |")
+        lines.append(f"| {' | '.join([*cells, interval(compared)])} |")
     return "\n".join(lines) + "\n"

@@ -37,12 +37,16 @@ class Ranked:
     """The queries with their rankings before and after; images that could not be read are in none of them."""
 
     first: FirstStage
+    """Over adapted embeddings, where the chain begins with such a step."""
     scored: ScoredLists
     chain: Chain
     catalogue: Catalogue
     """The first stage's, but images that could not be read for scoring are neither query nor gallery."""
     query_items: Int64[Tensor, " query"]
     before: Ranking
+    """By the embeddings as they are."""
+    searched: Ranking
+    """The candidates that the chain re-orders: `before`, or those of a search over adapted embeddings."""
     after: Mapping[int, Ranking]
     """The chain's ranking for each top_n; empty where the first stage alone is measured."""
 
@@ -54,7 +58,8 @@ class Ranked:
     @property
     def covers_all_items(self) -> bool:
         """Whether gallery items have scored lists as well as queries."""
-        return bool(self.chain.neighbourhood) or ranking_run.is_one_against_rest(self.first.catalogue)
+        catalogue = self.first.catalogue
+        return ranking_run.needs_joint_lists(self.chain, catalogue) or ranking_run.is_one_against_rest(catalogue)
 
     @property
     def pairwise(self) -> Ranking | None:
@@ -77,28 +82,36 @@ class Ranked:
         return ranking_run.by_logits(self.chain.pairwise, self.scored.lists, self.scored.logits)
 
 
-def rank(first: FirstStage, scored: ScoredLists, chain: Chain, has_model: bool) -> Ranked:
+def rank(
+    first: FirstStage, scored: ScoredLists, chain: Chain, has_model: bool, lists: CandidateLists | None = None
+) -> Ranked:
     """The rankings of all readable queries by the first stage and by the chain, for each top_n of the curve.
 
-    A chain without steps that came with a model has a ranking too: the first stage's.
+    `lists` are those of the embeddings as they are, where `first` has others. A chain without steps that came with a
+    model has a ranking too: the first stage's.
     """
     catalogue = first.catalogue
-    readable = ranking_run.without_rejected(ScoredLists(first.lists, rejects=scored.rejects), catalogue)
+    searched, own = (
+        ranking_run.without_rejected(ScoredLists(part, rejects=scored.rejects), catalogue).lists
+        for part in (first.lists, first.lists if lists is None else lists)
+    )
     rejected = catalogue.items_of([reject.id for reject in scored.rejects])
     query_items = torch.from_numpy(np.setdiff1d(catalogue.query_items, rejected))
-    before = LazyRanking(query_items, readable.lists.of_queries)
+    before = LazyRanking(query_items, own.of_queries)
     after: dict[int, Ranking] = {}
     if chain.steps or has_model:
         after = ranking_run.rankings(chain, scored, catalogue, first.embeddings, query_items)
     usable = catalogue if not len(rejected) else _without_roles(catalogue, rejected)
-    return Ranked(first, scored, chain, usable, query_items, before, after)
+    return Ranked(
+        first, scored, chain, usable, query_items, before, LazyRanking(query_items, searched.of_queries), after
+    )
 
 
 def _without_roles(catalogue: Catalogue, items: np.ndarray) -> Catalogue:
     """The same catalogue with the same numbering, in which these items are neither query nor gallery."""
     flags = catalogue.table[["is_query", "is_gallery"]].copy()
     flags.iloc[items] = False
-    return Catalogue(catalogue.table.assign(**{name: flags[name] for name in flags}), catalogue.source)
+    return replace(catalogue, table=catalogue.table.assign(**flags))
 
 
 @dataclass(frozen=True)
@@ -123,7 +136,13 @@ class LabelledQueries:
     labels: Int64[Tensor, " query"]
     n_relevant: Int64[Tensor, " query"]
     item_labels: Int64[Tensor, " item"]
-    n_without_relevant: int
+    rows_without: Int64[Tensor, " other"]
+    """Rows of the queries without a relevant item. OML counts them, and nobody else does."""
+
+    @property
+    def n_without_relevant(self) -> int:
+        """How many queries have no relevant item."""
+        return len(self.rows_without)
 
     def blocks(self) -> Iterator["LabelledQueries"]:
         """The queries in blocks of `QUERIES_PER_BLOCK`."""
@@ -172,7 +191,7 @@ def count_relevant(catalogue: Catalogue, query_items: Int64[Tensor, " query"]) -
     )
     rows = n_relevant.nonzero().squeeze(1)
     kept = query_items[rows]
-    return LabelledQueries(kept, rows, labels[kept], n_relevant[rows], labels, len(query_items) - len(rows))
+    return LabelledQueries(kept, rows, labels[kept], n_relevant[rows], labels, (n_relevant == 0).nonzero().squeeze(1))
 
 
 def measure(
@@ -184,8 +203,11 @@ def measure(
     ks: Sequence[int] = (1, 5, 10),
     seed: int = 0,
     n_resamples: int = 2000,
+    searched: Ranking | None = None,
 ) -> Evaluation:
     """Compare the first stage's ranking with the re-ranked ones.
+
+    `searched` holds the candidates that are re-ranked, where they are not those of `before`: the ceiling is theirs.
 
     `before` and every ranking of `after` have one row per query of `query_items` (ascending), in that order. `after`
     maps top_n to the ranking that re-ranks so many candidates: the largest is reported, the others are points of the
@@ -206,7 +228,9 @@ def measure(
     }
     last = measure_ranking(queries, after[max(after)], ks) if after else None
     if last is not None:
-        figures |= _reranked(queries, before, after, first, last, ks, resampling)
+        figures |= _reranked(queries, searched or before, after, first, last, ks, resampling)
+        if searched is not None:
+            figures["oracle_first_stage"] = _ceiling(queries, before, max(after), ks)
         figures["oml"]["reranked"] = last.oml
     figures["categories"] = _by_category(catalogue, queries, first, last, resampling)
     table = _per_query_table(catalogue, queries, first, last)
@@ -227,7 +251,17 @@ def measure_ranking(queries: LabelledQueries, ranking: Ranking, ks: Sequence[int
 
     columns = _of_all_blocks(queries, measure_block)
     values, oml = ({key: column for (kind, key), column in columns.items() if kind == of} for of in ("value", "oml"))
-    return Measured(values, columns["rank", "first_hit"], metrics.means(oml))
+    return Measured(values, columns["rank", "first_hit"], _oml_means(oml, queries, ranking))
+
+
+def _oml_means(values: PerQuery, queries: LabelledQueries, ranking: Ranking) -> dict[str, float]:
+    """Means over all queries. One without a relevant item has 1 where its list is empty too, as in OML, and else 0."""
+    n_void = 0
+    for rows in queries.rows_without.split(QUERIES_PER_BLOCK):
+        n_void += int((ranking[rows].items < 0).all(dim=1).sum())
+    n_queries = len(queries.rows) + queries.n_without_relevant
+    n_labelled = len(queries.rows)
+    return {key: (mean * n_labelled + n_void) / n_queries for key, mean in metrics.means(values).items()}
 
 
 def _of_all_blocks(
@@ -252,7 +286,7 @@ def _of_all_blocks(
 
 def _reranked(
     queries: LabelledQueries,
-    before: Ranking,
+    searched: Ranking,
     after: Mapping[int, Ranking],
     first: Measured,
     last: Measured,
@@ -267,7 +301,7 @@ def _reranked(
         curve.append({"top_n": n, "metrics": measured.means})
         points.append(measured.values["map@10"])
     knee = statistics.knee(torch.stack(points), queries.labels, **resampling)
-    start, end, ceiling = first.means, last.means, _ceiling(queries, before, top_n, ks)
+    start, end, ceiling = first.means, last.means, _ceiling(queries, searched, top_n, ks)
     return {
         "top_n": top_n,
         "reranked": end,

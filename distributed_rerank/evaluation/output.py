@@ -1,6 +1,10 @@
 """The files of an evaluation: figures, a row per query, rejects, re-ranked lists, the report."""
 
+import importlib.metadata
 import platform
+import shlex
+import sys
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,8 +14,11 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
+from distributed_rerank.chain.chain import Chain
+from distributed_rerank.chain.probability import probabilities
 from distributed_rerank.data import artifacts, tables
 from distributed_rerank.data.candidates import candidates_table
 from distributed_rerank.data.catalogue import Catalogue, ImageRef
@@ -32,6 +39,7 @@ class Result:
     query_items: Tensor
     before: Ranking
     after: Ranking | None
+    chain: Chain
 
 
 def write(
@@ -82,20 +90,39 @@ def _strips(result: Result) -> list[Strip]:
 def _strip(result: Result, row: int) -> Strip:
     catalogue, item = result.catalogue, int(result.query_items[row])
 
-    def side(ranking: Ranking | None) -> list[Candidate]:
+    def side(ranking: Ranking | None, chain: Chain) -> list[Candidate]:
         if ranking is None:
             return []
         lists = ranking[torch.tensor([row])]
         items = lists.items[0, :SHOWN_CANDIDATES]
         items = items[items >= 0].numpy()
         is_relevant = catalogue.labels[items] == catalogue.labels[item]
-        distances = lists.distances[0, : len(items)].tolist()
-        return [
-            Candidate(*cells) for cells in zip(catalogue.images(items), is_relevant.tolist(), distances, strict=True)
-        ]
+        words = nearness(lists.distances[0, : len(items)], chain)
+        return [Candidate(*cells) for cells in zip(catalogue.images(items), is_relevant.tolist(), words, strict=True)]
 
-    return Strip(catalogue.images(np.array([item]))[0], side(result.before), side(result.after))
+    sides = side(result.before, Chain()), side(result.after, result.chain)
+    return Strip(catalogue.images(np.array([item]))[0], *sides)
+
+
+def nearness(distances: Float[Tensor, " candidate"], chain: Chain) -> list[str]:
+    """How near candidates are, in words: the probability of a match, else the distance where it is one.
+
+    A fused distance may be below zero, which tells a reader nothing.
+    """
+    found = probabilities(chain, distances)
+    if found is not None:
+        return [f"p {value:.2f}" for value in found.tolist()]
+    return [f"d {value:.3f}" if value >= 0 else "" for value in distances.tolist()]
 
 
 def _environment() -> dict[str, str]:
-    return {"python": platform.python_version(), "torch": torch.__version__, "machine": platform.machine()}
+    """When, by which command and with what this process makes the report."""
+    versions = {name: importlib.metadata.version(name) for name in ("distributed_rerank", "timm")}
+    return {
+        "date": time.strftime("%Y-%m-%d %H:%M %Z"),
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]) if sys.argv[0] else "",
+        **versions,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "machine": platform.machine(),
+    }

@@ -10,22 +10,25 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from distributed_rerank.chain.chain import Chain, kind_of
+from distributed_rerank.chain.chain import Chain
 from distributed_rerank.config.evaluation import FirstStageConfig, MeasureConfig
 from distributed_rerank.config.work import WorkConfig
 from distributed_rerank.data import artifacts
 from distributed_rerank.data.catalogue import Catalogue
 from distributed_rerank.data.rejects import all_rejects
 from distributed_rerank.data.relevance import check_measurable
+from distributed_rerank.data.same_bytes import count_same_bytes
 from distributed_rerank.evaluation import output as evaluation_output
 from distributed_rerank.evaluation.baselines import Sources
 from distributed_rerank.evaluation.diagnostics import diagnose
+from distributed_rerank.evaluation.embedding_metrics import check_fmrs
 from distributed_rerank.evaluation.measure import measure, rank
 from distributed_rerank.evaluation.output import Result
 from distributed_rerank.executors import Executors
 from distributed_rerank.models.pairwise import PairwiseModel
 from distributed_rerank.reranking import run as ranking_run
 from distributed_rerank.reranking.first_stage import check_depth, first_stage, first_stage_settings, input_digests
+from distributed_rerank.reranking.known_distances import known_distances
 from distributed_rerank.runtime.progress import timed
 
 logger = logging.getLogger(__name__)
@@ -42,16 +45,20 @@ def evaluate(
     work: WorkConfig | None = None,
     executors: Executors | None = None,
     overwrite: bool = False,
+    train: Catalogue | None = None,
 ) -> dict[str, Any]:
     """Evaluate the queries of `catalogue`; returns what metrics.json holds.
 
-    Without `model` and chain the first stage alone is measured. A finished `out` of the same inputs is not
-    computed again; a killed run continues with its unfinished blocks. Raises BadInput where the inputs do not
+    Images with the same bytes are counted, also against the rows that were trained on, `train`. Without `model` and
+    chain the first stage alone is measured. A finished `out` of the same inputs is not computed again; a killed run
+    continues with its unfinished blocks. Raises BadInput where the inputs do not
     fit together.
     """
     chain, measure = chain or Chain(), measure or MeasureConfig()
     work = work or WorkConfig()
     check_measurable(catalogue)
+    if measure.fmrs:
+        check_fmrs(catalogue, config.embeddings is not None or config.extractor.name is not None)
     check_depth(config, chain)
     fingerprint = _fingerprint(catalogue, config, measure, work, model, chain)
     if artifacts.recover(out, fingerprint, overwrite) or artifacts.is_complete(out, fingerprint, overwrite):
@@ -59,15 +66,23 @@ def evaluate(
         return json.loads((out / "metrics.json").read_text())
     timings: dict[str, float] = {}
     with artifacts.stage(out, fingerprint, overwrite) as staging:
-        first = first_stage(catalogue, config, work, staging.path, executors, timings)
+        known = known_distances(model, chain)
+        first = first_stage(catalogue, config, work, staging.path, executors, timings, known=known)
+        with timed(timings, "adapt"):
+            searched = ranking_run.search_adapted(first, chain, config, work, staging.path, executors)
         with timed(timings, "score"):
-            scored = ranking_run.score_first_stage(first, chain, model, config.n_items, work, staging.path, executors)
+            scored = ranking_run.score_first_stage(
+                searched, chain, model, config.n_items, work, staging.path, executors
+            )
         with timed(timings, "measure"):
-            ranked = rank(first, scored, chain, model is not None)
+            ranked = rank(searched, scored, chain, model is not None, first.lists)
             sources = Sources(ranked, config.n_items, work, model, staging.path, executors)
             result, details = _measure(sources, measure)
         rejects = all_rejects(first.rejects, scored.rejects)
         result.metrics.update(n_rejected=len(rejects), n_without_list=first.n_without_list)
+        result.metrics["same_bytes"] = count_same_bytes(catalogue, train)
+        if chain.evidence_text:
+            result.metrics["evidence"] = chain.evidence_text
         with timed(timings, "report"):
             evaluation_output.write(staging.path, result, rejects, fingerprint["config"], details | timings)
         artifacts.write_json(staging.path / "timings.json", {"seconds": timings, **details})
@@ -89,7 +104,7 @@ def _fingerprint(
         catalogue=catalogue.digest(),
         given=input_digests(config),
         model=None if model is None else model.identity(),
-        chain=[{"step": kind_of(step), **asdict(step)} for step in chain.steps],
+        chain=chain.identity(),
     )
 
 
@@ -97,10 +112,12 @@ def _measure(sources: Sources, config: MeasureConfig) -> tuple[Result, dict[str,
     """Metrics and diagnostics of the queries, and the seconds of single diagnostics."""
     ranked = sources.ranked
     measured = measure(
-        ranked.catalogue, ranked.query_items, ranked.before, ranked.after, ks=config.ks, seed=config.resampling_seed
-    )
+        ranked.catalogue, ranked.query_items, ranked.before, ranked.after, ks=config.ks, seed=config.resampling_seed,
+        searched=None if ranked.chain.adapter is None else ranked.searched,
+    )  # fmt: skip
     extra = diagnose(measured, sources, config)
     metrics = measured.metrics | {"chain": ranked.chain.describe()} | extra.figures
     table = measured.per_query.assign(**extra.columns)
     after = ranked.final if ranked.after else None
-    return Result(metrics, table, ranked.first.catalogue, ranked.query_items, ranked.before, after), extra.timings
+    result = Result(metrics, table, ranked.first.catalogue, ranked.query_items, ranked.before, after, ranked.chain)
+    return result, extra.timings

@@ -8,7 +8,7 @@ from distributed_rerank.config.evaluation import FirstStageConfig, RerankerConfi
 from distributed_rerank.config.extractor import ExtractorConfig
 from distributed_rerank.config.jobs import DemoJob
 from distributed_rerank.config.pairwise import DistanceSiameseConfig, TokenSiameseConfig
-from distributed_rerank.config.training import EXTRACTOR_DEFAULTS, TrainingConfig
+from distributed_rerank.config.training import EXTRACTOR_DEFAULTS, EvidenceConfig, TrainingConfig
 from distributed_rerank.data.catalogue import read_catalogue
 from distributed_rerank.demo.catalogue import write_demo_catalogue
 from distributed_rerank.evaluation.run import evaluate
@@ -23,7 +23,7 @@ UNTRAINED = ExtractorConfig(
     name="test_resnet", weights="none", args={"norm_layer": "groupnorm1"}, image_size=96, precision="fp32"
 )
 EXTRACTOR_TRAINING = dataclasses.replace(
-    EXTRACTOR_DEFAULTS, epochs=12, n_labels=15, lr=3e-3, backbone_lr=3e-3, set_aside=0.1, patience=0, threads=2
+    EXTRACTOR_DEFAULTS, epochs=12, n_labels=15, lr=3e-3, backbone_lr=3e-3, set_aside=0.5, patience=0, threads=2
 )
 
 
@@ -34,7 +34,8 @@ def main(job: DemoJob) -> None:
     catalogue = read_catalogue(str(write_demo_catalogue(out / "catalogue")), purpose="training")
     logger.info("2/4 training a small extractor from scratch on the train labels")
     embedding_distance = DistanceSiameseConfig(extractor=UNTRAINED, linear=False)
-    train(catalogue, embedding_distance, EXTRACTOR_TRAINING, out / "extractor")
+    none_seen = EvidenceConfig(extractor_trained_on="none")
+    train(catalogue, embedding_distance, EXTRACTOR_TRAINING, out / "extractor", evidence=none_seen)
     extractor = dataclasses.replace(UNTRAINED, weights=str(out / "extractor" / EXTRACTOR_WEIGHTS))
     with executors_for(job.cluster) as (executors, fit):
         logger.info("3/4 embedding all photos on Ray Data, training the pairwise model on Ray Train")

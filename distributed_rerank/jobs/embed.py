@@ -5,15 +5,20 @@ import logging
 from distributed_rerank import extraction
 from distributed_rerank.config.jobs import EmbedJob
 from distributed_rerank.data.catalogue import Catalogue
+from distributed_rerank.data.tables import write_embeddings
 from distributed_rerank.jobs.connection import executors_for
+from distributed_rerank.models.adapter import load_adapter
 
 logger = logging.getLogger(__name__)
 
 
 def main(job: EmbedJob, catalogue: Catalogue) -> None:
     """Embed the catalogue's images into the folder --out."""
+    adapter = None if job.adapt is None else load_adapter(job.adapt)
     with executors_for(job.cluster) as (executors, _):
         embeddings = extraction.embed(
             catalogue, job.extractor, job.out, work=job.work, executors=executors, overwrite=job.overwrite
         )
+    if adapter is not None:
+        write_embeddings(job.out / "adapted.parquet", embeddings.ids, adapter(embeddings.matrix))
     logger.info("%d embeddings, %d rejects: %s", len(embeddings.ids), len(embeddings.rejects), job.out)

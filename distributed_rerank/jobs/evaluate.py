@@ -20,7 +20,7 @@ from distributed_rerank.reranking.run import load_model_and_chain
 logger = logging.getLogger(__name__)
 
 
-def main(job: EvaluateJob, catalogue: Catalogue) -> None:
+def main(job: EvaluateJob, catalogue: Catalogue, train: Catalogue | None = None) -> None:
     """Evaluate the catalogue's queries into the folder --out, then compare and export what was asked for."""
     if job.baseline is not None:
         digest = catalogue_of(job.baseline)
@@ -36,6 +36,7 @@ def main(job: EvaluateJob, catalogue: Catalogue) -> None:
             measure=job.measure,
             work=job.work,
             executors=executors,
+            train=train,
             overwrite=job.overwrite,
         )
     if job.baseline is not None:

@@ -4,10 +4,14 @@ from functools import singledispatch
 from pathlib import Path
 from typing import Any
 
+from distributed_rerank.config.evaluation import RerankerConfig
 from distributed_rerank.config.jobs import (
+    CatalogueJob,
     DemoJob,
     EmbedJob,
     EvaluateJob,
+    LabelledJob,
+    MakeCatalogueJob,
     MeasuringJob,
     RerankJob,
     SubmitJob,
@@ -34,37 +38,47 @@ def _(job: Any) -> Inputs:
 
 
 @read_inputs.register
+def _(job: MakeCatalogueJob) -> Inputs:
+    if not job.folder.is_dir():
+        raise BadInput(f"{job.folder} is no folder; give the folder of the photos")
+    return (job.folder,)
+
+
+@read_inputs.register
 def _(job: EmbedJob) -> Inputs:
     job.extractor.check_files()
-    catalogue = read_table(job.catalogue)
+    if job.adapt is not None and not (job.adapt / "adapter.safetensors").is_file():
+        raise BadInput(f"--adapt {job.adapt} has no adapter.safetensors; give a model folder whose chain adapts")
+    catalogue = read_table(job)
     return (catalogue if job.split is None else catalogue.restrict(job.split),)
 
 
 @read_inputs.register
 def _(job: TrainJob) -> Inputs:
     job.pairwise.extractor.check_files()
-    return (read_table(job.catalogue, purpose="training", allow_shared_labels=job.allow_shared_labels),)
+    return (read_table(job, purpose="training"),)
 
 
 @read_inputs.register
 def _(job: TrainExtractorJob) -> Inputs:
     job.extractor.check_files()
-    return (read_table(job.catalogue, purpose="training", allow_shared_labels=job.allow_shared_labels),)
+    return (read_table(job, purpose="training"),)
 
 
 @read_inputs.register
 def _(job: MeasuringJob) -> Inputs:
     job.first_stage.check_files()
-    check_model(job.reranker.model)
+    check_model(job.reranker)
     baseline = job.baseline if isinstance(job, EvaluateJob) else None
     if baseline is not None and not baseline.is_dir():
         raise BadInput(f"--baseline {baseline} is no folder; give one that `evaluate` wrote")
-    table = read_table(job.catalogue, purpose="evaluation", allow_shared_labels=job.allow_shared_labels)
+    table = read_table(job, purpose="evaluation")
     catalogue = table.restrict(job.split)
     from distributed_rerank.data.relevance import check_measurable
 
     check_measurable(catalogue)
-    return (catalogue,)
+    is_train = (table.table["split"] == "train").to_numpy(dtype=bool) & (job.split != "train")
+    return catalogue, table.take(is_train.nonzero()[0])
 
 
 @read_inputs.register
@@ -72,22 +86,23 @@ def _(job: RerankJob) -> Inputs:
     if job.reranker.model is None:
         raise BadInput("required and not given: --model; give a folder that `train` wrote")
     job.first_stage.check_files()
-    check_model(job.reranker.model)
+    check_model(job.reranker)
     if job.query_catalogue is None:
-        return (read_table(job.catalogue).as_query_and_gallery(),)
+        return (read_table(job).as_query_and_gallery(),)
     from distributed_rerank.data.catalogue import read_query_gallery
 
     for table in (job.query_catalogue, job.catalogue):
         check_exists(table)
-    return (read_query_gallery(job.query_catalogue, job.catalogue),)
+    return (read_query_gallery(job.query_catalogue, job.catalogue, image_roots=job.image_root),)
 
 
-def read_table(location: str, purpose: Any = "images", allow_shared_labels: bool = False) -> Any:
-    """The catalogue at `location`. A missing file is told before pandas is imported."""
-    check_exists(location)
+def read_table(job: CatalogueJob, purpose: Any = "images") -> Any:
+    """The catalogue of the job. A missing file is told before pandas is imported."""
+    check_exists(job.catalogue)
     from distributed_rerank.data.catalogue import read_catalogue
 
-    return read_catalogue(location, purpose=purpose, allow_shared_labels=allow_shared_labels)
+    is_allowed = isinstance(job, LabelledJob) and job.allow_shared_labels
+    return read_catalogue(job.catalogue, purpose=purpose, allow_shared_labels=is_allowed, image_roots=job.image_root)
 
 
 def check_exists(location: str) -> None:
@@ -96,8 +111,10 @@ def check_exists(location: str) -> None:
         raise BadInput(f"--catalogue {location} does not exist; check the path")
 
 
-def check_model(model: str | None) -> None:
-    """Raises BadInput for a local model folder without its files."""
+def check_model(config: RerankerConfig) -> None:
+    """Raises BadInput for a local model folder without its files, and for one on the hub without leave."""
+    config.check_hub()
+    model = config.model
     if model is None or model.startswith("hf-hub:"):
         return
     for name in ("config.json", "model.safetensors"):

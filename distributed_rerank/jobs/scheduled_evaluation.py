@@ -15,14 +15,14 @@ from distributed_rerank.reranking.run import load_model_and_chain
 logger = logging.getLogger(__name__)
 
 
-def main(job: ScheduledEvaluationJob, catalogue: Catalogue) -> int:
+def main(job: ScheduledEvaluationJob, catalogue: Catalogue, train: Catalogue | None = None) -> int:
     """Evaluate into the run's folder; returns 3 for a regression, else 0."""
     figures: dict[str, Any] = {"exit_code": 1}
     with told(job.schedule, figures):
-        return _run(job, catalogue, figures)
+        return _run(job, catalogue, train, figures)
 
 
-def _run(job: ScheduledEvaluationJob, catalogue: Catalogue, figures: dict[str, Any]) -> int:
+def _run(job: ScheduledEvaluationJob, catalogue: Catalogue, train: Catalogue | None, figures: dict[str, Any]) -> int:
     """Evaluate, compare and record; `figures` gets what is told to other programs."""
     schedule = job.schedule
     check(schedule, catalogue, job.measure.ks)
@@ -37,6 +37,7 @@ def _run(job: ScheduledEvaluationJob, catalogue: Catalogue, figures: dict[str, A
             measure=job.measure,
             work=job.work,
             executors=executors,
+            train=train,
         )
     logger.info("metrics\n%s", table_in_text(metrics))
     logger.info("report: %s", schedule.folder / "report.html")

@@ -19,7 +19,7 @@ from distributed_rerank.errors import BadInput, Outage
 
 logger = logging.getLogger(__name__)
 
-INPUTS = ("embeddings", "candidates", "baseline", "model", "teacher", "chain", "weights", "pairwise_weights")
+INPUTS = ("embeddings", "adapt", "candidates", "baseline", "model", "teacher", "chain", "weights", "pairwise_weights")
 FOLDERS = ("out",)
 """Written by a job; `train` adds to its embeddings as well."""
 FILES = ("trec", "markdown")
@@ -46,7 +46,11 @@ def local_job(job: Any) -> Iterator[Any]:
     if not any(uri_of(value) for name, value in _values(job) if name in (*INPUTS, *_OUTPUTS)):
         yield job
         return
-    cluster = next(value for _, value in _values(job) if isinstance(value, ClusterConfig))
+    cluster = next((value for _, value in _values(job) if isinstance(value, ClusterConfig)), None)
+    if cluster is None:
+        raise BadInput(
+            f"--out {uri_of(job.out)}: this job writes on this machine only; give a path, then copy the result"
+        )
     written = (*FOLDERS, "embeddings") if isinstance(job, TrainJob) else FOLDERS
     places = _Places(cluster.scratch.expanduser().absolute(), written)
     try:

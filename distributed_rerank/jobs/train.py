@@ -28,6 +28,7 @@ def main(job: TrainJob, catalogue: Catalogue) -> None:
             fit=fit,
             teacher=teacher,
             embeddings_folder=job.embeddings,
+            evidence=job.evidence,
             services=job.track,
             overwrite=job.overwrite,
         )

@@ -4,6 +4,7 @@ import logging
 
 from distributed_rerank.config.jobs import TrainExtractorJob
 from distributed_rerank.config.pairwise import DistanceSiameseConfig
+from distributed_rerank.config.training import EvidenceConfig
 from distributed_rerank.data.catalogue import Catalogue
 from distributed_rerank.jobs.connection import executors_for
 from distributed_rerank.training.stage import EXTRACTOR_WEIGHTS, train
@@ -23,6 +24,7 @@ def main(job: TrainExtractorJob, catalogue: Catalogue) -> None:
             work=job.work,
             executors=executors,
             fit=fit,
+            evidence=EvidenceConfig(extractor_trained_on="none"),  # what is trained here may see every label
             overwrite=job.overwrite,
         )
     logger.info("extractor weights: %s", job.out / EXTRACTOR_WEIGHTS)

@@ -12,7 +12,8 @@ from torch import Tensor
 from distributed_rerank.config.pairwise import ConcatSiameseConfig
 from distributed_rerank.models.extractor import build_extractor
 from distributed_rerank.models.pairwise import PairwiseModel
-from distributed_rerank.models.stacked import load_siamese_weights, logit_of_mean_probability, mlp_head
+from distributed_rerank.models.rows import in_whole_tiles
+from distributed_rerank.models.stacked import hidden_dims_for, load_siamese_weights, logit_of_mean_probability, mlp_head
 
 
 class ConcatSiamese(PairwiseModel):
@@ -24,9 +25,10 @@ class ConcatSiamese(PairwiseModel):
     def __init__(self, config: ConcatSiameseConfig) -> None:
         backbone = replace(config.extractor, weights="none") if config.pairwise_weights else config.extractor
         extractor = build_extractor(backbone, stacked=2)
-        super().__init__(replace(config, extractor=extractor.config), extractor)
+        hidden_dims = hidden_dims_for(config)
+        super().__init__(replace(config, extractor=extractor.config, hidden_dims=hidden_dims), extractor)
         self.encoding_shape = (3, *self.transform.size)
-        self.head = mlp_head(extractor.dim, config.hidden_dims, config.dropout, config.head_seed)
+        self.head = mlp_head(extractor.dim, hidden_dims, config.dropout, config.head_seed)
         if config.pairwise_weights:
             load_siamese_weights(self, config.pairwise_weights)
         self.eval()
@@ -48,4 +50,4 @@ class ConcatSiamese(PairwiseModel):
         return logit_of_mean_probability(logit, self._one_order(encoded_gallery, encoded_query))
 
     def _one_order(self, above: Tensor, below: Tensor) -> Tensor:
-        return self.head(self.extractor.features(torch.cat([above, below], dim=2))).squeeze(1)
+        return in_whole_tiles(self.head, self.extractor.features(torch.cat([above, below], dim=2))).squeeze(1)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from distributed_rerank.config.pairwise import DistanceSiameseConfig
 from distributed_rerank.models.extractor import build_extractor
 from distributed_rerank.models.pairwise import PairwiseModel
+from distributed_rerank.models.rows import in_whole_tiles
 
 
 class DistanceSiamese(PairwiseModel):
@@ -32,6 +33,13 @@ class DistanceSiamese(PairwiseModel):
         """The extractor's embedding."""
         return self.extractor(pixels)
 
+    def encode_and_embed(
+        self, pixels: UInt8[Tensor, "image 3 height width"]
+    ) -> tuple[Float32[Tensor, "image dim"], Float32[Tensor, "image dim"]]:
+        """The embedding, twice."""
+        embedding = self.encode(pixels)
+        return embedding, embedding
+
     def forward(
         self,
         encoded_query: Float32[Tensor, "pair dim"],
@@ -39,7 +47,8 @@ class DistanceSiamese(PairwiseModel):
         first_stage_distance: Float[Tensor, " pair"],
     ) -> Float32[Tensor, " pair"]:
         """The distance plus the bias, in place of a logit: larger = more different."""
-        return (self.proj(encoded_query) - self.proj(encoded_gallery)).norm(dim=1) + self.config.output_bias
+        query, gallery = (in_whole_tiles(self.proj, x) for x in (encoded_query, encoded_gallery))
+        return (query - gallery).norm(dim=1) + self.config.output_bias
 
 
 def _square_map(dim: int, config: DistanceSiameseConfig) -> nn.Linear:

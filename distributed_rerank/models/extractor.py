@@ -5,7 +5,11 @@ deviation are applied on the device, so that images travel as bytes.
 """
 
 import difflib
+import functools
+import inspect
 import json
+import sys
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +31,13 @@ from distributed_rerank.models import inference, vit, weights
 from distributed_rerank.models.precision import computing_in, resolve_precision
 from distributed_rerank.tensors.hardware import bf16_support
 
+_MORE_ARGUMENTS = frozenset({"features_only", "out_indices", "bn_tf", "bn_momentum", "bn_eps", "drop_connect_rate"})
+"""Settings of networks that timm takes beside those of their classes."""
+_LOADING_ARGUMENTS = frozenset({
+    "checkpoint_path", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "pretrained_strict", "cache_dir",
+    "pretrained_filter_fn", "feature_cfg", "feature_cls", "kwargs_filter", "scriptable", "exportable", "no_jit",
+})  # fmt: skip
+"""Say where something is loaded from, and are no settings of a network."""
 MASK_TOKEN = "mask_token"
 """In checkpoints of networks pretrained on masked images, such as DINOv2; an embedding does not need it."""
 
@@ -148,6 +159,7 @@ def _create(config: ExtractorConfig) -> nn.Module:
     """The timm model without classifier, with hub weights if config.weights is None, else initialised from the seed."""
     _check_name(config.network)
     args = {name: python_literal(value) for name, value in config.args.items()}
+    _check_args(config.network, args)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.extractor_seed)
         try:
@@ -177,6 +189,44 @@ def _check_name(name: str) -> None:
     close = difflib.get_close_matches(name.partition(".")[0], timm.list_models(), n=3)
     hint = f"did you mean {', '.join(close)}?" if close else "timm.list_models() lists the known ones"
     raise BadInput(f"extractor {name} is not a timm model; {hint}")
+
+
+def _check_args(network: str, args: Mapping[str, Any]) -> None:
+    """Raises BadInput for an argument that no network of the model's module takes, or that is no plain value.
+
+    timm.create_model has more: a checkpoint to load, a config with an address to load from. These are not settings of a
+    network, and a model folder that somebody else has made must not have them.
+    """
+    known = known_arguments(network)
+    for name, value in args.items():
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=3)
+            hint = f"did you mean {', '.join(close)}?" if close else "leave it out"
+            raise BadInput(f"extractor {network} takes no argument {name}; {hint}")
+        if not _is_plain(value):
+            raise BadInput(f"extractor argument {name}={value!r} must be a number, a word, or a tuple of such")
+
+
+@functools.cache
+def known_arguments(network: str) -> frozenset[str]:
+    """Names of the arguments that the classes of the network's timm module take; of all modules for a hub's name."""
+    name = network.partition(".")[0]
+    modules = [timm.model_entrypoint(name).__module__] if timm.is_model(name) else timm.list_modules()
+    found = set(_MORE_ARGUMENTS)
+    for module in modules:
+        path = module if module.startswith("timm.") else f"timm.models.{module}"
+        for kind in vars(sys.modules[path]).values():
+            if isinstance(kind, type) and issubclass(kind, nn.Module) and kind.__module__.startswith("timm.models"):
+                found |= set(inspect.signature(kind.__init__).parameters)
+    return frozenset(found - _LOADING_ARGUMENTS - {"self", "args", "kwargs"})
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, list | tuple):
+        return all(map(_is_plain, value))
+    if isinstance(value, dict):
+        return all(isinstance(name, str) and _is_plain(item) for name, item in value.items())
+    return value is None or isinstance(value, bool | int | float | str)
 
 
 def _load_file(model: Any, path: str) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
 
+from distributed_rerank.data.trained_on import TrainedOn
 from distributed_rerank.data.transforms import InferenceTransform
 from distributed_rerank.errors import BadInput
 from distributed_rerank.models import weights
@@ -33,6 +34,10 @@ class PairwiseModel(nn.Module):
     encoding_shape: tuple[int, ...]
     """Shape of one image's encoding."""
     encoding_dtype: torch.dtype
+    uses_distance = False
+    """Whether `forward` looks at the first-stage distance."""
+    trained_on: TrainedOn | None = None
+    """The first stage that it was trained on; None: not known."""
 
     def __init__(self, config: Any, extractor: Extractor) -> None:
         super().__init__()
@@ -49,6 +54,10 @@ class PairwiseModel(nn.Module):
     def encode(self, pixels: UInt8[Tensor, "image 3 height width"]) -> Tensor:
         """One tensor of `encoding_shape` and `encoding_dtype` per image, differentiable if its dtype is."""
         raise NotImplementedError
+
+    def encode_and_embed(self, pixels: UInt8[Tensor, "image 3 height width"]) -> tuple[Tensor, Tensor | None]:
+        """The encodings, and the images' embeddings by the extractor where the backbone sees one image at a time."""
+        return self.encode(pixels), None
 
     def forward(
         self, encoded_query: Tensor, encoded_gallery: Tensor, first_stage_distance: Float[Tensor, " pair"]

@@ -6,19 +6,21 @@ neither the internet nor the extractor's own weights.
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import huggingface_hub
 import safetensors
 import safetensors.torch
+import timm
 from torch import nn
 
 from distributed_rerank.config.extractor import ExtractorConfig
 from distributed_rerank.config.pairwise import PAIRWISE_CONFIGS, PairwiseConfig, pairwise_name
 from distributed_rerank.data.files import write_bytes
 from distributed_rerank.data.manifests import MANIFEST, check_files
+from distributed_rerank.data.trained_on import TRAINED_ON, read_trained_on
 from distributed_rerank.errors import BadInput
 from distributed_rerank.models import weights
 from distributed_rerank.models.concat_siamese import ConcatSiamese
@@ -69,10 +71,14 @@ def save_model(model: PairwiseModel, folder: str | Path) -> Path:
     return folder
 
 
-def save_extractor(extractor: Extractor, path: str | Path) -> Path:
-    """Write the weights of the extractor's network, by timm's names, as a file for `ExtractorConfig.weights`."""
+def save_extractor(extractor: Extractor, path: str | Path, seen_labels: Iterable[str] = ()) -> Path:
+    """Write the weights of the extractor's network, by timm's names, as a file for `ExtractorConfig.weights`.
+
+    The file holds the digests of the labels that they were trained on; `weights.seen_labels` reads them.
+    """
     state = {name: value.detach().cpu().contiguous() for name, value in extractor.model.state_dict().items()}
-    write_bytes(path, safetensors.torch.save(state, metadata={"format": "pt"}))
+    seen = {weights.SEEN_LABELS: " ".join(sorted(seen_labels))}
+    write_bytes(path, safetensors.torch.save(state, metadata={"format": "pt", **seen}))
     return Path(path)
 
 
@@ -84,7 +90,7 @@ def load_model(folder: str | Path) -> PairwiseModel:
     or is not a saved model, and for weights that do not fit.
     """
     path = local_folder(folder)
-    check_files(path, ["config.json", "chain.json", "model.safetensors"])
+    check_files(path, ["config.json", "chain.json", "model.safetensors", TRAINED_ON])
     for name in ("config.json", "model.safetensors"):
         if not (path / name).is_file():
             raise BadInput(f"{folder} is no saved pairwise model: it has no {name}; give a folder of jobs/train.py")
@@ -100,6 +106,7 @@ def load_model(folder: str | Path) -> PairwiseModel:
         )
     model = build_model(config_from_json(PAIRWISE_CONFIGS[content["model"]], content["config"]))
     weights.load_exactly(model, weights.read_state_dict(path / "model.safetensors"), str(path / "model.safetensors"))
+    model.trained_on = read_trained_on(path)
     return model.eval()
 
 
@@ -113,6 +120,8 @@ def config_from_json(kind: type, values: Mapping[str, Any]) -> Any:
     if "extractor" in plain:
         plain["extractor"] = config_from_json(ExtractorConfig, plain["extractor"])
     if kind is ExtractorConfig:
+        if not timm.is_model(str(plain.get("name")).partition(".")[0]):
+            raise BadInput(f"config.json names the extractor {plain.get('name')!r}, which is no timm model")
         plain["weights"] = "none"
     elif "pairwise_weights" in known:
         plain["pairwise_weights"] = None

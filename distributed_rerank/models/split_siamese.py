@@ -20,7 +20,8 @@ from distributed_rerank.models import vit
 from distributed_rerank.models.extractor import build_extractor
 from distributed_rerank.models.pairwise import PairwiseModel
 from distributed_rerank.models.precision import computing_in
-from distributed_rerank.models.stacked import load_siamese_weights, logit_of_mean_probability, mlp_head
+from distributed_rerank.models.rows import in_whole_tiles
+from distributed_rerank.models.stacked import hidden_dims_for, load_siamese_weights, logit_of_mean_probability, mlp_head
 
 STORAGE = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -33,13 +34,14 @@ class SplitSiamese(PairwiseModel):
     def __init__(self, config: SplitSiameseConfig) -> None:
         backbone = replace(config.extractor, weights="none") if config.pairwise_weights else config.extractor
         extractor = build_extractor(backbone, stacked=2)
-        super().__init__(replace(config, extractor=extractor.config), extractor)
+        hidden_dims = hidden_dims_for(config)
+        super().__init__(replace(config, extractor=extractor.config, hidden_dims=hidden_dims), extractor)
         _check_splittable(extractor.model, extractor.is_plain_vit, extractor.config.network, config.split_at)
         self.encoding_dtype = STORAGE[config.storage]
         self.grid = vit.patch_grid(extractor.model, *self.transform.size)
         n_tokens = self.grid[0] * self.grid[1] + extractor.model.num_prefix_tokens
         self.encoding_shape = (n_tokens, extractor.dim)
-        self.head = mlp_head(extractor.dim, config.hidden_dims, config.dropout, config.head_seed)
+        self.head = mlp_head(extractor.dim, hidden_dims, config.dropout, config.head_seed)
         if config.pairwise_weights:
             load_siamese_weights(self, config.pairwise_weights)
         self.eval()
@@ -76,7 +78,7 @@ class SplitSiamese(PairwiseModel):
             features = vit.forward_from_block(
                 network, torch.cat([prefix, *patches], dim=1), self.config.split_at, pad_keys
             )
-        return self.head(features.float()).squeeze(1)
+        return in_whole_tiles(self.head, features.float()).squeeze(1)
 
     def _position_exchange(self) -> tuple[Tensor, Tensor]:
         """Differences [1, patch, dim] from single-image positions to those of the upper and of the lower half."""

@@ -22,6 +22,7 @@ from distributed_rerank.models import vit
 from distributed_rerank.models.extractor import Extractor, build_extractor
 from distributed_rerank.models.pairwise import PairwiseModel
 from distributed_rerank.models.precision import computing_in
+from distributed_rerank.models.rows import in_whole_tiles
 from distributed_rerank.models.whitening import Projection
 
 STORAGE = {"float32": torch.float32, "float16": torch.float16, "int8": torch.int8}
@@ -32,6 +33,7 @@ class TokenSiamese(PairwiseModel):
     """Pair features -> MLP, plus a multiple of the first-stage distance; `fit_encoder`, then `fit_head`, then train."""
 
     config: TokenSiameseConfig
+    uses_distance = True
     feature_mean: Tensor
     feature_std: Tensor
 
@@ -57,7 +59,9 @@ class TokenSiamese(PairwiseModel):
 
     def local_features(self, pixels: UInt8[Tensor, "image 3 height width"]) -> Float16[Tensor, "image feature"]:
         """The frozen features, one row per image: the pooled maps of the depths, then the embedding of norm 1."""
-        maps, embedding = _maps(self.extractor, pixels, self.config.depths)
+        return self._pooled(*_maps(self.extractor, pixels, self.config.depths))
+
+    def _pooled(self, maps: list[Tensor], embedding: Tensor) -> Float16[Tensor, "image feature"]:
         pooled = [functional.adaptive_avg_pool2d(token_map, self.config.grid).flatten(1) for token_map in maps]
         return torch.cat([*pooled, functional.normalize(embedding, dim=1)], dim=1).half()
 
@@ -89,6 +93,14 @@ class TokenSiamese(PairwiseModel):
         """encode_features(local_features(pixels)); int8 counts in steps of 1/127."""
         return self.encode_features(self.local_features(pixels))
 
+    def encode_and_embed(
+        self, pixels: UInt8[Tensor, "image 3 height width"]
+    ) -> tuple[Num[Tensor, "image number"], Float32[Tensor, "image dim"]]:
+        """Both from one pass of the backbone."""
+        maps, embedding = _maps(self.extractor, pixels, self.config.depths)
+        encoded = self.encode_features(self._pooled(maps, embedding))
+        return encoded, functional.normalize(embedding, dim=1) if self.extractor.config.normalise else embedding
+
     def pair_features(
         self,
         encoded_query: Num[Tensor, "pair number"],
@@ -103,7 +115,7 @@ class TokenSiamese(PairwiseModel):
         cosines = (query_vectors * gallery_vectors).sum(dim=-1)
         # [pair, depth, token, token] -> [pair, depth, token]: each token's best match in the other image, sorted, the
         # mean of both directions; and [pair, depth]: the mean similarity of tokens at the same place.
-        similarity = query_tokens @ gallery_tokens.transpose(-1, -2)
+        similarity = _similarities(query_tokens, gallery_tokens)
         best = (similarity.amax(dim=-1).sort(dim=-1).values + similarity.amax(dim=-2).sort(dim=-1).values) / 2
         diagonal = similarity.diagonal(dim1=-2, dim2=-1).mean(dim=-1)
         distance = first_stage_distance.float()[:, None]
@@ -114,7 +126,7 @@ class TokenSiamese(PairwiseModel):
     ) -> Float32[Tensor, " pair"]:
         """Similarity of a token to its best match in the other image, averaged over tokens, images and depths."""
         (query, _), (gallery, _) = (self._split_encoding(encoded) for encoded in (encoded_query, encoded_gallery))
-        similarity = query @ gallery.transpose(-1, -2)
+        similarity = _similarities(query, gallery)
         return (similarity.amax(dim=-1).mean(dim=(1, 2)) + similarity.amax(dim=-2).mean(dim=(1, 2))) / 2
 
     def fit_head(self, encoded_query: Tensor, encoded_gallery: Tensor, first_stage_distance: Tensor) -> None:
@@ -132,7 +144,7 @@ class TokenSiamese(PairwiseModel):
     ) -> Float32[Tensor, " pair"]:
         """Positive multiple of the scaled first-stage distance + MLP(scaled pair features)."""
         features = self.pair_features(encoded_query, encoded_gallery, first_stage_distance)
-        return self.head((features - self.feature_mean) / self.feature_std)
+        return in_whole_tiles(self.head, (features - self.feature_mean) / self.feature_std)
 
     def _split_features(self, features: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         """Tokens [image, token, channel] of each depth, and the inputs [image, channel] of the global projections."""
@@ -147,6 +159,13 @@ class TokenSiamese(PairwiseModel):
         numbers = encoded.float() / INT8_STEPS if encoded.dtype == torch.int8 else encoded.float()
         tokens = numbers[:, : self.n_token_numbers].unflatten(1, (len(self.channels), self.config.grid**2, -1))
         return tokens, numbers[:, self.n_token_numbers :].unflatten(1, (self.n_globals, -1))
+
+
+def _similarities(
+    query_tokens: Float32[Tensor, "pair depth token dim"], gallery_tokens: Float32[Tensor, "pair depth token dim"]
+) -> Float32[Tensor, "pair depth token token"]:
+    """Products of all tokens of a pair; contiguous factors, so that their rounding does not depend on other pairs."""
+    return query_tokens.contiguous() @ gallery_tokens.contiguous().transpose(-1, -2)
 
 
 class PairHead(nn.Module):

@@ -23,6 +23,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from distributed_rerank.models import packing
+from distributed_rerank.models.rows import in_whole_tiles
 from distributed_rerank.tensors.hardware import bf16_support
 
 
@@ -229,8 +230,8 @@ def _class_token_block(block: Any, tokens: Tensor, mask: Tensor | None) -> Float
     # The rows of qkv's weight are those of queries, keys and values, `width` each.
     weight, bias = attention.qkv.weight, attention.qkv.bias
     normed = block.norm1(tokens).to(weight.dtype)
-    kv = functional.linear(normed, weight[width:], None if bias is None else bias[width:])
-    q = functional.linear(normed[:, :1], weight[:width], None if bias is None else bias[:width])
+    kv = in_whole_tiles(partial(functional.linear, weight=weight[width:], bias=_part(bias, width, None)), normed)
+    q = in_whole_tiles(partial(functional.linear, weight=weight[:width], bias=_part(bias, 0, width)), normed[:, :1])
     # q [image, head, 1, head_dim]; k and v [image, head, token, head_dim].
     q = attention.q_norm(q.reshape(n, 1, heads, head_dim).transpose(1, 2))
     k, v = kv.reshape(n, -1, 2, heads, head_dim).permute(2, 0, 3, 1, 4)
@@ -238,6 +239,10 @@ def _class_token_block(block: Any, tokens: Tensor, mask: Tensor | None) -> Float
     out = functional.scaled_dot_product_attention(q, attention.k_norm(k), v, attn_mask=mask, dropout_p=dropout)
     out = out.transpose(1, 2).reshape(n, 1, width)
     out = attention.norm(out) if hasattr(attention, "norm") else out
-    out = attention.proj_drop(attention.proj(out))
+    out = attention.proj_drop(in_whole_tiles(attention.proj, out))
     token = tokens[:, :1] + block.drop_path1(block.ls1(out))
-    return token + block.drop_path2(block.ls2(block.mlp(block.norm2(token))))
+    return token + block.drop_path2(block.ls2(in_whole_tiles(block.mlp, block.norm2(token))))
+
+
+def _part(bias: Tensor | None, start: int, stop: int | None) -> Tensor | None:
+    return None if bias is None else bias[start:stop]

@@ -18,6 +18,22 @@ WRAPPERS = ("module.", "model.", "extractor.", "backbone.", "_orig_mod.")
 NESTED = ("state_dict", "model", "model_state_dict", "state_dict_ema", "ema_state_dict", "model_ema")
 """Keys under which training loops store a state dict, in the order in which they are looked for."""
 
+SEEN_LABELS = "seen_labels"
+"""In the metadata of a safetensors file: digests of the labels that its network was trained on."""
+
+
+def label_digest(name: str) -> str:
+    """What stands for a label's name in a file of weights, which may be shared."""
+    return hashlib.sha256(name.encode()).hexdigest()[:16]
+
+
+def seen_labels(path: str | Path | None) -> frozenset[str]:
+    """Digests of the labels that the weights in this file were trained on, as far as it says so."""
+    if path is None or not Path(path).is_file() or Path(path).suffix != ".safetensors":
+        return frozenset()
+    with safetensors.safe_open(path, "pt") as content:
+        return frozenset((content.metadata() or {}).get(SEEN_LABELS, "").split())
+
 
 def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     """The tensors of a .safetensors, .pth, .pt, .ckpt or .bin file, on the CPU.

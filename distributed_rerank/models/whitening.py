@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from distributed_rerank.errors import BadInput
+from distributed_rerank.models.rows import in_whole_tiles
 
 EXACT_CHANNELS = 1024
 """Up to this many channels the covariance is decomposed exactly, above it by a seeded randomised method."""
@@ -31,7 +32,8 @@ class Projection(nn.Module):
 
     def forward(self, features: Float[Tensor, "*rows channel"]) -> Float32[Tensor, "*rows dim"]:
         """Projected rows of norm 1 (or 0)."""
-        return functional.normalize((features.float() - self.mean) @ self.matrix, dim=-1)
+        projected = in_whole_tiles(lambda rows: rows @ self.matrix, features.float() - self.mean)
+        return functional.normalize(projected, dim=-1)
 
     def fit(
         self, features: Float[Tensor, "row channel"], labels: Int64[Tensor, " row"], shrinkage: float

@@ -13,6 +13,7 @@ import pandas as pd
 from markupsafe import Markup, escape
 
 from distributed_rerank import svg
+from distributed_rerank.content_policy import with_policy
 from distributed_rerank.data.files import atomic_path
 from distributed_rerank.data.manifests import rewriting
 from distributed_rerank.report.formatting import fraction, metric_name, signed
@@ -95,7 +96,8 @@ def write_page(path: Path, history: pd.DataFrame, metric: str, runs: Path) -> No
         "<style>{}</style>\n</head>\n<body>\n<main>\n<h1>Evaluation history</h1>\n{}\n<div>\n<table>\n"
         "<thead><tr>{}</tr></thead>\n<tbody>\n{}\n</tbody>\n</table>\n</div>\n</main>\n</body>\n</html>\n"
     )
-    _write(path, page.format(Markup(_STYLE), trend_plot(history, metric), head, Markup("\n").join(rows)))
+    text = page.format(Markup(_STYLE), trend_plot(history, metric), head, Markup("\n").join(rows))
+    _write(path, with_policy(str(text)))
 
 
 def _row(run: Any, metric: str, link_base: Path) -> Markup:

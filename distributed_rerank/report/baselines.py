@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 NAMES = {
+    "adapted": "First stage, adapted",
     "k_reciprocal": "k-reciprocal re-ranking",
     "query_expansion": "Alpha query expansion",
     "database_augmentation": "Database augmentation",

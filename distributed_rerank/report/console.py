@@ -3,7 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
-from distributed_rerank.report.formatting import fraction, interval, metric_name, signed, verdict
+from distributed_rerank.report.formatting import fraction, interval, metric_name, same_bytes_in_words, signed
+from distributed_rerank.report.verdict import verdict
 
 
 def table_in_text(metrics: Mapping[str, Any]) -> str:
@@ -16,7 +17,9 @@ def table_in_text(metrics: Mapping[str, Any]) -> str:
         counts += f", {metrics.get('n_rejected', 0)} images rejected"
     if metrics.get("n_without_list"):
         counts += f", {metrics['n_without_list']} queries without a list"
-    lines = [outcome.sentence, outcome.detail, f"{counts}; chain: {metrics.get('chain', 'first stage')}", ""]
+    counts += "".join(f", {n} {words}" for n, words in same_bytes_in_words(metrics))
+    words = (outcome.plain, outcome.sentence, outcome.detail, f"Next: {outcome.next_step}")
+    lines = [*filter(None, words), f"{counts}; chain: {metrics.get('chain', 'first stage')}", ""]
     head = f"{'':14}{'before':>9}"
     lines.append(head + (f"{'after':>9}{'change':>10}   95 % interval" if is_reranked else ""))
     for key, before in metrics["first_stage"].items():

@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 
+from distributed_rerank.content_policy import with_policy
 from distributed_rerank.data.catalogue import ImageRef
 from distributed_rerank.report import plots
 from distributed_rerank.report.baselines import baseline_rows
@@ -21,21 +22,24 @@ from distributed_rerank.report.formatting import (
     fraction,
     interval,
     metric_name,
-    p_value,
+    same_bytes_in_words,
     short,
     signed,
-    verdict,
 )
 from distributed_rerank.report.query_examples import (
     SHOWN_CANDIDATES,
     SHOWN_PER_GROUP,
     Strip,
     choose_queries,
+    file_link,
     thumbnail,
     values_of,
 )
+from distributed_rerank.report.verdict import verdict
 
 MAX_ROWS = 2000
+MAX_LABELS = 500
+VERSIONS = ("distributed_rerank", "python", "torch", "timm")
 MAX_REJECTS = 200
 TEMPLATE = "report.html.j2"
 
@@ -63,6 +67,7 @@ def build_report(
     page = {
         "metrics": metrics,
         "both": both,
+        "same_bytes": same_bytes_in_words(metrics),
         "verdict": verdict(metrics),
         "oml": metrics.get("oml"),
         "plots": curve_plots(metrics, timings) if both else [],
@@ -72,6 +77,10 @@ def build_report(
         "distances": [*([_rank_changes(per_query)] if both else []), *distance_plots(metrics)],
         "suspects": list(zip(metrics["suspects"], suspects, strict=True)) if suspects else [],
         "categories": _categories(metrics, both),
+        "thresholds": metrics.get("thresholds") or [],
+        "labels": _label_rows(per_query, both),
+        "n_labels": per_query["label"].nunique(),
+        "header": header_rows(config, environment),
         "groups": _groups(per_query, strips, both),
         "queries": _query_rows(per_query, both),
         "n_candidates": SHOWN_CANDIDATES,
@@ -82,7 +91,7 @@ def build_report(
         "config": flatten(config),
         "environment": flatten(environment),
     }
-    out.write_text(_template().render(page) + "\n", encoding="utf-8", newline="\n")
+    out.write_text(with_policy(_template().render(page)) + "\n", encoding="utf-8", newline="\n")
     return out
 
 
@@ -99,11 +108,11 @@ def _template() -> Template:
         "fraction": fraction,
         "interval": interval,
         "signed": signed,
-        "p_value": p_value,
         "count": count_of,
         "metric": metric_name,
         "short": short,
         "thumbnail": thumbnail,
+        "file_link": file_link,
     }
     return environment.get_template(TEMPLATE)
 
@@ -133,6 +142,29 @@ def _categories(metrics: Mapping[str, Any], both: bool) -> list[dict[str, Any]]:
         compared = means["difference"]["map@10"] if both else None
         rows.append({"name": name or "(none)", "n_queries": means["n_queries"], "values": values, "compared": compared})
     return sorted(rows, key=lambda row: row["compared"]["mean"]) if both else rows
+
+
+def _label_rows(per_query: pd.DataFrame, both: bool) -> list[dict[str, Any]]:
+    """Means of each label's queries, at most `MAX_LABELS`: those that lost most first, or the worst; ties by name."""
+    columns = {"n_queries": ("query_id", "size"), "cmc_before": ("first_hit_before", _share_of_firsts)}
+    columns["map_before"] = ("map@10_before", "mean")
+    if both:
+        columns |= {"cmc_after": ("first_hit_after", _share_of_firsts), "map_after": ("map@10_after", "mean")}
+    table = per_query.groupby("label", sort=True).agg(**columns).reset_index()
+    order = table["map_after"] - table["map_before"] if both else table["map_before"]
+    return _records(table.assign(change=order).sort_values("change", kind="stable").head(MAX_LABELS))
+
+
+def _share_of_firsts(ranks: pd.Series) -> float:
+    return float(ranks.eq(1).fillna(False).mean())
+
+
+def header_rows(config: Mapping[str, Any], environment: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """What the report is about: when, which catalogue and chain, made by which command and versions."""
+    rows = [(name, environment.get(name)) for name in ("date", "command")]
+    rows[1:1] = [(name, config.get(name)) for name in ("catalogue", "model", "chain")]
+    versions = ", ".join(f"{name} {environment[name]}" for name in VERSIONS if environment.get(name))
+    return [(name, str(value)) for name, value in [*rows, ("versions", versions)] if value]
 
 
 def _groups(per_query: pd.DataFrame, strips: Sequence[Strip], both: bool) -> list[dict[str, Any]]:

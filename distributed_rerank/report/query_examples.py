@@ -4,6 +4,7 @@ import base64
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -16,7 +17,7 @@ from distributed_rerank.data.images import UnreadableImage, read_image
 
 SHOWN_PER_GROUP = 6
 SHOWN_CANDIDATES = 8
-THUMBNAIL_SIDE = 120
+THUMBNAIL_SIDE = 160
 THUMBNAIL_QUALITY = 78
 
 
@@ -25,7 +26,8 @@ class Candidate(NamedTuple):
 
     image: ImageRef
     is_relevant: bool
-    distance: float
+    words: str
+    """How near it is: its distance, or the probability of a match; "" where neither says much."""
 
 
 @dataclass(frozen=True)
@@ -80,8 +82,16 @@ def _first(ids: np.ndarray, keys: np.ndarray, is_eligible: np.ndarray, count: in
     return [str(name) for name in ids[is_eligible][order[:count]]]
 
 
+def file_link(image: ImageRef) -> str:
+    """Where a browser finds the picture itself; "" for a store that it cannot read."""
+    scheme, separator, _ = image.path.partition("://")
+    if separator:
+        return image.path if scheme in ("http", "https") else ""
+    return Path(image.path).absolute().as_uri()
+
+
 def thumbnail(image: ImageRef) -> str | None:
-    """A JPEG data URI of at most 120 x 120 pixels, or None where the image cannot be read any more."""
+    """A JPEG data URI of at most 160 x 160 pixels, or None where the image cannot be read any more."""
     try:
         picture = read_image(image)
     except UnreadableImage:

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Set
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from distributed_rerank.config.evaluation import MissingLists
 from distributed_rerank.data.candidate_files import read_candidates
 from distributed_rerank.data.catalogue import Catalogue
 from distributed_rerank.data.catalogue_checks import some
+from distributed_rerank.data.distance_kinds import Conversion
 from distributed_rerank.errors import BadInput
 from distributed_rerank.tensors import sharding
 from distributed_rerank.tensors.candidate_lists import CandidateLists
@@ -20,12 +22,15 @@ logger = logging.getLogger(__name__)
 QUERIES_PER_BLOCK = 1 << 14
 
 
-def external_candidates(catalogue: Catalogue, path: Path, rejected: Set[str]) -> CandidateLists:
+def external_candidates(
+    catalogue: Catalogue, path: Path, rejected: Set[str], conversion: Conversion | None = None
+) -> CandidateLists:
     """The lists in the file or folder `path`, without rejects and without what `drop_unusable` removes.
 
+    Their values become L2 distances by `conversion`; None = they stay as they are, small = same.
     Raises BadInput for a query that is not marked as one, for lists of rejects only, and as `read_candidates` does.
     """
-    lists = read_candidates(path, catalogue, ignored=rejected)
+    lists = read_candidates(path, catalogue, ignored=rejected, conversion=conversion)
     query_items = lists.query_items.numpy()
     is_query = np.isin(query_items, catalogue.query_items)
     if not is_query.all():
@@ -70,7 +75,7 @@ def settle_missing_lists(
     logger.info("%sthey are left out", found)
     is_query = np.zeros(len(catalogue), bool)
     is_query[lists.query_items.numpy()] = True
-    return Catalogue(catalogue.table.assign(is_query=is_query), catalogue.source), len(lost)
+    return replace(catalogue, table=catalogue.table.assign(is_query=is_query)), len(lost)
 
 
 def drop_unusable(lists: CandidateLists, catalogue: Catalogue) -> int:

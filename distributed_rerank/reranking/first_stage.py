@@ -1,5 +1,6 @@
 """The first stage: the readable part of a catalogue and the candidate lists of its queries."""
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,13 +11,22 @@ from distributed_rerank import extraction, retrieval
 from distributed_rerank.chain.chain import Chain
 from distributed_rerank.config.evaluation import FirstStageConfig, MissingLists
 from distributed_rerank.config.work import WorkConfig
-from distributed_rerank.data import artifacts
+from distributed_rerank.data import artifacts, tables
+from distributed_rerank.data.candidates import candidates_table
 from distributed_rerank.data.catalogue import Catalogue
+from distributed_rerank.data.distance_kinds import Conversion
 from distributed_rerank.data.embeddings import Embeddings, read_embeddings
-from distributed_rerank.data.rejects import Reject, check_rejects
+from distributed_rerank.data.rejects import Reject
+from distributed_rerank.data.trained_on import are_normalised
 from distributed_rerank.errors import BadInput
 from distributed_rerank.executors import Executors
 from distributed_rerank.reranking.external_candidates import external_candidates, settle_missing_lists
+from distributed_rerank.reranking.known_distances import (
+    KnownDistances,
+    check_embeddings,
+    extractor_settings,
+    settle_distances,
+)
 from distributed_rerank.runtime.progress import timed
 from distributed_rerank.tensors.candidate_lists import CandidateLists
 
@@ -29,6 +39,8 @@ class FirstStage:
     lists: CandidateLists
     embeddings: Embeddings | None
     rejects: list[Reject]
+    are_given: bool = False
+    """Whether the lists come from another system and not from the search here."""
     n_without_list: int = 0
     """Queries that the lists of another system do not name; see `settle_missing_lists`."""
 
@@ -41,26 +53,46 @@ def first_stage(
     executors: Executors | None,
     timings: dict[str, float],
     missing_lists: MissingLists = "error",
+    known: KnownDistances | None = None,
 ) -> FirstStage:
-    """The readable part of the catalogue and the candidate lists of its queries.
+    """The readable part of the catalogue and the candidate lists of its queries, with L2 distances.
 
-    `missing_lists` is what becomes of queries without one in `config.candidates`, where the config does not say so.
+    `missing_lists` is what becomes of queries without one in `config.candidates`, where the config does not say so;
+    `known` says what the model expects of the distances. Raises BadInput for embeddings and distances that are others.
     """
+    known = known or KnownDistances()
     embeddings, n_without_list = None, 0
     with timed(timings, "embed"):
         if config.embeddings is not None:
-            embeddings = read_for(catalogue, config.embeddings, work.max_rejects)
+            embeddings = extraction.check_complete(
+                read_embeddings(config.embeddings), catalogue, work.max_rejects, config.embeddings
+            )
         elif config.extractor.name is not None:
             embeddings = extraction.embed(
                 catalogue, config.extractor, folder / "embeddings", work=work, executors=executors
             )
     readable, rejects = catalogue, []
     if embeddings is not None:
+        if config.embeddings is not None:
+            check_embeddings(known, embeddings, extractor_settings(config.embeddings), "--embeddings")
+        else:
+            settings = extraction.embedding_settings(config.extractor, work)["extractor"]
+            check_embeddings(known, embeddings, json.loads(json.dumps(settings)), "--extractor")
         readable = catalogue.take(np.flatnonzero(embeddings.rows_of(catalogue.ids) >= 0))
-        rejects = _rejects_in(catalogue, embeddings)
+        rejects = embeddings.rejects_among(catalogue.ids)
     with timed(timings, "retrieve"):
         if config.candidates is not None:
-            lists = external_candidates(readable, config.candidates, {reject.id for reject in rejects})
+            # Where only their order matters, the numbers may be anything.
+            conversion = None
+            if known.are_used or config.distances is not None:
+                is_unit = known.is_unit if embeddings is None else are_normalised(embeddings.matrix)
+                conversion = Conversion(config.distances, is_unit)
+            ignored = {reject.id for reject in rejects}
+            lists = external_candidates(readable, config.candidates, ignored, conversion)
+            if conversion is not None:
+                lists, is_new = settle_distances(lists, conversion, known, readable, embeddings, config)
+                if is_new:
+                    write_lists(lists, readable, folder / "candidates")
             missing = config.missing_lists or missing_lists
             readable, n_without_list = settle_missing_lists(readable, lists, missing, config.candidates)
         else:
@@ -68,31 +100,13 @@ def first_stage(
             lists = retrieval.retrieve(
                 readable, embeddings, config.n_items, folder / "candidates", work=work, executors=executors
             )
-    return FirstStage(readable, lists, embeddings, rejects, n_without_list)
+    return FirstStage(readable, lists, embeddings, rejects, config.candidates is not None, n_without_list)
 
 
-def read_for(catalogue: Catalogue, folder: Path, max_rejects: float) -> Embeddings:
-    """The embeddings in a folder that `embed` wrote.
-
-    Raises BadInput for images of the catalogue that have neither an embedding nor a reject row, and for too many
-    rejects.
-    """
-    embeddings = read_embeddings(folder)
-    rejects = _rejects_in(catalogue, embeddings)
-    known = {reject.id for reject in rejects}
-    missing = [id for id in catalogue.ids[embeddings.rows_of(catalogue.ids) < 0] if id not in known]
-    if missing:
-        raise BadInput(
-            f"{len(missing)} of {len(catalogue)} images have no embedding in {folder}, first {missing[0]!r}; "
-            "embed this catalogue (jobs/embed.py) or give another --embeddings"
-        )
-    check_rejects(rejects, len(catalogue), max_rejects, str(folder / "rejects.parquet"))
-    return embeddings
-
-
-def _rejects_in(catalogue: Catalogue, embeddings: Embeddings) -> list[Reject]:
-    own = set(catalogue.ids)
-    return [reject for reject in embeddings.rejects if reject.id in own]
+def write_lists(lists: CandidateLists, catalogue: Catalogue, folder: Path) -> None:
+    """Write candidates.parquet into the folder."""
+    folder.mkdir(exist_ok=True)
+    tables.write_table(folder / "candidates.parquet", candidates_table(lists, catalogue.ids), "candidates")
 
 
 def check_depth(config: FirstStageConfig, chain: Chain) -> None:
@@ -111,7 +125,8 @@ def first_stage_settings(config: FirstStageConfig, work: WorkConfig) -> dict[str
         "retrieval": retrieval.retrieval_settings(config.n_items, work),
     }
     # "error" and "miss" give the same result wherever both give one.
-    return settings | ({"missing_lists": "leave_out"} if config.missing_lists == "leave_out" else {})
+    settings |= {"missing_lists": "leave_out"} if config.missing_lists == "leave_out" else {}
+    return settings | ({} if config.candidates is None else {"distances": config.distances})
 
 
 def input_digests(config: FirstStageConfig) -> dict[str, str | None]:

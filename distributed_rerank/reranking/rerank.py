@@ -1,7 +1,6 @@
 """Candidate lists re-ordered without labels: own lists, or those that any vector database returned."""
 
 import logging
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from distributed_rerank.chain.chain import Chain, kind_of
+from distributed_rerank.chain.chain import Chain
 from distributed_rerank.chain.probability import probabilities
 from distributed_rerank.config.evaluation import FirstStageConfig
 from distributed_rerank.config.work import WorkConfig
@@ -27,6 +26,7 @@ from distributed_rerank.reranking.first_stage import (
     first_stage_settings,
     input_digests,
 )
+from distributed_rerank.reranking.known_distances import known_distances
 from distributed_rerank.scoring.stage import ScoredLists
 from distributed_rerank.tensors.candidate_lists import CandidateLists, places_of
 
@@ -61,7 +61,7 @@ def rerank(
         catalogue=catalogue.digest(),
         given=input_digests(config),
         model=model.identity(),
-        chain=[{"step": kind_of(step), **asdict(step)} for step in chain.steps],
+        chain=chain.identity(),
         calibration={name: chain.calibration.get(name) for name in ("slope", "intercept")},
     )
     if artifacts.recover(out, fingerprint, overwrite) or artifacts.is_complete(out, fingerprint, overwrite):
@@ -69,9 +69,11 @@ def rerank(
         return pq.read_table(out / "reranked.parquet")
     with artifacts.stage(out, fingerprint, overwrite) as staging:
         timings: dict[str, float] = {}
-        first = first_stage(catalogue, config, work, staging.path, executors, timings, missing_lists="miss")
-        scored = ranking_run.score_first_stage(first, chain, model, config.n_items, work, staging.path, executors)
-        table = _reranked_table(first.catalogue, first.lists, scored, chain, first)
+        known = known_distances(model, chain)
+        first = first_stage(catalogue, config, work, staging.path, executors, timings, "miss", known)
+        searched = ranking_run.search_adapted(first, chain, config, work, staging.path, executors)
+        scored = ranking_run.score_first_stage(searched, chain, model, config.n_items, work, staging.path, executors)
+        table = _reranked_table(first.catalogue, first.lists, scored, chain, searched)
         rejects = all_rejects(first.rejects, scored.rejects)
         tables.write_table(
             staging.path / "rejects.parquet", pa.Table.from_pandas(rejects, preserve_index=False), "rejects"

@@ -8,13 +8,14 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from distributed_rerank import retrieval
 from distributed_rerank.chain import apply as chain_apply
 from distributed_rerank.chain.chain import Chain, PairwiseStep, read_chain
-from distributed_rerank.config.evaluation import RerankerConfig
+from distributed_rerank.config.evaluation import FirstStageConfig, RerankerConfig
 from distributed_rerank.config.work import WorkConfig
 from distributed_rerank.data.catalogue import Catalogue
 from distributed_rerank.data.embeddings import Embeddings
@@ -25,7 +26,7 @@ from distributed_rerank.models.saving import load_model, local_folder
 from distributed_rerank.reranking.first_stage import FirstStage
 from distributed_rerank.reranking.lists import LazyRanking, only_gallery
 from distributed_rerank.scoring.stage import ScoredLists, score_candidates
-from distributed_rerank.tensors.candidate_lists import CandidateLists, Ranking, places_of
+from distributed_rerank.tensors.candidate_lists import CandidateLists, Ranking, concatenate, places_of
 
 logger = logging.getLogger(__name__)
 
@@ -47,6 +48,7 @@ def load_model_and_chain(config: RerankerConfig) -> tuple[PairwiseModel | None, 
         if top_n is not None:
             raise BadInput(f"--top-n {top_n} needs a pairwise model; give --model")
         return None, Chain()
+    config.check_hub()
     path = local_folder(folder)
     model = load_model(path)
     has_own = chain == "model" and (path / "chain.json").is_file()
@@ -69,18 +71,69 @@ def is_one_against_rest(catalogue: Catalogue) -> bool:
     return len(catalogue.query_items) == len(catalogue.gallery_items) == len(catalogue)
 
 
+def needs_joint_lists(chain: Chain, catalogue: Catalogue) -> bool:
+    """Whether queries have to be each other's candidates: for reciprocal neighbours of queries outside the gallery."""
+    is_outside = len(np.setdiff1d(catalogue.query_items, catalogue.gallery_items)) > 0
+    return bool(chain.neighbourhood) and is_outside and not chain.is_inductive
+
+
+def search_adapted(
+    first: FirstStage,
+    chain: Chain,
+    config: FirstStageConfig,
+    work: WorkConfig,
+    folder: Path,
+    executors: Executors | None,
+) -> FirstStage:
+    """The first stage over embeddings that the chain's adapter maps; as it is where the chain has none.
+
+    Lists of another system keep their candidates and get their distances anew; without embeddings they stay.
+    """
+    if chain.adapter is None:
+        return first
+    if first.embeddings is None:
+        logger.warning(
+            "the chain begins with adapt, which needs embeddings: the lists of %s stay as they are; give --embeddings "
+            "or --extractor", config.candidates,
+        )  # fmt: skip
+        return first
+    mapped = Embeddings(first.embeddings.ids, chain.adapter(first.embeddings.matrix), first.embeddings.rejects)
+    if config.candidates is not None:
+        matrix = torch.from_numpy(mapped.matrix[mapped.rows_of(first.catalogue.ids)])
+        return replace(first, embeddings=mapped, lists=first.lists.with_distances_in(matrix))
+    lists = retrieval.retrieve(
+        first.catalogue, mapped, config.n_items, folder / "adapted_candidates", work=work, executors=executors
+    )
+    return replace(first, embeddings=mapped, lists=lists)
+
+
 def lists_for(
     chain: Chain, first: FirstStage, n_items: int, work: WorkConfig, out: Path, executors: Executors | None
 ) -> CandidateLists:
-    """The lists that the chain works on: the queries' own, or those of all items if it looks at neighbourhoods."""
+    """The lists that the chain works on: the queries' own, or those of all items if it looks at neighbourhoods.
+
+    All candidates are gallery items, unless the chain is not inductive and some query is no gallery item: then queries
+    are each other's candidates as well, and the log says so. Given lists stay those of their queries; the search here
+    finds the others.
+    """
     catalogue = first.catalogue
-    if not chain.neighbourhood or is_one_against_rest(catalogue):
+    if not chain.neighbourhood:
+        return first.lists
+    if is_one_against_rest(catalogue) and (not first.are_given or len(first.lists) == len(catalogue)):
         return first.lists
     if first.embeddings is None:
         raise BadInput("this chain looks at neighbourhoods and needs embeddings; give --embeddings or --extractor")
-    return retrieval.retrieve(
-        catalogue.as_query_and_gallery(), first.embeddings, n_items, out, work=work, executors=executors
-    )
+    everyone = Catalogue(catalogue.table.assign(is_query=True), catalogue.source)
+    if needs_joint_lists(chain, catalogue):
+        everyone = catalogue.as_query_and_gallery()
+        logger.info("%s: the answer to a query depends on the other queries of the catalogue", chain.describe())
+    found = retrieval.retrieve(everyone, first.embeddings, n_items, out, work=work, executors=executors)
+    if not first.are_given:
+        return found
+    others = ~torch.isin(found.query_items, first.lists.query_items)
+    width = max(first.lists.items.shape[1], found.items.shape[1])
+    both = concatenate([first.lists.padded(width), found[others.nonzero()[:, 0]].padded(width)])
+    return both[both.query_items.argsort()]
 
 
 def score_first_stage(
@@ -144,7 +197,7 @@ def rankings(
     deepest = chain.pairwise.top_n
     found = {}
     for top_n in (*(n for n in curve if n < deepest), deepest):
-        steps = (replace(chain.pairwise, top_n=top_n), *chain.neighbourhood)
+        steps = (*chain.before_search, replace(chain.pairwise, top_n=top_n), *chain.neighbourhood)
         found[top_n] = _ranking(replace(chain, steps=steps), scored, catalogue, embeddings, query_items)
     return found
 
@@ -180,7 +233,10 @@ def _rerank(
     if embeddings is not None:
         matrix = torch.from_numpy(embeddings.matrix[embeddings.rows_of(catalogue.ids)])
     sequences = torch.from_numpy(catalogue.sequences)
-    reranked = chain_apply.apply(replace(chain, steps=chain.neighbourhood), everything, None, matrix, sequences)
+    gallery = None if needs_joint_lists(chain, catalogue) else torch.from_numpy(catalogue.gallery_items)
+    reranked = chain_apply.apply(
+        replace(chain, steps=chain.neighbourhood), everything, None, matrix, sequences, gallery
+    )
     return only_gallery(reranked[query_items], catalogue)
 
 

@@ -9,6 +9,8 @@ import torch
 from jaxtyping import Bool, Float, Float32, Int64
 from torch import Tensor
 
+from distributed_rerank.tensors.distances import exact_pair_distances
+
 
 @dataclass(frozen=True)
 class CandidateLists:
@@ -68,6 +70,17 @@ class CandidateLists:
         found.items[rows >= 0] = self.items[rows[rows >= 0]]
         found.distances[rows >= 0] = self.distances[rows[rows >= 0]]
         return found
+
+    def with_distances_in(self, embeddings: Float[Tensor, "item dim"]) -> "CandidateLists":
+        """The same candidates with their L2 distances in these embeddings, by (distance, item)."""
+        row, column = (self.items >= 0).nonzero(as_tuple=True)
+        distances = torch.full(self.items.shape, torch.inf)
+        distances[row, column] = exact_pair_distances(
+            embeddings, embeddings, self.query_items[row], self.items[row, column]
+        )
+        by_item = torch.where(self.items >= 0, self.items, torch.iinfo(torch.int64).max).argsort(dim=1)
+        order = by_item.gather(1, distances.gather(1, by_item).argsort(dim=1, stable=True))
+        return CandidateLists(self.query_items, self.items.gather(1, order), distances.gather(1, order))
 
     def without(self, is_unwanted: Bool[Tensor, "query k"]) -> tuple["CandidateLists", Int64[Tensor, "query k"]]:
         """The lists without these candidates, the ones behind moving up; and the old column of each new one."""

@@ -78,9 +78,15 @@ def mix(
 
 
 def reorder_stably(
-    items: Int64[Tensor, "query k"], distances: Float32[Tensor, "query k"]
+    items: Int64[Tensor, "query k"], distances: Float32[Tensor, "query k"], pinned: int = 0
 ) -> tuple[Int64[Tensor, "query k"], Float32[Tensor, "query k"]]:
-    """Rows sorted by distance; ties keep their order, so that pairs of probability 0 stay as they were."""
+    """Rows sorted by distance; ties keep their order, so that pairs of probability 0 stay as they were.
+
+    The first `pinned` candidates keep their places: they get the smallest distance of their row.
+    """
+    if pinned and distances.shape[1]:
+        smallest = distances.amin(dim=1, keepdim=True).expand(-1, min(pinned, distances.shape[1]))
+        distances = torch.cat([smallest, distances[:, pinned:]], dim=1)
     distances, order = distances.sort(dim=1, stable=True)
     return items.gather(1, order), distances
 

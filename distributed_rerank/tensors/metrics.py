@@ -80,6 +80,7 @@ def per_query(
     - `map@k` = (1 / min(k, R)) sum_{i<=k} P(i) rel(i); `map@10` is given whatever `ks` is;
     - `map@r` = (1 / R) sum_{i<=R} P(i) rel(i) (Musgrave et al. 2020). Where R exceeds the length of the list, the
       candidates that were not retrieved count as irrelevant, so the value is a lower bound;
+    - `precision@r` = hits(R) / R, known as R-precision, with the same lower bound;
     - `mrr` = 1 / place of the first hit, 0 without one in the list.
 
     A list shorter than k is not padded: its missing places are misses. Raises `BadInput` for a cut-off below 1 and for
@@ -98,9 +99,10 @@ def per_query(
     values |= {f"recall@{k}": n_hits[k] / n_relevant.double() for k in ks}
     for k in sorted({*ks, 10}):
         values[f"map@{k}"] = precision_sums[:, min(k, length)] / n_relevant.clamp(max=k).double()
-    # The cut-off of map@r differs from query to query.
-    at_r = precision_sums.gather(1, n_relevant.clamp(max=length)[:, None]).squeeze(1)
-    values["map@r"] = at_r / n_relevant.double()
+    # The cut-off R differs from query to query.
+    for name, sums in (("map@r", precision_sums), ("precision@r", hits)):
+        at_r = sums.gather(1, n_relevant.clamp(max=length)[:, None]).squeeze(1)
+        values[name] = at_r / n_relevant.double()
     place = first_hit(is_relevant).double()
     values["mrr"] = torch.where(place > 0, 1 / place.clamp(min=1), 0.0)
     return values

@@ -14,6 +14,9 @@ from torch import Tensor
 from distributed_rerank.errors import BadInput
 from distributed_rerank.tensors.metrics import PerQuery, running_sums, sorted_cutoffs
 
+_ROWS = 1 << 16
+"""Embeddings whose products are added at a time."""
+
 
 def per_query(
     is_relevant: Bool[Tensor, "query k"],
@@ -76,18 +79,22 @@ def pcf(embeddings: Float[Tensor, "item dim"], variances: Sequence[float] = (0.5
     """Principal component fraction, keys `pcf@<variance>`: share of axes needed to explain more than that variance.
 
     n / dim with n the largest number for which the first n - 1 axes of the centred embeddings explain at most
-    `variance`; by singular values in float64, and at most 1. Equal embeddings have no axis and give 0. Raises
-    `BadInput` for a variance outside [0, 1] or fewer than 2 embeddings.
+    `variance`, and at most 1; by the eigenvalues of their covariance in float64, summed some rows at a time. Equal
+    embeddings have no axis and give 0. Raises `BadInput` for a variance outside [0, 1] or fewer than 2 embeddings.
     """
     if any(not 0 <= variance <= 1 for variance in variances):
         raise BadInput(f"variances={list(variances)} must lie in [0, 1]")
     if len(embeddings) < 2:
         raise BadInput(f"pcf needs at least 2 embeddings, not {len(embeddings)}")
     # [axis]: variance explained by the first axis, the first two, ..., up to a common factor.
-    centred = embeddings.double()
-    centred = centred - centred.mean(dim=0)
-    explained = torch.linalg.svdvals(centred).square().cumsum(dim=0)
-    dim = embeddings.shape[1]
+    dim, parts = embeddings.shape[1], embeddings.split(_ROWS)
+    mean = sum((part.double().sum(dim=0) for part in parts), torch.zeros(dim, dtype=torch.float64)) / len(embeddings)
+    products = torch.zeros(dim, dim, dtype=torch.float64)
+    for part in parts:
+        centred = part.double() - mean
+        products += centred.T @ centred
+    # Embeddings that are fewer than their axes span no more axes than they are; the rest is rounding.
+    explained = torch.linalg.eigvalsh(products).flip(0).clamp(min=0)[: len(embeddings)].cumsum(dim=0)
     if float(explained[-1]) == 0:
         return {f"pcf@{variance:g}": 0.0 for variance in variances}
     ratio = explained / explained[-1]

@@ -99,6 +99,35 @@ def sign_flip_p_values(
     return ((1 + n_as_large).double() / (1 + n_resamples)).tolist()
 
 
+def probability_of_gain(
+    change: Float64[Tensor, " query"], clusters: Int64[Tensor, " query"], *, prior_spread: float, prior_clusters: int
+) -> float:
+    """How probable it is that the mean of after - before is above 0, given these queries; clusters are labels.
+
+    The posterior under a normal model of the clusters' weighted means: flat for the mean; for their spread as if
+    `prior_clusters` clusters with the spread `prior_spread` had been seen before. It is Student's t with clusters - 1 +
+    prior_clusters degrees of freedom. 0 for a single cluster: one label shows nothing of others.
+    """
+    _, rows, sizes = torch.unique(clusters, return_inverse=True, return_counts=True)
+    n, mean = len(sizes), math.fsum(change.tolist()) / max(1, len(change))
+    if n < 2:
+        return 0.0
+    rest = torch.zeros(n, dtype=torch.float64).index_add_(0, rows, change - mean) / sizes.double().mean()
+    freedom = float(n - 1 + prior_clusters)
+    variance = (math.fsum((rest**2).tolist()) + prior_clusters * prior_spread**2) / freedom
+    return student_t_cdf(mean / math.sqrt(variance / n), freedom)
+
+
+def student_t_cdf(t: float, freedom: float) -> float:
+    """P(T <= t) of Student's t distribution with at least 1 degree of freedom, to about 1e-9; by Simpson's rule."""
+    # With t = sqrt(v) tan(a) the density becomes c cos(a)^(v - 1) on a finite range.
+    end, n = math.atan(t / math.sqrt(freedom)), 2000
+    scale = math.exp(math.lgamma((freedom + 1) / 2) - math.lgamma(freedom / 2)) / math.sqrt(math.pi)
+    weights = (1 if i in (0, n) else 4 if i % 2 else 2 for i in range(n + 1))
+    area = math.fsum(w * math.cos(end * i / n) ** (freedom - 1) for i, w in enumerate(weights)) * end / n / 3
+    return min(1.0, max(0.0, 0.5 + scale * area))
+
+
 def compare(
     before: Mapping[str, Float64[Tensor, " query"]],
     after: Mapping[str, Float64[Tensor, " query"]],

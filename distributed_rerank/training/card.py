@@ -87,25 +87,34 @@ def worth_section(chain: Chain) -> str:
     on = chain.chosen_on
     if not on:
         return "The chain was given by hand; nothing was measured."
-    lines = [
-        f"Chain: {chain.describe()}",
-        "",
+    lines = [f"Chain: {chain.describe()}", "", *([f"Note: {chain.evidence_text}.", ""] if chain.evidence_text else [])]
+    if "n_queries" not in on:
+        return "\n".join([*lines, "Nothing was measured."])
+    lines += [
         f"On {on['n_queries']:,} images of {on['n_labels']:,} train labels that the measured weights have not seen:",
         "",
         "| | mAP@10 | CMC@1 |",
         "|---|---|---|",
-        *(
-            f"| {title} | {figures['map@10']:.4f} | {figures['cmc@1']:.4f} |"
-            for title, figures in (("first stage", on["first_stage"]), ("chosen chain", on["chosen"]))
-        ),
+        *(f"| {title} | {figures['map@10']:.4f} | {figures['cmc@1']:.4f} |" for title, figures in figures_of(on)),
     ]
-    for decision in on["decisions"]:
+    for decision in [*([on["adapt"]] if "adapt" in on else []), *on["decisions"]]:
         cells = [gain_cell(decision["gain"][key]) for key in ("map@10", "cmc@1")]
         title = f"gain of the {decision['step']} step, {'taken' if decision['taken'] else 'not taken'}"
         lines.append(f"| {title} | {' | '.join(cells)} |")
     return "\n".join(
         [*lines, "", "Gains have 95 % intervals (bootstrap by label), constants chosen on the other labels."]
     )
+
+
+def figures_of(on: Mapping[str, Any]) -> list[tuple[str, Mapping[str, float]]]:
+    """Each stage's name and figures: the first stage, over adapted embeddings if they are, and the chosen chain."""
+    if not on.get("adapt", {}).get("taken"):
+        return [("first stage", on["first_stage"]), ("chosen chain", on["chosen"])]
+    return [
+        ("first stage", on["adapt"]["first_stage"]),
+        ("first stage, adapted", on["first_stage"]),
+        ("chosen chain", on["chosen"]),
+    ]
 
 
 def gain_cell(gain: Mapping[str, Any]) -> str:

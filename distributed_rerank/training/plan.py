@@ -24,6 +24,11 @@ from distributed_rerank.tensors.distances import exact_pair_distances
 from distributed_rerank.tensors.mining import hard_pairs
 from distributed_rerank.tensors.sharding import rank_share
 
+LABELS_TO_CHOOSE_ON = 4
+"""Of two images or more: 2 to train on and 2 to choose on. With fewer the chain is the first stage."""
+MAX_PASSES = 30
+"""Lists of one anchor in an epoch, at most: few anchors are soon known by heart."""
+
 
 @dataclass(frozen=True)
 class TrainingStep:
@@ -130,7 +135,16 @@ def set_aside_labels(labels: Int64[np.ndarray, " item"], share: float, seed: int
 
 
 def sides(labels: Int64[np.ndarray, " item"], share: float, seed: int) -> Int64[np.ndarray, " item"]:
-    """0 for an item that is trained on, 1 for one that is set aside, -1 for one without a label."""
+    """0 for an item that is trained on, 1 for one that is set aside, -1 for one without a label.
+
+    With 2 or 3 labels of two images or more, where no label can be set aside, every second image of each label is.
+    """
+    known, counts = np.unique(labels[labels >= 0], return_counts=True)
+    if 2 <= int((counts > 1).sum()) < LABELS_TO_CHOOSE_ON:
+        place = np.zeros(len(labels), np.int64)
+        for label in known:
+            place[labels == label] = np.arange(int((labels == label).sum()))
+        return np.where(labels < 0, -1, place % 2)
     return np.where(labels < 0, -1, set_aside_labels(labels, share, seed).astype(np.int64))
 
 
@@ -193,7 +207,9 @@ def plan_lists(
     allowed, _ = filter_negatives(anchors, own, config.filters)
     # Each round draws one list for every anchor: its query [list] and its candidates [list, 1 + negatives].
     rounds: list[tuple[Tensor, Tensor]] = []
-    wanted = None if config.steps_per_epoch is None else config.steps_per_epoch * config.lists_per_step
+    wanted = None
+    if config.steps_per_epoch is not None:
+        wanted = min(config.steps_per_epoch * config.lists_per_step, MAX_PASSES * len(items))
     while not rounds or (wanted is not None and sum(len(queries) for queries, _ in rounds) < wanted):
         generator = torch.Generator().manual_seed(seed_of(config.seed, epoch, len(rounds)))
         lists = draw_lists(

@@ -8,39 +8,53 @@ import logging
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Int64
+from jaxtyping import Float32, Int64
 from torch.nn.functional import pad
 
 from distributed_rerank import extraction, retrieval
 from distributed_rerank.chain.chain import Chain, read_chain, write_chain
 from distributed_rerank.chain.choice import choose
 from distributed_rerank.chain.evidence import Evidence
+from distributed_rerank.config.extractor import ExtractorConfig
 from distributed_rerank.config.jobs import TrackingService
 from distributed_rerank.config.pairwise import PairwiseConfig, pairwise_name
-from distributed_rerank.config.training import TrainingConfig
+from distributed_rerank.config.training import EvidenceConfig, TrainingConfig
 from distributed_rerank.config.work import WorkConfig
 from distributed_rerank.data import artifacts
 from distributed_rerank.data.catalogue import Catalogue
 from distributed_rerank.data.embeddings import Embeddings
+from distributed_rerank.data.trained_on import trained_on, write_trained_on
 from distributed_rerank.executors import Executors
 from distributed_rerank.models.distance_siamese import DistanceSiamese
 from distributed_rerank.models.saving import build_model, load_model, save_extractor, save_model
+from distributed_rerank.models.weights import label_digest
 from distributed_rerank.runtime.devices import tensor_of
 from distributed_rerank.tensors.candidate_lists import CandidateLists
 from distributed_rerank.training import mining, tracking
+from distributed_rerank.training.adaptation import Adaptation, choose_adaptation
 from distributed_rerank.training.card import CARD, model_card
 from distributed_rerank.training.distillation import Teacher, check_teachable, score_by_teacher
 from distributed_rerank.training.encodings import FULL_ENCODER, FittedModel
 from distributed_rerank.training.plan import sides
 from distributed_rerank.training.run import fit as fit_in_this_process
 from distributed_rerank.training.run import results
+from distributed_rerank.training.seen_labels import LabelsToUse, pick_labels
 from distributed_rerank.training.state import load_state
-from distributed_rerank.training.task import Fit, State, TrainingRun, TrainingTask, evidence_of, join_lists
+from distributed_rerank.training.task import (
+    Fit,
+    State,
+    TrainingRun,
+    TrainingTask,
+    evidence_from,
+    evidence_of,
+    join_lists,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -59,15 +73,18 @@ def train(
     fit: Fit = fit_in_this_process,
     teacher: Teacher | None = None,
     embeddings_folder: str | Path | None = None,
+    evidence: EvidenceConfig | None = None,
     services: Sequence[TrackingService] = (),
     overwrite: bool = False,
 ) -> Chain:
     """Trains a pairwise model on the train split and chooses its chain; returns the chain.
 
     `out` gets config.json and model.safetensors (`models.saving`), chain.json, training.json (config and history),
-    README.md (the model card), mining.json, suspects.parquet, curves.svg and tensorboard/. A complete folder with the
-    same fingerprint is left as it is. `model_config` is the config of one of the pairwise models. A `teacher` scores
-    the mined pairs before training. Embeddings are read from and added to `embeddings_folder` if there is one.
+    README.md (the model card), trained_on.json, mining.json, suspects.parquet, curves.svg and tensorboard/. A complete
+    folder with the same fingerprint is left as it is. `model_config` is the config of one of the pairwise models. A
+    `teacher` scores the mined pairs before training. Embeddings are read from and added to `embeddings_folder` if there
+    is one; any other table of embeddings is taken as it is. `evidence` says which labels the extractor has seen
+    (`seen_labels`): without labels that it has not seen, the chain is the first stage.
 
     Raises BadInput for a catalogue that cannot be trained on, a folder made otherwise, a tracker not installed.
     """
@@ -75,20 +92,21 @@ def train(
     tracking.check_services(services)
     if teacher is not None:
         check_teachable(config)
-    images = catalogue.restrict("train").as_query_and_gallery()
-    fingerprint = fingerprint_of(images, work, model_config, config, teacher)
+    evidence = evidence or EvidenceConfig()
+    given = None if embeddings_folder is None else extraction.embeddings_of_others(Path(embeddings_folder))
+    fingerprint = fingerprint_of(catalogue, work, model_config, config, teacher, evidence, given)
     if artifacts.recover(out, fingerprint, overwrite) or artifacts.is_complete(out, fingerprint, overwrite):
         logger.info("%s is complete", out)
         return read_chain(Path(out))
     with artifacts.stage(out, fingerprint, overwrite) as staging:
         scratch = staging.path / "work"
-        embeddings = extraction.embed(
-            images,
-            model_config.extractor,
-            embeddings_folder or scratch / "embeddings",
-            work=work,
-            executors=executors,
-        )
+        folder = Path(embeddings_folder or scratch / "embeddings")
+        embed = partial(embeddings_of, given, model_config.extractor, folder, work, executors)
+        used = pick_labels(catalogue, model_config.extractor.weights, evidence, embed)
+        images = used.images.as_query_and_gallery()
+        embeddings = embed(images)
+        if not used.is_valid:
+            config = replace(config, adapt=False)
         task = make_task(images, embeddings, model_config, config, scratch, executors)
         log_mining_report(task, embeddings, scratch, staging.path, executors)
         if teacher is not None:
@@ -97,24 +115,46 @@ def train(
             task = replace(task, teacher=logits)
         run_name = f"{Path(out).name}-{artifacts.json_digest(fingerprint)[:8]}"
         state = fit(replace(task, services=tuple(services), run_name=run_name), scratch / "run")
-        chain = write_model(task, state, scratch / "run", staging.path)
+        chain = write_model(task, state, scratch / "run", staging.path, used)
+        lists = join_lists([run.validation for run in task.runs if run.validation is not None])
+        write_trained_on(
+            trained_on(tensor_of(embeddings.matrix), fingerprint["extraction"]["extractor"], lists), staging.path
+        )
         staging.remember_from(scratch / "run")
         shutil.rmtree(scratch)
         staging.finish({"chain": chain.describe(), "runs": [run.name for run in task.runs]}, rows=len(task.catalogue))
     return chain
 
 
-def fingerprint_of(
+def embeddings_of(
+    given: Embeddings | None,
+    extractor: ExtractorConfig,
+    folder: Path,
+    work: WorkConfig,
+    executors: Executors | None,
     images: Catalogue,
+) -> Embeddings:
+    """Embeddings of the images: those given, or computed as far as `folder` lacks them."""
+    if given is not None:
+        return extraction.check_complete(given, images, work.max_rejects, folder)
+    return extraction.embed(images, extractor, folder, work=work, executors=executors)
+
+
+def fingerprint_of(
+    catalogue: Catalogue,
     work: WorkConfig,
     model_config: PairwiseConfig,
     config: TrainingConfig,
     teacher: Teacher | None,
+    evidence: EvidenceConfig,
+    given: Embeddings | None,
 ) -> dict[str, Any]:
     """Everything that decides a trained model."""
     return artifacts.make_fingerprint(
         "train",
-        catalogue=images.digest(),
+        catalogue=catalogue.digest(),
+        evidence=asdict(evidence),
+        embeddings=None if given is None else given.digest,
         extraction=extraction.embedding_settings(model_config.extractor, work),
         model={"name": pairwise_name(model_config), **asdict(model_config)},
         training=config.fingerprint(),
@@ -141,12 +181,8 @@ def make_task(
         save_model(build_model(model_config), model_folder)
     is_halved = isinstance(load_model(model_folder), FittedModel) and config.backbone_lr == 0
     side = sides(images.labels, 0.5 if is_halved else config.set_aside, config.seed)
-    first, second = (
-        retrieve_among(
-            np.flatnonzero(side == number), images, embeddings, config.n_items, work / f"candidates-{number}", executors
-        )
-        for number in (0, 1)
-    )
+    adapted = adapt(images, embeddings, side, config, work, executors)
+    first, second = adapted.lists
     if is_halved:
         both = TrainingRun("all", join_lists([first, second]), None)
         runs = (TrainingRun("half-0", first, second), TrainingRun("half-1", second, first), both)
@@ -156,9 +192,50 @@ def make_task(
         catalogue=images,
         config=config,
         model_folder=model_folder,
-        embeddings=tensor_of(embeddings.matrix[embeddings.rows_of(images.ids)]),
+        embeddings=tensor_of(adapted.embeddings),
         runs=runs,
         half=side if is_halved else None,
+        start=Chain(
+            () if adapted.step is None else (adapted.step,),
+            {} if adapted.decision is None else {"adapt": adapted.decision},
+            adapter=adapted.adapter,
+        ),
+    )
+
+
+def adapt(
+    images: Catalogue,
+    embeddings: Embeddings,
+    side: Int64[np.ndarray, " image"],
+    config: TrainingConfig,
+    work: Path,
+    executors: Executors | None,
+) -> Adaptation:
+    """The lists of both sides over the embeddings as they are, or mapped where that is better for other labels."""
+
+    def search(matrix: Float32[np.ndarray, "image dim"], name: str) -> tuple[CandidateLists, CandidateLists]:
+        mapped, folder = Embeddings(images.ids, matrix), work / "candidates" / name
+        first, second = (
+            retrieve_among(
+                np.flatnonzero(side == s), images, mapped, config.n_items, folder.with_name(f"{name}-{s}"), executors
+            )
+            for s in (0, 1)
+        )
+        return first, second
+
+    own = embeddings.matrix[embeddings.rows_of(images.ids)]
+    if not config.adapt or config.mining != "lists":
+        return Adaptation(search(own, "plain"), own)
+    everything = tensor_of(own)
+    return choose_adaptation(
+        own,
+        images.labels,
+        images.sequences,
+        side,
+        search,
+        lambda lists: evidence_from(images, everything, join_lists(list(lists)), None, config.target),
+        config.seed,
+        config.accept,
     )
 
 
@@ -190,15 +267,20 @@ def log_mining_report(
     logger.info("%s", mining.mining_in_text(mining.write_mining(task, nearest, folder)))
 
 
-def write_model(task: TrainingTask, state: State, run_folder: Path, folder: Path) -> Chain:
+def write_model(task: TrainingTask, state: State, run_folder: Path, folder: Path, used: LabelsToUse) -> Chain:
     """Writes the weights to keep, the chain that the validation labels choose for them, and the training's history."""
     of_runs = dict(zip((run.name for run in task.runs), results(state), strict=True))
     model = load_model(task.model_folder if task.half is None else run_folder / "encodings" / FULL_ENCODER)
     load_state(model, of_runs[task.runs[-1].name]["best"]["model"])
     save_model(model, folder)
     if isinstance(model, DistanceSiamese):
-        save_extractor(model.extractor, folder / EXTRACTOR_WEIGHTS)
-    chain = choose(evidence_of_runs(task, list(of_runs.values())), task.config.seed)
+        save_extractor(model.extractor, folder / EXTRACTOR_WEIGHTS, used.seen_before | trained_labels(task))
+    chain = Chain()
+    if used.is_valid:
+        found = choose(evidence_of_runs(task, list(of_runs.values())), task.config.seed, task.config.accept)
+        steps, on = (*task.start.steps, *found.steps), found.chosen_on | task.start.chosen_on
+        chain = replace(found, steps=steps, chosen_on=on, adapter=task.start.adapter)
+    chain = replace(chain, chosen_on={**chain.chosen_on, "evidence": used.note})
     write_chain(chain, folder)
     (folder / CARD).write_text(model_card(task, model, chain))
     histories = {name: result["history"] for name, result in of_runs.items()}
@@ -213,6 +295,14 @@ def write_model(task: TrainingTask, state: State, run_folder: Path, folder: Path
     shutil.rmtree(folder / "tensorboard", ignore_errors=True)
     shutil.copytree(run_folder / "tensorboard", folder / "tensorboard")
     return chain
+
+
+def trained_labels(task: TrainingTask) -> set[str]:
+    """Digests of the labels that the backbone has learnt from; none where it stays as it is."""
+    if task.config.backbone_lr == 0:
+        return set()
+    labels = np.unique(task.catalogue.labels[task.runs[-1].anchors.query_items.numpy()])
+    return {label_digest(str(task.catalogue.label_names[number])) for number in labels if number >= 0}
 
 
 def evidence_of_runs(task: TrainingTask, of_runs: Sequence[State]) -> Evidence:

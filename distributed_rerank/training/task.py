@@ -4,7 +4,7 @@ All are values: any process that gets a `TrainingTask` can take part in it.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +13,10 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
+from distributed_rerank.chain.chain import Chain
 from distributed_rerank.chain.evidence import Evidence
 from distributed_rerank.config.jobs import TrackingService
-from distributed_rerank.config.training import TrainingConfig
+from distributed_rerank.config.training import Target, TrainingConfig
 from distributed_rerank.data.catalogue import Catalogue
 from distributed_rerank.runtime.devices import tensor_of
 from distributed_rerank.tensors import metrics
@@ -52,6 +53,8 @@ class TrainingTask:
     run_name: str = "train"
     teacher: TeacherLogits | None = None
     """What a slow model says of the mined pairs."""
+    start: Chain = field(default_factory=Chain)
+    """What the chain begins with: a map of the embeddings, or nothing. Lists and embeddings are those after it."""
 
 
 State = dict[str, Any]
@@ -102,6 +105,17 @@ def join_lists(parts: list[CandidateLists]) -> CandidateLists:
 
 
 def evidence_of(task: TrainingTask, lists: CandidateLists, logits: Float[Tensor, "query top_n"] | None) -> Evidence:
+    """`evidence_from` the task's images."""
+    return evidence_from(task.catalogue, task.embeddings, lists, logits, task.config.target)
+
+
+def evidence_from(
+    catalogue: Catalogue,
+    embeddings: Float[Tensor, "item dim"],
+    lists: CandidateLists,
+    logits: Float[Tensor, "query top_n"] | None,
+    target: Target,
+) -> Evidence:
     """These lists with the logits of their first candidates, their items numbered 0, 1, ... among themselves.
 
     The lists must hold all images of a label, so that the relevant items of each can be counted among them.
@@ -109,9 +123,8 @@ def evidence_of(task: TrainingTask, lists: CandidateLists, logits: Float[Tensor,
     # [query] ascending item numbers, [query, candidate] item numbers -> places among the queries, -1 = none.
     items = lists.query_items
     local = torch.where(lists.items >= 0, torch.searchsorted(items, lists.items.clamp(min=0)), -1)
-    labels = tensor_of(task.catalogue.labels)[items]
-    sequences = tensor_of(task.catalogue.sequences)[items]
+    labels, sequences = tensor_of(catalogue.labels)[items], tensor_of(catalogue.sequences)[items]
     everyone = torch.arange(len(items))
     n_relevant = metrics.count_relevant(everyone, labels, sequences, everyone, labels, sequences)
     own_lists = CandidateLists(everyone, local, lists.distances)
-    return Evidence(own_lists, labels, n_relevant, logits, task.embeddings[items])
+    return Evidence(own_lists, labels, n_relevant, logits, embeddings[items], target)

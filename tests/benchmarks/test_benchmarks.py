@@ -7,7 +7,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
@@ -45,6 +47,26 @@ def test_quality_quick_tables_every_method_with_its_interval(tmp_path: Path) -> 
         assert gain == pytest.approx(100 * (row["ours"] - row["theirs"]), abs=0.1)
 
 
+def test_seen_labels_quick_has_a_row_for_each_case(tmp_path: Path) -> None:
+    rows = run_quick("seen_labels.py", tmp_path)
+    assert "as it is, not tuned: taken as evidence" in rows
+    assert len(rows) == 22
+
+
+def test_few_labels_quick_has_mean_worst_and_number_of_steps(tmp_path: Path) -> None:
+    rows = run_quick("few_labels.py", tmp_path)
+    assert rows["4 labels: worst draw"]["ours"] <= rows["4 labels: mean gain"]["ours"]
+    assert 0 <= rows["4 labels: draws with a step"]["ours"] <= 2
+
+
+def test_never_harm_quick_counts_catalogues_of_each_kind(tmp_path: Path) -> None:
+    rows = run_quick("never_harm.py", tmp_path)
+    assert len(rows) == 12
+    for kind in ("train labels shuffled", "all labels shuffled", "perfect first stage"):
+        assert 0 <= rows[f"{kind}: harmed"]["ours"] <= 100
+        assert rows[f"{kind}: worst"]["ours"] <= rows[f"{kind}: mean change"]["ours"]
+
+
 def test_compare_oml_quick_agrees_with_oml(tmp_path: Path) -> None:
     environment = os.environ.get("DISTRIBUTED_RERANK_OML_ENV")
     if not environment:
@@ -63,3 +85,15 @@ def test_compare_oml_without_the_peer_says_how_to_name_it(tmp_path: Path) -> Non
     assert done.returncode == 1
     assert "--bench" in done.stderr
     assert "DISTRIBUTED_RERANK_BENCH" in done.stderr
+
+
+def test_online_quick_measures_against_its_bars(tmp_path: Path) -> None:
+    for number in range(64):
+        pixels = np.random.default_rng(number).integers(0, 256, (40, 60, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / f"{number}.jpg")
+    rows = run_quick("online.py", tmp_path, "--photos", str(tmp_path))
+    for name in ("with the query's decoding", "query encoded before"):
+        median, late = (rows[f"one query x 50, {name}: {part}"] for part in ("p50", "p99"))
+        assert 0 < median["ours"] <= late["ours"]
+        assert late["theirs"] == pytest.approx(3 * median["ours"], rel=1e-2)
+    assert rows["import and load"]["theirs"] == 6

@@ -9,6 +9,7 @@ from chain_evidence import evidence
 
 from distributed_rerank.chain.apply import apply
 from distributed_rerank.chain.chain import (
+    AdaptStep,
     AlphaQEStep,
     Chain,
     KReciprocalStep,
@@ -19,6 +20,7 @@ from distributed_rerank.chain.chain import (
     write_chain,
 )
 from distributed_rerank.errors import BadInput
+from distributed_rerank.models.adapter import Adapter
 from distributed_rerank.tensors.candidate_lists import CandidateLists
 
 
@@ -39,10 +41,29 @@ def test_chain_file_comes_back_equal(tmp_path: Path) -> None:
     assert read_chain(tmp_path / "chain.json") == chain
 
 
+def test_chain_that_adapts_comes_back_with_its_adapter_or_is_refused(tmp_path: Path) -> None:
+    adapter = Adapter(torch.zeros(3, dtype=torch.float64), torch.eye(3, dtype=torch.float64))
+    chain = Chain((AdaptStep("discriminate", 4.0), PairwiseStep(10)), adapter=adapter)
+    write_chain(chain, tmp_path)
+    read = read_chain(tmp_path)
+    assert read == chain
+    assert read.identity() == chain.identity()
+    assert read.adapter is not None
+    other = Adapter(torch.ones(3, dtype=torch.float64), torch.eye(3, dtype=torch.float64))
+    assert Chain(chain.steps, adapter=other).identity() != chain.identity()
+    assert chain.neighbourhood == ()
+    with pytest.raises(BadInput, match="adapt comes first"):
+        Chain((PairwiseStep(10), AdaptStep()))
+    (tmp_path / "adapter.safetensors").unlink()
+    with pytest.raises(BadInput, match=r"adapter\.safetensors"):
+        read_chain(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("entry", "named"),
     [
         ({"step": "magic"}, "magic"),
+        ({"step": "adapt", "kind": "bend"}, "bend"),
         ({"step": "pairwise"}, "top_n"),
         ({"step": "pairwise", "top_n": 1}, "top_n=1"),
         ({"step": "pairwise", "top_n": 10, "temperature": 0}, "temperature=0"),
@@ -80,7 +101,7 @@ def test_description_tells_steps_and_constants_to_four_digits() -> None:
     )
     assert chain.describe() == (
         "first stage -> pairwise(top_n=50, rule=fuse, weight=0, temperature=32.64)"
-        " -> neighbourhood(slope=11.07, intercept=-0.2727, kind=direct, k1=20, k2=3, weight=0.3)"
+        " -> neighbourhood(slope=11.07, intercept=-0.2727, kind=direct, k1=20, k2=3, weight=0.3, pinned=0)"
     )
 
 

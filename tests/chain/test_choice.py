@@ -8,9 +8,9 @@ import torch
 from chain_evidence import N_LABELS, evidence
 from torch import Tensor
 
-from distributed_rerank.chain.chain import Chain, NeighbourhoodStep, QueryExpansionStep
-from distributed_rerank.chain.choice import choose, fusion_figure, fusion_trials, neighbour_settings, outcome
-from distributed_rerank.chain.evidence import Evidence, half_of_labels, try_chain
+from distributed_rerank.chain.chain import Chain, NeighbourhoodStep, PairwiseStep, QueryExpansionStep
+from distributed_rerank.chain.choice import choose, fusion_figure, fusion_trials, judge, neighbour_settings, outcome
+from distributed_rerank.chain.evidence import Evidence, Trial, half_of_labels, try_chain
 from distributed_rerank.chain.probability import probabilities
 from distributed_rerank.tensors.calibration import expected_calibration_error
 
@@ -39,16 +39,61 @@ def test_choice_takes_a_pairwise_model_that_helps() -> None:
 
 
 @pytest.mark.parametrize(
-    ("is_taken", "p_value", "said"),
+    ("is_taken", "probability", "mean", "said"),
     [
-        (True, 0.004, "taken"),
-        (False, 0.004, "not taken"),  # CMC@1 fell, say
-        (False, 0.012, "not taken, for mAP@10 + 2 CMC@1 may rise so by chance (p 0.012, not below 0.01)"),
-        (False, 0.01, "not taken, for mAP@10 + 2 CMC@1 may rise so by chance (p 0.010, not below 0.01)"),
+        (True, 0.995, 0.1, "taken, for it gains with a probability of 99.5% (--accept 99%)"),
+        (False, 0.995, 0.1, "not taken, for mAP@10 or CMC@1 would fall"),
+        (False, 0.6, 0.004, "not taken, for mAP@10 + 2 CMC@1 does not rise by 0.005"),
     ],
 )
-def test_a_step_left_out_for_chance_says_how_likely_that_is(is_taken: bool, p_value: float, said: str) -> None:
-    assert outcome({"taken": is_taken, "gain": {"objective": {"p_value": p_value}}}) == said
+def test_a_decision_says_why(is_taken: bool, probability: float, mean: float, said: str) -> None:
+    gain = {"objective": {"mean": mean}}
+    decision = {"taken": is_taken, "probability": probability, "accept": 0.99, "gain": gain, "n_labels": 8}
+    assert outcome(decision) == said
+
+
+def test_a_decision_against_a_step_says_how_many_labels_would_do() -> None:
+    decision = {
+        "taken": False,
+        "probability": 0.95,
+        "accept": 0.99,
+        "gain": {"objective": {"mean": 0.1}},
+        "n_labels": 8,
+    }
+    assert "probability of 95.0% only" in outcome(decision)
+    assert "about 17 labels would do instead of 8" in outcome(decision)  # 8 * (2.326 / 1.645) ** 2 = 16.0...
+
+
+@pytest.mark.parametrize(
+    ("n_labels", "gain", "is_taken"),
+    [(1, 0.3, False), (2, 0.05, False), (2, 0.3, True), (4, 0.05, False), (8, 0.1, True)],
+)
+def test_a_clear_gain_of_few_labels_can_be_taken(n_labels: int, gain: float, is_taken: bool) -> None:
+    labels = torch.arange(n_labels).repeat_interleave(6)
+    before = {key: torch.full((len(labels),), 0.5, dtype=torch.float64) for key in ("map@10", "cmc@1", "objective")}
+    after = {key: column + gain + 0.05 * (labels % 3) for key, column in before.items()}
+    decision = judge("pairwise", before, after, Trial(Chain(), before, evidence(1.0, 1.0).lists), labels, 0, 0.99)
+    assert decision["taken"] is is_taken
+
+
+def test_the_target_decides_what_is_maximised() -> None:
+    known = evidence(1.5, 2.0)
+    values = {target: replace(known, target=target).per_query(known.lists) for target in ("both", "cmc@1", "mrr")}
+    assert torch.equal(values["cmc@1"]["objective"], values["both"]["cmc@1"])
+    assert torch.equal(values["both"]["objective"], values["both"]["map@10"] + 2 * values["both"]["cmc@1"])
+    assert torch.equal(values["mrr"]["objective"], values["mrr"]["mrr"])
+
+
+def test_a_pinned_step_keeps_the_first_place_of_the_step_before() -> None:
+    known = evidence(1.5, 2.0)
+    pairwise = PairwiseStep(30, "fuse", 0.0)
+    before = try_chain(known, Chain((pairwise,)))
+    pinned = try_chain(known, Chain((pairwise, NeighbourhoodStep(1.0, 0.0, weight=0.3, pinned=1))))
+    free = try_chain(known, Chain((pairwise, NeighbourhoodStep(1.0, 0.0, weight=0.3))))
+    assert torch.equal(pinned.values["cmc@1"], before.values["cmc@1"])
+    assert torch.equal(pinned.lists.items[:, 0], before.lists.items[:, 0])
+    assert not torch.equal(pinned.lists.items, before.lists.items)
+    assert not torch.equal(free.lists.items[:, 0], before.lists.items[:, 0])
 
 
 def test_choice_leaves_a_pairwise_model_of_noise_out() -> None:
@@ -110,7 +155,7 @@ def test_what_is_measured_with_the_curve_of_one_half_has_not_seen_the_other_half
         changed = replace(known, labels=labels)
         settings = neighbour_settings(changed, fusion_trials(changed)[0], is_first)
         assert settings is not None
-        found.append([settings.measure(number, True)["map@10"][is_first] for number in (0, 20, 60)])
+        found.append([settings.measure(number, True)["map@10"][is_first] for number in (0, 20, 40)])
     assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
 
 

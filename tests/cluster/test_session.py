@@ -108,12 +108,21 @@ print(ray.is_initialized())
 @pytest.mark.slow
 def test_connect_local_starts_a_private_ray_twice_and_leaves_nothing_behind(tmp_path: Path) -> None:
     code = """
-import os, pathlib, ray
+import os, pathlib, ray, time
 from distributed_rerank.config.cluster import ClusterConfig
 from distributed_rerank.cluster.session import connect
 for num_workers in (12, 3):
     with connect(ClusterConfig(num_workers=num_workers, object_store_gb=0.2)) as session:
         folder = pathlib.Path(ray._private.worker._global_node.get_session_dir_path())
+        private = folder.parents[1]
+        assert private.parent == pathlib.Path("/tmp"), private
+        assert private.stat().st_mode & 0o777 == 0o700, "others may enter Ray's folder"
+        ports = list(folder.glob("metrics_export_port_*"))
+        deadline = time.monotonic() + 60
+        while not ports and time.monotonic() < deadline:
+            time.sleep(0.2)
+            ports = list(folder.glob("metrics_export_port_*"))
+        assert [port.read_text() for port in ports] == ["-1"], "metrics are open to the network without a token"
         print(session.num_workers, session.num_cpus >= 14, os.environ["RAY_AUTH_MODE"], folder.exists())
     print(ray.is_initialized(), folder.exists())
 """

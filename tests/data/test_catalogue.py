@@ -175,13 +175,17 @@ def test_absent_column_suggests_the_near_miss(tmp_path: Path) -> None:
 
 def test_unknown_split_names_value_and_rows(tmp_path: Path) -> None:
     message = _one_line(tmp_path, HEAD + "v,a,validation,1,1\nv,b,val,1,1\nv,c,val,1,1\n")
-    assert message.endswith("unknown split 'val'; use 'train' or 'validation' (rows 2, 3)")
+    assert message.endswith("unknown split 'val'; use 'train', 'calibration' or 'validation' (rows 2, 3)")
 
 
-def test_label_with_one_training_image_is_listed(tmp_path: Path) -> None:
-    message = _one_line(tmp_path, HEAD + TRAIN + "lonely,c.jpg,train,,\n", "training")
-    assert "labels with one training image where two are needed: 'lonely'" in message
-    assert message.endswith("(row 3)")
+def test_label_with_one_training_image_is_counted_and_no_reason_to_refuse(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "df.csv"
+    path.write_text(HEAD + TRAIN + "lonely,c.jpg,train,,\n")
+    with caplog.at_level("INFO"):
+        assert len(read_catalogue(str(path), purpose="training")) == 3
+    assert "1 of 2 train labels have one image" in caplog.text
 
 
 def test_no_query_and_no_gallery_are_one_line_each(tmp_path: Path) -> None:

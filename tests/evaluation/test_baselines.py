@@ -141,7 +141,7 @@ def test_k_reciprocal_sees_the_lists_of_gallery_items_too(tmp_path: Path) -> Non
         best = next(item for item in whole.items[query].tolist() if item in ranked.catalogue.gallery_items)
         cmc.append(float(ranked.catalogue.labels[best] == ranked.catalogue.labels[query]))
     np.testing.assert_array_equal(found.per_query["k_reciprocal"]["cmc@1"].numpy(), cmc)
-    assert (tmp_path / "all_candidates" / "manifest.json").is_file()
+    assert (tmp_path / "joint_candidates" / "manifest.json").is_file()
 
 
 def test_baselines_are_compared_with_first_stage_and_chain(tmp_path: Path) -> None:

@@ -120,10 +120,11 @@ def test_markdown_has_a_row_for_every_metric_and_the_verdict_first(tmp_path: Pat
     metrics = write_run(tmp_path / "run", catalogue, before, after)
     export_markdown(tmp_path / "run", tmp_path / "summary" / "summary.md")
     lines = (tmp_path / "summary" / "summary.md").read_text().splitlines()
-    assert lines[0].startswith("**Re-ranking helps: mAP@10 rises from")
+    assert lines[0].startswith("**The right item comes first for ")
+    assert " Re-ranking helps: mAP@10 rises from" in lines[0]
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")]
     assert len(rows) == 2 + len(metrics["first_stage"])
-    assert {len(row) for row in rows} == {6}
+    assert {len(row) for row in rows} == {5}
     row = next(row for row in rows if row[0] == "CMC@1")
     assert row[1:3] == [f"{metrics[side]['cmc@1']:.3f}" for side in ("first_stage", "reranked")]
     low, high = metrics["difference"]["cmc@1"]["ci95"]

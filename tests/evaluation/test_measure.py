@@ -124,6 +124,15 @@ def test_measure_nothing_relevant_is_refused(catalogue: Catalogue) -> None:
         measure(catalogue, torch.tensor([2]), ranking([3, 4]), {})
 
 
+def test_omls_figures_count_queries_without_a_relevant_item_and_ours_leave_them_out(catalogue: Catalogue) -> None:
+    """z has none: OML counts 0 for it, and 1 where its list is empty as well."""
+    found = measure(catalogue, QUERIES, BEFORE, {}, ks=(4,)).metrics
+    assert (found["first_stage"]["cmc@4"], found["oml"]["first_stage"]["cmc@4"]) == (1, 2 / 3)
+    empty = ranking([5, 3, 8, 4], [3, 4, 6, 5], [-1, -1, -1, -1])
+    found = measure(catalogue, QUERIES, empty, {}, ks=(4,)).metrics
+    assert (found["first_stage"]["cmc@4"], found["oml"]["first_stage"]["cmc@4"]) == (1, 1)
+
+
 def test_count_relevant_leaves_out_own_item_and_sequence(catalogue: Catalogue) -> None:
     table = catalogue.table.assign(is_gallery=True, sequence=["s", None, None, "s", None, None, None, None, None])
     labelled = count_relevant(Catalogue(table, "test"), QUERIES)

@@ -7,14 +7,17 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from small_catalogue import EXTRACTOR, distance_model, make_catalogue
 
-from distributed_rerank.chain.chain import Chain, PairwiseStep
+from distributed_rerank.chain.chain import AdaptStep, Chain, PairwiseStep
 from distributed_rerank.config.evaluation import FirstStageConfig, MeasureConfig
 from distributed_rerank.config.work import WorkConfig
 from distributed_rerank.data.catalogue import Catalogue
+from distributed_rerank.data.tables import write_embeddings
 from distributed_rerank.errors import BadInput
 from distributed_rerank.evaluation.run import evaluate
+from distributed_rerank.models.adapter import fit_adapters
 from distributed_rerank.reranking.first_stage import check_depth, first_stage_settings
 
 CONFIG = FirstStageConfig(extractor=EXTRACTOR, n_items=5)
@@ -110,3 +113,50 @@ def test_evaluate_without_queries_is_refused(catalogue: Catalogue, tmp_path: Pat
     with pytest.raises(BadInput, match="is_query"):
         evaluate(partial, CONFIG, tmp_path / "e")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_chain_that_adapts_searches_over_mapped_embeddings(catalogue: Catalogue, tmp_path: Path) -> None:
+    matrix = np.random.default_rng(0).standard_normal((len(catalogue), 6)).astype(np.float32)
+    table = tmp_path / "embeddings.parquet"
+    write_embeddings(table, catalogue.ids, matrix)
+    (adapter,) = fit_adapters(torch.from_numpy(matrix), torch.from_numpy(catalogue.labels), [("whiten", 0.0)])
+    assert adapter is not None
+    write_embeddings(tmp_path / "mapped.parquet", catalogue.ids, adapter(matrix))
+    config = FirstStageConfig(embeddings=table, n_items=5)
+    chain = Chain((AdaptStep(), PairwiseStep(top_n=4, rule="replace")), adapter=adapter)
+    metrics = evaluate(catalogue, config, tmp_path / "chain", model=distance_model(), chain=chain)
+    plain = evaluate(catalogue, config, tmp_path / "plain")
+    mapped = evaluate(catalogue, replace(config, embeddings=tmp_path / "mapped.parquet"), tmp_path / "mapped")
+    assert metrics["first_stage"] == plain["first_stage"]
+    assert mapped["first_stage"]["map@10"] > plain["first_stage"]["map@10"]
+    adapted = metrics["baselines"]["adapted"]["metrics"]
+    assert adapted == {key: mapped["first_stage"][key] for key in adapted}
+    over_mapped = evaluate(
+        catalogue, replace(config, embeddings=tmp_path / "mapped.parquet"), tmp_path / "both", model=distance_model(),
+        chain=Chain((PairwiseStep(top_n=4, rule="replace"),)),
+    )  # fmt: skip
+    assert metrics["reranked"] == over_mapped["reranked"]
+    assert metrics["oracle"] == over_mapped["oracle"]
+    assert "The adapted first stage alone" in (tmp_path / "chain" / "report.html").read_text()
+    alone = evaluate(catalogue, config, tmp_path / "alone", chain=Chain((AdaptStep(),), adapter=adapter))
+    assert alone["reranked"] == mapped["first_stage"]
+
+
+def test_lists_of_another_system_get_the_distances_of_mapped_embeddings(catalogue: Catalogue, tmp_path: Path) -> None:
+    matrix = np.random.default_rng(0).standard_normal((len(catalogue), 6)).astype(np.float32)
+    (adapter,) = fit_adapters(torch.from_numpy(matrix), torch.from_numpy(catalogue.labels), [("whiten", 0.0)])
+    assert adapter is not None
+    write_embeddings(tmp_path / "embeddings.parquet", catalogue.ids, matrix)
+    n = len(catalogue)
+    pairs = [(query, gallery) for query in range(n) for gallery in range(n) if query != gallery]
+    names = catalogue.ids[np.array(pairs)]
+    lists = pd.DataFrame({"query_id": names[:, 0], "gallery_id": names[:, 1], "distance": np.arange(len(pairs)) + 1.0})
+    lists.to_parquet(tmp_path / "lists.parquet")
+    config = FirstStageConfig(embeddings=tmp_path / "embeddings.parquet", candidates=tmp_path / "lists.parquet")
+    chain = Chain((AdaptStep(),), adapter=adapter)
+    given = evaluate(catalogue, config, tmp_path / "given", chain=chain)
+    searched = evaluate(catalogue, replace(config, candidates=None), tmp_path / "searched", chain=chain)
+    assert given["reranked"] == searched["reranked"]
+    assert given["first_stage"] != given["reranked"]
+    without = evaluate(catalogue, replace(config, embeddings=None), tmp_path / "without", chain=chain)
+    assert without["reranked"] == without["first_stage"] == given["first_stage"]

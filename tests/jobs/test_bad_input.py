@@ -60,8 +60,8 @@ def with_boxes(*corners: float | str) -> Callable[[pd.DataFrame], pd.DataFrame]:
     return change
 
 
-def with_one_image_of_a_label(table: pd.DataFrame) -> pd.DataFrame:
-    return table.drop(index=table.index[table["label"] == "21"][1:])
+def with_one_image_of_each_label(table: pd.DataFrame) -> pd.DataFrame:
+    return table.drop(index=table.index[(table["split"] == "train") & table["label"].duplicated()])
 
 
 def with_repeated_row(table: pd.DataFrame) -> pd.DataFrame:
@@ -72,7 +72,7 @@ TABLES = {
     "absent column": ("evaluate", without("label"), ["no column 'label'", "add it"]),
     "misspelt column": ("evaluate", lambda t: t.rename(columns={"path": "Path"}), ["did you mean 'Path'"]),
     "unknown split": ("evaluate", with_value("split", "test", 3), ["unknown split 'test'", "row 4"]),
-    "one training image": ("train", with_one_image_of_a_label, ["'21'", "two are needed"]),
+    "one training image": ("train", with_one_image_of_each_label, ["0 train labels", "two images or more"]),
     "no query": ("evaluate", with_value("is_query", "False"), ["no query", "is_query"]),
     "no gallery": ("evaluate", with_value("is_gallery", "0"), ["no gallery", "is_gallery"]),
     "duplicate ids": ("embed", with_repeated_row, ["duplicate ids", "rows 6, 89"]),

@@ -12,6 +12,7 @@ from job_files import EXTRACTOR
 from PIL import Image
 
 from distributed_rerank.config.extractor import ExtractorConfig
+from distributed_rerank.models.adapter import Adapter, save_adapter
 from distributed_rerank.models.extractor import build_extractor
 
 
@@ -33,6 +34,29 @@ def test_embeddings_equal_the_extractor_on_each_image(catalogue_path: Path, run_
             expected = extractor(extractor.transform(image)[None])[0].numpy()
         np.testing.assert_allclose(frame["embedding"][row], expected, atol=1e-5)
         assert abs(np.linalg.norm(frame["embedding"][row]) - 1) < 1e-5
+
+
+def test_adapt_writes_the_vectors_that_the_chain_searches_over(
+    catalogue_path: Path, run_job: Callable, tmp_path: Path
+) -> None:
+    common = ["embed", "--catalogue", catalogue_path, "--out", tmp_path / "e", *EXTRACTOR, "--split", "validation"]
+    refused = run_job(*common, "--adapt", tmp_path)
+    assert refused.code == 2
+    assert "--adapt" in refused.errors
+    plain = run_job(*common)
+    assert plain.code == 0, plain.errors
+    frame = pd.read_parquet(tmp_path / "e" / "embeddings.parquet")
+    own = np.stack(frame["embedding"].to_numpy())
+    matrix = torch.randn(own.shape[1], own.shape[1], dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    save_adapter(Adapter(torch.full((own.shape[1],), 0.1, dtype=torch.float64), matrix), tmp_path)
+    outcome = run_job(*common, "--adapt", tmp_path)
+    assert outcome.code == 0, outcome.errors
+    adapted = pd.read_parquet(tmp_path / "e" / "adapted.parquet")
+    assert adapted["id"].tolist() == frame["id"].tolist()
+    unit = own.astype(np.float64) / np.linalg.norm(own.astype(np.float64), axis=1, keepdims=True)
+    expected = (unit - 0.1) @ matrix.numpy()
+    expected /= np.linalg.norm(expected, axis=1, keepdims=True)
+    np.testing.assert_allclose(np.stack(adapted["embedding"].to_numpy()), expected, atol=1e-6)
 
 
 def test_second_run_computes_only_what_is_missing(catalogue_path: Path, run_job: Callable, tmp_path: Path) -> None:

@@ -492,3 +492,15 @@ def test_embeddings_with_float_ids_and_an_index_are_found(form: str, run_job: Ca
     )
     assert outcome.code == 0, outcome.errors
     assert figures(json.loads((out / "metrics.json").read_text())) == (1, 1)
+
+
+def test_same_file_in_gallery_or_train_is_counted(measure: Measure, tmp_path: Path) -> None:
+    for id, content in zip("abcdef", (b"1", b"1", b"3", b"1", b"1", b"6"), strict=True):
+        (tmp_path / f"{id}.jpg").write_bytes(content)
+    found = measure(FOUR + "e,e.jpg,z,train,,\nf,f.jpg,z,train,,\n", RIGHT_FIRST)
+    assert found["same_bytes"] == {
+        "queries_in_gallery": 3, "queries_under_two_labels": 3, "measured_in_train": 3, "not_compared": 0
+    }  # fmt: skip
+    assert "3 measured images with the same file in train" in found["said"]
+    report = (found["out"] / "report.html").read_text()
+    assert "<dt>Queries with the same file in the gallery</dt><dd>3<" in report

@@ -1,5 +1,6 @@
 import math
 import os
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -10,11 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from distributed_rerank.config.extractor import ExtractorConfig
-from distributed_rerank.config.pairwise import ConcatSiameseConfig
+from distributed_rerank.config.pairwise import ConcatSiameseConfig, SplitSiameseConfig
 from distributed_rerank.data.catalogue import ImageRef
 from distributed_rerank.data.images import read_image
 from distributed_rerank.errors import BadInput
 from distributed_rerank.models.concat_siamese import ConcatSiamese
+from distributed_rerank.models.split_siamese import SplitSiamese
 from distributed_rerank.models.stacked import logit_of_mean_probability, mlp_head
 
 IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
@@ -77,6 +79,21 @@ def test_concat_siamese_random_state_of_oml_gives_oml_logits(tmp_path, vit_confi
     torch.testing.assert_close(found, expected.float(), rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize("hidden_dims", [(12,), (8, 4), ()])
+@pytest.mark.parametrize("build", [ConcatSiamese, SplitSiamese])
+def test_siamese_takes_the_sizes_of_its_head_from_the_weights(tmp_path, vit_config, hidden_dims, build):
+    config = ConcatSiameseConfig if build is ConcatSiamese else SplitSiameseConfig
+    config = partial(config, extractor=vit_config, **({} if build is ConcatSiamese else {"split_at": 1}))
+    saved = build(config(hidden_dims=hidden_dims))
+    torch.save({f"model.{name}": value for name, value in saved.state_dict().items()}, tmp_path / "oml.pth")
+    loaded = build(config(pairwise_weights=str(tmp_path / "oml.pth")))
+    assert loaded.config.hidden_dims == hidden_dims
+    for name, value in saved.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], value)
+    with pytest.raises(BadInput, match=r"leave --hidden-dims out"):
+        build(config(hidden_dims=(7, 7), pairwise_weights=str(tmp_path / "oml.pth")))
+
+
 def test_concat_siamese_vit_small_has_oml_names_parameters_and_tokens():
     extractor = ExtractorConfig(name="vit_small_patch16_224.dino", weights="none", precision="fp32")
     model = ConcatSiamese(ConcatSiameseConfig(extractor=extractor, hidden_dims=(192,)))
@@ -129,8 +146,12 @@ def test_mlp_head_is_linear_sigmoid_dropout_and_a_linear_without_bias():
 
 def test_concat_siamese_weights_with_another_head_are_refused(tmp_path, vit_config):
     small = ConcatSiamese(ConcatSiameseConfig(extractor=vit_config, hidden_dims=(8,)))
-    torch.save(small.state_dict(), tmp_path / "small.pth")
-    with pytest.raises(BadInput, match=r"small\.pth .*head\.0\.weight is \(8, 64\) in place of \(100, 64\)"):
+    wide = {
+        name: torch.cat([value, value], dim=1) if name == "head.0.weight" else value
+        for name, value in small.state_dict().items()
+    }
+    torch.save(wide, tmp_path / "small.pth")
+    with pytest.raises(BadInput, match=r"small\.pth .*head\.0\.weight is \(8, 128\) in place of \(8, 64\)"):
         ConcatSiamese(ConcatSiameseConfig(extractor=vit_config, pairwise_weights=str(tmp_path / "small.pth")))
     torch.save(small.head.state_dict(), tmp_path / "head.pth")
     with pytest.raises(BadInput, match="hold no 'extractor"):

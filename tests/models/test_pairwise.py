@@ -16,6 +16,7 @@ from distributed_rerank.models.concat_siamese import ConcatSiamese
 from distributed_rerank.models.distance_siamese import DistanceSiamese
 from distributed_rerank.models.split_siamese import SplitSiamese
 from distributed_rerank.models.token_siamese import TokenSiamese
+from distributed_rerank.runtime.devices import torch_threads
 
 BUILDERS = {
     "concat": lambda c: ConcatSiamese(ConcatSiameseConfig(extractor=c)),
@@ -52,6 +53,23 @@ def test_pairwise_model_logits_are_float32_and_pairs_do_not_see_each_other(model
     assert together.shape == (3,)
     assert together.dtype == torch.float32
     torch.testing.assert_close(together, alone, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [1, 3, 7, 13, 50])
+def test_pairwise_model_bits_do_not_depend_on_the_batch(model, size):
+    """One pair online and the same pair among thousands in a job: the same logit to the last bit, on a CPU."""
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randint(0, 256, (32, 3, 64, 64), dtype=torch.uint8, generator=generator)
+    for parameter in model.parameters():
+        parameter.data += 0.05 * torch.randn(parameter.shape, generator=generator)
+    model.prepare_for_inference("cpu")
+    with torch.inference_mode(), torch_threads(1):
+        encoded = torch.cat([model.encode(part) for part in pixels.split(16)])
+        assert torch.equal(torch.cat([model.encode(part) for part in pixels.split(size)]), encoded)
+        query, candidate = encoded[torch.randint(32, (2, 100), generator=generator)]
+        distance = torch.rand(100, generator=generator)
+        parts = zip(*(x.split(size) for x in (query, candidate, distance)), strict=True)
+        assert torch.equal(torch.cat([model(*part) for part in parts]), model(query, candidate, distance))
 
 
 def test_pairwise_model_prepared_in_bf16_keeps_float32_logits(model, pixels):

@@ -123,6 +123,6 @@ def test_load_model_of_a_hub_id_reads_the_copy_at_hand_with_its_chain(saved, tmp
     saved.rename(repository / "snapshots" / ("0" * 40))
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    model, chain = load_model_and_chain(RerankerConfig(model="hf-hub:me/shoes"))
+    model, chain = load_model_and_chain(RerankerConfig(model="hf-hub:me/shoes", allow_hub=True))
     assert isinstance(model, DistanceSiamese)
     assert chain.pairwise == PairwiseStep(top_n=7)

@@ -29,8 +29,8 @@ def image_refs(folder: Path, count: int) -> list[ImageRef]:
 def report(tmp_path: Path) -> Path:
     per_query = made_up_queries(40)
     images = image_refs(tmp_path, 4)
-    first = [Candidate(images[0], False, 0.5), Candidate(images[1], True, 0.75)]
-    last = [Candidate(images[1], True, 0.25), Candidate(images[0], False, 0.5)]
+    first = [Candidate(images[0], False, "d 0.500"), Candidate(images[1], True, "d 0.750")]
+    last = [Candidate(images[1], True, "p 0.91"), Candidate(images[0], False, "")]
     chosen = choose_queries(per_query)
     strips = [
         Strip(ImageRef(name, images[2].path), first, last)
@@ -44,7 +44,7 @@ def report(tmp_path: Path) -> Path:
         per_query,
         strips,
         config,
-        {"torch": "2"},
+        {"torch": "2", "date": "2026-11-26", "command": "evaluate --out <there>"},
         out,
         rejects,
         TIMINGS,
@@ -66,7 +66,7 @@ def test_report_table_is_recomputed_from_the_per_query_values_alone(report: Path
     for key, name in (("cmc@1", "CMC@1"), ("map@10", "mAP@10")):
         before, after = per_query[f"{key}_before"].mean(), per_query[f"{key}_after"].mean()
         assert rows[name][1:4] == [f"{before:.3f}", f"{after:.3f}", signed(float(after - before))]
-        assert rows[name][4:] == ["−0.020 to +0.040", "0.400", "3 / 2", "0.988"]
+        assert rows[name][4:] == ["−0.020 to +0.040", "3 / 2", "0.988"]
 
 
 def test_report_category_table_holds_the_means_within_each_category(report: Path) -> None:
@@ -74,6 +74,29 @@ def test_report_category_table_holds_the_means_within_each_category(report: Path
     for name, group in made_up_queries(40).groupby("category"):
         expected = [group[f"{key}_{side}"].mean() for key in MEANS for side in ("before", "after")]
         assert [rows[str(name)][place] for place in (2, 3, 5, 6)] == [f"{value:.3f}" for value in expected]
+
+
+def test_report_label_table_holds_the_means_of_each_label_worst_first(report: Path) -> None:
+    rows = cells(report.read_text(encoding="utf-8"), "labels")[1:]
+    changes = []
+    table = made_up_queries(40)
+    for name, n_queries, *values in rows:
+        group = table[table["label"] == name]
+        expected = [group[f"{key}_{side}"].mean() for key in MEANS for side in ("before", "after")]
+        changes.append(expected[3] - expected[2])
+        assert int(n_queries) == len(group)
+        assert values == [*(f"{value:.3f}" for value in expected), signed(changes[-1])]
+    assert len(rows) == 7
+    assert changes == sorted(changes)
+
+
+def test_report_begins_with_what_was_measured_when_and_by_which_command(report: Path) -> None:
+    page = report.read_text(encoding="utf-8")
+    (about,) = re.findall(r'<dl class="about">.*?</dl>', page, re.DOTALL)
+    assert re.findall("<dt>(.*?)</dt><dd>(.*?)</dd>", about) == [
+        ("Date", "2026-11-26"), ("Catalogue", "&lt;df&gt;.csv"), ("Command", "evaluate --out &lt;there&gt;"),
+        ("Versions", "torch 2"),
+    ]  # fmt: skip
 
 
 def test_report_tables_hold_costs_and_baselines_as_measured(report: Path) -> None:
@@ -123,7 +146,9 @@ def test_report_of_the_first_stage_alone_claims_no_comparison(tmp_path: Path) ->
         "first_stage": {"cmc@1": 0.5, "map@10": 0.25},
     }
     image = image_refs(tmp_path, 1)[0]
-    strips = [Strip(ImageRef(name, image.path), [Candidate(image, False, 1.0)], []) for name in per_query["query_id"]]
+    strips = [
+        Strip(ImageRef(name, image.path), [Candidate(image, False, "d 1.000")], []) for name in per_query["query_id"]
+    ]
     page = build_report(metrics, per_query, strips, {}, {}, tmp_path / "report.html").read_text(encoding="utf-8")
     assert "First stage alone: mAP@10 is 0.250, CMC@1 0.500." in page
     assert "After" not in page
@@ -134,7 +159,7 @@ def test_report_shows_an_image_that_vanished_as_a_word(tmp_path: Path) -> None:
     per_query = made_up_queries(30)
     gone = ImageRef("gone", str(tmp_path / "gone.jpg"))
     name = choose_queries(per_query).improved[0]
-    strips = [Strip(ImageRef(name, gone.path), [Candidate(gone, True, 0.1)], [])]
+    strips = [Strip(ImageRef(name, gone.path), [Candidate(gone, True, "d 0.100")], [])]
     out = build_report(metrics_of(per_query), per_query, strips, {}, {}, tmp_path / "report.html")
     assert out.read_text(encoding="utf-8").count("no image</span>") == 2
 
@@ -175,6 +200,29 @@ def test_report_in_chromium_loads_everything_and_fits_the_width(report: Path, tm
     assert seen["unnamed"] == 0
     assert seen["overflow"] <= 0
     assert seen["cut"] == []
+
+
+def test_report_in_chromium_enlarges_a_picture_and_reads_a_threshold(report: Path, tmp_path: Path) -> None:
+    async def visit(page: Page) -> dict[str, Any]:
+        await page.open(report, 390)
+        seen = {"at": await page.evaluate("document.getElementById('at-threshold').textContent")}
+        await page.evaluate("threshold.value = 0; threshold.dispatchEvent(new Event('input'))")
+        seen["lowest"] = await page.evaluate("document.getElementById('at-threshold').textContent")
+        await page.evaluate("document.querySelector('.row .enlarge').click()")
+        seen["open"] = await page.evaluate("document.getElementById('large').open")
+        seen["wide"] = await page.evaluate("document.querySelector('#large img').getBoundingClientRect().width")
+        seen["small"] = await page.evaluate("document.querySelector('.row img').getBoundingClientRect().width")
+        seen["link"] = await page.evaluate("document.querySelector('#large a').href")
+        return seen | {"complaints": page.complaints}
+
+    seen = in_chromium(tmp_path, visit)
+    assert seen["at"].startswith("At 0.90: 10 candidates are accepted, none of them are right; 0 of 100 right items")
+    assert seen["lowest"].startswith("At 0.10: 200 candidates are accepted, 25 of 100 of them are right")
+    assert seen["lowest"].endswith("40 queries get an answer, 50 of 100 of these have the right item first.")
+    assert seen["open"]
+    assert seen["wide"] > 2 * seen["small"]
+    assert seen["link"].startswith("file://")
+    assert seen["complaints"] == []
 
 
 SHOWN_ROWS = '[...document.querySelectorAll("#queries tbody tr")].filter(row => !row.hidden)'
@@ -226,3 +274,34 @@ def test_report_in_chromium_query_table_sorts_and_filters(report: Path, tmp_path
     assert len(seen["worse"]) == is_worse.sum() > 0
     assert all(change.startswith("−") for change in seen["worse"])
     assert seen["complaints"] == []
+
+
+def test_markup_that_slips_through_runs_no_script_and_fetches_nothing(report: Path, tmp_path: Path) -> None:
+    """The policy is the second wall behind the escaping, which is taken down here."""
+    page = report.read_text(encoding="utf-8")
+    policy = re.search('<meta http-equiv="Content-Security-Policy" content="([^"]+)">', page)
+    assert policy is not None
+    assert "default-src 'none'" in policy[1]
+    assert "unsafe" not in policy[1]
+    attack = (
+        "<script>document.title = 'taken'</script><img src=x onerror=\"document.title = 'taken'\">"
+        '<img src="https://example.com/seen.png"><iframe src="https://example.com/"></iframe>'
+    )
+    report.write_text(page.replace("<main>", f"<main>{attack}", 1), encoding="utf-8")
+
+    async def visit(tab: Page) -> dict[str, Any]:
+        await tab.open(report, 1280)
+        return {"title": await tab.evaluate("document.title"), "complaints": tab.complaints}
+
+    seen = in_chromium(tmp_path, visit)
+    assert seen["title"] == "Re-ranking report"
+    assert any("Content Security Policy" in complaint for complaint in seen["complaints"])
+
+
+def test_label_that_is_a_script_is_shown_as_text(tmp_path: Path) -> None:
+    script = "</td></table><script>document.title = 'taken'</script>"
+    per_query = made_up_queries(20).assign(label=script, category=script)
+    metrics = metrics_of(per_query)
+    out = build_report(metrics, per_query, [], {"catalogue": script}, {script: script}, tmp_path / "r.html")
+    assert script not in out.read_text(encoding="utf-8")
+    assert "&lt;script&gt;document.title" in out.read_text(encoding="utf-8")

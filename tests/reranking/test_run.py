@@ -12,11 +12,12 @@ from small_catalogue import distance_model, make_catalogue
 from distributed_rerank.chain.chain import Chain, KReciprocalStep, PairwiseStep
 from distributed_rerank.config.evaluation import RerankerConfig
 from distributed_rerank.data.catalogue import Catalogue
+from distributed_rerank.data.embeddings import read_embeddings
 from distributed_rerank.data.rejects import Reject
 from distributed_rerank.data.tables import write_embeddings
 from distributed_rerank.errors import BadInput
+from distributed_rerank.extraction import check_complete
 from distributed_rerank.models.saving import save_model
-from distributed_rerank.reranking.first_stage import read_for
 from distributed_rerank.reranking.lists import only_gallery
 from distributed_rerank.reranking.run import by_logits, load_model_and_chain, rankings, without_rejected
 from distributed_rerank.scoring.stage import ScoredLists
@@ -170,7 +171,7 @@ def test_identify_sees_config_and_weights_not_paths() -> None:
     json.dumps(model.identity())
 
 
-def test_read_for_image_without_embedding_is_refused(catalogue: Catalogue, tmp_path: Path) -> None:
+def test_an_image_without_embedding_is_refused(catalogue: Catalogue, tmp_path: Path) -> None:
     write_embeddings(tmp_path / "embeddings.parquet", catalogue.ids[:7], np.ones((7, 2), np.float32))
     with pytest.raises(BadInput, match="1 of 8 images have no embedding"):
-        read_for(catalogue, tmp_path, 0.5)
+        check_complete(read_embeddings(tmp_path), catalogue, 0.5, tmp_path)

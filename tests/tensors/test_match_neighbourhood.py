@@ -94,3 +94,17 @@ def test_bad_constants_are_refused() -> None:
         overlap_distances(items, p, torch.arange(30), kind="direct", k1=6, k2=1)
     with pytest.raises(BadInput, match=r"original_weight=1\.5"):
         mix(torch.ones(1, 1), torch.ones(1, 1).double(), original_weight=1.5)
+
+
+def test_pinned_candidates_keep_their_places_and_the_rest_is_sorted() -> None:
+    generator = torch.Generator().manual_seed(0)
+    items, distances = torch.arange(40).view(4, 10), torch.rand(4, 10, generator=generator)
+    for pinned in (0, 1, 3, 10, 12):
+        found, values = reorder_stably(items, distances, pinned)
+        for row in range(4):
+            kept, rest = items[row, :pinned].tolist(), items[row, pinned:].tolist()
+            by_distance = sorted(rest, key=lambda item: (float(distances[row, item - 10 * row]), item))
+            assert found[row].tolist() == kept + by_distance
+        assert bool((values.diff(dim=1) >= 0).all())
+    empty = torch.empty(2, 0, dtype=torch.int64)
+    assert reorder_stably(empty, torch.empty(2, 0), 1)[0].shape == (2, 0)

@@ -24,6 +24,7 @@ def literal(rel: list[bool], n_relevant: int, k: int) -> dict[str, float]:
         f"recall@{k}": sum(rel[:k]) / n_relevant,
         f"map@{k}": sum(gain[:k]) / min(k, n_relevant),
         "map@r": sum(gain[:n_relevant]) / n_relevant,
+        "precision@r": sum(rel[:n_relevant]) / n_relevant,
         "mrr": next((1 / (i + 1) for i, r in enumerate(rel) if r), 0.0),
     }
 
@@ -44,7 +45,7 @@ def test_per_query_random_lists_equals_literal_definition(k: int) -> None:
             wanted = literal(is_relevant[query].tolist(), int(n_relevant[query]), cut)
             for key in set(wanted) & set(found):
                 assert found[key][query].item() == pytest.approx(wanted[key], abs=1e-12), key
-    assert {"cmc@3", "precision@20", "recall@1", "map@10", "map@r", "mrr"} <= set(found)
+    assert {"cmc@3", "precision@20", "recall@1", "map@10", "map@r", "precision@r", "mrr"} <= set(found)
     assert "cmc@10" not in found
 
 

@@ -247,3 +247,24 @@ def test_knee_is_the_first_setting_not_told_from_the_best() -> None:
     assert statistics.knee(curve, labels, seed=0) == 2
     falling = curve.flip(0)[2:].contiguous()
     assert statistics.knee(falling, labels, seed=0) == 0
+
+
+def test_student_t_is_that_of_scipy() -> None:
+    for freedom in (1.0, 2.0, 3.5, 9.0, 200.0):
+        for t in (-40.0, -2.0, 0.0, 0.3, 1.96, 12.0):
+            assert statistics.student_t_cdf(t, freedom) == pytest.approx(float(stats.t.cdf(t, freedom)), abs=1e-8)
+
+
+def test_probability_of_gain_is_the_one_sided_test_of_cluster_means_without_a_prior() -> None:
+    state = np.random.default_rng(0)
+    means = state.normal(0.02, 0.05, 12)
+    change, clusters = torch.from_numpy(np.repeat(means, 4)), torch.arange(12).repeat_interleave(4)
+    found = statistics.probability_of_gain(change, clusters, prior_spread=0.1, prior_clusters=0)
+    expected = 1 - float(stats.ttest_1samp(means, 0, alternative="greater").pvalue)
+    assert found == pytest.approx(expected, abs=1e-8)
+    with_prior = statistics.probability_of_gain(change, clusters, prior_spread=0.5, prior_clusters=2)
+    assert 0.5 < with_prior < found
+    one = statistics.probability_of_gain(change, torch.zeros(48, dtype=torch.int64), prior_spread=0.1, prior_clusters=2)
+    assert one == 0
+    none = statistics.probability_of_gain(0 * change, clusters, prior_spread=0.1, prior_clusters=2)
+    assert none == pytest.approx(0.5)

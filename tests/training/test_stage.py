@@ -21,7 +21,7 @@ def test_stage_writes_a_complete_folder_and_skips_it_the_second_time(tmp_path: P
     names = {path.name for path in (tmp_path / "model").iterdir()}
     expected = (
         "README.md chain.json config.json curves.svg manifest.json mining.json model.safetensors suspects.parquet "
-        "tensorboard training.json"
+        "tensorboard trained_on.json training.json"
     )
     assert names == set(expected.split())
     assert read_chain(tmp_path / "model") == chain
@@ -45,3 +45,12 @@ def test_stage_refuses_a_tracker_that_is_not_installed(tmp_path: Path) -> None:
     catalogue = draw_catalogue(tmp_path / "images")
     with pytest.raises(BadInput, match="pip install wandb"):
         train(catalogue, TOKENS, SMALL, tmp_path / "model", services=["wandb"])
+
+
+def test_three_labels_are_trained_on_and_the_chain_stays_the_first_stage(tmp_path: Path) -> None:
+    catalogue = draw_catalogue(tmp_path / "images", n_labels=3)
+    chain = train(catalogue, TOKENS, replace(SMALL, epochs=1), tmp_path / "model")
+    assert chain.steps == ()
+    assert "3 train labels" in chain.evidence_text
+    assert chain.evidence_text in (tmp_path / "model" / "README.md").read_text()
+    assert load_model(tmp_path / "model").encoding_shape

@@ -1,0 +1,50 @@
+"""What every reader of a folder returns: rows of a catalogue, with or without a split of their own."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from distributed_rerank.errors import BadInput
+
+SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
+
+
+@dataclass(frozen=True)
+class Row:
+    """One photo, or one box in a photo."""
+
+    path: Path
+    label: str
+    split: str = ""
+    """train or validation; "" = the reader's files do not say."""
+    is_query: bool = True
+    is_gallery: bool = True
+    category: str | None = None
+    sequence: str | None = None
+    box: tuple[float, float, float, float] | None = None
+    """Left, top, right, bottom in pixels."""
+
+
+def images_below(folder: Path) -> Iterator[Path]:
+    """The image files at any depth, in the order of their paths; hidden files and folders are passed over."""
+    for path in sorted(folder.rglob("*")):
+        is_hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
+        if path.suffix.lower() in SUFFIXES and not is_hidden and path.is_file():
+            yield path
+
+
+def first_file(folder: Path, *patterns: str) -> Path | None:
+    """The first file, by path, that matches the first of these patterns that any file matches."""
+    for pattern in patterns:
+        found = sorted(path for path in folder.glob(pattern) if path.is_file())
+        if found:
+            return found[0]
+    return None
+
+
+def needed(folder: Path, what: str, *patterns: str) -> Path:
+    """As `first_file`. Raises BadInput where there is none."""
+    found = first_file(folder, *patterns)
+    if found is None:
+        raise BadInput(f"{folder} has no {patterns[0]}, which {what} comes with; extract the whole archive there")
+    return found

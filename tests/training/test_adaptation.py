@@ -1,0 +1,120 @@
+"""The first chain step: taken where it helps labels that it was not fitted to, left out where it does not."""
+
+import numpy as np
+import pytest
+import torch
+
+from distributed_rerank.chain.evidence import Evidence
+from distributed_rerank.models.adapter import fit_adapters
+from distributed_rerank.tensors.candidate_lists import CandidateLists, concatenate
+from distributed_rerank.tensors.knn import nearest
+from distributed_rerank.tensors.metrics import count_relevant
+from distributed_rerank.training.adaptation import TRIED, Adaptation, choose_adaptation
+
+N_LABELS, N_IMAGES, DIM = 40, 5, 16
+FEW = 10
+SIDE = np.repeat(np.arange(N_LABELS) % 2, N_IMAGES)
+LABELS = np.repeat(np.arange(N_LABELS), N_IMAGES)
+
+
+def planted(nuisance: float, seed: int) -> np.ndarray:
+    """Points of labels that differ in the first half of the directions and scatter in the second."""
+    state = np.random.default_rng(seed)
+    centres = np.c_[state.standard_normal((N_LABELS, DIM // 2)), np.zeros((N_LABELS, DIM // 2))]
+    scatter = np.r_[np.full(DIM // 2, 0.3), np.full(DIM // 2, nuisance)]
+    return (centres[LABELS] + state.standard_normal((len(LABELS), DIM)) * scatter).astype(np.float32)
+
+
+def search(matrix: np.ndarray, name: str) -> tuple[CandidateLists, CandidateLists]:
+    x = torch.from_numpy(matrix)
+    first, second = (torch.from_numpy(np.flatnonzero(SIDE == side)) for side in (0, 1))
+    return (
+        nearest(x[first], x[first], query_items=first, gallery_items=first, n_items=20),
+        nearest(x[second], x[second], query_items=second, gallery_items=second, n_items=20),
+    )
+
+
+def chosen(points: np.ndarray, labels: np.ndarray, seed: int = 0) -> Adaptation:
+    def measure(lists: tuple[CandidateLists, CandidateLists]) -> Evidence:
+        joined = concatenate(list(lists))
+        joined = joined[joined.query_items.argsort()]
+        items, known = joined.query_items, torch.from_numpy(labels)
+        return Evidence(joined, known, count_relevant(items, known, None, items, known, None))
+
+    return choose_adaptation(points, labels, np.full(len(labels), -1), SIDE, search, measure, seed)
+
+
+def test_a_map_that_helps_other_labels_is_taken_and_cross_fitted() -> None:
+    points = planted(nuisance=1.5, seed=0)
+    found = chosen(points, LABELS)
+    assert found.step is not None
+    assert found.step.kind != "centre"
+    assert found.decision is not None
+    assert found.decision["gain"]["map@10"]["ci95"][0] > 0.1
+    place = TRIED.index((found.step.kind, found.step.floor))
+    for side in (0, 1):
+        other = torch.from_numpy(SIDE != side)
+        fitted = fit_adapters(torch.from_numpy(points)[other], torch.from_numpy(LABELS)[other], TRIED)[place]
+        assert fitted is not None
+        assert np.array_equal(found.embeddings[SIDE == side], fitted(points[SIDE == side]))
+    whole = fit_adapters(torch.from_numpy(points), torch.from_numpy(LABELS), TRIED)[place]
+    assert whole is not None
+    assert found.adapter is not None
+    assert found.adapter.digest() == whole.digest()
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_nothing_is_mapped_for_shuffled_labels_or_a_perfect_first_stage(seed: int) -> None:
+    shuffled = np.random.default_rng(seed).permutation(LABELS[SIDE == 0])
+    labels = LABELS.copy()
+    labels[SIDE == 0] = shuffled
+    labels[SIDE == 1] = np.random.default_rng(seed + 9).permutation(LABELS[SIDE == 1])
+    for points, known in ((planted(1.5, seed), labels), (planted(0.01, seed) * 100, LABELS)):
+        found = chosen(points, known, seed)
+        if found.step is None:
+            assert found.embeddings is points
+        else:  # what is taken by chance may not do harm
+            assert found.decision is not None
+            assert found.decision["gain"]["map@10"]["mean"] >= 0
+    assert chosen(planted(0.01, seed) * 100, LABELS, seed).step is None
+
+
+def test_few_labels_are_chosen_on_by_folds_and_map_new_labels_better() -> None:
+    points = planted(nuisance=1.5, seed=0)
+    labels = np.where(LABELS < FEW, LABELS, -1)
+    side = np.where(labels < 0, -1, SIDE)
+
+    def search_few(matrix: np.ndarray, name: str) -> tuple[CandidateLists, CandidateLists]:
+        x = torch.from_numpy(matrix)
+        first, second = (torch.from_numpy(np.flatnonzero(side == s)) for s in (0, 1))
+        return (
+            nearest(x[first], x[first], query_items=first, gallery_items=first, n_items=20),
+            nearest(x[second], x[second], query_items=second, gallery_items=second, n_items=20),
+        )
+
+    seen = []
+
+    def measure(lists: tuple[CandidateLists, CandidateLists]) -> Evidence:
+        joined = lists[0][lists[0].query_items.argsort()]
+        seen.append(joined)
+        items, known = joined.query_items, torch.from_numpy(labels)
+        return Evidence(joined, known[items], count_relevant(items, known[items], None, items, known[items], None))
+
+    found = choose_adaptation(points, labels, np.full(len(labels), -1), side, search_few, measure, 0)
+    assert found.step is not None
+    assert found.adapter is not None
+    assert found.decision is not None
+    assert found.decision["n_labels"] == FEW
+    assert len(seen) == 2
+    # An item's list is the one under an adapter that has not seen its label, whatever the folds are.
+    for lists in seen:
+        assert lists.query_items.tolist() == list(range(FEW * N_IMAGES))
+        assert bool((lists.items < FEW * N_IMAGES).all())
+    fresh = torch.from_numpy(points[labels < 0])
+    mapped = torch.from_numpy(found.adapter(fresh.numpy()))
+    items, known = torch.arange(len(fresh)), torch.from_numpy(LABELS[labels < 0])
+    right = []
+    for x in (fresh, mapped):
+        lists = nearest(x, x, query_items=items, gallery_items=items, n_items=1)
+        right.append(float((known[lists.items[:, 0]] == known).double().mean()))
+    assert right[1] > right[0] + 0.1
