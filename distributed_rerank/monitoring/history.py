@@ -79,9 +79,8 @@ def references(history: pd.DataFrame, run_id: str) -> tuple[str | None, str | No
     """The runs that `run_id` is compared with: the last before it without a regression, and the last accepted one."""
     ids = history["run_id"].tolist()
     before = history.head(ids.index(run_id)) if run_id in ids else history
-    good, accepted = before["exit_code"] == 0, before["verdict"] == ACCEPTED
-    found = [before.loc[is_meant, "run_id"].tolist() for is_meant in (good, accepted)]
-    last = [str(ids[-1]) if ids else None for ids in found]
+    good, accepted = before[before["exit_code"] == 0], before[before["verdict"] == ACCEPTED]
+    last = [str(rows["run_id"].tolist()[-1]) if len(rows) else None for rows in (good, accepted)]
     return last[0], last[1]
 
 
