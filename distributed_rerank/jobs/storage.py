@@ -13,14 +13,15 @@ from pathlib import Path
 from typing import Any
 
 from distributed_rerank.config.cluster import ClusterConfig
+from distributed_rerank.config.jobs import TrainJob
 from distributed_rerank.config.schedule import ScheduleConfig
 from distributed_rerank.errors import BadInput, Outage
 
 logger = logging.getLogger(__name__)
 
-INPUTS = ("candidates", "baseline", "model", "teacher", "chain", "weights", "pairwise_weights")
-FOLDERS = ("out", "embeddings")
-"""Written by a job; embeddings may be an input as well."""
+INPUTS = ("embeddings", "adapt", "candidates", "baseline", "model", "teacher", "chain", "weights", "pairwise_weights")
+FOLDERS = ("out",)
+"""Written by a job; `train` adds to its embeddings as well."""
 FILES = ("trec", "markdown")
 _OUTPUTS = (*FOLDERS, *FILES, "runs", "history")
 _URI = re.compile(r"(s3|gs|gcs|az|abfs|file):/+(.*)", re.DOTALL)
@@ -45,8 +46,13 @@ def local_job(job: Any) -> Iterator[Any]:
     if not any(uri_of(value) for name, value in _values(job) if name in (*INPUTS, *_OUTPUTS)):
         yield job
         return
-    cluster = next(value for _, value in _values(job) if isinstance(value, ClusterConfig))
-    places = _Places(cluster.scratch.expanduser().absolute())
+    cluster = next((value for _, value in _values(job) if isinstance(value, ClusterConfig)), None)
+    if cluster is None:
+        raise BadInput(
+            f"--out {uri_of(job.out)}: this job writes on this machine only; give a path, then copy the result"
+        )
+    written = (*FOLDERS, "embeddings") if isinstance(job, TrainJob) else FOLDERS
+    places = _Places(cluster.scratch.expanduser().absolute(), written)
     try:
         with ExitStack() as stack:
             yield _replaced(job, lambda name, value: places.local(name, value, stack))
@@ -57,8 +63,8 @@ def local_job(job: Any) -> Iterator[Any]:
 class _Places:
     """The local places of a job's URIs."""
 
-    def __init__(self, scratch: Path) -> None:
-        self._scratch = scratch
+    def __init__(self, scratch: Path, written: tuple[str, ...]) -> None:
+        self._scratch, self._written = scratch, written
         self._uris: dict[str, str] = {}
 
     def local(self, name: str, value: Any, stack: ExitStack) -> Any:
@@ -71,7 +77,7 @@ class _Places:
         from distributed_rerank.data.remote_folders import RemoteFolder, fetch
 
         place = self.place(uri)
-        if name in FOLDERS:
+        if name in self._written:
             stack.enter_context(RemoteFolder(uri, place))
         elif name in FILES:
             place.parent.mkdir(parents=True, exist_ok=True)
@@ -120,14 +126,16 @@ class _Places:
 
 
 def _refuse_lost_outputs(job: Any) -> None:
-    if _JOB not in os.environ:
-        return
     for name, value in _values(job):
-        if name not in _OUTPUTS or value is None or uri_of(value) or Path(value).is_absolute():
+        if name == "metrics_file" and uri_of(value):
+            raise BadInput(f"--metrics-file {uri_of(value)} is for a program on this machine; give a path")
+        is_output = name in (*_OUTPUTS, "metrics_file")
+        if _JOB not in os.environ or not is_output or value is None or uri_of(value) or Path(value).is_absolute():
             continue
         raise BadInput(
-            f"--{name} {value} is relative: a submitted job runs in a scratch copy of the working directory, which is "
-            f"deleted with all in it; give an absolute path that the head keeps, or a URI such as s3://bucket/{value}"
+            f"--{name.replace('_', '-')} {value} is relative: a submitted job runs in a scratch copy of the working "
+            "directory, which is deleted with all in it; give an absolute path that the head keeps, or a URI such as "
+            f"s3://bucket/{value}"
         )
 
 

@@ -1,7 +1,9 @@
 """Jobs whose catalogue, images, inputs and results lie in a bucket: the bytes of a local run, nothing lost."""
 
+import dataclasses
 import json
 import shutil
+import typing
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,8 +13,12 @@ import pytest
 from job_files import EXTRACTOR, bytes_of
 from s3_server import Server, put_folder
 
+from distributed_rerank import command_line
+from distributed_rerank.config.jobs import JOBS
 from distributed_rerank.data import object_store
 from distributed_rerank.data.remote_folders import fetch
+from distributed_rerank.errors import BadInput
+from distributed_rerank.jobs import storage
 from distributed_rerank.jobs.storage import uri_of
 
 
@@ -34,7 +40,7 @@ def test_embed_and_evaluate_in_a_bucket_give_the_bytes_of_a_local_run(
     monkeypatch.chdir(tmp_path)
     put_folder(models["concat"], f"{s3.bucket}/model")
     local = ["--out", tmp_path / "local", "--embeddings", tmp_path / "embeddings", "--model", models["concat"]]
-    images = ["--catalogue", catalogue_path]
+    images = ["--catalogue", table]  # files of photos are compared with each other on a disk only
     assert run_job("embed", *images, "--out", tmp_path / "embeddings", *EXTRACTOR).code == 0
     outcome = run_job("evaluate", *images, *local)
     assert outcome.code == 0, outcome.errors
@@ -42,6 +48,7 @@ def test_embed_and_evaluate_in_a_bucket_give_the_bytes_of_a_local_run(
     bucket = ["--catalogue", table, "--scratch", tmp_path / "scratch"]
     outcome = run_job("embed", *bucket, "--out", f"{s3.bucket}/runs/embeddings", *EXTRACTOR)
     assert outcome.code == 0, outcome.errors
+    s3.requests()
     given = [*bucket, "--embeddings", f"{s3.bucket}/runs/embeddings", "--model", f"{s3.bucket}/model"]
     for scratch in ("scratch", "another machine"):
         here = ["--scratch", tmp_path / scratch, "--out", f"{s3.bucket}/runs/evaluation"]
@@ -49,8 +56,10 @@ def test_embed_and_evaluate_in_a_bucket_give_the_bytes_of_a_local_run(
         assert outcome.code == 0, outcome.errors
     assert "nothing to do" in outcome.errors or not outcome.errors
     assert b"mAP@10" in object_store.read(f"{s3.bucket}/runs/table.md")
-    assert bytes_of(fetch(f"{s3.bucket}/runs/evaluation", tmp_path / "fetched")) == bytes_of(tmp_path / "local")
+    found = fetch(f"{s3.bucket}/runs/evaluation", tmp_path / "fetched")
+    assert bytes_of(found) == bytes_of(tmp_path / "local")
     assert not [path for path in tmp_path.iterdir() if path.name.startswith("s3")], "no local folder named s3:"
+    assert not any(".embeddings.lock" in path for _, path in s3.requests()), "an input is locked by nobody"
     names = {name.partition("/")[0] for name in object_store.sizes(f"{s3.bucket}/runs")}
     assert names == {"embeddings", "evaluation", "table.md"}
 
@@ -111,6 +120,28 @@ def test_store_that_is_out_ends_with_75(
     assert (outcome.code, outcome.errors.count("outage: ")) == (75, 1)
     s3.faults()
     assert run_job("embed", *given).code == 0, "the same command later"
+
+
+def path_fields(kind: type) -> set[str]:
+    """The names of a config's fields that hold a path, those of configs inside too."""
+    found = set()
+    for name, hint in typing.get_type_hints(kind).items():
+        if isinstance(hint, type) and dataclasses.is_dataclass(hint):
+            found |= path_fields(hint)
+        elif Path in (hint, *typing.get_args(hint)):
+            found.add(name)
+    return found
+
+
+@pytest.mark.parametrize("job", JOBS)
+def test_every_field_with_a_path_may_be_a_uri_or_is_known_to_be_local(job: str) -> None:
+    known = {*storage.INPUTS, *storage.FOLDERS, *storage.FILES, "runs", "history"}
+    assert path_fields(JOBS[job]) - known <= {"scratch", "metrics_file", "folder"}
+
+
+def test_table_of_a_folder_is_not_written_to_a_bucket(tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match=r"--out s3://bucket/df.csv: this job writes on this machine only; give a path"):
+        command_line.run(["catalogue", str(tmp_path), "--out", "s3://bucket/df.csv"])
 
 
 def test_uri_is_known_in_a_path_and_plain_paths_are_none() -> None:

@@ -59,7 +59,7 @@ def test_tested_commands_run_on_a_cluster_and_give_the_bytes_of_a_local_run(
         )  # fmt: skip
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert "night-1 is known to the cluster (SUCCEEDED): attached" in done.stderr
-    given = ["--catalogue", catalogue_path]
+    given = ["--catalogue", f"{s3.bucket}/photos/df.csv"]
     assert run_job("embed", *given, "--out", tmp_path / "embeddings", *EXTRACTOR).code == 0
     assert run_job("evaluate", *given, "--embeddings", tmp_path / "embeddings", "--out", tmp_path / "local").code == 0
     found = fetch(f"{s3.bucket}/runs/evaluation", tmp_path / "fetched")
