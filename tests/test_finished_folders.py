@@ -18,7 +18,7 @@ from distributed_rerank.config.evaluation import FirstStageConfig, MeasureConfig
 from distributed_rerank.config.extractor import ExtractorConfig
 from distributed_rerank.config.work import WorkConfig
 from distributed_rerank.data import begun, tables
-from distributed_rerank.data.artifacts import read_manifest
+from distributed_rerank.data.artifacts import RESULT_VERSIONS, read_manifest
 from distributed_rerank.data.candidate_files import read_candidates
 from distributed_rerank.data.embeddings import read_embeddings
 from distributed_rerank.errors import BadInput
@@ -179,7 +179,7 @@ def test_manifest_tells_device_precision_and_versions_and_results_do_not(
     folder = finished[stage].folder
     manifest = read_manifest(folder)
     assert manifest["versions"]["torch"] == str(torch.__version__)
-    assert manifest["fingerprint"]["result_version"][stage] == 1
+    assert manifest["fingerprint"]["result_version"][stage] == RESULT_VERSIONS[stage]
     assert "code_version" not in str(manifest)
     kind = "cuda" if torch.cuda.is_available() else "cpu"
     assert manifest["computed_with"]["device"] == kind

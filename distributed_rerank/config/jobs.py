@@ -297,7 +297,9 @@ class ExportJob:
     """
 
     model: str
-    """Folder that `train` wrote, or hf-hub:owner/name."""
+    """Folder that `train` wrote, or hf-hub:owner/name with --allow-hub."""
+    allow_hub: bool = False
+    """Fetch --model hf-hub:owner/name from the Hugging Face hub."""
     out: Path
     """Folder for the files."""
 

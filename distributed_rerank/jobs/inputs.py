@@ -48,7 +48,7 @@ def _(job: MakeCatalogueJob) -> Inputs:
 
 @read_inputs.register
 def _(job: ExportJob) -> Inputs:
-    check_model(job.model)
+    check_model(RerankerConfig(model=job.model, allow_hub=job.allow_hub))
     if job.out.exists():
         raise BadInput(f"--out {job.out} exists; give another folder")
     return ()
