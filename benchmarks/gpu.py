@@ -35,7 +35,7 @@ QUICK_LIMIT_S = 300.0
 """Of every part with --quick: a busy machine must not fail."""
 LEAST_S = 5.0
 """A part with less time left is not started."""
-KEPT_CHARACTERS = 8000
+KEPT_CHARACTERS = 40_000
 """Of what a failed part wrote on standard error."""
 
 

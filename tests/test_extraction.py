@@ -1,12 +1,12 @@
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from torch import Tensor
 
 from distributed_rerank import extraction
@@ -170,13 +170,16 @@ def test_embed_other_config_in_the_same_folder_is_refused(tmp_path: Path) -> Non
 def test_embed_reads_rejects_again_once_and_never_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     catalogue = make_catalogue(tmp_path / "images", 8, broken=(1, 4))
     reads: list[str] = []
-    read_image = decoding.read_image
 
-    def counted(ref: ImageRef) -> Image.Image:
-        reads.append(ref.id)
-        return read_image(ref)
+    def counting(read: Callable[[ImageRef], Any]) -> Callable[[ImageRef], Any]:
+        def counted(ref: ImageRef) -> Any:
+            reads.append(ref.id)
+            return read(ref)
 
-    monkeypatch.setattr(decoding, "read_image", counted)
+        return counted
+
+    for name in ("read_content", "read_image"):  # with their block, and again on their own
+        monkeypatch.setattr(decoding, name, counting(getattr(decoding, name)))
     embed(catalogue, EXTRACTOR, tmp_path / "out", work=WORK)
     assert sorted(reads) == catalogue.ids.tolist(), "each image is read once"
     reads.clear()
@@ -194,15 +197,15 @@ def test_embed_image_that_is_back_between_two_looks_is_not_lost(
 ) -> None:
     """A store that was away for a moment: the image cannot be read with its block, and can be a second later."""
     catalogue = make_catalogue(tmp_path / "images", 6)
-    read_image, away = decoding.read_image, ["picture_002.png"]
+    read_content, away = decoding.read_content, ["picture_002.png"]
 
-    def sometimes(ref: ImageRef) -> Image.Image:
+    def sometimes(ref: ImageRef) -> bytes:
         if ref.id in away:
             away.remove(ref.id)
             raise UnreadableImage(f"{OUTAGE}: curlCode 7")
-        return read_image(ref)
+        return read_content(ref)
 
-    monkeypatch.setattr(decoding, "read_image", sometimes)
+    monkeypatch.setattr(decoding, "read_content", sometimes)
     with pytest.raises(BadInput, match="1 of 6 images were not fetched, because their store does not answer"):
         embed(catalogue, EXTRACTOR, tmp_path / "out", work=WORK)
     assert embed(catalogue, EXTRACTOR, tmp_path / "out", work=WORK).ids.tolist() == catalogue.ids.tolist()

@@ -94,7 +94,9 @@ def choose(evidence: Evidence, seed: int = 0, accept: float = ACCEPT) -> Chain:
         table += [row(chain, values) for chain, values in zip(settings.chains, settings.values, strict=True)]
         # Settings that would lose CMC@1 against the chain so far are not chosen where others are there.
         values = cross_fitted_values(settings, current, is_first_half, pick)
-        decisions.append(judge(name, current.values, values, first_stage, labels, seed, accept))
+        counts_map = evidence.target == "both"
+        decision = judge(name, current.values, values, first_stage, labels, seed, accept, counts_map=counts_map)
+        decisions.append(decision)
         if decisions[-1]["taken"]:
             everyone = torch.ones_like(is_first_half)
             current = try_chain(evidence, settings.chains[pick(settings.values, current, everyone)])
@@ -268,15 +270,23 @@ def judge(
     labels: Int64[Tensor, " query"],
     seed: int,
     accept: float,
+    *,
+    counts_map: bool = False,
 ) -> dict[str, Any]:
     """The decision about a chain step, for chain.json: its gain, how probable one is, and whether it is taken.
 
     Taken where the objective rises with probability `accept` and by enough to matter; neither may mAP@10 have fallen,
-    nor CMC@1 be below the first stage's.
+    nor CMC@1 be below the first stage's. Where mAP@10 counts, its own gain is enough if CMC@1 has not fallen: CMC@1
+    varies so much between labels that it would hide a gain of mAP@10.
     """
     gain = statistics.compare({key: before[key] for key in after}, after, labels, seed=seed)
-    change = after["objective"] - before["objective"]
-    probability = statistics.probability_of_gain(change, labels, prior_spread=PRIOR_SPREAD, prior_clusters=PRIOR_LABELS)
+    sure_by = ["objective", *(["map@10"] if counts_map and gain["cmc@1"].mean >= 0 else [])]
+    probability = max(
+        statistics.probability_of_gain(
+            after[key] - before[key], labels, prior_spread=PRIOR_SPREAD, prior_clusters=PRIOR_LABELS
+        )
+        for key in sure_by
+    )
     is_harmless = gain["map@10"].mean >= 0 and float((after["cmc@1"] - first_stage.values["cmc@1"]).mean()) >= 0
     return {
         "step": name,

@@ -1,7 +1,10 @@
 """Classes and functions of your own, named as `package.module:Name`; the module must be on Python's path."""
 
 import importlib
+import importlib.util
 import re
+import sysconfig
+from pathlib import Path
 from typing import Any
 
 from distributed_rerank.errors import BadInput
@@ -12,6 +15,23 @@ _NAME = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
 def is_own(name: str) -> bool:
     """Whether a name has the form `package.module:Name`."""
     return _NAME.fullmatch(name) is not None and not name.startswith("hf_hub:")
+
+
+def refuse_foreign(name: str, source: str) -> None:
+    """Raises BadInput for a name in the file `source` whose module is not of your own.
+
+    A model folder may come from somebody else: it must not name code of Python's library or of an installed package,
+    such as `os:system`.
+    """
+    root = name.partition(":")[0].partition(".")[0]
+    found = importlib.util.find_spec(root)
+    places = [*(found.submodule_search_locations or ()), found.origin or ""] if found is not None else []
+    installed = [sysconfig.get_path(kind) for kind in ("stdlib", "platstdlib", "purelib", "platlib")]
+    is_installed = any(Path(place).is_relative_to(folder) for place in places for folder in installed)
+    if found is not None and (is_installed or not any(Path(place).exists() for place in places)):
+        raise BadInput(
+            f"{source} names {name}, which is no module of your own; only those in a folder on PYTHONPATH are run"
+        )
 
 
 def load_own(name: str) -> Any:

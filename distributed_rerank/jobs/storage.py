@@ -25,6 +25,7 @@ FOLDERS = ("out",)
 FILES = ("trec", "markdown")
 _OUTPUTS = (*FOLDERS, *FILES, "runs", "history")
 _URI = re.compile(r"(s3|gs|gcs|az|abfs|file):/+(.*)", re.DOTALL)
+_OTHER_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:/.*", re.DOTALL)
 _JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 """In the environment of every job that was submitted to a Ray cluster."""
 
@@ -42,6 +43,11 @@ def local_job(job: Any) -> Iterator[Any]:
     Raises BadInput for a relative output of a submitted job, and as `remote_folders` does.
     """
     _refuse_lost_outputs(job)
+    for name, value in _values(job):
+        if name in _OUTPUTS and uri_of(value) is None and _OTHER_SCHEME.fullmatch(str(value)):
+            raise BadInput(
+                f"--{name} {value} is in no store that can be written; give a folder, or s3://, gs://, az://"
+            )
     job = _replaced(job, _without_file_scheme)
     if not any(uri_of(value) for name, value in _values(job) if name in (*INPUTS, *_OUTPUTS)):
         yield job

@@ -17,7 +17,7 @@ import timm
 from torch import nn
 
 from distributed_rerank.config.extractor import ExtractorConfig
-from distributed_rerank.config.own import is_own, load_own
+from distributed_rerank.config.own import is_own, load_own, refuse_foreign
 from distributed_rerank.config.pairwise import PairwiseConfig, pairwise_config, pairwise_name
 from distributed_rerank.data.files import write_bytes
 from distributed_rerank.data.locations import asking_hub
@@ -116,6 +116,8 @@ def load_model(folder: str | Path) -> PairwiseModel:
     name = str(content.get("model"))
     if name not in MODELS and not is_own(name):
         raise BadInput(f"{path / 'config.json'} names the model {name!r}; known are {', '.join(MODELS)}")
+    if is_own(name):
+        refuse_foreign(name, str(path / "config.json"))
     model = build_model(config_from_json(pairwise_config(name), content["config"]))
     weights.load_exactly(model, weights.read_state_dict(path / "model.safetensors"), str(path / "model.safetensors"))
     model.trained_on = read_trained_on(path)
@@ -132,7 +134,10 @@ def config_from_json(kind: type, values: Mapping[str, Any]) -> Any:
     if "extractor" in plain:
         plain["extractor"] = config_from_json(ExtractorConfig, plain["extractor"])
     if kind is ExtractorConfig:
-        if not timm.is_model(str(plain.get("name")).partition(".")[0]):
+        name = str(plain.get("name"))
+        if is_own(name):
+            refuse_foreign(name, "config.json")
+        elif not timm.is_model(name.partition(".")[0]):
             raise BadInput(f"config.json names the extractor {plain.get('name')!r}, which is no timm model")
         plain["weights"] = "none"
     elif "pairwise_weights" in known:

@@ -59,6 +59,16 @@ class LabelsToUse:
     """Digests of the labels that the extractor's weights file names."""
 
 
+def check_enough_labels(catalogue: Catalogue, config: EvidenceConfig) -> None:
+    """Raises BadInput for fewer than `MIN_LABELS` train labels of two images or more."""
+    n_labels = MIN_LABELS if config.calibration_split else n_usable_labels(catalogue.restrict("train"))
+    if n_labels < MIN_LABELS:
+        raise BadInput(
+            f"{catalogue.source}: {n_labels} train labels have two images or more, training needs at least "
+            f"{MIN_LABELS}; add images"
+        )
+
+
 def pick_labels(
     catalogue: Catalogue,
     extractor_weights: str | None,
@@ -70,12 +80,8 @@ def pick_labels(
     `embed` gives embeddings of any part of the catalogue. Raises BadInput for a calibration split with labels that the
     extractor was trained on.
     """
+    check_enough_labels(catalogue, config)
     train, seen_before = catalogue.restrict("train"), weights.seen_labels(extractor_weights)
-    if config.calibration_split is None and n_usable_labels(train) < MIN_LABELS:
-        raise BadInput(
-            f"{catalogue.source}: {n_usable_labels(train)} train labels have two images or more, training needs at "
-            f"least {MIN_LABELS}; add images"
-        )
     is_seen, source = seen_among(train, extractor_weights, config)
     if source == "" and config.calibration_split is None:
         source = found_in_embeddings(catalogue, train, embed)

@@ -44,7 +44,7 @@ from distributed_rerank.training.encodings import FULL_ENCODER, FittedModel
 from distributed_rerank.training.plan import sides
 from distributed_rerank.training.run import fit as fit_in_this_process
 from distributed_rerank.training.run import results
-from distributed_rerank.training.seen_labels import LabelsToUse, pick_labels
+from distributed_rerank.training.seen_labels import LabelsToUse, check_enough_labels, pick_labels
 from distributed_rerank.training.state import load_state
 from distributed_rerank.training.task import (
     Fit,
@@ -93,6 +93,7 @@ def train(
     if teacher is not None:
         check_teachable(config)
     evidence = evidence or EvidenceConfig()
+    check_enough_labels(catalogue, evidence)
     given = None if embeddings_folder is None else extraction.embeddings_of_others(Path(embeddings_folder))
     fingerprint = fingerprint_of(catalogue, work, model_config, config, teacher, evidence, given)
     if artifacts.recover(out, fingerprint, overwrite) or artifacts.is_complete(out, fingerprint, overwrite):
@@ -105,25 +106,29 @@ def train(
         used = pick_labels(catalogue, model_config.extractor.weights, evidence, embed)
         images = used.images.as_query_and_gallery()
         embeddings = embed(images)
-        if not used.is_valid:
-            config = replace(config, adapt=False)
+        config = config if used.is_valid else replace(config, adapt=False)
         task = make_task(images, embeddings, model_config, config, scratch, executors)
         log_mining_report(task, embeddings, scratch, staging.path, executors)
         if teacher is not None:
-            lists = task.runs[-1].anchors
-            logits = score_by_teacher(teacher, task.catalogue, lists, scratch / "teacher", work, executors)
-            task = replace(task, teacher=logits)
+            task = taught(task, teacher, scratch / "teacher", work, executors)
         run_name = f"{Path(out).name}-{artifacts.json_digest(fingerprint)[:8]}"
         state = fit(replace(task, services=tuple(services), run_name=run_name), scratch / "run")
         chain = write_model(task, state, scratch / "run", staging.path, used)
         lists = join_lists([run.validation for run in task.runs if run.validation is not None])
-        write_trained_on(
-            trained_on(tensor_of(embeddings.matrix), fingerprint["extraction"]["extractor"], lists), staging.path
-        )
+        record = trained_on(tensor_of(embeddings.matrix), fingerprint["extraction"]["extractor"], lists)
+        write_trained_on(record, staging.path)
         staging.remember_from(scratch / "run")
         shutil.rmtree(scratch)
         staging.finish({"chain": chain.describe(), "runs": [run.name for run in task.runs]}, rows=len(task.catalogue))
     return chain
+
+
+def taught(
+    task: TrainingTask, teacher: Teacher, folder: Path, work: WorkConfig, executors: Executors | None
+) -> TrainingTask:
+    """The task with the teacher's logits of its last run's lists."""
+    logits = score_by_teacher(teacher, task.catalogue, task.runs[-1].anchors, folder, work, executors)
+    return replace(task, teacher=logits)
 
 
 def embeddings_of(

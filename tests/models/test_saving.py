@@ -6,6 +6,7 @@ import torch
 
 from distributed_rerank.chain.chain import Chain, PairwiseStep, write_chain
 from distributed_rerank.config.evaluation import RerankerConfig
+from distributed_rerank.config.own import refuse_foreign
 from distributed_rerank.config.pairwise import (
     ConcatSiameseConfig,
     DistanceSiameseConfig,
@@ -126,3 +127,10 @@ def test_load_model_of_a_hub_id_reads_the_copy_at_hand_with_its_chain(saved, tmp
     model, chain = load_model_and_chain(RerankerConfig(model="hf-hub:me/shoes", allow_hub=True))
     assert isinstance(model, DistanceSiamese)
     assert chain.pairwise == PairwiseStep(top_n=7)
+
+
+@pytest.mark.parametrize("name", ["os:system", "subprocess:run", "torch.hub:load", "builtins:eval"])
+def test_model_folder_that_names_code_of_python_or_of_a_package_is_refused(name: str) -> None:
+    with pytest.raises(BadInput, match="is no module of your own"):
+        refuse_foreign(name, "config.json")
+    refuse_foreign("no_such_module_anywhere:Model", "config.json")  # `load_own` says that it cannot be imported
