@@ -116,7 +116,7 @@ def score(
 
 def time_metrics(catalogue: Catalogue, scored: ScoredLists, top_n: int) -> Answer:
     """Seconds of ranking and measuring for the largest n alone, and for every n."""
-    queries = torch.from_numpy(scored.lists.query_items)
+    queries = scored.lists.query_items
     chain = Chain((PairwiseStep(top_n=top_n, rule="replace"),))
     found = {}
     for name, curve in (("largest_s", ()), ("every_s", ranking_run.CURVE)):
