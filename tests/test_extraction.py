@@ -62,22 +62,14 @@ def test_embed_grown_catalogue_computes_only_what_is_missing(tmp_path: Path) -> 
         asked.extend(ref.id for _, refs in blocks for ref in refs)
         yield from extraction.embed_blocks(blocks, config, work)
 
-    grown = embed(
-        make_catalogue(tmp_path / "images", 9),
-        EXTRACTOR,
-        tmp_path / "out",
-        work=WORK,
-        executors=SimpleNamespace(embed_blocks=spy),
-    )
+    def embed_first(n: int) -> Embeddings:
+        catalogue, executors = make_catalogue(tmp_path / "images", n), SimpleNamespace(embed_blocks=spy)
+        return embed(catalogue, EXTRACTOR, tmp_path / "out", work=WORK, executors=executors)
+
+    grown = embed_first(9)
     assert asked == [f"picture_{number:03d}.png" for number in range(5, 9)]
     assert len(grown.ids) == 9
-    smaller = embed(
-        make_catalogue(tmp_path / "images", 2),
-        EXTRACTOR,
-        tmp_path / "out",
-        work=WORK,
-        executors=SimpleNamespace(embed_blocks=spy),
-    )
+    smaller = embed_first(2)
     assert len(smaller.ids) == 9
     assert len(asked) == 4
 

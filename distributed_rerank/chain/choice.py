@@ -336,6 +336,15 @@ def labels_needed(decision: dict[str, Any]) -> int:
 
 def log_choice(chosen: Trial, decisions: Sequence[dict[str, Any]]) -> None:
     """One line for each chain step tried and one for the outcome."""
+    log_decisions(decisions)
+    if not chosen.chain.steps:
+        logger.info("no step improves the set-aside labels surely enough: the chain is the first stage alone")
+    else:
+        logger.info("chosen chain: %s", chosen.chain.describe())
+
+
+def log_decisions(decisions: Sequence[dict[str, Any]]) -> None:
+    """One line for each chain step tried."""
     for decision in decisions:
         gain = decision["gain"]
         logger.info(
@@ -343,7 +352,3 @@ def log_choice(chosen: Trial, decisions: Sequence[dict[str, Any]]) -> None:
             decision["step"], gain["map@10"]["mean"], *gain["map@10"]["ci95"], gain["cmc@1"]["mean"],
             *gain["cmc@1"]["ci95"], outcome(decision),
         )  # fmt: skip
-    if not chosen.chain.steps:
-        logger.info("no step improves the set-aside labels surely enough: the chain is the first stage alone")
-    else:
-        logger.info("chosen chain: %s", chosen.chain.describe())

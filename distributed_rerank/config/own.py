@@ -11,6 +11,9 @@ from distributed_rerank.errors import BadInput
 
 _NAME = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
 
+_PACKAGES = {"site-packages", "dist-packages"}
+"""Folders of installed packages, those of the system's Python too."""
+
 
 def is_own(name: str) -> bool:
     """Whether a name has the form `package.module:Name`."""
@@ -20,14 +23,18 @@ def is_own(name: str) -> bool:
 def refuse_foreign(name: str, source: str) -> None:
     """Raises BadInput for a name in the file `source` whose module is not of your own.
 
-    A model folder may come from somebody else: it must not name code of Python's library or of an installed package,
-    such as `os:system`.
+    A model folder may come from somebody else: it must not name code of Python's library, of this package or of another
+    installed one, such as `os:system`.
     """
     root = name.partition(":")[0].partition(".")[0]
     found = importlib.util.find_spec(root)
     places = [*(found.submodule_search_locations or ()), found.origin or ""] if found is not None else []
     installed = [sysconfig.get_path(kind) for kind in ("stdlib", "platstdlib", "purelib", "platlib")]
-    is_installed = any(Path(place).is_relative_to(folder) for place in places for folder in installed)
+    is_installed = root == __name__.partition(".")[0] or any(
+        Path(place).is_relative_to(folder) or not _PACKAGES.isdisjoint(Path(place).parts)
+        for place in places
+        for folder in installed
+    )
     if found is not None and (is_installed or not any(Path(place).exists() for place in places)):
         raise BadInput(
             f"{source} names {name}, which is no module of your own; only those in a folder on PYTHONPATH are run"

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import pandas as pd
 import pyarrow as pa
@@ -52,7 +53,8 @@ def check_rejects(rejects: Sequence[Reject], n_images: int, max_rejects: float |
             f"{found}, more than max_rejects={share:.2%} allows ({first}); all reasons are in {table}; "
             "repair them or raise --max-rejects"
         )
-    logger.warning("%s AND ARE LEFT OUT (%s); all reasons are in %s", found, first, table)
+    # By its name alone: the folder it lies in now gets another name when the run is finished.
+    logger.warning("%s AND ARE LEFT OUT (%s); all reasons are in the results' %s", found, first, Path(table).name)
 
 
 def reject_table(rejects: Sequence[Reject], stage: str) -> pa.Table:

@@ -5,7 +5,7 @@ import platform
 import shlex
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,8 @@ from distributed_rerank.report.query_examples import SHOWN_CANDIDATES, Candidate
 from distributed_rerank.tensors.candidate_lists import Ranking
 
 QUERIES_PER_BATCH = 1 << 12
+SECRETS = ("--webhook",)
+"""Options whose value a report, which is shared, does not show."""
 
 
 @dataclass(frozen=True)
@@ -115,12 +117,33 @@ def nearness(distances: Float[Tensor, " candidate"], chain: Chain) -> list[str]:
     return [f"d {value:.3f}" if value >= 0 else "" for value in distances.tolist()]
 
 
+def command_of(words: Sequence[str]) -> str:
+    """The command that this process was started with, without what is secret; "" where it is none of this package."""
+    program, *rest = words
+    path = Path(program)
+    if path.parts[-2:] == ("distributed_rerank", "__main__.py"):
+        name = "python -m distributed_rerank"
+    elif path.name == "distributed-rerank":
+        name = path.name
+    elif path.parent.name == "jobs" and path.suffix == ".py":
+        name = f"python jobs/{path.name}"
+    else:
+        return ""
+    for place, word in enumerate(rest):
+        option, is_joined, _ = word.partition("=")
+        if option in SECRETS and is_joined:
+            rest[place] = f"{option}=..."
+        elif place > 0 and rest[place - 1] in SECRETS:
+            rest[place] = "..."
+    return f"{name} {shlex.join(rest)}".strip()
+
+
 def _environment() -> dict[str, str]:
     """When, by which command and with what this process makes the report."""
     versions = {name: importlib.metadata.version(name) for name in ("distributed_rerank", "timm")}
     return {
         "date": time.strftime("%Y-%m-%d %H:%M %Z"),
-        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]) if sys.argv[0] else "",
+        "command": command_of(sys.argv),
         **versions,
         "python": platform.python_version(),
         "torch": torch.__version__,

@@ -60,7 +60,7 @@ def verdict_of_figures(metrics: Mapping[str, Any]) -> Verdict:
     sentence = f"{claim}: mAP@10 {moved} ({signed(change)}; 95 % interval {interval(compared)})."
     plain, detail = in_plain_words(metrics), _detail(metrics, before, after) + _added_to_adapted(metrics)
     if best is not None and best.beats:
-        step = f"Use {baseline_name(best.name)[:1].lower()}{baseline_name(best.name)[1:]} instead of this chain."
+        step = f"Leave this chain out and use what is better: {baseline_name(best.name)}."
         return Verdict("bad", plain, _beaten(best, after), f"{sentence} {detail}", step)
     return Verdict(tone, plain, sentence, f"{detail}{best_text}", _next_step(metrics, tone))
 

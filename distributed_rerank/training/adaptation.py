@@ -22,7 +22,7 @@ from distributed_rerank.chain.choice import (
     best,
     cross_fitted_values,
     judge,
-    log_choice,
+    log_decisions,
     row,
 )
 from distributed_rerank.chain.evidence import Evidence, Trial
@@ -94,7 +94,7 @@ def choose_adaptation(
         "first_stage": first_stage.figures(),
         "table": [row(trial.chain, trial.values) for trial in (first_stage, *trials)],
     }
-    log_choice(trials[chosen] if is_taken else first_stage, [decision])
+    log_decisions([decision])
     if not is_taken:
         return Adaptation(plain.lists, embeddings, decision=decision)
     has_side = torch.from_numpy(side >= 0)
@@ -151,7 +151,7 @@ def choose_by_folds(
         "first_stage": before.figures(),
         "table": [row(trial.chain, trial.values) for trial in (before, after)],
     }
-    log_choice(after if decision["taken"] else before, [decision])
+    log_decisions([decision])
     halves = [
         fit_adapters(x[torch.from_numpy(side == s)], number[torch.from_numpy(side == s)], [FEW_TRIED])[0]
         for s in (0, 1)

@@ -33,6 +33,7 @@ def test_verdict_says_first_that_a_baseline_without_training_is_better() -> None
     assert outcome.tone == "bad"
     assert outcome.sentence.startswith("k-reciprocal re-ranking, which looks at no pair, is better than this chain")
     assert "+0.040; 95 % interval +0.030 to +0.050" in outcome.sentence
+    assert outcome.next_step == "Leave this chain out and use what is better: k-reciprocal re-ranking."
     assert outcome.detail.startswith("Re-ranking helps")
     metrics["baselines"] = baselines_of(metrics["reranked"], against=0.005)
     assert verdict(metrics).tone == "good", "not beyond chance"
