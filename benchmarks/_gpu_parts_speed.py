@@ -92,10 +92,13 @@ class Pairs:
         """Pairs per second of the project's Scorer, from encodings in this process's memory to logits there."""
         with self.context.attempt(f"{self.name}, through the scorer"):
             work = scorer_work(self.model, self.encoded, self.n_images, self.context)
+            work()
+            started = time.perf_counter()
             with Busy(self.context) as busy:
-                found = rate(work, self.context, seconds=None if self.context.is_quick else 3.0)
+                found = rate(work, self.context, seconds=None if self.context.is_quick else 4.0)
             self.context.row(f"{self.name}, through the scorer, from cached encodings", "pairs/s", found, wanted)
-            busy.report(f"{self.name}, through the scorer", BUSY_WANTED if wanted else None)
+            # NVML's share is of the last second.
+            busy.report(f"{self.name}, through the scorer", BUSY_WANTED if wanted else None, since=started + 1.0)
 
 
 def scorer_work(model: Any, encoded: torch.Tensor, n_images: int, context: Context) -> Callable[[], int]:

@@ -55,7 +55,7 @@ PARTS = {
     "ray-score": Part("_gpu_parts_ray", "ray_score", 75),
     "search": Part("_gpu_parts_speed", "search", 45),
     "embed": Part("_gpu_parts_speed", "embed", 70),
-    "token": Part("_gpu_parts_speed", "token", 50),
+    "token": Part("_gpu_parts_speed", "token", 65),
     "profile": Part("_gpu_parts_speed", "profile", 45),
     "ray-train": Part("_gpu_parts_ray", "ray_train", 60),
     "training": Part("_gpu_parts_speed", "training", 45),

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
@@ -15,11 +16,36 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
-class Copier:
-    """Copies tensors from the memory of the host to a device; to a GPU on a stream of its own, from pinned memory.
+@dataclass(frozen=True)
+class Copied:
+    """A tensor whose copy may not be complete yet."""
 
-    The copy runs beside the computation of other parts; the stream that computes waits for it and for nothing else. On
-    a CPU a copy is the tensor itself.
+    _tensor: Tensor
+    _device: torch.device
+    _complete: Any
+    """The event after the copy; None where there is nothing to wait for."""
+    _cuda: Any
+
+    def on_device(self) -> Tensor:
+        """The tensor, for what the current stream computes from now on; the host does not wait."""
+        if self._complete is not None:
+            computing = self._cuda.current_stream(self._device)
+            computing.wait_event(self._complete)
+            # Without this the memory could go to the next copy while the computation still reads it.
+            self._tensor.record_stream(computing)
+        return self._tensor
+
+    def on_host(self) -> Tensor:
+        """The tensor, once the copy is complete."""
+        if self._complete is not None:
+            self._complete.synchronize()
+        return self._tensor
+
+
+class Copier:
+    """Copies tensors between the memory of the host and a device, which computes meanwhile.
+
+    To a GPU they go on a stream of its own and from pinned memory. On a CPU a copy is the tensor itself.
     """
 
     def __init__(self, device: torch.device, streams: Any = None) -> None:
@@ -30,15 +56,24 @@ class Copier:
 
     def __call__(self, tensor: Tensor) -> Tensor:
         """`tensor` on the device, ready for the stream that computes now."""
+        return self.to_device(tensor).on_device()
+
+    def to_device(self, tensor: Tensor) -> Copied:
+        """Begin to copy `tensor` to the device."""
         if self._stream is None:
-            return tensor
+            return self._copied(tensor, None)
         with self._cuda.stream(self._stream):
-            copied = self._pinned(tensor).to(self._device, non_blocking=True)
-        computing = self._cuda.current_stream(self._device)
-        computing.wait_stream(self._stream)
-        # Without this the memory could go to the next copy while the computation still reads it.
-        copied.record_stream(computing)
-        return copied
+            return self._copied(self._pinned(tensor).to(self._device, non_blocking=True), self._stream)
+
+    def to_host(self, tensor: Tensor) -> Copied:
+        """Begin to copy `tensor` to the host, after what the current stream still has to do and no later."""
+        if self._stream is None:
+            return self._copied(tensor, None)
+        host = self.host_memory(tuple(tensor.shape), tensor.dtype).copy_(tensor, non_blocking=True)
+        return self._copied(host, self._cuda.current_stream(self._device))
+
+    def _copied(self, tensor: Tensor, stream: Any) -> Copied:
+        return Copied(tensor, self._device, None if stream is None else stream.record_event(), self._cuda)
 
     def host_memory(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """An empty tensor on the host from which this copies without a step between: pinned for a GPU."""

@@ -1,7 +1,9 @@
 """Pairs to logits: every image is decoded and encoded once, then pairs are scored from the encodings."""
 
 import copy
+import threading
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
@@ -17,7 +19,7 @@ from distributed_rerank.data.catalogue import ImageRef
 from distributed_rerank.data.decoding import decode
 from distributed_rerank.models.pairwise import PairwiseModel
 from distributed_rerank.runtime.devices import InferenceThreads, array_of, pick_device, tensor_of
-from distributed_rerank.runtime.gpu import Copier, MicroBatch, errors_in_one_line
+from distributed_rerank.runtime.gpu import Copied, Copier, MicroBatch, errors_in_one_line
 from distributed_rerank.scoring import plan as scoring_plan
 from distributed_rerank.scoring.rounds import Encoded, EncodeTask, PairTask, ScoredBlock, Scores, Scoring
 from distributed_rerank.tensors import sharding
@@ -64,6 +66,8 @@ class Scorer:
         self._model = model.prepare_for_inference(self.device)
         self._computed_with = model.extractor.computed_with(self.device)
         self._threads = InferenceThreads(max(work.threads_per_worker, _THREADS_ON_GPU if is_gpu else 1))
+        # Threads that launch a GPU's kernels at the same time wait for Python's lock between any two of them.
+        self._launching = threading.Lock() if is_gpu else nullcontext()
 
     def encode(self, task: EncodeTask) -> tuple[np.ndarray, Encoded]:
         """Encodings of the readable images of the task, one array row each, and which images they are."""
@@ -93,18 +97,21 @@ class Scorer:
             return Scores(logits, self._computed_with)
         pairs = self._gather(first_rows, arrays, tasks[0])
         parts = self._threads.map(partial(self._batch.run, pairs.score), self._micro_batches(tasks[0]))
-        return Scores([self._joined(parts)], self._computed_with)
+        return Scores([self._joined(parts).on_host().numpy()], self._computed_with)
 
     def _score_task(
         self, first_rows: Int64[np.ndarray, " array"], arrays: Sequence[np.ndarray], task: PairTask
     ) -> Float32[np.ndarray, " pair"]:
         pairs = self._gather(first_rows, arrays, task)
-        return self._joined(list(map(partial(self._batch.run, pairs.score), self._micro_batches(task))))
-
-    def _joined(self, parts: Sequence[list[Tensor]]) -> Float32[np.ndarray, " pair"]:
-        """The logits of a task on the host. Only here does the host wait for a GPU."""
+        with self._launching:
+            logits = self._joined(list(map(partial(self._batch.run, pairs.score), self._micro_batches(task))))
         with errors_in_one_line("--pairs-per-batch"):
-            return torch.cat([torch.empty(0, device=self.device), *chain.from_iterable(parts)]).cpu().numpy()
+            return logits.on_host().numpy()  # only here does the host wait for a GPU
+
+    def _joined(self, parts: Sequence[list[Tensor]]) -> Copied:
+        """The logits of a task, on their way to the host."""
+        with errors_in_one_line("--pairs-per-batch"):
+            return self._to_device.to_host(torch.cat([torch.empty(0, device=self.device), *chain.from_iterable(parts)]))
 
     def _micro_batches(self, task: PairTask) -> list[slice]:
         return [slice(*part) for part in sharding.blocks(len(task.queries), self._batch.size)]
@@ -123,24 +130,24 @@ class Scorer:
             # `index_select` copies whole rows; indexing would copy number by number.
             torch.index_select(tensor_of(array, dtype), 0, rows[start:stop] - first, out=images[start:stop])
         with errors_in_one_line("--queries-per-block"):
-            on_device = self._to_device(images)
-        queries, candidates = self._to_device(places)
-        return _PairsOnDevice(self._model, on_device, queries, candidates, self._to_device(tensor_of(task.distances)))
+            parts = (images, places, tensor_of(task.distances))
+            return _PairsOnDevice(self._model, *map(self._to_device.to_device, parts))
 
 
 @dataclass(frozen=True)
 class _PairsOnDevice:
-    """The pairs of a task with the encodings of their images."""
+    """The pairs of a task with the encodings of their images, on their way to the device."""
 
     model: PairwiseModel
-    images: Tensor
+    images: Copied
     """Encodings [image, ...]."""
-    queries: Int64[Tensor, " pair"]
-    """The query of each pair, as a row of `images`."""
-    candidates: Int64[Tensor, " pair"]
-    distances: Float32[Tensor, " pair"]
+    places: Copied
+    """Int64[2, pair]: the query and the candidate of each pair, as rows of `images`."""
+    distances: Copied
+    """Float32[pair]."""
 
     def score(self, pairs: slice) -> Float32[Tensor, " _"]:
         """Logits of some pairs, on the device."""
-        query, candidate = (self.images.index_select(0, rows[pairs]) for rows in (self.queries, self.candidates))
-        return self.model(query, candidate, self.distances[pairs]).float()
+        images, places = self.images.on_device(), self.places.on_device()
+        query, candidate = (images.index_select(0, rows) for rows in places[:, pairs])
+        return self.model(query, candidate, self.distances.on_device()[pairs]).float()

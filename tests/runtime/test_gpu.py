@@ -21,12 +21,22 @@ class Streams:
         self.now = "computing"
         outer = self
 
+        class Event:
+            def __init__(self, name: str) -> None:
+                self.name = name
+
+            def synchronize(self) -> None:
+                outer.events.append(f"host waits for {self.name}")
+
         class Stream:
             def __init__(self, device: object = None, name: str = "copies") -> None:
                 self.name = name
 
-            def wait_stream(self, other: "Stream") -> None:
-                outer.events.append(f"{self.name} waits for {other.name}")
+            def record_event(self) -> Event:
+                return Event(self.name)
+
+            def wait_event(self, event: Event) -> None:
+                outer.events.append(f"{self.name} waits for {event.name}")
 
         self.Stream = Stream
 
@@ -63,9 +73,29 @@ def test_copy_runs_on_its_own_stream_and_the_computation_waits_for_it() -> None:
     assert copied.tolist() == [0, 1, 2]
 
 
+def test_computation_waits_for_a_copy_only_when_it_needs_it() -> None:
+    streams = Streams()
+    tensor = torch.arange(3).as_subclass(Recorded)
+    tensor.streams = streams
+    copied = Copier(torch.device("cuda"), streams).to_device(tensor)
+    assert streams.events == ["copied on copies"]
+    assert copied.on_device().tolist() == [0, 1, 2]
+    assert streams.events[1:] == ["computing waits for copies", "kept for computing"]
+
+
+def test_host_waits_for_a_result_only_when_it_reads_it() -> None:
+    streams = Streams()
+    copied = Copier(torch.device("cuda"), streams).to_host(torch.arange(3))
+    assert streams.events == []
+    assert copied.on_host().tolist() == [0, 1, 2]
+    assert streams.events == ["host waits for computing"]
+
+
 def test_copy_on_a_cpu_is_the_tensor_itself() -> None:
-    tensor = torch.arange(3)
-    assert Copier(torch.device("cpu"))(tensor) is tensor
+    tensor, copier = torch.arange(3), Copier(torch.device("cpu"))
+    assert copier(tensor) is tensor
+    assert copier.to_device(tensor).on_device() is tensor
+    assert copier.to_host(tensor).on_host() is tensor
 
 
 def test_batch_that_does_not_fit_is_halved_once_and_said(caplog: pytest.LogCaptureFixture) -> None:
