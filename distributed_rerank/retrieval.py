@@ -54,7 +54,8 @@ class SearchedBlock:
     """The candidate lists of a block of queries."""
 
     lists: CandidateLists
-    computed_with: ComputedWith
+    computed_with: ComputedWith | None = None
+    """None = by this process for workers that it did not start."""
 
 
 QueryBlock = tuple[int, tuple[int, int]]
@@ -75,11 +76,17 @@ class SearchExecutors(Protocol):
 class Searcher:
     """Searches the tiles that `tiles` yields anew for each block. A plain class: Ray makes actors of it."""
 
-    def __init__(self, tiles: Callable[[], Iterable[SearchSide]], n_items: int, n_threads: int) -> None:
+    def __init__(
+        self,
+        tiles: Callable[[], Iterable[SearchSide]],
+        n_items: int,
+        n_threads: int,
+        device: torch.device | None = None,
+    ) -> None:
         self._tiles = tiles
         self._n_items = n_items
         self._n_threads = n_threads
-        self._device = pick_device()
+        self._device = device or pick_device()
         self._threads = InferenceThreads(n_threads)
         self._kept: dict[int, Tile] = {}
         self._query_block = QUERY_BLOCK_ON_GPU if self._device.type == "cuda" else QUERY_BLOCK
@@ -123,10 +130,18 @@ class Searcher:
 
 
 def search_blocks(
-    blocks: Sequence[QueryBlock], queries: SearchSide, gallery: SearchSide, n_items: int, work: WorkConfig
+    blocks: Sequence[QueryBlock],
+    queries: SearchSide,
+    gallery: SearchSide,
+    n_items: int,
+    work: WorkConfig,
+    device: torch.device | None = None,
 ) -> Iterator[tuple[int, SearchedBlock]]:
-    """The candidate lists of these blocks, searched in this process, one block after the other."""
-    searcher = Searcher(lambda: tiles_of(gallery, work.tile_size), n_items, work.threads_per_worker)
+    """The candidate lists of these blocks, searched in this process, one block after the other.
+
+    `device` is by default the one that this process sees.
+    """
+    searcher = Searcher(lambda: tiles_of(gallery, work.tile_size), n_items, work.threads_per_worker, device)
     for number, (start, stop) in blocks:
         yield number, searcher.search(queries.part(start, stop))
 
@@ -175,7 +190,8 @@ def retrieve(
             assert np.array_equal(result.lists.query_items.numpy(), expected), (
                 f"block {number} came back with other queries"
             )
-            staging.remember(result.computed_with)
+            if result.computed_with is not None:
+                staging.remember(result.computed_with)
             store.write(number, candidates_table(result.lists, catalogue.ids))
         assert store.done() == plan.keys(), f"blocks {sorted(todo)} never came back"
         in_order = (store.read(number) for number in sorted(store.done()))

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 import ray
+import torch
 
 from distributed_rerank import retrieval
 from distributed_rerank.cluster.fan_out import fan_out, start_workers
@@ -33,12 +34,14 @@ def search_blocks(
 ) -> Iterator[tuple[int, SearchedBlock]]:
     """The candidate lists of these blocks of queries, searched by the session's workers, as they complete.
 
-    One block against one tile is searched here: it takes a second, and workers take some to start.
+    One block against one tile is searched here, on the CPU: it takes a second, and workers take more to start (with a
+    GPU six seconds). A search is exact on every device, so this is not noted as another device of the run.
     """
-    session = connect()
-    if len(blocks) <= 1 and len(gallery.items) <= work.tile_size and not session.use_gpu:
-        yield from retrieval.search_blocks(blocks, queries, gallery, n_items, work)
+    if len(blocks) <= 1 and len(gallery.items) <= work.tile_size:
+        for number, block in retrieval.search_blocks(blocks, queries, gallery, n_items, work, torch.device("cpu")):
+            yield number, replace(block, computed_with=None)
         return
+    session = connect()
     tiles = [ray.put(tile) for tile in tiles_of(gallery, work.tile_size)]
     needed = replace(session, num_workers=min(session.num_workers, len(blocks)))
     with start_workers(needed, TileSearcher, tiles, n_items, work.threads_per_worker) as workers:

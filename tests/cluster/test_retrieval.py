@@ -8,6 +8,9 @@ import torch
 from distributed_rerank.cluster.executors import RayExecutors
 from distributed_rerank.cluster.session import Session
 from distributed_rerank.config.work import WorkConfig
+from distributed_rerank.data import begun
+from distributed_rerank.data.artifacts import read_manifest
+from distributed_rerank.data.begun import ComputedWith
 from distributed_rerank.data.embeddings import Embeddings
 from distributed_rerank.errors import BadInput
 from distributed_rerank.retrieval import retrieve
@@ -42,11 +45,24 @@ def test_retrieve_embedding_that_is_not_finite_is_bad_input_on_the_driver(
         retrieve(catalogue, embeddings, 4, tmp_path / "out", work=WORK, executors=on_ray)
 
 
-def test_retrieve_one_small_block_starts_no_worker(tmp_path: Path) -> None:
+@pytest.mark.parametrize("use_gpu", [False, True])
+def test_retrieve_one_small_block_starts_no_worker(tmp_path: Path, use_gpu: bool) -> None:
     catalogue = make_catalogue(tmp_path / "images", 4)
     embeddings = Embeddings(catalogue.ids, np.random.default_rng(0).standard_normal((4, 8)).astype(np.float32))
-    no_cluster = RayExecutors(lambda: Session(num_workers=10**6))  # whose workers could never be placed
+    # Its workers could never be placed.
+    no_cluster = RayExecutors(lambda: Session(num_workers=10**6, use_gpu=use_gpu))
     found = retrieve(catalogue, embeddings, 4, tmp_path / "ray", work=WORK, executors=no_cluster)
     expected = retrieve(catalogue, embeddings, 4, tmp_path / "local", work=WORK)
     assert torch.equal(found.items, expected.items)
     assert torch.equal(found.distances, expected.distances)
+    assert read_manifest(tmp_path / "ray")["computed_with"] == {"device": "cpu"}
+
+
+def test_small_search_fits_a_run_that_was_begun_on_a_gpu(tmp_path: Path) -> None:
+    catalogue = make_catalogue(tmp_path / "images", 4)
+    embeddings = Embeddings(catalogue.ids, np.random.default_rng(0).standard_normal((4, 8)).astype(np.float32))
+    run = tmp_path / "run"
+    begun.begin(run)
+    begun.remember(run, ComputedWith("cuda", gpu="H100"))
+    on_gpu = RayExecutors(lambda: Session(num_workers=1, use_gpu=True))
+    assert len(retrieve(catalogue, embeddings, 4, run / "candidates", work=WORK, executors=on_gpu).items) == 4
