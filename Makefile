@@ -1,4 +1,4 @@
-# make setup | demo | test | lint | typecheck | docs | bench-quick.  Every target installs what it needs into $(VENV) first.
+# make setup | demo | test | test-all | lint | typecheck | docs | bench-quick.  Every target installs what it needs into $(VENV) first.
 VENV ?= .venv
 OUT ?= out/demo
 PYTEST_ARGS ?=
@@ -10,8 +10,10 @@ SMOKE := benchmarks/pairs.py benchmarks/scale.py benchmarks/distillation.py benc
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed.stamp
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
+# The tests start hundreds of Python processes: each would compile the package anew where this variable is set.
+unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: setup demo test lint format typecheck docs bench-quick clean
+.PHONY: setup demo test test-all lint format typecheck docs bench-quick clean
 
 setup: $(INSTALLED)
 
@@ -31,8 +33,13 @@ $(INSTALLED): pyproject.toml constraints.txt
 demo: setup
 	$(BIN)/python jobs/demo.py --out $(OUT)
 
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
+
 test: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder --durations 15 $(PYTEST_ARGS)
+	$(PYTEST) -m "not slow" $(PYTEST_ARGS)
+
+test-all: setup
+	$(PYTEST) --durations 15 $(PYTEST_ARGS)
 
 lint: setup
 	$(BIN)/ruff check .
