@@ -165,14 +165,19 @@ def _check(folder: Path, files: Mapping[str, Entry], full: bool) -> None:
         if not path.is_file():
             raise BadInput(f"{path} is gone from a finished folder; {_FIX}")
         if path.stat().st_size != entry["size"]:
-            raise BadInput(f"{path} has {path.stat().st_size} bytes, {entry['size']} were written; {_FIX}")
+            raise BadInput(f"{path} has {path.stat().st_size} bytes, {entry['size']} were written; {_fix(path)}")
     written = (folder / MANIFEST).stat().st_mtime_ns if files else 0
     names = [name for name, entry in files.items() if full or not _is_untouched(folder / name, entry, written)]
     for name, digest in zip(names, file_digests([folder / name for name in names]), strict=True):
         expected = files[name]["sha256"]
         if digest != expected:
             change = f"sha256 {digest[:12]} instead of {expected[:12]}"
-            raise BadInput(f"{folder / name} has changed since it was written ({change}); {_FIX}")
+            raise BadInput(f"{folder / name} has changed since it was written ({change}); {_fix(folder / name)}")
+
+
+def _fix(path: Path) -> str:
+    """What to do about a file that has changed; without a manifest a table is read like one of another program."""
+    return f"{_FIX}, or delete {MANIFEST} beside it where the change is yours" if path.suffix == ".parquet" else _FIX
 
 
 def _is_untouched(path: Path, entry: Entry, written: int) -> bool:

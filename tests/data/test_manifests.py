@@ -7,9 +7,12 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from distributed_rerank.data import files, manifests
+from distributed_rerank.data.embeddings import read_embeddings
 from distributed_rerank.errors import BadInput
 
 
@@ -113,6 +116,21 @@ def test_missing_and_shorter_files_are_named(folder: Path, name: str) -> None:
     (folder / name).unlink()
     with pytest.raises(BadInput, match=f"{Path(name).name} is gone"):
         manifests.check_folder(folder)
+
+
+def test_table_that_another_program_has_rewritten_is_read_once_its_manifest_is_gone(tmp_path: Path) -> None:
+    def write(vector: list[float]) -> None:
+        table = {"id": ["a"], "embedding": pa.array([vector], pa.list_(pa.float32(), 2))}
+        pq.write_table(pa.table(table), tmp_path / "embeddings.parquet")
+
+    write([1.0, 0.0])
+    time.sleep(0.02)
+    manifests.write_manifest(tmp_path, {"fingerprint": {"stage": "embed"}})
+    write([0.0, 1.0])
+    with pytest.raises(BadInput, match=r"or delete manifest\.json beside it where the change is yours"):
+        read_embeddings(tmp_path)
+    (tmp_path / "manifest.json").unlink()
+    assert read_embeddings(tmp_path).matrix.tolist() == [[0.0, 1.0]]
 
 
 def test_files_without_a_manifest_or_beside_another_programs_are_not_checked(tmp_path: Path) -> None:
