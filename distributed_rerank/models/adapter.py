@@ -5,7 +5,8 @@ al. 2006); discriminating also stretches the directions in which labels differ f
 analysis and PLDA do), softly, because few labels do not fill all directions.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -78,24 +79,44 @@ def fit_adapters(
     # Means of the labels [label, dim], and what is left of each item [item, dim], both around the mean of all.
     means = known.new_zeros(len(counts), known.shape[1]).index_add_(0, label, known - mean) / counts[:, None]
     within = (known - mean - means[label])[counts[label] > 1]
-    fitted: dict[str, Tensor | None] = {"centre": torch.eye(len(mean), dtype=torch.float64), "whiten": None}
-    between = None
+    whitening = None
     if len(within):
-        covariance = within.T @ within / len(within)
-        level = covariance.diagonal().mean().clamp(min=1e-12) * torch.eye(len(mean), dtype=torch.float64)
-        values, vectors = torch.linalg.eigh((1 - SHRINKAGE) * covariance + SHRINKAGE * level)
-        fitted["whiten"] = vectors * values.rsqrt()
-        spread = means @ fitted["whiten"]
-        if len(counts) > 1:
-            between = torch.linalg.eigh(spread.T @ spread / (len(counts) - 1))
+        level = within.square().mean().clamp(min=1e-12)
+        whitening = function_of_covariance(within, lambda v: ((1 - SHRINKAGE) * v + SHRINKAGE * level).rsqrt())
+    spread = None
+    if whitening is not None and len(counts) > 1:  # scaled, for the variance of n means is their squares' sum by n - 1
+        spread = means @ whitening * math.sqrt(len(counts) / (len(counts) - 1))
     found: list[Adapter | None] = []
     for kind, floor in kinds:
-        matrix = fitted.get(kind)
-        if kind == "discriminate" and between is not None and fitted["whiten"] is not None:
-            strength = between[0].clamp(min=0) + floor * between[0].clamp(min=0).mean()
-            matrix = fitted["whiten"] @ between[1] * (strength / (1 + strength)).sqrt()
+        matrix = torch.eye(len(mean), dtype=torch.float64) if kind == "centre" else whitening
+        if kind == "discriminate":
+            matrix = None if spread is None or whitening is None else whitening @ _stressing(spread, floor)
         found.append(None if matrix is None else Adapter(mean, matrix))
     return found
+
+
+def _stressing(spread: Float64[Tensor, "label dim"], floor: float) -> Float64[Tensor, "dim dim"]:
+    """The matrix that scales each direction by how much the labels' means differ along it."""
+    least = floor * spread.square().mean()
+    return function_of_covariance(spread, lambda v: ((v + least) / (1 + v + least)).sqrt())
+
+
+def function_of_covariance(
+    rows: Float64[Tensor, "row dim"], function: Callable[[Float64[Tensor, " _"]], Float64[Tensor, " _"]]
+) -> Float64[Tensor, "dim dim"]:
+    """The symmetric matrix V f(v) V', v and V the eigenvalues and vectors of rows' rows / n.
+
+    Few rows span few directions: there a decomposition of the rows themselves is many times faster.
+    """
+    n, dim = rows.shape
+    if 2 * n >= dim:
+        values, vectors = torch.linalg.eigh(rows.T @ rows / n)
+        return (vectors * function(values.clamp(min=0))) @ vectors.T
+    # [direction], [direction, dim]: the directions that the rows span; along all others the eigenvalue is 0.
+    lengths, directions = torch.linalg.svd(rows, full_matrices=False)[1:]
+    elsewhere = function(rows.new_zeros(1))
+    scaled = directions.T * (function(lengths.square() / n) - elsewhere)
+    return scaled @ directions + elsewhere * torch.eye(dim, dtype=rows.dtype)
 
 
 def save_adapter(adapter: Adapter, folder: Path) -> None:
