@@ -16,6 +16,7 @@ from distributed_rerank.errors import BadInput
 from distributed_rerank.models.adapter import Adapter, load_adapter, save_adapter
 from distributed_rerank.models.adapter import Kind as AdapterKind
 from distributed_rerank.tensors.match_neighbourhood import Kind
+from distributed_rerank.tensors.things import Combination
 
 Rule = Literal["fuse", "replace"]
 SCHEMA_VERSION = 2
@@ -159,6 +160,8 @@ class Chain:
     """The curve from a distance of the output to the probability of a match, and its error; {} = nothing fitted."""
     adapter: Adapter | None = field(default=None, compare=False, repr=False)
     """The map of the step `adapt`."""
+    views: Combination = "best"
+    """How the photos of one thing are combined (`tensors.things`), where the catalogue says what they show."""
 
     def __post_init__(self) -> None:
         kinds = [type(step) for step in self.steps]
@@ -180,7 +183,8 @@ class Chain:
     def identity(self) -> dict[str, Any]:
         """All that decides what the chain does, for a fingerprint."""
         steps = [{"step": kind_of(step), **asdict(step)} for step in self.steps]
-        return {"steps": steps, "adapter": None if self.adapter is None else self.adapter.digest()}
+        views = {} if self.views == "best" else {"views": self.views}
+        return {"steps": steps, "adapter": None if self.adapter is None else self.adapter.digest(), **views}
 
     @property
     def pairwise(self) -> PairwiseStep | None:
@@ -238,6 +242,7 @@ def write_chain(chain: Chain, folder: Path) -> None:
         "steps": [{"step": kind_of(step), **asdict(step)} for step in chain.steps],
         "chosen_on": chain.chosen_on,
         "calibration": chain.calibration,
+        **({} if chain.views == "best" else {"views": chain.views}),
     }
     write_json(folder / "chain.json", content)
 
@@ -262,10 +267,12 @@ def read_chain(path: Path) -> Chain:
         f"{path} has schema_version {version}, this code reads {SCHEMA_VERSION}; train the model again, or give "
         f'--chain replace or a file with "schema_version": {SCHEMA_VERSION}',
     )
-    unknown = set(content) - {"steps", "chosen_on", "calibration"}
-    require(not unknown, f"{path} has unknown keys {sorted(unknown)}; known are steps, chosen_on, calibration")
+    unknown = set(content) - {"steps", "chosen_on", "calibration", "views"}
+    require(not unknown, f"{path} has unknown keys {sorted(unknown)}; known are steps, chosen_on, calibration, views")
+    views = content.get("views", "best")
+    require(views in get_args(Combination), f"views={views!r} is unknown; known are {get_args(Combination)}")
     steps = tuple(step_from(entry) for entry in content.get("steps", []))
-    chain = Chain(steps, content.get("chosen_on", {}), content.get("calibration", {}))
+    chain = Chain(steps, content.get("chosen_on", {}), content.get("calibration", {}), views=views)
     return chain if chain.adapt is None else replace(chain, adapter=load_adapter(path.parent))
 
 

@@ -18,6 +18,15 @@ CMC_WEIGHT = 2.0
 
 
 @dataclass(frozen=True)
+class Things:
+    """What the items show, where several photos show one thing."""
+
+    numbers: Int64[Tensor, " item"]
+    n_relevant: Int64[Tensor, " item"]
+    """How many things of its label each item can find."""
+
+
+@dataclass(frozen=True)
 class Evidence:
     """The lists of all images of the set-aside labels, numbered 0, 1, ..."""
 
@@ -29,6 +38,7 @@ class Evidence:
     embeddings: Float[Tensor, "item dim"] | None = None
     target: Target = "both"
     """What a choice maximises: mAP@10 + `CMC_WEIGHT` CMC@1, or one metric."""
+    things: Things | None = None
 
     @property
     def queries(self) -> Int64[Tensor, " query"]:

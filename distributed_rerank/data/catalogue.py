@@ -38,6 +38,7 @@ _DIGEST_COLUMNS = (
     "is_gallery",
     "category",
     "sequence",
+    "item",
     *BOX_COLUMNS,
 )
 
@@ -59,8 +60,8 @@ class Catalogue:
 
     Columns: `id`, `path` (absolute or a URI), `written_path` (as in the user's table), `label` (text or
     None), `split` ("train", "validation" or ""), `is_query`, `is_gallery` (bool; always False in train rows,
-    as in OML), and the optional `category`, `sequence` (text or None) and `x_1, y_1, x_2, y_2` (float, NaN = no
-    box). Names are text, as `text_columns` reads them: `01` and `1` are two labels.
+    as in OML), and the optional `category`, `sequence`, `item` (text or None) and `x_1, y_1, x_2, y_2` (float,
+    NaN = no box). Names are text, as `text_columns` reads them: `01` and `1` are two labels.
     """
 
     table: pd.DataFrame
@@ -92,6 +93,27 @@ class Catalogue:
         """Codes of the sequences in this catalogue; -1 = none."""
         codes, _ = pd.factorize(self._texts("sequence"), sort=True)
         return codes.astype(np.int64)
+
+    @cached_property
+    def things(self) -> Int64[np.ndarray, " item"] | None:
+        """What each photo shows, by the column `item`: codes into `thing_names`; a photo without one is its own thing.
+
+        None where the table has no such column.
+        """
+        if "item" not in self.table:
+            return None
+        codes, names = pd.factorize(self._texts("item"), sort=True)
+        alone = codes < 0
+        return np.where(alone, len(names) + np.cumsum(alone) - 1, codes).astype(np.int64)
+
+    @cached_property
+    def thing_names(self) -> np.ndarray:
+        """The `item` of each of `things`; for a photo that is its own thing, the id. An object array of str."""
+        assert self.things is not None, "the catalogue has no column item"
+        texts = self._texts("item")
+        names = np.where(texts == None, self.ids, texts)  # noqa: E711
+        first = np.unique(self.things, return_index=True)[1]
+        return names[first]
 
     @cached_property
     def categories(self) -> np.ndarray | None:
@@ -151,7 +173,7 @@ class Catalogue:
 
     def digest(self) -> str:
         """sha256 of what results depend on: ids, paths as written, labels, split, flags, boxes, sequence,
-        category.
+        category, item.
 
         The order of rows and columns in the user's file, its format and its other columns do not matter.
         """
@@ -184,7 +206,7 @@ def read_catalogue(
     queries and a gallery in it; "training" labels and a train split with two images of every label. For the
     last two no label may be in both splits, unless `allow_shared_labels`. OML's tables are read unchanged.
 
-    Ids, labels, categories and sequences are text, the same from CSV and from Parquet; words for "no value"
+    Ids, labels, categories, sequences and items are text, the same from CSV and from Parquet; words for "no value"
     (`NULL`, `nan`, ...) count as empty. Boxes keep OML's meaning (pixels, fractions are cut off). An `id`
     defaults to the path as written, plus the box. Missing image files are not looked for here: they become
     rejects, as do images outside `ImageRoots`, which `image_roots` narrows. Raises BadInput with everything that is
@@ -201,6 +223,7 @@ def read_catalogue(
     if purpose == "training":
         catalogue_checks.check_training(table, problems)
     if purpose != "images":
+        catalogue_checks.check_things(table, problems)
         catalogue_checks.check_shared_labels(table, allow_shared_labels, problems)
     problems.raise_if_any()
     problems.log_words_for_no_value()
@@ -240,7 +263,7 @@ def read_query_gallery(
 
 def _refuse_spellings(queries: pd.DataFrame, gallery: pd.DataFrame, query_uri: str, gallery_uri: str) -> None:
     """Raises BadInput where one table spells a number as the other does not: a float column of both may not be one."""
-    for name in ("id", "label", "category", "sequence"):
+    for name in ("id", "label", "category", "sequence", "item"):
         if name in queries and name in gallery:
             columns = {
                 f"{role} {uri}": pa.array(table[name], pa.large_string())
@@ -254,7 +277,7 @@ def _refuse_spellings(queries: pd.DataFrame, gallery: pd.DataFrame, query_uri: s
 
 def _union(queries: pd.DataFrame, gallery: pd.DataFrame, source: str) -> pd.DataFrame:
     both = pd.concat([queries, gallery], ignore_index=True)
-    content = [name for name in ("path", "label", "sequence", "category", *BOX_COLUMNS) if name in both]
+    content = [name for name in ("path", "label", "sequence", "category", "item", *BOX_COLUMNS) if name in both]
     distinct = pd.Series(both.drop_duplicates(["id", *content])["id"])
     clashing = sorted(set(distinct[distinct.duplicated()]))
     if clashing:

@@ -7,6 +7,7 @@ fix.
 import difflib
 import itertools
 import logging
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -58,7 +59,7 @@ class Problems:
 
     def log_words_for_no_value(self) -> None:
         """Warn of the words that were taken for empty cells in columns of names."""
-        for column in ("label", "category", "sequence"):
+        for column in ("label", "category", "sequence", "item"):
             if column in self._words:
                 words, rows = self._words[column]
                 logger.warning("%s: %s in column %s counts as empty (%s)", self.source, some(words), column, rows)
@@ -90,6 +91,17 @@ def check_labels(table: pd.DataFrame, split: str, problems: Problems) -> None:
         unlabelled = (table["split"] == split).to_numpy(dtype=bool) & table["label"].isna().to_numpy(dtype=bool)
         words = problems.words_for_no_value("label")
         problems.add(f"no label in {split} rows{words}; give one or remove the rows", unlabelled)
+
+
+def check_things(table: pd.DataFrame, problems: Problems) -> None:
+    """All photos of one `item` have one label."""
+    if "item" not in table or "label" in problems.absent:
+        return
+    pairs = set(zip(table["item"], table["label"], strict=True))
+    n_labels = Counter(item for item, label in pairs if item is not None and label is not None)
+    mixed = sorted(item for item, number in n_labels.items() if number > 1)
+    if mixed:
+        problems.add(f"items with photos of different labels: {some(mixed)}; an item is one thing: mend label or item")
 
 
 def check_shared_labels(table: pd.DataFrame, is_allowed: bool, problems: Problems) -> None:

@@ -27,8 +27,8 @@ from distributed_rerank.errors import BadInput
 
 pc: Any = pyarrow.compute  # type checkers do not see its functions, which are made at import
 
-KNOWN = ("id", "path", "label", "split", "is_query", "is_gallery", "category", "sequence", *BOX)
-_NAMES = ("id", "label", "category", "sequence")
+KNOWN = ("id", "path", "label", "split", "is_query", "is_gallery", "category", "sequence", "item", *BOX)
+_NAMES = ("id", "label", "category", "sequence", "item")
 _FLAGS = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
 _ROWS_PER_BATCH = 1 << 20
 
@@ -87,7 +87,7 @@ def normalise(raw: RawTable, folder: str, purpose: str, problems: Problems) -> p
     table["split"] = pd.Series(_splits(raw.names, texts["split"], purpose, problems), dtype=object)
     for name in ("is_query", "is_gallery"):
         table[name] = _flags(name, texts[name], problems) & ~table["split"].isin(SPLITS[:-1]).to_numpy(dtype=bool)
-    for name in ("category", "sequence"):
+    for name in ("category", "sequence", "item"):
         if name in raw.names:
             table[name] = pd.Series(as_objects(texts[name]), dtype=object)
     if boxes is not None:

@@ -24,6 +24,7 @@ from distributed_rerank.evaluation.diagnostics import diagnose
 from distributed_rerank.evaluation.embedding_metrics import check_fmrs
 from distributed_rerank.evaluation.measure import measure, rank
 from distributed_rerank.evaluation.output import Result
+from distributed_rerank.evaluation.things import thing_figures
 from distributed_rerank.executors import Executors
 from distributed_rerank.models.pairwise import PairwiseModel
 from distributed_rerank.reranking import run as ranking_run
@@ -117,6 +118,9 @@ def _measure(sources: Sources, config: MeasureConfig) -> tuple[Result, dict[str,
     )  # fmt: skip
     extra = diagnose(measured, sources, config)
     metrics = measured.metrics | {"chain": ranked.chain.describe()} | extra.figures
+    by_thing = thing_figures(ranked, ks=config.ks, seed=config.resampling_seed)
+    if by_thing:
+        metrics["items"] = by_thing
     table = measured.per_query.assign(**extra.columns)
     after = ranked.final if ranked.after else None
     result = Result(metrics, table, ranked.first.catalogue, ranked.query_items, ranked.before, after, ranked.chain)

@@ -77,6 +77,7 @@ def build_report(
         "distances": [*([_rank_changes(per_query)] if both else []), *distance_plots(metrics)],
         "suspects": list(zip(metrics["suspects"], suspects, strict=True)) if suspects else [],
         "categories": _categories(metrics, both),
+        "things": {"against_best_photo": None, **metrics["items"]} if "items" in metrics else None,
         "thresholds": metrics.get("thresholds") or [],
         "labels": _label_rows(per_query, both),
         "n_labels": per_query["label"].nunique(),

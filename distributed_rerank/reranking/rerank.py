@@ -11,6 +11,7 @@ import torch
 
 from distributed_rerank.chain.chain import Chain
 from distributed_rerank.chain.probability import probabilities
+from distributed_rerank.chain.views import things_of
 from distributed_rerank.config.evaluation import FirstStageConfig
 from distributed_rerank.config.work import WorkConfig
 from distributed_rerank.data import artifacts, tables
@@ -49,7 +50,9 @@ def rerank(
     Its rows are ordered by query id and rank (from 1): `query_id, gallery_id, rank, distance` (the chain's;
     small = same), `first_stage_rank, first_stage_distance, logit` (null behind the chain's top_n) and
     `probability` of a match (null there too, and where the chain has no calibration). Queries without a list
-    have no row, unless `config.missing_lists` refuses them. No labels are needed. A
+    have no row, unless `config.missing_lists` refuses them. No labels are needed. Where the catalogue has a column
+    `item`, items.parquet has the things that the candidates show: `query_id, item, rank, gallery_id` (its first
+    photo), `n_photos` (in the list) and `probability`. A
     finished `out` is not computed again, a killed run continues. Raises BadInput where the
     inputs do not fit together, naming ids that the catalogue does not have.
     """
@@ -75,28 +78,52 @@ def rerank(
         first = first_stage(catalogue, config, work, staging.path, executors, timings, "miss", known)
         searched = ranking_run.search_adapted(first, chain, config, work, staging.path, executors)
         scored = ranking_run.score_first_stage(searched, chain, model, config.n_items, work, staging.path, executors)
-        table = _reranked_table(first.catalogue, first.lists, scored, chain, searched)
+        after = _reranked(first.catalogue, first.lists, scored, chain, searched)
+        table = _rows(first.catalogue, after, first.lists, scored, chain)
+        things = _things_table(first.catalogue, after, chain)
         rejects = all_rejects(first.rejects, scored.rejects)
         tables.write_table(
             staging.path / "rejects.parquet", pa.Table.from_pandas(rejects, preserve_index=False), "rejects"
         )
         with artifacts.atomic_path(staging.path / "reranked.parquet") as temporary:
             pq.write_table(table, temporary)
+        if things is not None:
+            with artifacts.atomic_path(staging.path / "items.parquet") as temporary:
+                pq.write_table(things, temporary)
         artifacts.write_json(staging.path / "timings.json", {"seconds": timings})
         staging.finish({"chain": chain.describe(), "n_rejected": len(rejects)}, rows=len(table))
     return table
 
 
-def _reranked_table(
+def _reranked(
     catalogue: Catalogue, before: CandidateLists, scored: ScoredLists, chain: Chain, first: FirstStage
-) -> pa.Table:
+) -> CandidateLists:
     query_items = before.query_items
     if scored.rejects:
         gone = torch.from_numpy(catalogue.items_of([reject.id for reject in scored.rejects]))
         query_items = query_items[~torch.isin(query_items, gone)]
     ranked = ranking_run.rankings(chain, scored, catalogue, first.embeddings, query_items, curve=())
-    after = next(iter(ranked.values()))[torch.arange(len(query_items))]
-    return _rows(catalogue, after, before, scored, chain)
+    return next(iter(ranked.values()))[torch.arange(len(query_items))]
+
+
+def _things_table(catalogue: Catalogue, after: CandidateLists, chain: Chain) -> pa.Table | None:
+    """items.parquet: what the candidates of each query show, ordered by query id and rank; None without that column."""
+    if catalogue.things is None:
+        return None
+    found = things_of(chain, after, torch.from_numpy(catalogue.things))
+    row, column = (found.things >= 0).nonzero(as_tuple=True)
+    ids, names = pa.array(catalogue.ids, pa.string()), pa.array(catalogue.thing_names, pa.string())
+    probability = found.probabilities[row, column].numpy()
+    return pa.table(
+        {
+            "query_id": ids.take(pa.array(after.query_items[row].numpy())),
+            "item": names.take(pa.array(found.things[row, column].numpy())),
+            "rank": pa.array((column + 1).numpy(), pa.int32()),
+            "gallery_id": ids.take(pa.array(found.views[row, column].numpy())),
+            "n_photos": pa.array(found.n_views[row, column].numpy(), pa.int32()),
+            "probability": pa.array(probability, pa.float32(), mask=np.isnan(probability)),
+        }
+    )
 
 
 def _rows(

@@ -58,9 +58,11 @@ def by_thing(
     column = torch.arange(len(order)) - (counts.cumsum(0) - counts)[query[order]]
     shape = (len(lists), int(counts.max()) if len(counts) else 0)
     found = ThingLists(
-        *(torch.full(shape, -1) for _ in range(2)), torch.zeros(shape, dtype=torch.int64),
-        torch.full(shape, torch.nan, dtype=torch.float64),
-    )  # fmt: skip
+        things=torch.full(shape, -1),
+        views=torch.full(shape, -1),
+        n_views=torch.zeros(shape, dtype=torch.int64),
+        probabilities=torch.full(shape, torch.nan, dtype=torch.float64),
+    )
     at = query[order], column
     found.things[at] = keys[order] % n_things
     found.views[at] = lists.items[query, first][order]

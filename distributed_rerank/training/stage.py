@@ -21,6 +21,7 @@ from distributed_rerank import extraction, retrieval
 from distributed_rerank.chain.chain import Chain, read_chain, write_chain
 from distributed_rerank.chain.choice import choose
 from distributed_rerank.chain.evidence import Evidence
+from distributed_rerank.chain.views import choose_views
 from distributed_rerank.config.extractor import ExtractorConfig
 from distributed_rerank.config.jobs import TrackingService
 from distributed_rerank.config.pairwise import PairwiseConfig, pairwise_name
@@ -282,7 +283,9 @@ def write_model(task: TrainingTask, state: State, run_folder: Path, folder: Path
         save_extractor(model.extractor, folder / EXTRACTOR_WEIGHTS, used.seen_before | trained_labels(task))
     chain = Chain()
     if used.is_valid:
-        found = choose(evidence_of_runs(task, list(of_runs.values())), task.config.seed, task.config.accept)
+        evidence = evidence_of_runs(task, list(of_runs.values()))
+        found = choose(evidence, task.config.seed, task.config.accept)
+        found = choose_views(evidence, found, task.config.seed, task.config.accept)
         steps, on = (*task.start.steps, *found.steps), found.chosen_on | task.start.chosen_on
         chain = replace(found, steps=steps, chosen_on=on, adapter=task.start.adapter)
     chain = replace(chain, chosen_on={**chain.chosen_on, "evidence": used.note})

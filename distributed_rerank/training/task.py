@@ -14,13 +14,14 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from distributed_rerank.chain.chain import Chain
-from distributed_rerank.chain.evidence import Evidence
+from distributed_rerank.chain.evidence import Evidence, Things
 from distributed_rerank.config.jobs import TrackingService
 from distributed_rerank.config.training import Target, TrainingConfig
 from distributed_rerank.data.catalogue import Catalogue
 from distributed_rerank.runtime.devices import tensor_of
 from distributed_rerank.tensors import metrics
 from distributed_rerank.tensors.candidate_lists import CandidateLists, concatenate
+from distributed_rerank.tensors.things import count_relevant_things
 from distributed_rerank.training.plan import TeacherLogits, TrainingStep, plan_batches, plan_lists, reorder
 
 
@@ -127,4 +128,8 @@ def evidence_from(
     everyone = torch.arange(len(items))
     n_relevant = metrics.count_relevant(everyone, labels, sequences, everyone, labels, sequences)
     own_lists = CandidateLists(everyone, local, lists.distances)
-    return Evidence(own_lists, labels, n_relevant, logits, embeddings[items], target)
+    things = None
+    if catalogue.things is not None:
+        numbers = tensor_of(catalogue.things)[items]
+        things = Things(numbers, count_relevant_things(everyone, everyone, labels, sequences, numbers))
+    return Evidence(own_lists, labels, n_relevant, logits, embeddings[items], target, things)

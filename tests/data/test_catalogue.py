@@ -101,7 +101,7 @@ def test_digest_ignores_row_order_and_foreign_columns_but_nothing_else(tmp_path:
     frame = pd.DataFrame(
         {
             "label": ["x", "y", "y"], "path": ["a", "b", "c"], "split": "validation", "is_query": True,
-            "is_gallery": True, "sequence": [1, 2, 2], "category": ["p", "q", None],
+            "is_gallery": True, "sequence": [1, 2, 2], "category": ["p", "q", None], "item": ["s", "t", None],
             "x_1": [0, None, 1], "y_1": [0, None, 1], "x_2": [5, None, 5], "y_2": [5, None, 5],
         }
     )  # fmt: skip
@@ -114,7 +114,7 @@ def test_digest_ignores_row_order_and_foreign_columns_but_nothing_else(tmp_path:
     assert digest(frame.iloc[::-1].assign(note="n")) == first
     changes = [
         ("label", "y"), ("path", "z"), ("split", "train"), ("is_query", False), ("is_gallery", False),
-        ("sequence", 9), ("category", "r"), ("x_2", 6),
+        ("sequence", 9), ("category", "r"), ("item", "w"), ("x_2", 6),
     ]  # fmt: skip
     digests = {first}
     for column, value in changes:
@@ -122,6 +122,21 @@ def test_digest_ignores_row_order_and_foreign_columns_but_nothing_else(tmp_path:
         changed[column] = [value, *frame[column].tolist()[1:]]
         digests.add(digest(changed))
     assert len(digests) == len(changes) + 1
+
+
+def test_items_are_text_and_a_photo_without_one_is_its_own(tmp_path: Path) -> None:
+    catalogue = read_catalogue(_csv(tmp_path, "path,item\na,01\nb,\nc,1\nd,01\ne,\n"))
+    assert catalogue.things is not None
+    assert catalogue.thing_names[catalogue.things].tolist() == ["01", "b", "1", "01", "e"]
+    assert catalogue.take(np.array([1, 4])).thing_names.tolist() == ["b", "e"]
+    assert read_catalogue(_csv(tmp_path, "path\na\n")).things is None
+
+
+def test_item_of_two_labels_is_refused_by_name(tmp_path: Path) -> None:
+    text = (
+        "label,path,split,is_query,is_gallery,item\nv,c,validation,1,1,x\nw,d,validation,1,1,x\nw,e,validation,1,1,y\n"
+    )
+    assert "items with photos of different labels: 'x'" in _one_line(tmp_path, text)
 
 
 def test_boxes_enter_the_default_id_and_may_be_empty(tmp_path: Path) -> None:

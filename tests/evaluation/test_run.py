@@ -160,3 +160,24 @@ def test_lists_of_another_system_get_the_distances_of_mapped_embeddings(catalogu
     assert given["first_stage"] != given["reranked"]
     without = evaluate(catalogue, replace(config, embeddings=None), tmp_path / "without", chain=chain)
     assert without["reranked"] == without["first_stage"] == given["first_stage"]
+
+
+def test_figures_by_item_count_photos_of_one_thing_once(catalogue: Catalogue, tmp_path: Path) -> None:
+    by_item = Catalogue(catalogue.table.assign(item=["a", "a", "b", "b"] + ["c"] * 4 + [None] * 4), catalogue.source)
+    model, chain = distance_model(), Chain((PairwiseStep(top_n=4, rule="replace"),))
+    metrics = evaluate(by_item, CONFIG, tmp_path / "e", model=model, chain=chain)
+    assert metrics["items"]["n_items"] == 7
+    assert metrics["items"]["combination"] == "best"
+    lists = pd.read_parquet(tmp_path / "e" / "candidates" / "candidates.parquet")
+    things = dict(zip(by_item.ids, by_item.thing_names[by_item.things], strict=True))
+    labels = dict(zip(by_item.ids, by_item.labels, strict=True))
+    first = {query: rows["gallery_id"].iloc[0] for query, rows in lists.groupby("query_id")}
+    assert metrics["items"]["first_stage"]["cmc@1"] == np.mean([labels[q] == labels[g] for q, g in first.items()])
+    recall = []
+    for query, rows in lists.groupby("query_id"):
+        found = {things[id] for id in rows["gallery_id"] if labels[id] == labels[query]}
+        wanted = {things[id] for id in by_item.ids if id != query and labels[id] == labels[query]}
+        recall.append(len(found) / len(wanted))
+    assert metrics["items"]["first_stage"]["recall@5"] == pytest.approx(np.mean(recall))
+    assert "By item" in (tmp_path / "e" / "report.html").read_text()
+    assert "items" not in evaluate(catalogue, CONFIG, tmp_path / "plain", model=model, chain=chain)

@@ -10,6 +10,7 @@ from small_catalogue import EXTRACTOR, distance_model, make_catalogue
 from distributed_rerank.chain.chain import Chain, KReciprocalStep, PairwiseStep
 from distributed_rerank.config.evaluation import FirstStageConfig
 from distributed_rerank.config.work import WorkConfig
+from distributed_rerank.data.catalogue import Catalogue
 from distributed_rerank.reranking.rerank import rerank
 
 CONFIG = FirstStageConfig(extractor=EXTRACTOR, n_items=6)
@@ -77,3 +78,29 @@ def test_rerank_by_a_calibrated_chain_gives_the_probability_of_its_own_distance(
     scored = table[table["rank"] <= 4]
     np.testing.assert_allclose(scored["probability"], 1 / (1 + np.exp(0.5 * scored["distance"] - 1.0)), rtol=1e-5)
     assert table.loc[table["rank"] > 4, "probability"].isna().all()
+
+
+def test_rerank_by_item_names_each_thing_once_with_its_photos(tmp_path: Path) -> None:
+    catalogue = make_catalogue(tmp_path / "photos", 12)
+    shown = [None, "b", "b", None, *(["c"] * 4), "d", "d", "e", "e"]
+    by_item = Catalogue(catalogue.table.assign(item=shown), catalogue.source)
+    chain = Chain((PairwiseStep(top_n=4),), calibration={"slope": 0.5, "intercept": 1.0}, views="noisy_or")
+    table = rerank(by_item, CONFIG, tmp_path / "o", work=WORK, model=distance_model(), chain=chain).to_pandas()
+    things = pd.read_parquet(tmp_path / "o" / "items.parquet")
+    item_of = dict(zip(catalogue.ids, [name or id for name, id in zip(shown, catalogue.ids, strict=True)], strict=True))
+    for query, rows in things.groupby("query_id"):
+        photos = table[table["query_id"] == query].assign(item=lambda photos: photos["gallery_id"].map(item_of))
+        assert rows["rank"].tolist() == list(range(1, len(rows) + 1))
+        assert sorted(rows["item"]) == sorted(set(photos["item"]))
+        for _, row in rows.iterrows():
+            own = photos[photos["item"] == row["item"]]
+            assert (row["gallery_id"], row["n_photos"]) == (own["gallery_id"].iloc[0], len(own))
+            known = own["probability"].dropna()
+            wanted = 1 - np.prod(1 - known) if len(known) else np.nan
+            np.testing.assert_allclose(row["probability"], wanted, rtol=1e-5)
+
+
+def test_rerank_without_a_column_item_writes_no_items(tmp_path: Path) -> None:
+    catalogue = make_catalogue(tmp_path / "photos", 8)
+    rerank(catalogue, CONFIG, tmp_path / "o", work=WORK, model=distance_model(), chain=Chain((PairwiseStep(top_n=2),)))
+    assert not (tmp_path / "o" / "items.parquet").exists()
