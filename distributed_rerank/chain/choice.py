@@ -21,7 +21,7 @@ from statistics import NormalDist
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Int64
+from jaxtyping import Bool, Float64, Int64
 from torch import Tensor
 
 from distributed_rerank.chain.apply import neighbour_distances, probabilities_of
@@ -59,9 +59,16 @@ PRIOR_SPREAD, PRIOR_LABELS = 0.1, 2
 """What is assumed of the spread of a gain between labels before any is seen: as if two labels had shown 10 points."""
 MIN_GAIN = 0.005
 """A smaller gain of the objective is not worth a chain step, even if it is real."""
+MOVES_FIRST = 0.95
+"""Neighbours may move the first candidate only where CMC@1 gains with this probability. Else it is pinned, so CMC@1 is
+that of the pairwise step, on any labels."""
 CLEARLY_BETTER = 0.005
 """A larger weight of the first stage must raise mAP@10 + CMC@1 by more than this. The measured models have seen fewer
 labels than the model that is kept, and lean on the first stage more than it has to."""
+
+
+Pick = Callable[[Sequence[PerQuery], Trial, Bool[Tensor, " query"]], int]
+"""The number of the best setting by these values on some queries, beside the chain so far."""
 
 
 @dataclass(frozen=True)
@@ -91,6 +98,8 @@ def choose(evidence: Evidence, seed: int = 0, accept: float = ACCEPT) -> Chain:
         if settings is None:
             continue
         pick = smallest_best_weight if name == "pairwise" else best
+        if name == "neighbours" and evidence.target == "both":
+            pick = best_that_keeps_first(labels)
         table += [row(chain, values) for chain, values in zip(settings.chains, settings.values, strict=True)]
         # Settings that would lose CMC@1 against the chain so far are not chosen where others are there.
         values = cross_fitted_values(settings, current, is_first_half, pick)
@@ -236,6 +245,26 @@ def best(values: Sequence[PerQuery], first_stage: Trial, rows: Bool[Tensor, " qu
     )
 
 
+def best_that_keeps_first(labels: Int64[Tensor, " query"]) -> Pick:
+    """As `best`, among the settings that leave every first candidate or surely gain CMC@1 (`MOVES_FIRST`)."""
+
+    def pick(values: Sequence[PerQuery], before: Trial, rows: Bool[Tensor, " query"]) -> int:
+        gains = [(value["cmc@1"] - before.values["cmc@1"])[rows] for value in values]
+        allowed = [
+            number
+            for number, gain in enumerate(gains)
+            if not bool(gain.any()) or probability_of_gain(gain, labels[rows]) >= MOVES_FIRST
+        ] or list(range(len(values)))
+        return allowed[best([values[number] for number in allowed], before, rows)]
+
+    return pick
+
+
+def probability_of_gain(gain: Float64[Tensor, " query"], labels: Int64[Tensor, " query"]) -> float:
+    """That the mean gain is above 0, with the module's prior for few labels."""
+    return statistics.probability_of_gain(gain, labels, prior_spread=PRIOR_SPREAD, prior_clusters=PRIOR_LABELS)
+
+
 def smallest_best_weight(values: Sequence[PerQuery], first_stage: Trial, rows: Bool[Tensor, " query"]) -> int:
     """Number of the setting with the largest mAP@10 + CMC@1, among those without a loss of CMC@1.
 
@@ -250,7 +279,7 @@ def smallest_best_weight(values: Sequence[PerQuery], first_stage: Trial, rows: B
 
 
 def cross_fitted_values(
-    settings: Settings, first_stage: Trial, is_first_half: Bool[Tensor, " query"], pick: Any
+    settings: Settings, first_stage: Trial, is_first_half: Bool[Tensor, " query"], pick: Pick
 ) -> PerQuery:
     """Values of each query with all constants from the half of the labels without its own."""
     values = {key: column.clone() for key, column in first_stage.values.items()}
@@ -281,12 +310,7 @@ def judge(
     """
     gain = statistics.compare({key: before[key] for key in after}, after, labels, seed=seed)
     sure_by = ["objective", *(["map@10"] if counts_map and gain["cmc@1"].mean >= 0 else [])]
-    probability = max(
-        statistics.probability_of_gain(
-            after[key] - before[key], labels, prior_spread=PRIOR_SPREAD, prior_clusters=PRIOR_LABELS
-        )
-        for key in sure_by
-    )
+    probability = max(probability_of_gain(after[key] - before[key], labels) for key in sure_by)
     is_harmless = gain["map@10"].mean >= 0 and float((after["cmc@1"] - first_stage.values["cmc@1"]).mean()) >= 0
     return {
         "step": name,

@@ -9,7 +9,16 @@ from chain_evidence import N_LABELS, evidence
 from torch import Tensor
 
 from distributed_rerank.chain.chain import Chain, NeighbourhoodStep, PairwiseStep, QueryExpansionStep
-from distributed_rerank.chain.choice import choose, fusion_figure, fusion_trials, judge, neighbour_settings, outcome
+from distributed_rerank.chain.choice import (
+    best,
+    best_that_keeps_first,
+    choose,
+    fusion_figure,
+    fusion_trials,
+    judge,
+    neighbour_settings,
+    outcome,
+)
 from distributed_rerank.chain.evidence import Evidence, Trial, half_of_labels, try_chain
 from distributed_rerank.chain.probability import probabilities
 from distributed_rerank.tensors.calibration import expected_calibration_error
@@ -177,3 +186,20 @@ def test_calibration_makes_probabilities_of_fresh_labels_honest() -> None:
 def first_hits(known: Evidence) -> Tensor:
     """Whether any relevant candidate was retrieved at all: what a perfect head puts first."""
     return (known.labels[known.lists.items] == known.labels[:, None]).any(dim=1)
+
+
+@pytest.mark.parametrize(("gain_of_cmc", "picked"), [(0.0, 1), (0.05, 0)])
+def test_first_candidate_moves_only_where_cmc_surely_gains(gain_of_cmc: float, picked: int) -> None:
+    """40 labels of 20 queries: a setting that moves first candidates, good at mAP@10, and one that pins them."""
+    labels = torch.arange(40).repeat_interleave(20)
+    before = torch.rand(len(labels), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    moves = torch.tensor([1.0, -1.0, 0.0, 0.0] * 200, dtype=torch.float64) + gain_of_cmc
+
+    def values(cmc: torch.Tensor, gain: float) -> dict[str, torch.Tensor]:
+        return {"map@10": before + gain, "cmc@1": cmc, "objective": before + gain + 2 * cmc}
+
+    so_far = Trial(Chain(), values(before, 0.0), evidence(1.0, None).lists)
+    settings = [values(before + moves, 0.3), values(before, 0.2)]
+    everyone = torch.ones(len(labels), dtype=torch.bool)
+    assert best(settings, so_far, everyone) == 0
+    assert best_that_keeps_first(labels)(settings, so_far, everyone) == picked
