@@ -12,7 +12,8 @@ import torch
 from jaxtyping import Float64
 from torch import Tensor
 
-from distributed_rerank.evaluation.measure import LabelledQueries, Ranked
+from distributed_rerank.evaluation.measure import LabelledQueries
+from distributed_rerank.evaluation.ranked import Ranked
 from distributed_rerank.tensors import metrics, statistics
 from distributed_rerank.tensors.label_split import half_of_labels
 

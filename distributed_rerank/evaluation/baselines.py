@@ -19,7 +19,8 @@ from torch import Tensor
 from distributed_rerank import retrieval
 from distributed_rerank.chain.chain import AlphaQEStep, Chain, KReciprocalStep, PairwiseStep
 from distributed_rerank.config.work import WorkConfig
-from distributed_rerank.evaluation.measure import COMPARED, LabelledQueries, Ranked, measure_ranking
+from distributed_rerank.evaluation.measure import COMPARED, LabelledQueries, measure_ranking
+from distributed_rerank.evaluation.ranked import Ranked
 from distributed_rerank.executors import Executors
 from distributed_rerank.models.maxsim import maxsim_of
 from distributed_rerank.models.pairwise import PairwiseModel

@@ -18,7 +18,8 @@ from distributed_rerank.config.evaluation import MeasureConfig
 from distributed_rerank.data import artifacts
 from distributed_rerank.evaluation import adaptive, baselines
 from distributed_rerank.evaluation.embedding_metrics import embedding_metrics
-from distributed_rerank.evaluation.measure import Evaluation, LabelledQueries, Ranked, count_relevant, measure_ranking
+from distributed_rerank.evaluation.measure import Evaluation, LabelledQueries, count_relevant, measure_ranking
+from distributed_rerank.evaluation.ranked import Ranked
 from distributed_rerank.evaluation.thresholds import by_probability
 from distributed_rerank.models.pairwise import PairwiseModel
 from distributed_rerank.scoring.stage import ScoredLists

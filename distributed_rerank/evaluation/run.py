@@ -22,8 +22,9 @@ from distributed_rerank.evaluation import output as evaluation_output
 from distributed_rerank.evaluation.baselines import Sources
 from distributed_rerank.evaluation.diagnostics import diagnose
 from distributed_rerank.evaluation.embedding_metrics import check_fmrs
-from distributed_rerank.evaluation.measure import measure, rank
+from distributed_rerank.evaluation.measure import measure
 from distributed_rerank.evaluation.output import Result
+from distributed_rerank.evaluation.ranked import rank
 from distributed_rerank.evaluation.things import thing_figures
 from distributed_rerank.executors import Executors
 from distributed_rerank.models.pairwise import PairwiseModel

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from distributed_rerank.chain.chain import Chain
 from distributed_rerank.chain.views import things_of
-from distributed_rerank.evaluation.measure import Ranked
+from distributed_rerank.evaluation.ranked import Ranked
 from distributed_rerank.tensors import metrics, statistics
 from distributed_rerank.tensors.candidate_lists import Ranking
 from distributed_rerank.tensors.metrics import PerQuery

@@ -10,7 +10,8 @@ import torch
 from distributed_rerank.chain.chain import Chain, PairwiseStep
 from distributed_rerank.data.catalogue import read_catalogue
 from distributed_rerank.evaluation.adaptive import choose_threshold, margins, measure_adaptive
-from distributed_rerank.evaluation.measure import Ranked, count_relevant, rank
+from distributed_rerank.evaluation.measure import count_relevant
+from distributed_rerank.evaluation.ranked import Ranked, rank
 from distributed_rerank.reranking.first_stage import FirstStage
 from distributed_rerank.scoring.stage import ScoredLists
 from distributed_rerank.tensors.candidate_lists import CandidateLists

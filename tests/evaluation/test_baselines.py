@@ -16,7 +16,8 @@ from distributed_rerank.config.work import WorkConfig
 from distributed_rerank.data.catalogue import Catalogue, read_catalogue
 from distributed_rerank.data.images import read_image
 from distributed_rerank.evaluation import baselines
-from distributed_rerank.evaluation.measure import Ranked, count_relevant, rank
+from distributed_rerank.evaluation.measure import count_relevant
+from distributed_rerank.evaluation.ranked import Ranked, rank
 from distributed_rerank.extraction import Embeddings
 from distributed_rerank.models.token_siamese import TokenSiamese
 from distributed_rerank.reranking.first_stage import FirstStage

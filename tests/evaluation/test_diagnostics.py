@@ -21,7 +21,8 @@ from distributed_rerank.evaluation.diagnostics import (
     seconds_by_top_n,
     total_cost,
 )
-from distributed_rerank.evaluation.measure import Ranked, count_relevant, rank
+from distributed_rerank.evaluation.measure import count_relevant
+from distributed_rerank.evaluation.ranked import Ranked, rank
 from distributed_rerank.reranking.first_stage import FirstStage
 from distributed_rerank.scoring.stage import ScoredLists, score_candidates
 from distributed_rerank.tensors.candidate_lists import CandidateLists
