@@ -2,8 +2,9 @@
 
     python benchmarks/serve.py --photos FOLDER [--weights FILE] [--requests 10000] [--clients 8] [--json FILE]
 
-The model is that of online.py, two replicas on Ray Serve, a token, 50 cached candidates and a cached query a request. Every
-answer is compared with that of `Reranker.rank`. Half way one replica gets SIGKILL. Needs the extra `serve`.
+The model is that of online.py, with two replicas on Ray Serve and a token; a request has a cached query and 50 cached
+candidates. Every answer is compared with that of `Reranker.rank`. Half way one replica gets SIGKILL. Needs the extra
+`serve`.
 """
 
 import argparse

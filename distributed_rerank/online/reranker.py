@@ -101,8 +101,8 @@ class Reranker:
         `cache` is a folder whose encodings survive a restart (None: they stay in memory), at most `cache_gb` GB.
         `chain` and `top_n` are the options of the job `rerank`. `threads` share the work of one call; they change no
         bit. `device` is torch's; default: a GPU if there is one. `shared` opens the cache beside other processes
-        that do so too: it is read, and what is added stays in this process. Raises BadInput as `load_model` does, and for a cache
-        that another model made or another process has open.
+        that do so too: it is read, and what is added stays in this process. Raises BadInput as `load_model` does, and
+        for a cache that another model made or another process has open.
         """
         name = str(model)
         if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not Path(name).is_dir():
