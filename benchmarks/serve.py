@@ -3,7 +3,7 @@
     python benchmarks/serve.py --photos FOLDER [--weights FILE] [--requests 10000] [--clients 8] [--json FILE]
 
 The model is that of online.py, with two replicas on Ray Serve and a token; a request has a cached query and 50 cached
-candidates. Every answer is compared with that of `Reranker.rank`. Half way one replica gets SIGKILL. Needs the extra
+candidates. Every answer is compared with that of `Reranker.rank`. One replica gets SIGKILL half way, or several on the way (--kills). Needs the extra
 `serve`.
 """
 
@@ -70,10 +70,11 @@ async def load(
     """Every request by one of the clients, each with one at a time; and the seconds of all."""
     answers: list[Answer] = []
     numbers = iter(range(arguments.requests))
+    killed = {(n + 1) * arguments.requests // (arguments.kills + 1) for n in range(arguments.kills)}
 
     async def client(session: aiohttp.ClientSession) -> None:
         for number in numbers:
-            if number == arguments.requests // 2:
+            if number in killed:
                 os.kill(replica_below(pid), signal.SIGKILL)
             began = time.perf_counter()
             async with session.post(address, json=bodies[number % len(bodies)]) as answer:
@@ -126,6 +127,7 @@ def rows_of(folder: Path, photos: list[Path], arguments: argparse.Namespace) -> 
         Row("requests", "requests", float(len(answers))),
         Row("without an answer of 200", "requests", float(sum(status != 200 for _, status, _ in answers))),
         Row("answers unlike Reranker.rank's", "requests", float(wrong)),
+        Row("replicas killed", "replicas", float(arguments.kills)),
         Row("asked again as their replica was killed", "requests", float(retried)),
         Row("rate", "requests/s", len(answers) / seconds),
         Row("p50", "ms", float(np.percentile(times, 50))),
@@ -145,6 +147,7 @@ def main() -> None:
     parser.add_argument("--candidates", type=int, default=50)
     parser.add_argument("--requests", type=int, default=10_000)
     parser.add_argument("--clients", type=int, default=8, help="requests under way at a time")
+    parser.add_argument("--kills", type=int, default=1)
     parser.add_argument("--replicas", type=int, default=2)
     arguments = parser.parse_args()
     if arguments.quick:
