@@ -3,8 +3,8 @@
     python benchmarks/serve.py --photos FOLDER [--weights FILE] [--requests 10000] [--clients 8] [--json FILE]
 
 The model is that of online.py, with two replicas on Ray Serve and a token; a request has a cached query and 50 cached
-candidates. Every answer is compared with that of `Reranker.rank`. One replica gets SIGKILL half way, or several on the way (--kills). Needs the extra
-`serve`.
+candidates. Every answer is compared with that of `Reranker.rank`. One replica gets SIGKILL half way, or several on the
+way (--kills). Needs the extra `serve`.
 """
 
 import argparse

@@ -17,6 +17,7 @@ from distributed_rerank.data.files import json_digest
 from distributed_rerank.data.images import MAX_PIXELS
 from distributed_rerank.errors import BadInput
 from distributed_rerank.models.pairwise import PairwiseModel
+from distributed_rerank.models.token_siamese import TokenSiamese
 from distributed_rerank.online.encoder import CachedEncodings, Encoder, Encoding
 from distributed_rerank.online.photos import Photo
 from distributed_rerank.reranking.run import by_logits, load_model_and_chain
@@ -151,6 +152,17 @@ class Reranker:
         if found.unreadable:
             raise BadInput(f"image {id!r} cannot be read; add it again with another image")
         return Encoding(found.encoded[0].to(self.device), None if found.embeddings is None else found.embeddings[0])
+
+    def token_vectors(self, encoding: Encoding) -> Float32[np.ndarray, "depth token dim"]:
+        """The local tokens of a photo, for the multivectors of a database: one multivector for each depth.
+
+        Raises BadInput for a model without tokens.
+        """
+        if not isinstance(self._model, TokenSiamese):
+            raise BadInput(
+                f"a model of kind {type(self._model).__name__} has no token vectors; train --pairwise-model token"
+            )
+        return self._model.token_vectors(encoding.encoded[None])[0].cpu().numpy()
 
     def rank(
         self,
