@@ -350,6 +350,32 @@ class ServeJob(ClusterJob):
     serving: OmitArgPrefixes[ServeConfig] = field(default_factory=ServeConfig)
 
 
+@dataclass(frozen=True, kw_only=True)
+class CompareJob:
+    """Finished evaluations and other systems' runs side by side: which differences are real?
+
+        distributed-rerank compare runs/token runs/concat theirs.trec --catalogue photos/df.csv --out runs/comparison
+
+    Each is a folder of `evaluate` (other models, seeds, top_n) or candidate lists of another system (TREC run, CSV,
+    Parquet) of the same queries and gallery. Every two are compared query by query by mAP@10 and CMC@1: mean
+    difference, its 95 % interval and p-value by label, and the p-value corrected for the number of comparisons (Holm).
+    The table is written as comparison.md, .tex, .html and .json. Other catalogues, queries or labels are refused.
+    """
+
+    results: Positional[tuple[Path, ...]]
+    """Folders of `evaluate`, and files with lists; the first is compared with all others, and so on."""
+    out: Path
+    """Folder for the table."""
+    catalogue: str | None = None
+    """CSV or Parquet table that was evaluated; needed for files with lists."""
+    split: str = "validation"
+    """The split that was evaluated."""
+    seed: int = 0
+    """Seed of the resampling behind intervals and p-values."""
+    overwrite: bool = False
+    """Recompute a folder that another comparison made."""
+
+
 JOBS: Mapping[str, type] = {
     "catalogue": MakeCatalogueJob,
     "embed": EmbedJob,
@@ -357,6 +383,7 @@ JOBS: Mapping[str, type] = {
     "train-extractor": TrainExtractorJob,
     "evaluate": EvaluateJob,
     "rerank": RerankJob,
+    "compare": CompareJob,
     "serve": ServeJob,
     "export": ExportJob,
     "verify": VerifyJob,

@@ -9,6 +9,7 @@ from typing import Any
 from distributed_rerank.config.evaluation import RerankerConfig
 from distributed_rerank.config.jobs import (
     CatalogueJob,
+    CompareJob,
     DemoJob,
     EmbedJob,
     EvaluateJob,
@@ -55,6 +56,24 @@ def _(job: ExportJob) -> Inputs:
     if job.out.exists():
         raise BadInput(f"--out {job.out} exists; give another folder")
     return ()
+
+
+@read_inputs.register
+def _(job: CompareJob) -> Inputs:
+    if len(job.results) < 2:
+        raise BadInput(f"{len(job.results)} result is nothing to compare; give two or more folders of `evaluate`")
+    for path in job.results:
+        if not path.exists():
+            raise BadInput(f"{path} does not exist; give folders of `evaluate` and files with lists")
+        if path.is_file() and job.catalogue is None:
+            raise BadInput(f"{path} is a file with lists: give the --catalogue that says what is relevant")
+    if job.catalogue is None:
+        return (None,)
+    check_exists(job.catalogue)
+    from distributed_rerank.data.catalogue import read_catalogue
+
+    table = read_catalogue(job.catalogue, purpose="evaluation", allow_shared_labels=True)
+    return (table.restrict(job.split),)
 
 
 @read_inputs.register
