@@ -344,7 +344,8 @@ class ServeJob(ClusterJob):
     image_root: tuple[str, ...] = ()
     """Folders and buckets (s3://NAME) that all images must lie in. Default: those that the table names."""
     cache: Path | None = None
-    """Folder of the encodings, on this machine; the next start goes on with it."""
+    """Folder of the encodings, on this machine (on a cluster: one that all its nodes mount); the next start goes on
+    with it."""
     cache_gb: float = 1.0
     """Most GB of the cache."""
     serving: OmitArgPrefixes[ServeConfig] = field(default_factory=ServeConfig)

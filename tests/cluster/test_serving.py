@@ -6,6 +6,7 @@ import threading
 import time
 from pathlib import Path
 
+import grpc
 import pytest
 from online.examples import N_IMAGES, save_example, write_photos
 from serving import replicas_of, serving
@@ -16,6 +17,33 @@ pytest.importorskip("fastapi", reason="Ray Serve is absent: pip install 'distrib
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 IDS = [f"id {n:02d}" for n in (40, 3, 12, 7, 22, 9, 18, 30, 26, 11, 35)]
 N_KILLS, N_THREADS = 6, 6
+
+
+def ports_of(pid: int) -> set[int]:
+    """The TCP ports that a process listens on."""
+    sockets = set()
+    for file in Path(f"/proc/{pid}/fd").iterdir():
+        try:
+            sockets.add(os.readlink(file).removeprefix("socket:[").removesuffix("]"))
+        except FileNotFoundError:
+            continue
+    rows = [line.split() for kind in ("tcp", "tcp6") for line in Path(f"/proc/net/{kind}").read_text().splitlines()[1:]]
+    return {int(row[1].rpartition(":")[2], 16) for row in rows if row[3] == "0A" and row[9] in sockets}
+
+
+def refusals(port: int) -> set[str]:
+    """How a port answers Serve's calls without Ray's token."""
+    found = set()
+    with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
+        for method in ("HandleRequest", "HandleRequestWithRejection"):
+            call = channel.unary_unary(f"/ray.serve.ASGIService/{method}")
+            try:
+                call(b"", timeout=10)
+            except grpc.RpcError as error:
+                found.add(error.code().name)  # pyright: ignore
+            else:
+                found.add("answered")
+    return found
 
 
 def test_killed_replica_loses_no_request_and_the_answers_stay_right(tmp_path: Path) -> None:
@@ -31,6 +59,9 @@ def test_killed_replica_loses_no_request_and_the_answers_stay_right(tmp_path: Pa
         assert (status, refused["message"].splitlines()) == (400, [refused["message"]])
         first = replicas_of(service.process.pid)
         assert len(first) == 2
+        answers = {port: refusals(port) for port in ports_of(first[0])}
+        assert any("UNAUTHENTICATED" in found for found in answers.values()), answers
+        assert all(found <= {"UNAUTHENTICATED", "UNIMPLEMENTED"} for found in answers.values()), answers
         done, wrong, is_over = [0] * N_THREADS, [], threading.Event()
 
         def ask(thread: int) -> None:
