@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from distributed_rerank.config.jobs import ServeJob
@@ -23,9 +24,10 @@ logger = logging.getLogger(__name__)
 def main(job: ServeJob, images: list[ImageRef], token: str | None) -> None:
     """Answer requests until Ctrl-C."""
     limits = job.serving
-    settings: dict[str, Any] = {
-        "model": job.model,
-        "chain": job.chain,
+    is_folder = Path(job.model).is_dir()
+    settings: dict[str, Any] = {  # replicas may run in another folder
+        "model": str(Path(job.model).absolute()) if is_folder else job.model,
+        "chain": job.chain.absolute() if isinstance(job.chain, Path) else job.chain,
         "top_n": job.top_n,
         "cache": None if job.cache is None else job.cache.absolute(),
         "cache_gb": job.cache_gb,

@@ -68,7 +68,7 @@ class Front:
     def __init__(self, backend: Backend, config: ServeConfig, token: str | None, model: str) -> None:
         self.backend, self.config, self.token, self._model = backend, config, token, model
         self._n_waiting = 0
-        self._ready, self._ready_until = 0, 0.0
+        self._ready, self._ready_until, self._asking = 0, 0.0, asyncio.Lock()
 
     def application(self) -> web.Application:
         """The routes, with one line of JSON for every error."""
@@ -104,9 +104,10 @@ class Front:
 
     async def _health(self, request: web.Request) -> web.Response:
         """Whether somebody can compute, asked at most once a second."""
-        if time.monotonic() > self._ready_until:
-            self._ready_until = time.monotonic() + 1.0
-            self._ready = await self.backend.count_ready()
+        async with self._asking:
+            if time.monotonic() > self._ready_until:
+                self._ready = await self.backend.count_ready()
+                self._ready_until = time.monotonic() + 1.0
         status = "ok" if self._ready else "no replica is ready"
         return web.json_response({"status": status, "replicas": self._ready}, status=200 if self._ready else 503)
 

@@ -1,5 +1,6 @@
 """`serve` in one process: the answers of `Reranker`, and every request that must be refused."""
 
+import asyncio
 import base64
 import gzip
 import io
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from aiohttp.test_utils import make_mocked_request
 from online.examples import N_IMAGES, save_example, write_photos
 from PIL import Image
 from serving import ROOT, TOKEN, Service, serving
@@ -23,7 +25,7 @@ from serving import ROOT, TOKEN, Service, serving
 from distributed_rerank import Reranker
 from distributed_rerank.config.serving import ServeConfig
 from distributed_rerank.errors import BadInput
-from distributed_rerank.online.front import _is_this_machine
+from distributed_rerank.online.front import Backend, Front, _is_this_machine
 
 IDS = [f"id {n:02d}" for n in (40, 3, 12, 31, 7, 22, 9, 18, 30, 26, 11, 35)]
 """id 31 cannot be read; more than the chain's top_n."""
@@ -173,6 +175,25 @@ def test_slow_body_is_given_up(service: Service) -> None:
         began = time.monotonic()
         assert sender.recv(1000).startswith(b"HTTP/1.1 408 ")
         assert 2 < time.monotonic() - began < 10
+
+
+def test_health_asked_twice_at_once_waits_for_one_answer() -> None:
+    n_asked = 0
+
+    async def count_ready() -> int:
+        nonlocal n_asked
+        n_asked += 1
+        await asyncio.sleep(0.05)
+        return 2
+
+    async def both() -> list[int]:
+        backend = Backend(lambda request: asyncio.sleep(0, []), count_ready, lambda status, seconds: None)
+        front = Front(backend, ServeConfig(), None, "model")
+        request = make_mocked_request("GET", "/health")
+        return [answer.status for answer in await asyncio.gather(front._health(request), front._health(request))]
+
+    assert asyncio.run(both()) == [200, 200]
+    assert n_asked == 1
 
 
 def test_health_needs_no_token(service: Service) -> None:
