@@ -40,6 +40,8 @@ FIRST_OPTIONS: Mapping[str, str] = {
     "train-extractor": "catalogue out extractor extractor-weights image-size epochs backbone-lr minutes num-workers",
     "evaluate": "catalogue out model extractor extractor-weights image-size embeddings candidates split num-workers",
     "rerank": "catalogue candidates model out query-catalogue embeddings extractor top-n num-workers overwrite",
+    "compare": "out catalogue split seed overwrite",
+    "serve": "catalogue cache cache-gb host port token-file num-workers metrics-port",
     "export": "model out",
     "verify": "folder",
     "scheduled-evaluation": "catalogue model history runs run-id baseline metric tolerance extractor num-workers",

@@ -12,7 +12,7 @@ import signal
 import tempfile
 import threading
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -57,8 +57,10 @@ class Session:
 
 
 @contextmanager
-def connect(config: ClusterConfig | None = None) -> Iterator[Session]:
+def connect(config: ClusterConfig | None = None, metrics_port: int | None = None) -> Iterator[Session]:
     """The session of this job; a Ray started here ends with the block, a SIGTERM ends it as Ctrl-C does.
+
+    Such a Ray tells its metrics at `metrics_port`; None = nowhere.
 
     Raises BadInput when RAY_ADDRESS does not answer, or when the workers asked for do not fit the cluster.
     """
@@ -69,7 +71,7 @@ def connect(config: ClusterConfig | None = None) -> Iterator[Session]:
         is_local = False
         if not ray.is_initialized():
             is_local = os.environ.get("RAY_ADDRESS", "local") == "local"
-            stack.enter_context(_start_local(config) if is_local else _attach())
+            stack.enter_context(_start_local(config, metrics_port) if is_local else _attach())
         stack.enter_context(_interrupt_on_sigterm())
         if not is_local:
             stack.enter_context(room(config))
@@ -106,7 +108,7 @@ def make_session(config: ClusterConfig, resources: Mapping[str, float], *, cores
 
 
 @contextmanager
-def _start_local(config: ClusterConfig) -> Iterator[None]:
+def _start_local(config: ClusterConfig, metrics_port: int | None) -> Iterator[None]:
     """A private Ray of this process: own folder, own token, no dashboard."""
     _remove_left_behind()
     # /tmp and not TMPDIR: Ray's socket paths must stay below 107 characters
@@ -118,7 +120,7 @@ def _start_local(config: ClusterConfig) -> Iterator[None]:
     # A private Ray of one machine loses no node with notice, so training needs no process that watches for it.
     os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     try:
-        with _without_metrics_port():
+        with _without_metrics_port() if metrics_port is None else nullcontext():
             ray.init(
                 address="local",
                 num_cpus=max(_MIN_LOGICAL_CPUS, 2 * _cores(), needed),
@@ -126,6 +128,7 @@ def _start_local(config: ClusterConfig) -> Iterator[None]:
                 include_dashboard=False,
                 logging_level=logging.WARNING,
                 runtime_env={"worker_process_setup_hook": "distributed_rerank.cluster.quiet.quieten"},
+                _metrics_export_port=metrics_port,
                 _temp_dir=str(folder / "ray"),
             )
         yield

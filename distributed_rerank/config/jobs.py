@@ -14,6 +14,7 @@ from distributed_rerank.config.extractor import ExtractorConfig
 from distributed_rerank.config.importing import ImportConfig
 from distributed_rerank.config.pairwise import PairwiseConfig, PairwiseName, TokenSiameseConfig, pairwise_config
 from distributed_rerank.config.schedule import ScheduleConfig
+from distributed_rerank.config.serving import ServeConfig
 from distributed_rerank.config.training import EvidenceConfig, TrainingConfig
 from distributed_rerank.config.work import WorkConfig
 from distributed_rerank.errors import BadInput
@@ -315,6 +316,67 @@ class VerifyJob:
     """Folder that `export` wrote."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class ServeJob(ClusterJob):
+    """Answer re-ranking requests over HTTP, on Ray Serve.
+
+        distributed-rerank serve runs/model --catalogue photos.csv --cache runs/cache
+        curl http://127.0.0.1:8000/rerank -H 'Content-Type: application/json' \\
+            -d '{"query": "a.jpg", "documents": ["b.jpg", "c.jpg"], "top_n": 1}'
+
+    A query or document is an id of the catalogue, or an image: {"image": BASE64} or a data: URL. Addresses and paths
+    are never opened. `distances` may give those of the first stage. The answer has `results`, best first, with `index`
+    and `relevance_score` (probability of a match) as `Reranker.rank` gives them. GET /health tells whether a replica
+    is ready. What is refused gets a status of 4xx and one line. A replica that dies loses no request. Ctrl-C answers
+    what is under way, then ends. Needs pip install 'distributed-rerank[serve]', except with --num-workers 0.
+    """
+
+    model: Positional[str]
+    """Folder that `train` wrote, or hf-hub:owner/name with --allow-hub."""
+    allow_hub: bool = False
+    """Fetch hf-hub:owner/name from the Hugging Face hub."""
+    chain: Literal["model", "replace"] | Path = "model"
+    """model: the model folder's chain.json; replace: by the logit alone; or a chain.json."""
+    top_n: int | None = None
+    """Documents of each query that the model looks at. Default: as the chain says, else 10."""
+    catalogue: str | None = None
+    """CSV or Parquet table of the images that requests name by id. Those that --cache lacks are encoded first."""
+    image_root: tuple[str, ...] = ()
+    """Folders and buckets (s3://NAME) that all images must lie in. Default: those that the table names."""
+    cache: Path | None = None
+    """Folder of the encodings, on this machine (on a cluster: one that all its nodes mount); the next start goes on
+    with it."""
+    cache_gb: float = 1.0
+    """Most GB of the cache."""
+    serving: OmitArgPrefixes[ServeConfig] = field(default_factory=ServeConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompareJob:
+    """Finished evaluations and other systems' runs side by side: which differences are real?
+
+        distributed-rerank compare runs/token runs/concat theirs.trec --catalogue photos/df.csv --out runs/comparison
+
+    Each is a folder of `evaluate` (other models, seeds, top_n) or candidate lists of another system (TREC run, CSV,
+    Parquet) of the same queries and gallery. Every two are compared query by query by mAP@10 and CMC@1: mean
+    difference, its 95 % interval and p-value by label, and the p-value corrected for the number of comparisons (Holm).
+    The table is written as comparison.md, .tex, .html and .json. Other catalogues, queries or labels are refused.
+    """
+
+    results: Positional[tuple[Path, ...]]
+    """Folders of `evaluate`, and files with lists; the first is compared with all others, and so on."""
+    out: Path
+    """Folder for the table."""
+    catalogue: str | None = None
+    """CSV or Parquet table that was evaluated; needed for files with lists."""
+    split: str = "validation"
+    """The split that was evaluated."""
+    seed: int = 0
+    """Seed of the resampling behind intervals and p-values."""
+    overwrite: bool = False
+    """Recompute a folder that another comparison made."""
+
+
 JOBS: Mapping[str, type] = {
     "catalogue": MakeCatalogueJob,
     "embed": EmbedJob,
@@ -322,6 +384,8 @@ JOBS: Mapping[str, type] = {
     "train-extractor": TrainExtractorJob,
     "evaluate": EvaluateJob,
     "rerank": RerankJob,
+    "compare": CompareJob,
+    "serve": ServeJob,
     "export": ExportJob,
     "verify": VerifyJob,
     "scheduled-evaluation": ScheduledEvaluationJob,

@@ -1,9 +1,10 @@
-"""A lock on a file, held by one process at a time and freed by the kernel when that process ends.
+"""A lock on a file, held by one process at a time (or shared by several) and freed by the kernel when it ends.
 
 A killed process therefore leaves no lock that must be cleaned up, only a file that the next one takes
 over. The locks hold between threads, between processes, and between the clients of an NFS server.
 """
 
+import fcntl
 import os
 import socket
 from pathlib import Path
@@ -33,6 +34,36 @@ class Lock:
             # Removed while the lock is held: whoever waits for the removed file sees that and tries again.
             self._path.unlink(missing_ok=True)
             self._held.release()
+
+
+class SharedLock:
+    """A lock that several hold at a time, while nobody holds it alone; from `share` until `release`."""
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor = descriptor
+
+    def release(self) -> None:
+        """Give up this share; call it once."""
+        os.close(self._descriptor)
+
+
+def share(path: Path) -> SharedLock | None:
+    """A share of the lock of the file `path`, which is made if absent; None where somebody holds it alone.
+
+    Raises OSError as `take` does.
+    """
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            if os.path.samestat(os.fstat(descriptor), os.stat(path)):
+                return SharedLock(descriptor)
+        except BlockingIOError:
+            os.close(descriptor)
+            return None
+        except FileNotFoundError:
+            pass
+        os.close(descriptor)  # who held it alone has removed the file meanwhile
 
 
 def take(path: Path) -> Lock | None:

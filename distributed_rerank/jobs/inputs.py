@@ -1,12 +1,15 @@
 """Read and check what a job gets, before torch, timm or ray is imported: files that are absent, broken tables."""
 
+import re
 from functools import singledispatch
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from distributed_rerank.config.evaluation import RerankerConfig
 from distributed_rerank.config.jobs import (
     CatalogueJob,
+    CompareJob,
     DemoJob,
     EmbedJob,
     EvaluateJob,
@@ -15,6 +18,7 @@ from distributed_rerank.config.jobs import (
     MakeCatalogueJob,
     MeasuringJob,
     RerankJob,
+    ServeJob,
     SubmitJob,
     TrainExtractorJob,
     TrainJob,
@@ -52,6 +56,48 @@ def _(job: ExportJob) -> Inputs:
     if job.out.exists():
         raise BadInput(f"--out {job.out} exists; give another folder")
     return ()
+
+
+@read_inputs.register
+def _(job: CompareJob) -> Inputs:
+    if len(job.results) < 2:
+        raise BadInput(f"{len(job.results)} result is nothing to compare; give two or more folders of `evaluate`")
+    for path in job.results:
+        if not path.exists():
+            raise BadInput(f"{path} does not exist; give folders of `evaluate` and files with lists")
+        if path.is_file() and job.catalogue is None:
+            raise BadInput(f"{path} is a file with lists: give the --catalogue that says what is relevant")
+    if job.catalogue is None:
+        return (None,)
+    check_exists(job.catalogue)
+    from distributed_rerank.data.catalogue import read_catalogue
+
+    table = read_catalogue(job.catalogue, purpose="evaluation", allow_shared_labels=True)
+    return (table.restrict(job.split),)
+
+
+@read_inputs.register
+def _(job: ServeJob) -> Inputs:
+    absent = [name for name in ("fastapi", "uvicorn", "starlette") if find_spec(name) is None]
+    if absent and job.cluster.num_workers != 0:
+        raise BadInput(
+            f"serve needs Ray Serve ({', '.join(absent)} not found): pip install 'distributed-rerank[serve]', or give "
+            "--num-workers 0"
+        )
+    check_model(RerankerConfig(model=job.model, allow_hub=job.allow_hub))
+    if isinstance(job.chain, Path) and not job.chain.is_file():
+        raise BadInput(f"--chain {job.chain} does not exist; check the path")
+    if job.cache is not None and re.match(r"\w+:/", str(job.cache)):
+        raise BadInput(f"--cache {job.cache} is mapped into memory; give a folder on this machine")
+    if (job.catalogue is None) != (job.cache is None):
+        raise BadInput("--catalogue and --cache go together: the images of one are encoded into the other")
+    token = job.serving.token()
+    if job.catalogue is None:
+        return [], token
+    check_exists(job.catalogue)
+    from distributed_rerank.data.catalogue import read_catalogue
+
+    return read_catalogue(job.catalogue, image_roots=job.image_root).images(), token
 
 
 @read_inputs.register

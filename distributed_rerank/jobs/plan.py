@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from distributed_rerank.config.jobs import EmbedJob, MeasuringJob, RerankJob, TrainingJob
+from distributed_rerank.config.jobs import CatalogueJob, EmbedJob, MeasuringJob, RerankJob, TrainingJob
 from distributed_rerank.data.catalogue import Catalogue
 from distributed_rerank.errors import BadInput
 
@@ -87,7 +87,7 @@ class Plan:
 def tell(job: Any, inputs: Sequence[Any]) -> None:
     """Log the plan of a job on a catalogue. Raises BadInput where it cannot fit this machine's memory."""
     catalogue = next((value for value in inputs if isinstance(value, Catalogue)), None)
-    if catalogue is None:
+    if catalogue is None or not isinstance(job, CatalogueJob):
         return
     plan = plan_of(job, catalogue)
     logger.info("plan\n  %s", "\n  ".join(plan.lines(len(os.sched_getaffinity(0)))))

@@ -101,6 +101,10 @@ class TokenSiamese(PairwiseModel):
         encoded = self.encode_features(self._pooled(maps, embedding))
         return encoded, functional.normalize(embedding, dim=1) if self.extractor.config.normalise else embedding
 
+    def token_vectors(self, encoded: Num[Tensor, "image number"]) -> Float32[Tensor, "image depth token dim"]:
+        """The tokens of encodings, each of norm 1 up to the rounding of `encoding_dtype`."""
+        return self._split_encoding(encoded)[0]
+
     def pair_features(
         self,
         encoded_query: Num[Tensor, "pair number"],

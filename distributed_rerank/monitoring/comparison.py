@@ -44,10 +44,10 @@ def compare_runs(
     different catalogues. With `other_catalogue` these are compared as well, over the queries that have one id and one
     label in both; the gallery may have changed under them.
     """
-    prints = [_fingerprint(folder) for folder in (baseline, run)]
+    prints = [fingerprint_of(folder) for folder in (baseline, run)]
     if not other_catalogue:
         require_same_catalogue(str(baseline), prints[0]["catalogue"], str(run), prints[1]["catalogue"])
-    sides = [_final_values(folder) for folder in (baseline, run)]
+    sides = [final_values(folder) for folder in (baseline, run)]
     both = sides[0].index.intersection(sides[1].index).sort_values()
     is_same_label = (sides[0].loc[both, "label"].astype(str) == sides[1].loc[both, "label"].astype(str)).to_numpy()
     shared = both[is_same_label]
@@ -103,7 +103,7 @@ def catalogue_change(summary: Mapping[str, Any]) -> str:
 
 def catalogue_of(folder: Path) -> str:
     """Digest of the catalogue that was evaluated into `folder`. Raises BadInput for a folder that is no evaluation."""
-    return _fingerprint(folder)["catalogue"]
+    return fingerprint_of(folder)["catalogue"]
 
 
 def require_same_catalogue(baseline: str, baseline_digest: str, run: str, run_digest: str) -> None:
@@ -136,7 +136,8 @@ def _line(name: str, part: Mapping[str, Any], key: str) -> str:
     return f"{name:14}{values}   {interval(compared)}"
 
 
-def _fingerprint(folder: Path) -> dict[str, Any]:
+def fingerprint_of(folder: Path) -> dict[str, Any]:
+    """What the evaluation `folder` was made from. Raises BadInput for a folder that is no evaluation."""
     fingerprint = artifacts.read_manifest(folder)["fingerprint"]
     if fingerprint.get("stage") != "evaluate":
         stage = fingerprint.get("stage")
@@ -144,7 +145,7 @@ def _fingerprint(folder: Path) -> dict[str, Any]:
     return fingerprint
 
 
-def _final_values(folder: Path) -> pd.DataFrame:
+def final_values(folder: Path) -> pd.DataFrame:
     """label, category and every metric of the final ranking, by query id."""
     table = tables.read_table(folder, "per_query").to_pandas().set_index("query_id")
     side = "_after" if "map@10_after" in table else "_before"

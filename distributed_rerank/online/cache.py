@@ -45,13 +45,19 @@ class Entry:
 
 
 class EncodingCache:
-    """Bytes by id within a budget; the longest unused ones give way. Any thread may call it; one process at a time."""
+    """Bytes by id within a budget; the longest unused ones give way. Any thread may call it.
 
-    def __init__(self, folder: Path | None, identity: dict[str, Any], slot_bytes: int, budget: int) -> None:
-        """Opens the cache in `folder`, which is made if absent; None = in memory.
+    One process at a time opens it, or several that share it: they read what it holds, from the same memory, and what
+    they write stays with each of them.
+    """
 
-        Raises BadInput where the budget holds no two encodings, where another process has the cache open, and where it
-        was made by another model, device or number format (`identity`).
+    def __init__(
+        self, folder: Path | None, identity: dict[str, Any], slot_bytes: int, budget: int, *, shared: bool = False
+    ) -> None:
+        """Opens the cache in `folder`, which is made if absent; None = in memory. A shared one keeps its size.
+
+        Raises BadInput where the budget holds no two encodings, where another process has the cache open, where it
+        was made by another model, device or number format (`identity`), and for a shared one that does not exist.
         """
         self.slot_bytes, self.n_slots = slot_bytes, budget // slot_bytes
         if self.n_slots < 2:
@@ -65,7 +71,7 @@ class EncodingCache:
             self._slots = np.frombuffer(mmap.mmap(-1, self.n_slots * slot_bytes), np.uint8)
             self._slots = self._slots.reshape(self.n_slots, slot_bytes)
         else:
-            self._open(folder, identity)
+            self._open(folder, identity, shared)
         self._recent.update((id, None) for id, entry in self._entries.items() if entry.is_cached)
         used = {self._entries[id].slot for id in self._recent}
         self._free = [slot for slot in range(self.n_slots - 1, -1, -1) if slot not in used]
@@ -73,11 +79,12 @@ class EncodingCache:
     def close(self) -> None:
         """Write all to disk and let another process open the cache; a second call does nothing."""
         with self._mutex:
-            if self._log is not None and self._lock is not None:
+            if self._log is not None:
                 self._slots.flush()  # pyright: ignore[reportAttributeAccessIssue]  # a memmap
                 self._log.close()
+            if self._lock is not None:
                 self._lock.release()
-                self._log = self._lock = None
+            self._log = self._lock = None
 
     def __len__(self) -> int:
         """How many encodings are in the cache."""
@@ -143,23 +150,31 @@ class EncodingCache:
             self._log.write(_line(id, entry))
             self._log.flush()
 
-    def _open(self, folder: Path, identity: dict[str, Any]) -> None:
+    def _open(self, folder: Path, identity: dict[str, Any], shared: bool) -> None:
+        if shared and not (folder / "encodings.bin").is_file():
+            raise BadInput(f"{folder} holds no cache; make it with add() first")
         folder.mkdir(parents=True, exist_ok=True)
-        self._lock = locks.take(folder / ".lock")
+        self._lock = locks.share(folder / ".lock") if shared else locks.take(folder / ".lock")
         if self._lock is None:
             holder = locks.holder_of(folder / ".lock")
             raise BadInput(f"cache {folder} is open in {holder}; close that, or give this one another cache")
         described = {"schema_version": SCHEMA_VERSION, "slot_bytes": self.slot_bytes, **identity}
         try:
             self._check_identity(folder, described)
+            if shared:
+                self.n_slots = (folder / "encodings.bin").stat().st_size // self.slot_bytes
             self._entries.update(_read_index(folder / "ids.jsonl", self.n_slots))
-            with open(folder / "encodings.bin", "ab") as file:
-                file.truncate(self.n_slots * self.slot_bytes)  # what is not written yet takes no room on disk
+            if not shared:
+                with open(folder / "encodings.bin", "ab") as file:
+                    file.truncate(self.n_slots * self.slot_bytes)  # what is not written yet takes no room on disk
         except BaseException:
             self._lock.release()
             raise
         shape = (self.n_slots, self.slot_bytes)
-        self._slots = np.memmap(folder / "encodings.bin", np.uint8, "r+", shape=shape)
+        # "c": a page that is written to becomes this process's own, and never reaches the file.
+        self._slots = np.memmap(folder / "encodings.bin", np.uint8, "c" if shared else "r+", shape=shape)
+        if shared:
+            return
         write_bytes(folder / "ids.jsonl", "".join(_line(*item) for item in self._entries.items()).encode())
         self._log = open(folder / "ids.jsonl", "a", encoding="utf-8")  # closed by `close`
 

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ import torch
 from jaxtyping import Float32, UInt8
 from torch import Tensor
 
-from distributed_rerank.data.images import UnreadableImage
+from distributed_rerank.data.images import MAX_PIXELS, UnreadableImage
 from distributed_rerank.errors import BadInput
 from distributed_rerank.models.pairwise import PairwiseModel
 from distributed_rerank.online.cache import EncodingCache
@@ -50,20 +51,20 @@ class Encoder:
 
     def __init__(
         self, model: PairwiseModel, device: torch.device, identity: dict[str, Any], folder: Path | None, budget: int,
-        threads: InferenceThreads,
+        threads: InferenceThreads, *, shared: bool = False,
     ) -> None:  # fmt: skip
         self._model, self._device, self._threads = model, device, threads
         blank = torch.zeros(1, 3, *model.transform.size, dtype=torch.uint8)
         ((_, embedding),) = threads.map(self._encode, [blank])
         self._dim = 0 if embedding is None else embedding.shape[1]
-        self.cache = EncodingCache(folder, identity, model.bytes_per_image + 4 * self._dim, budget)
+        self.cache = EncodingCache(folder, identity, model.bytes_per_image + 4 * self._dim, budget, shared=shared)
 
-    def encode(self, photo: Photo) -> Encoding:
+    def encode(self, photo: Photo, max_pixels: int = MAX_PIXELS) -> Encoding:
         """The encoding of a photo. Raises BadInput if it cannot be read."""
         try:
-            pixels = pixels_of(photo, self._model.transform)
+            pixels = pixels_of(photo, self._model.transform, max_pixels)
         except UnreadableImage as error:
-            raise BadInput(f"the query's photo cannot be read: {error.reason}; give another one") from error
+            raise BadInput(f"the photo cannot be read: {error.reason}; give another one") from error
         encoded, embedding = self._encode(pixels[None])
         return Encoding(encoded[0], None if embedding is None else embedding[0])
 
@@ -82,8 +83,13 @@ class Encoder:
                 wanted = []
         return rejected | self._add(wanted)
 
-    def read(self, ids: Sequence[str]) -> CachedEncodings:
-        """The encodings of ids that were added. Raises BadInput for others, and for one that cannot be made again."""
+    def read(self, ids: Sequence[str], given: Mapping[str, Encoding] = MappingProxyType({})) -> CachedEncodings:
+        """The encodings of ids: those `given`, and those that were added.
+
+        Raises BadInput for other ids, and for one that cannot be made again.
+        """
+        if given:
+            return self._read_beside(ids, given)
         rows, absent = self.cache.read(ids)
         contents, unreadable = self._make_again(absent) if absent else ({}, frozenset())
         for row, id in enumerate(ids):
@@ -94,6 +100,21 @@ class Encoder:
         embeddings = torch.from_numpy(np.ascontiguousarray(rows[:, n_bytes:])).view(torch.float32)
         shape = (len(ids), *self._model.encoding_shape)
         return CachedEncodings(encoded.view(shape), embeddings if self._dim else None, unreadable)
+
+    def _read_beside(self, ids: Sequence[str], given: Mapping[str, Encoding]) -> CachedEncodings:
+        of_given = [given[id] for id in ids if id in given]
+        encoded = torch.stack([encoding.encoded.cpu() for encoding in of_given])
+        rows = [encoding.embedding for encoding in of_given if encoding.embedding is not None]
+        embeddings, unreadable = torch.stack(rows) if rows else None, frozenset[str]()
+        if len(of_given) < len(ids):
+            found = self.read([id for id in ids if id not in given])
+            # [id]: its row where the given ones come first, then the others.
+            order = torch.tensor([id not in given for id in ids]).argsort(stable=True).argsort()
+            encoded = torch.cat([encoded, found.encoded])[order]
+            unreadable = found.unreadable
+            if embeddings is not None and found.embeddings is not None:
+                embeddings = torch.cat([embeddings, found.embeddings])[order]
+        return CachedEncodings(encoded, embeddings, unreadable)
 
     def _add(self, wanted: Sequence[Wanted]) -> dict[str, str]:
         blocks = [wanted[start:stop] for start, stop in sharding.blocks(len(wanted), _IMAGES_PER_BATCH)]

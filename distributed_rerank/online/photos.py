@@ -45,14 +45,16 @@ def photo_of(source: tuple[Any, ...]) -> Photo | None:
     return ImageRef("", source[1], box or None)
 
 
-def pixels_of(photo: Photo, transform: InferenceTransform) -> UInt8[Tensor, "3 height width"]:
+def pixels_of(
+    photo: Photo, transform: InferenceTransform, max_pixels: int = images.MAX_PIXELS
+) -> UInt8[Tensor, "3 height width"]:
     """The pixels for a model. Raises UnreadableImage with the reason, and BadInput for what is no photo."""
     if isinstance(photo, str | Path):
         photo = ImageRef("", str(photo))
     if isinstance(photo, ImageRef):
-        return transform(images.read_image(photo))
+        return transform(images.read_image(photo, max_pixels))
     if isinstance(photo, bytes):
-        return transform(images.decode(photo))
+        return transform(images.decode(photo, max_pixels=max_pixels))
     if isinstance(photo, Image.Image):
         return transform(images.to_rgb(photo))
     raise BadInput(f"{type(photo).__name__} is no photo; give a path, the bytes of a file, or a Pillow image")

@@ -14,8 +14,10 @@ from torch import Tensor
 from distributed_rerank.chain.chain import Chain, NeighbourhoodStep, QueryExpansionStep
 from distributed_rerank.config.evaluation import RerankerConfig
 from distributed_rerank.data.files import json_digest
+from distributed_rerank.data.images import MAX_PIXELS
 from distributed_rerank.errors import BadInput
 from distributed_rerank.models.pairwise import PairwiseModel
+from distributed_rerank.models.token_siamese import TokenSiamese
 from distributed_rerank.online.encoder import CachedEncodings, Encoder, Encoding
 from distributed_rerank.online.photos import Photo
 from distributed_rerank.reranking.run import by_logits, load_model_and_chain
@@ -37,6 +39,8 @@ class Match(NamedTuple):
 
 
 Distances = Sequence[float] | np.ndarray
+Candidate = str | tuple[str, Encoding]
+"""An id that was added, or an id with what `Reranker.encode` made of its photo."""
 Query = Photo | Encoding | list[Photo | Encoding]
 """One photo, or a list of photos of one thing: the mean of their logits counts."""
 
@@ -58,6 +62,7 @@ class Reranker:
         cache_gb: float = 1.0,
         threads: int = 1,
         device: str | None = None,
+        shared: bool = False,
     ) -> None:
         """Takes the model over; for the other arguments see `from_pretrained`."""
         if threads < 1:
@@ -67,6 +72,8 @@ class Reranker:
         self.left_out = Chain(chain.neighbourhood).describe().partition(" -> ")[2]
         """The chain steps that need the lists of all photos; "" where there are none."""
         self._curve = _curve_of(chain)
+        self.is_calibrated = self._curve is not None
+        """Whether matches have a probability."""
         self._pairs_per_batch = plan.pairs_per_batch(model.gflop_per_pair(), self.device.type == "cuda")
         digest = json_digest(model.identity())
         self._model = model.prepare_for_inference(self.device)
@@ -75,7 +82,7 @@ class Reranker:
         self._threads = InferenceThreads(threads)
         folder = None if cache is None else Path(cache)
         budget = int(cache_gb * 10**9)
-        self._encoder = Encoder(self._model, self.device, identity, folder, budget, self._threads)
+        self._encoder = Encoder(self._model, self.device, identity, folder, budget, self._threads, shared=shared)
 
     @classmethod
     def from_pretrained(
@@ -88,13 +95,15 @@ class Reranker:
         top_n: int | None = None,
         threads: int = 1,
         device: str | None = None,
+        shared: bool = False,
     ) -> "Reranker":
         """The re-ranker of a folder that `train` wrote, or of the hub's `owner/name`.
 
         `cache` is a folder whose encodings survive a restart (None: they stay in memory), at most `cache_gb` GB.
         `chain` and `top_n` are the options of the job `rerank`. `threads` share the work of one call; they change no
-        bit. `device` is torch's; default: a GPU if there is one. Raises BadInput as `load_model` does, and for a cache
-        that another model made or another process has open.
+        bit. `device` is torch's; default: a GPU if there is one. `shared` opens the cache beside other processes
+        that do so too: it is read, and what is added stays in this process. Raises BadInput as `load_model` does, and
+        for a cache that another model made or another process has open.
         """
         name = str(model)
         if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not Path(name).is_dir():
@@ -103,7 +112,7 @@ class Reranker:
         with torch_threads(1):  # two threads take the CPU time of seconds to wait for each other
             loaded, found = load_model_and_chain(RerankerConfig(model=name, chain=kind, top_n=top_n))
             assert loaded is not None, "a model was named"
-            return cls(loaded, found, cache=cache, cache_gb=cache_gb, threads=threads, device=device)
+            return cls(loaded, found, cache=cache, cache_gb=cache_gb, threads=threads, device=device, shared=shared)
 
     def __enter__(self) -> "Reranker":
         return self
@@ -130,9 +139,12 @@ class Reranker:
         """
         return self._encoder.add(ids, images)
 
-    def encode(self, image: Photo) -> Encoding:
-        """What the model keeps of a photo, for several calls of `rank`. Raises BadInput if it cannot be read."""
-        return self._threads.map(self._encoder.encode, [image])[0]
+    def encode(self, image: Photo, *, max_pixels: int = MAX_PIXELS) -> Encoding:
+        """What the model keeps of a photo, for several calls of `rank`, as query or as candidate.
+
+        Raises BadInput if it cannot be read or has more than `max_pixels` pixels.
+        """
+        return self._threads.map(lambda photo: self._encoder.encode(photo, max_pixels), [image])[0]
 
     def cached(self, id: str) -> Encoding:
         """The encoding of an id that was added, to be a query. Raises BadInput for others and for unreadable ones."""
@@ -141,18 +153,30 @@ class Reranker:
             raise BadInput(f"image {id!r} cannot be read; add it again with another image")
         return Encoding(found.encoded[0].to(self.device), None if found.embeddings is None else found.embeddings[0])
 
+    def token_vectors(self, encoding: Encoding) -> Float32[np.ndarray, "depth token dim"]:
+        """The local tokens of a photo, for the multivectors of a database: one multivector for each depth.
+
+        Raises BadInput for a model without tokens.
+        """
+        if not isinstance(self._model, TokenSiamese):
+            raise BadInput(
+                f"a model of kind {type(self._model).__name__} has no token vectors; train --pairwise-model token"
+            )
+        return self._model.token_vectors(encoding.encoded[None])[0].cpu().numpy()
+
     def rank(
         self,
         image: Query,
-        candidates: Sequence[str],
+        candidates: Sequence[Candidate],
         distances: Distances | None = None,
         top_k: int | None = 10,
     ) -> list[Match]:
         """The `top_k` best candidates (None: all) of a query, best first.
 
-        `candidates` are ids that were added, `distances` those of the first stage (small = same); without them they
-        are those of the embeddings by the model's own extractor (their mean over the photos of the query). Candidates
-        at equal distances are ordered by id; those whose image cannot be read are left out. Raises BadInput for an
+        `candidates` are ids that were added, or pairs of an id and an encoding; `distances` are those of the first
+        stage (small = same); without them they are those of the embeddings by the model's own extractor (their mean
+        over the photos of the query). Candidates at equal distances are ordered by id; those whose image cannot be
+        read are left out. Raises BadInput for an
         unreadable query, an id that was not added or comes twice, distances that are not finite or not as many as
         candidates, and where there are none and this model cannot compute them.
         """
@@ -161,7 +185,7 @@ class Reranker:
     def rank_many(
         self,
         images: Sequence[Query],
-        candidates: Sequence[Sequence[str]],
+        candidates: Sequence[Sequence[Candidate]],
         distances: Sequence[Distances] | None = None,
         top_k: int | None = 10,
     ) -> list[list[Match]]:
@@ -177,11 +201,12 @@ class Reranker:
         calls = list(zip(images, candidates, of_each, strict=True))
         return self._threads.map(lambda call: self._rank(*call)[:top_k], calls)
 
-    def _rank(self, image: Query, candidates: Sequence[str], distances: Distances | None) -> list[Match]:
+    def _rank(self, image: Query, candidates: Sequence[Candidate], distances: Distances | None) -> list[Match]:
         photos = image if isinstance(image, list) else [image]
         if not photos:
             raise BadInput("the query has no photo; give at least one")
-        names = [str(id) for id in candidates]
+        names = [str(candidate[0]) if isinstance(candidate, tuple) else str(candidate) for candidate in candidates]
+        encodings = {str(candidate[0]): candidate[1] for candidate in candidates if isinstance(candidate, tuple)}
         given = None if distances is None else _checked(distances, len(names))
         if len(set(names)) < len(names):
             twice = next(name for place, name in enumerate(names) if name in names[:place])
@@ -189,7 +214,7 @@ class Reranker:
         queries = [photo if isinstance(photo, Encoding) else self._encoder.encode(photo) for photo in photos]
         if not names:
             return []
-        found = self._encoder.read(names)
+        found = self._encoder.read(names, encodings)
         near = self._distances(queries, found.embeddings, len(names)) if given is None else given
         # [1, candidate]: places in `names` by (distance, id); they are the items of the list.
         keys = near.tolist()

@@ -7,7 +7,7 @@ are the same bits for any number of threads, and ties in the randomisation test 
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -97,6 +97,19 @@ def sign_flip_p_values(
     for signs in _sign_draws(len(sums), n_resamples, seed):
         n_as_large += ((signs @ exact).abs() >= observed).sum(dim=0)
     return ((1 + n_as_large).double() / (1 + n_resamples)).tolist()
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Each p-value for all of them together (Holm 1979): with p < 0.05 none of these is chance, with 95 % probability.
+
+    The smallest is multiplied by their number, the next by one less, and so on; none is below a smaller one's, or
+    above 1. The order is kept.
+    """
+    adjusted, largest = [0.0] * len(p_values), 0.0
+    for place, number in enumerate(sorted(range(len(p_values)), key=lambda number: p_values[number])):
+        largest = max(largest, min(1.0, (len(p_values) - place) * p_values[number]))
+        adjusted[number] = largest
+    return adjusted
 
 
 def probability_of_gain(

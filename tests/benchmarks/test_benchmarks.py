@@ -97,3 +97,17 @@ def test_online_quick_measures_against_its_bars(tmp_path: Path) -> None:
         assert 0 < median["ours"] <= late["ours"]
         assert late["theirs"] == pytest.approx(3 * median["ours"], rel=1e-2)
     assert rows["import and load"]["theirs"] == 6
+
+
+def test_serve_quick_loses_no_request_with_a_killed_replica(tmp_path: Path) -> None:
+    pytest.importorskip("fastapi", reason="Ray Serve is absent: pip install 'distributed-rerank[serve]'")
+    for number in range(64):
+        pixels = np.random.default_rng(number).integers(0, 256, (90, 120, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / f"{number}.jpg")
+    rows = run_quick("serve.py", tmp_path, "--photos", str(tmp_path))
+    assert rows["requests"]["ours"] == 100
+    assert rows["replicas killed"]["ours"] == 1
+    assert rows["without an answer of 200"]["ours"] == 0
+    assert rows["answers unlike Reranker.rank's"]["ours"] == 0
+    assert rows["exit code after Ctrl-C"]["ours"] == 0
+    assert 0 < rows["p50"]["ours"] <= rows["p99"]["ours"] <= rows["slowest"]["ours"]

@@ -172,3 +172,36 @@ def test_what_made_room_is_encoded_again_from_its_file(photos: list[Path], tmp_p
     assert [match.id for match in again.rank(photos[0], ids, top_k=None)] == [
         match.id for match in whole.rank(photos[0], [id for id in ids if id != "3"], top_k=None)
     ]
+
+
+def test_shared_by_several_it_is_read_and_what_is_added_stays_with_each(tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match="holds no cache; make it with add"):
+        EncodingCache(tmp_path, IDENTITY, 100, 400, shared=True)
+    assert not list(tmp_path.iterdir())
+    cache = EncodingCache(tmp_path, IDENTITY, 100, 400)
+    for number in range(3):
+        cache.write(str(number), ("bytes", str(number)), content(number))
+    with pytest.raises(BadInput, match="is open in process"):
+        EncodingCache(tmp_path, IDENTITY, 100, 400, shared=True)
+    cache.close()
+    before = {name: (tmp_path / name).read_bytes() for name in ("encodings.bin", "ids.jsonl", "cache.json")}
+    one, two = (EncodingCache(tmp_path, IDENTITY, 100, 99_999, shared=True) for _ in range(2))
+    for number in (3, 4):  # the second of them takes the place of another id
+        one.write(str(number), ("bytes", str(number)), content(number))
+    one.reject("1", ("bytes", "1"), "gone")
+    rows, absent = one.read(["2", "3", "4", "1", "0"])
+    assert absent == ["1", "0"]
+    np.testing.assert_array_equal(rows[:3], [content(2), content(3), content(4)])
+    rows, absent = two.read(["0", "1", "2", "3"])
+    assert absent == ["3"]
+    np.testing.assert_array_equal(rows[:3], [content(0), content(1), content(2)])
+    with pytest.raises(BadInput, match="is open in"):
+        EncodingCache(tmp_path, IDENTITY, 100, 400)
+    one.close()
+    with pytest.raises(BadInput, match="is open in"):
+        EncodingCache(tmp_path, IDENTITY, 100, 400)
+    two.close()
+    assert {name: (tmp_path / name).read_bytes() for name in before} == before
+    alone = EncodingCache(tmp_path, IDENTITY, 100, 400)
+    assert len(alone) == 3
+    alone.close()

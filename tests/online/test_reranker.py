@@ -135,6 +135,32 @@ def test_a_photo_is_the_same_in_every_form(token: Path, photos: Path) -> None:
     assert part != found[0]
 
 
+@pytest.mark.parametrize("kind", ["token", "concat", "distance"])
+def test_candidates_may_be_encodings(kind: str, photos: Path, tmp_path: Path) -> None:
+    """All of them, or some beside ids, one of which cannot be read."""
+    reranker = Reranker.from_pretrained(save_example(kind, tmp_path / "model"))
+    add_all(reranker, photos)
+    ids = [f"id {n:02d}" for n in (12, 40, 31, 3, 22, 9)]
+    distances = [0.5, 0.25, 0.5, 1.0, 0.5, 0.75]
+    query = photos.parent / "1.png"
+    expected = reranker.rank(query, ids, distances, None)
+    assert len(expected) == 5
+    some = [(id, reranker.encode(photos.parent / f"{int(id[3:])}.png")) if id in ids[1::3] else id for id in ids]
+    assert reranker.rank(query, some, distances, None) == expected
+    whole = [(id, reranker.cached(id)) for id in ids if id != "id 31"]
+    kept = [distance for id, distance in zip(ids, distances, strict=True) if id != "id 31"]
+    assert reranker.rank(query, whole, kept, None) == reranker.rank(query, [id for id, _ in whole], kept, None)
+    if kind == "token":
+        assert reranker.rank(query, whole) == reranker.rank(query, [id for id, _ in whole])
+
+
+def test_photo_of_too_many_pixels_is_refused(token: Path, photos: Path) -> None:
+    reranker = Reranker.from_pretrained(token)
+    with pytest.raises(BadInput, match="40 x 30 pixels exceed the limit of 1199"):
+        reranker.encode(photos.parent / "1.png", max_pixels=1199)
+    assert reranker.encode(photos.parent / "1.png", max_pixels=1200).encoded.isfinite().all()
+
+
 def test_several_photos_of_a_query_are_averaged(token: Path, photos: Path) -> None:
     """With the rule `replace` and a full list the distance is the logit, so its mean can be seen."""
     reranker = Reranker.from_pretrained(token, chain="replace", top_n=20)

@@ -1,0 +1,121 @@
+"""A request of a client as JSON, checked; and its answer by a `Reranker`."""
+
+import base64
+import binascii
+import json
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from distributed_rerank.config.serving import ServeConfig
+from distributed_rerank.errors import BadInput
+from distributed_rerank.online.reranker import Candidate, Match, Reranker
+
+Item = str | bytes
+"""An id of the cache, or the bytes of an image."""
+_FIELDS = ("query", "documents", "top_n", "distances", "model", "return_documents")
+_DATA = re.compile(r"data:[\w/+.-]*;base64,")
+
+
+@dataclass(frozen=True)
+class RerankRequest:
+    """What a client asks."""
+
+    query: Item
+    documents: tuple[Item, ...]
+    distances: tuple[float, ...] | None
+    """Of the first stage, one for each document."""
+    top_n: int | None
+    """How many results are wanted; None = all."""
+
+
+def read_request(body: bytes, limits: ServeConfig) -> RerankRequest:
+    """The request in a body of JSON. Raises BadInput, in one line, for whatever else it is."""
+    try:
+        content = json.loads(body)
+    except (ValueError, RecursionError):
+        raise BadInput('the body is no JSON; send {"query": ..., "documents": [...]}') from None
+    if not isinstance(content, dict) or not {"query", "documents"} <= content.keys():
+        raise BadInput("the body must be an object with the fields query and documents")
+    unknown = sorted(content.keys() - set(_FIELDS))
+    if unknown:
+        raise BadInput(f"there is no field {_short(unknown[0])}; fields are {', '.join(_FIELDS)}")
+    if content.get("return_documents"):
+        raise BadInput("return_documents is not supported; results carry the index of each document")
+    documents, top_n = content["documents"], content.get("top_n")
+    if not isinstance(documents, list) or not documents:
+        raise BadInput("documents must be a list of at least one document")
+    if len(documents) > limits.max_documents:
+        raise BadInput(f"{len(documents)} documents exceed the limit of {limits.max_documents}")
+    if top_n is not None and (isinstance(top_n, bool) or not isinstance(top_n, int) or top_n < 1):
+        raise BadInput(f"top_n={_short(top_n)} must be a whole number of at least 1")
+    return RerankRequest(
+        _item(content["query"], "the query"),
+        tuple(_item(document, f"document {index}") for index, document in enumerate(documents)),
+        _distances(content.get("distances")),
+        None if top_n is None else min(top_n, len(documents)),
+    )
+
+
+def answer(reranker: Reranker, request: RerankRequest, max_pixels: int) -> list[dict[str, Any]]:
+    """The results, best first, each with the `index` of its document, `relevance_score` (large = same) and `distance`.
+
+    The score is the probability of a match where the chain has a calibration, 0 for documents behind the chain's
+    `top_n`, which the model does not look at; without a calibration it is minus the distance. Cached documents whose
+    image cannot be read have no result. Raises BadInput as `Reranker.rank` and `Reranker.encode` do.
+    """
+    query = request.query
+    asked = reranker.cached(query) if isinstance(query, str) else reranker.encode(query, max_pixels=max_pixels)
+    candidates: list[Candidate] = []
+    for index, document in enumerate(request.documents):
+        if isinstance(document, str):
+            candidates.append(document)
+            continue
+        try:
+            # A name that no id has; images at equal distances keep their order.
+            candidates.append((f"\0{index:09d}", reranker.encode(document, max_pixels=max_pixels)))
+        except BadInput as error:
+            raise BadInput(f"document {index}: {error}") from error
+    matches = reranker.rank(asked, candidates, request.distances, request.top_n)
+    places = {candidate if isinstance(candidate, str) else candidate[0]: i for i, candidate in enumerate(candidates)}
+    is_calibrated = reranker.is_calibrated
+    return [
+        {"index": places[match.id], "relevance_score": _score(match, is_calibrated), "distance": match.distance}
+        for match in matches
+    ]
+
+
+def _score(match: Match, is_calibrated: bool) -> float:
+    return (match.probability or 0.0) if is_calibrated else -match.distance
+
+
+def _item(value: Any, what: str) -> Item:
+    if isinstance(value, dict) and len(value) == 1:
+        kind, content = next(iter(value.items()))
+        if isinstance(content, str) and kind in ("id", "image"):
+            return content if kind == "id" else _image(content, what)
+    if not isinstance(value, str):
+        raise BadInput(f'{what} must be an id, {{"id": ...}} or {{"image": BASE64}}')
+    return _image(value, what) if _DATA.match(value) else value
+
+
+def _image(text: str, what: str) -> bytes:
+    try:
+        return base64.b64decode(_DATA.sub("", text, count=1), validate=True)
+    except (binascii.Error, ValueError):
+        raise BadInput(f"{what} is no base64; addresses and paths are not opened, send the bytes") from None
+
+
+def _distances(values: Any) -> tuple[float, ...] | None:
+    if values is None:
+        return None
+    if not isinstance(values, list) or not all(type(value) in (int, float) for value in values):
+        raise BadInput("distances must be a list of numbers, one for each document")
+    try:
+        return tuple(float(value) for value in values)
+    except OverflowError:
+        raise BadInput("a distance is too large for a number of 64 bits") from None
+
+
+def _short(value: Any) -> str:
+    return repr(value)[:60]

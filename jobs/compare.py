@@ -1,0 +1,8 @@
+"""`distributed-rerank compare` from a checkout, as `ray job submit` runs it."""
+
+import sys
+
+from distributed_rerank.command_line import main
+
+if __name__ == "__main__":
+    main(["compare", *sys.argv[1:]])
