@@ -40,7 +40,7 @@ from distributed_rerank.training import mining, tracking
 from distributed_rerank.training.adaptation import Adaptation, choose_adaptation
 from distributed_rerank.training.card import CARD, model_card
 from distributed_rerank.training.distillation import Teacher, check_teachable, score_by_teacher
-from distributed_rerank.training.encodings import FULL_ENCODER, FittedModel
+from distributed_rerank.training.encodings import FULL_ENCODER, FittedModel, holds_model, keep_model
 from distributed_rerank.training.plan import sides
 from distributed_rerank.training.run import fit as fit_in_this_process
 from distributed_rerank.training.run import results
@@ -182,8 +182,8 @@ def make_task(
     """
     images = images.take(np.flatnonzero(embeddings.rows_of(images.ids) >= 0))
     model_folder = work / "untrained"
-    if not (model_folder / "config.json").is_file():
-        save_model(build_model(model_config), model_folder)
+    if not holds_model(model_folder):
+        keep_model(build_model(model_config), model_folder)
     is_halved = isinstance(load_model(model_folder), FittedModel) and config.backbone_lr == 0
     side = sides(images.labels, 0.5 if is_halved else config.set_aside, config.seed)
     adapted = adapt(images, embeddings, side, config, work, executors)
@@ -297,8 +297,7 @@ def write_model(task: TrainingTask, state: State, run_folder: Path, folder: Path
     content = {"config": task.config.fingerprint(), "kept_epoch": kept, "history": figures}
     artifacts.write_json(folder / "training.json", content)
     tracking.draw_curves(histories, folder / "curves.svg")
-    shutil.rmtree(folder / "tensorboard", ignore_errors=True)
-    shutil.copytree(run_folder / "tensorboard", folder / "tensorboard")
+    tracking.copy_event_files(run_folder / "tensorboard", folder / "tensorboard")
     return chain
 
 
