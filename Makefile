@@ -1,7 +1,8 @@
-# make setup | demo | test | lint | typecheck | docs | bench-quick.  Every target installs what it needs into $(VENV) first.
+# make setup | demo | test | lint | typecheck | docs | bench-quick | chaos.  Every target installs what it needs into $(VENV) first.
 VENV ?= .venv
 OUT ?= out/demo
 PYTEST_ARGS ?=
+CHAOS_ARGS ?=
 # Test files run in so many processes, each with a Ray of its own: much of a Ray test is waiting. The slow files come
 # first. One thread each, or the threads of one process would spin while the other computes.
 TEST_PROCESSES ?= 2
@@ -11,7 +12,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed.stamp
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: setup demo test lint format typecheck docs bench-quick clean
+.PHONY: setup demo test lint format typecheck docs bench-quick chaos clean
 
 setup: $(INSTALLED)
 
@@ -50,6 +51,10 @@ docs: setup
 
 bench-quick: setup
 	@set -e; for script in $(SMOKE); do echo "== $$script --quick"; $(BIN)/python $$script --quick; done
+
+# Faults in the middle of real jobs; CHAOS_ARGS=--quick leaves Ray out.
+chaos: setup
+	$(BIN)/python benchmarks/chaos.py $(CHAOS_ARGS)
 
 clean:
 	rm -rf $(VENV) out

@@ -72,8 +72,8 @@ UNFINISHED: dict[str, tuple[str, Check]] = {
     "event file of TensorBoard": (r"events\..*", has_its_checksums),
 }
 """Where a file's path matches the pattern, this is how the product looks at it."""
-NOT_READ = re.compile(r"run/ray/.*|.*\.lock|(model|mining)\.\w+|README\.md|suspects\.parquet")
-"""Written and never read again: notes of Ray, and results that are written anew at the end."""
+NOT_READ = re.compile(r"(.*/)?\.[^/]*\.tmp|.*\.lock|(model|mining)\.\w+|README\.md|suspects\.parquet")
+"""Never read: half of a file that was being written, and results that are written anew at the end."""
 
 
 def damage_finished(folder: Path, scratch: Path, times: int, generator: np.random.Generator) -> list[Damaged]:

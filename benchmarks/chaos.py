@@ -53,7 +53,7 @@ BLOCKS = {
     "embed": ".out.*/blocks/embeddings/block-*",
     "retrieve": ".out.*/.candidates.*/blocks/candidates/block-*",
     "score": ".out.*/.pair_distances.*/blocks/pair_distances/block-*",
-    "train": ".out.*/work/run/checkpoints/epoch-*.pt",
+    "train": ".out.*/work/images-*/run/checkpoints/epoch-*.pt",
 }
 """Finished work of a job that is not finished, seen from the folder of its --out."""
 TITLES = {"embed": "ray::MapBatches", "retrieve": "ray::_Host", "score": "ray::_Host", "train": "RayTrainWorker"}
@@ -70,8 +70,13 @@ class Fault:
     lost: str
     again: str
     """Blocks computed again, or what that means for this fault."""
-    extra_s: float | None
+    extra_s: float
     equal: bool
+
+    def line(self) -> str:
+        """As a row of Markdown."""
+        cells = (self.fault, self.lost, self.again, f"{self.extra_s:.1f}", "yes" if self.equal else "NO")
+        return f"| {' | '.join(cells)} |"
 
 
 class Jobs:
@@ -283,12 +288,11 @@ def small_disk(folder: Path) -> Iterator[Callable[[], None] | None]:
 def two_at_once(jobs: Jobs) -> list[Fault]:
     """The same job twice at the same time, and two configurations of it, on one --out."""
     found = []
+    # Started together; the other configuration has five times as much to do, so it ends later.
     for kind, other in (("the same command", []), ("another configuration", ["--top-n", "40"])):
         folder = jobs.root / f"two-{bool(other)}"
         began = time.monotonic()
         first = jobs.start("score", folder, False)
-        if other:  # It has more to do and begins later, so it ends later.
-            until(first, lambda folder=folder: done("score", folder), "its first block")
         second = start([*jobs.command("score", folder / "out"), *other, "--num-workers", "0"])
         said = [finish_any(process) for process in (first, second)]
         codes = sorted(process.returncode for process in (first, second))
@@ -307,29 +311,38 @@ def finish_any(process: subprocess.Popen[str]) -> str:
     return "".join(part or "" for part in process.communicate(timeout=300))
 
 
-def store_away(jobs: Jobs) -> Fault:
-    """The bucket with the photos answers 503 for a while."""
+def store_away(jobs: Jobs) -> list[Fault]:
+    """The bucket with the photos answers 503 for a moment, and for so long that the job ends and is started again."""
     sys.path.insert(0, str(ROOT / "tests"))
-    s3 = importlib.import_module("s3_server")  # of the tests
+    s3 = importlib.import_module("s3_server")
+    found: list[Fault] = []
     with s3.started() as server:
         own = {**s3.ENVIRONMENT, "AWS_ENDPOINT_URL": server.address}
         os.environ.update(own)
         server.make_bucket("chaos")
         s3.put_folder(jobs.catalogue.parent, f"{server.bucket}/photos")
-        seconds, outputs = [], []
-        for name in ("undisturbed", "away"):
-            folder = jobs.root / f"store-{name}"
-            table = ["--catalogue", f"{server.bucket}/photos/df.csv"]
+        table = ["--catalogue", f"{server.bucket}/photos/df.csv", "--num-workers", "0"]
+        outputs, seconds = [], []
+        for n_refused in (0, 2, 1000):
+            folder = jobs.root / f"store-{n_refused}"
             began = time.monotonic()
-            process = start([*jobs.command("embed", folder / "out"), *table, "--num-workers", "0"], **own)
-            if name == "away":
-                until(process, lambda folder=folder: done("embed", folder) >= 4, "its first blocks")
-                server.faults(status=503, times=60)
+            process = start([*jobs.command("embed", folder / "out"), *table], **own)
+            until(process, lambda folder=folder: done("embed", folder) >= 4, "its first blocks")
+            server.faults(status=503, times=n_refused)
+            again = "nothing; asked again"
+            if n_refused == 1000:
+                assert "the same command goes on later" in finish(process, code=75)
+                server.faults()
+                process = start([*jobs.command("embed", folder / "out"), *table], **own)
+                again = "the block that was read; exit code 75, then the same command"
             finish(process)
             seconds.append(time.monotonic() - began)
             outputs.append(results(folder / "out"))
-    fault = "one process: the bucket answers 60 requests with 503, embed"
-    return Fault(fault, "nothing: asked again", "0", seconds[1] - seconds[0], outputs[0] == outputs[1])
+            how = "two requests" if n_refused == 2 else "all requests"
+            if n_refused:
+                fault = f"one process: the bucket answers {how} with 503, embed"
+                found.append(Fault(fault, again, "0", seconds[-1] - seconds[0], outputs[-1] == outputs[0]))
+    return found
 
 
 def random_kills(jobs: Jobs, seed: int) -> Fault:
@@ -364,20 +377,18 @@ def all_faults(jobs: Jobs, damages: list[Damaged], times: int, is_quick: bool) -
     if is_quick:
         return
     yield partial(store_away, jobs)
-    yield partial(random_kills, jobs, 3)
     for stage in ON_RAY:
         yield partial(jobs.undisturbed, stage, True)
         yield partial(worker_fault, jobs, stage, signal.SIGKILL)
         yield partial(driver_fault, jobs, stage, True, None, times)
     yield partial(worker_fault, jobs, "score", signal.SIGSTOP)
+    yield partial(random_kills, jobs, 3)
 
 
 def show(faults: list[Fault], damages: list[Damaged]) -> str:
     """Both tables as Markdown."""
     lines = ["| fault | lost | computed again | extra seconds | bytes equal |", "|---|---|---|---|---|"]
-    for row in faults:
-        extra = "" if row.extra_s is None else f"{row.extra_s:.1f}"
-        lines.append(f"| {row.fault} | {row.lost} | {row.again} | {extra} | {'yes' if row.equal else 'NO'} |")
+    lines += [row.line() for row in faults]
     lines += ["", "| file | a changed bit found | a cut found |", "|---|---|---|"]
     for damaged in damages:
         cut = f"{damaged.cut_found} of {damaged.tried}" if damaged.cut_found is not None else "is no record"
@@ -402,7 +413,7 @@ def main() -> None:
             rows = found if isinstance(found, list) else [found] if isinstance(found, Fault) else []
             faults += rows
             for row in rows:
-                say(f"{time.monotonic() - began:4.0f} s  {row.fault}: {'equal' if row.equal else 'DIFFERENT'}")
+                say(f"{time.monotonic() - began:4.0f} s  {row.line()}")
         for stage in jobs.expected:
             out = jobs.root / f"undisturbed-{stage}" / "out"
             damages += damage_finished(out, Path(folder) / f"finished-{stage}", times, np.random.default_rng(2))

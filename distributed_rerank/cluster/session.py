@@ -60,7 +60,8 @@ class Session:
 def connect(config: ClusterConfig | None = None) -> Iterator[Session]:
     """The session of this job; a Ray started here ends with the block, a SIGTERM ends it as Ctrl-C does.
 
-    Raises BadInput when RAY_ADDRESS does not answer, or when the workers asked for do not fit the cluster.
+    Raises BadInput when RAY_ADDRESS does not answer, when no Ray can be started here, or when the workers asked for do
+    not fit the cluster.
     """
     config = config or ClusterConfig()
     logs.configure_driver()
@@ -69,7 +70,8 @@ def connect(config: ClusterConfig | None = None) -> Iterator[Session]:
         is_local = False
         if not ray.is_initialized():
             is_local = os.environ.get("RAY_ADDRESS", "local") == "local"
-            stack.enter_context(_start_local(config) if is_local else _attach())
+            with _interrupted_later():
+                stack.enter_context(_start_local(config) if is_local else _attach())
         stack.enter_context(_interrupt_on_sigterm())
         if not is_local:
             stack.enter_context(room(config))
@@ -119,7 +121,7 @@ def _start_local(config: ClusterConfig) -> Iterator[None]:
     os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     try:
         with _without_metrics_port():
-            ray.init(
+            _init(
                 address="local",
                 num_cpus=max(_MIN_LOGICAL_CPUS, 2 * _cores(), needed),
                 object_store_memory=None if config.object_store_gb is None else int(config.object_store_gb * 10**9),
@@ -133,6 +135,16 @@ def _start_local(config: ClusterConfig) -> Iterator[None]:
         ray.shutdown()
         shutil.rmtree(folder, ignore_errors=True)
         lock.release()
+
+
+def _init(**options: Any) -> None:
+    try:
+        ray.init(**options)
+    except (RuntimeError, OSError, ValueError, TimeoutError) as error:
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise BadInput(
+            f"Ray cannot be started here ({reason}); --num-workers 0 computes in this process without it"
+        ) from error
 
 
 @contextmanager
@@ -196,6 +208,34 @@ def _use_own_token() -> None:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     if not {"RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & os.environ.keys():
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+
+
+@contextmanager
+def _interrupted_later() -> Iterator[None]:
+    """SIGTERM and Ctrl-C inside raise KeyboardInterrupt, at once and once more when the block is left.
+
+    While Ray starts, its callbacks may swallow the first; and Ray puts a handler of its own in place of any other.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    came: list[int] = []
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        came.append(number)
+        raise KeyboardInterrupt(f"signal {number}")
+
+    heard = [number for number in (signal.SIGTERM, signal.SIGINT) if signal.getsignal(number) != signal.SIG_IGN]
+    before: dict[int, Any] = {number: signal.signal(number, interrupt) for number in heard}
+    try:
+        yield
+    except SystemExit as end:  # what Ray's own handler makes of SIGTERM
+        raise KeyboardInterrupt(f"signal {end.code}") from None
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler or signal.SIG_DFL)
+    if came:
+        raise KeyboardInterrupt(f"signal {came[0]}")
 
 
 @contextmanager

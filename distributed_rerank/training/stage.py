@@ -5,6 +5,7 @@ done in the staging folder of the fingerprint, so the same command goes on after
 """
 
 import logging
+import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -26,9 +27,11 @@ from distributed_rerank.config.jobs import TrackingService
 from distributed_rerank.config.pairwise import PairwiseConfig, pairwise_name
 from distributed_rerank.config.training import EvidenceConfig, TrainingConfig
 from distributed_rerank.config.work import WorkConfig
-from distributed_rerank.data import artifacts
+from distributed_rerank.data import artifacts, tables
 from distributed_rerank.data.catalogue import Catalogue
 from distributed_rerank.data.embeddings import Embeddings
+from distributed_rerank.data.locations import scheme_of
+from distributed_rerank.data.rejects import Reject, check_rejects, reject_table
 from distributed_rerank.data.trained_on import trained_on, write_trained_on
 from distributed_rerank.executors import Executors
 from distributed_rerank.models.distance_siamese import DistanceSiamese
@@ -106,18 +109,21 @@ def train(
         used = pick_labels(catalogue, model_config.extractor.weights, evidence, embed)
         images = used.images.as_query_and_gallery()
         embeddings = embed(images)
+        images = without_vanished(images, embeddings, work.max_rejects, staging.path)
+        # What a start did with other images, while one was missing, is not taken for this one's.
+        own = scratch / f"images-{artifacts.json_digest(images.ids.tolist())[:8]}"
         config = config if used.is_valid else replace(config, adapt=False)
-        task = make_task(images, embeddings, model_config, config, scratch, executors)
-        log_mining_report(task, embeddings, scratch, staging.path, executors)
+        task = make_task(images, embeddings, model_config, config, own, executors)
+        log_mining_report(task, embeddings, own, staging.path, executors)
         if teacher is not None:
-            task = taught(task, teacher, scratch / "teacher", work, executors)
+            task = taught(task, teacher, own / "teacher", work, executors)
         run_name = f"{Path(out).name}-{artifacts.json_digest(fingerprint)[:8]}"
-        state = fit(replace(task, services=tuple(services), run_name=run_name), scratch / "run")
-        chain = write_model(task, state, scratch / "run", staging.path, used)
+        state = fit(replace(task, services=tuple(services), run_name=run_name), own / "run")
+        chain = write_model(task, state, own / "run", staging.path, used)
         lists = join_lists([run.validation for run in task.runs if run.validation is not None])
         record = trained_on(tensor_of(embeddings.matrix), fingerprint["extraction"]["extractor"], lists)
         write_trained_on(record, staging.path)
-        staging.remember_from(scratch / "run")
+        staging.remember_from(own / "run")
         shutil.rmtree(scratch)
         staging.finish({"chain": chain.describe(), "runs": [run.name for run in task.runs]}, rows=len(task.catalogue))
     return chain
@@ -129,6 +135,22 @@ def taught(
     """The task with the teacher's logits of its last run's lists."""
     logits = score_by_teacher(teacher, task.catalogue, task.runs[-1].anchors, folder, work, executors)
     return replace(task, teacher=logits)
+
+
+def without_vanished(images: Catalogue, embeddings: Embeddings, max_rejects: float | None, folder: Path) -> Catalogue:
+    """The images that have an embedding and whose file is still there; the others go into `folder`/rejects.parquet.
+
+    Files in a store are not asked for. Raises BadInput where too many have vanished.
+    """
+    images = images.take(np.flatnonzero(embeddings.rows_of(images.ids) >= 0))
+    is_there = np.array([scheme_of(ref.path) is not None or os.path.exists(ref.path) for ref in images.images()])
+    (folder / "rejects.parquet").unlink(missing_ok=True)
+    if is_there.all():
+        return images
+    gone = [Reject(ref.id, ref.path, "file not found") for ref in images.images(np.flatnonzero(~is_there))]
+    tables.write_table(folder / "rejects.parquet", reject_table(gone, "train"), "rejects")
+    check_rejects(gone, len(images), max_rejects, str(folder / "rejects.parquet"))
+    return images.take(np.flatnonzero(is_there))
 
 
 def embeddings_of(

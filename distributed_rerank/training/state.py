@@ -91,9 +91,15 @@ def build_optimizer(model: PairwiseModel, config: TrainingConfig) -> torch.optim
 
 
 def freeze_encoder(model: PairwiseModel) -> None:
-    """Freezes everything that cached encodings were made with: the backbone, and whatever `forward` does not use."""
+    """Freezes everything that cached encodings were made with: the backbone, and whatever `forward` does not use.
+
+    Raises BadInput for a model without parameters.
+    """
     model.freeze_backbone()
-    device = next(model.parameters()).device
+    first = next(model.parameters(), None)
+    if first is None:
+        raise BadInput(f"{type(model).__name__} has no parameters, so there is nothing to train; choose another model")
+    device = first.device
     encoding = torch.zeros(1, *model.encoding_shape, dtype=model.encoding_dtype, device=device)
     model.eval()
     # A parameter that gets no gradient from a logit is not used by `forward`.
