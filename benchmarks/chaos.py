@@ -243,7 +243,10 @@ def driver_fault(jobs: Jobs, stage: str, on_ray: bool, damages: list[Damaged] | 
         lost = "blocks that were being computed"
         # Blocks lie in two tables, results and rejects; those of a search in one.
         tables = 1 if stage == "retrieve" else 2
-        counted = str(kept - blocks_of(folder / "out")["reused"] // tables)
+        whole, second = (
+            blocks_of(path / "out")["computed"] // tables for path in (jobs.root / f"undisturbed-{stage}", folder)
+        )
+        counted = str(second - (whole - kept))
     fault = f"{where}: {name}, {stage}, {kept} {'epochs' if stage == 'train' else 'blocks'} done"
     return Fault(fault, lost, counted, extra, results(folder / "out") == jobs.expected[stage])
 
