@@ -1,7 +1,7 @@
 """Faults in the middle of real jobs: what was lost, what it cost, and are the bytes those of an undisturbed run?
 
     make chaos
-    python benchmarks/chaos.py [--quick] [--json FILE]
+    python benchmarks/chaos.py [--quick] [--parts process ray] [--json FILE]
 
 A generated catalogue of small pictures, an untrained network, jobs as processes of their own with a Ray of their own or
 without one. Every row is one fault; its output is compared, file by file, with that of a run which nothing has
@@ -24,6 +24,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -203,8 +204,14 @@ def worker_fault(jobs: Jobs, stage: str, number: signal.Signals) -> Fault:
     folder = jobs.root / f"{number.name}-worker-{stage}"
     began = time.monotonic()
     process = jobs.start(stage, folder, on_ray=True)
-    until(process, lambda: done(stage, folder) >= middle(stage) and workers_of(stage, process), "its middle")
-    os.kill(workers_of(stage, process)[0], number)
+    found: list[int] = []
+    # A process of Ray Data has its title only while it computes.
+    until(
+        process,
+        lambda: (done(stage, folder) >= middle(stage) and found.extend(workers_of(stage, process))) or found,
+        "its middle",
+    )
+    os.kill(found[0], number)
     before = done(stage, folder)
     finish(process)
     extra = time.monotonic() - began - jobs.seconds[stage, True]
@@ -368,24 +375,29 @@ def random_kills(jobs: Jobs, seed: int) -> Fault:
     return Fault(f"one process: kill -9 at {kills} random moments, score", "what was in flight", "0", extra, equal)
 
 
-def all_faults(jobs: Jobs, damages: list[Damaged], times: int, is_quick: bool) -> Iterator[Callable[[], Any]]:
-    """Each fault as a call that gives its row or rows."""
-    stages = ("embed", "score", "train") if is_quick else tuple(ON_RAY)
-    for stage in stages:
+def in_one_process(jobs: Jobs, damages: list[Damaged], times: int, is_quick: bool) -> Iterator[Callable[[], Any]]:
+    """Each fault without Ray as a call that gives its row or rows."""
+    for stage in ("embed", "score", "train") if is_quick else ON_RAY:
         yield partial(jobs.undisturbed, stage, False)
         yield partial(driver_fault, jobs, stage, False, damages, times)
     for stage in ("embed",) if is_quick else ("embed", "train"):
         yield partial(disk_full, jobs, stage)
     yield partial(two_at_once, jobs)
-    if is_quick:
-        return
-    yield partial(store_away, jobs)
+    if not is_quick:
+        yield partial(store_away, jobs)
+        yield partial(random_kills, jobs, 3)
+
+
+def on_ray(jobs: Jobs, times: int) -> Iterator[Callable[[], Any]]:
+    """Each fault on Ray as a call that gives its row."""
+    for stage in ON_RAY:
+        if stage not in jobs.expected:
+            yield partial(jobs.undisturbed, stage, False)
     for stage in ON_RAY:
         yield partial(jobs.undisturbed, stage, True)
         yield partial(worker_fault, jobs, stage, signal.SIGKILL)
         yield partial(driver_fault, jobs, stage, True, None, times)
     yield partial(worker_fault, jobs, "score", signal.SIGSTOP)
-    yield partial(random_kills, jobs, 3)
 
 
 def show(faults: list[Fault], damages: list[Damaged]) -> str:
@@ -402,6 +414,7 @@ def show(faults: list[Fault], damages: list[Damaged]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="without Ray and store, damage ten times instead of 100")
+    parser.add_argument("--parts", nargs="+", choices=("process", "ray"), default=("process", "ray"))
     parser.add_argument("--json", type=Path, metavar="FILE", help="write both tables there too")
     arguments = parser.parse_args()
     say(describe_machine())
@@ -411,7 +424,9 @@ def main() -> None:
     began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="chaos-") as folder:
         jobs = Jobs(Path(folder))
-        for call in all_faults(jobs, damages, times, arguments.quick):
+        parts = [in_one_process(jobs, damages, times, arguments.quick)] if "process" in arguments.parts else []
+        parts += [on_ray(jobs, times)] if "ray" in arguments.parts and not arguments.quick else []
+        for call in chain(*parts):
             found = call()
             rows = found if isinstance(found, list) else [found] if isinstance(found, Fault) else []
             faults += rows

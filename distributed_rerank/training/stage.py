@@ -110,29 +110,38 @@ def train(
         images = used.images.as_query_and_gallery()
         embeddings = embed(images)
         images = without_vanished(images, embeddings, work.max_rejects, staging.path)
-        # What a start did with other images, while one was missing, is not taken for this one's.
-        own = scratch / f"images-{artifacts.json_digest(images.ids.tolist())[:8]}"
+        own = scratch / folder_of(images)
         config = config if used.is_valid else replace(config, adapt=False)
         task = make_task(images, embeddings, model_config, config, own, executors)
         log_mining_report(task, embeddings, own, staging.path, executors)
-        if teacher is not None:
-            task = taught(task, teacher, own / "teacher", work, executors)
+        task = taught(task, teacher, own / "teacher", work, executors)
         run_name = f"{Path(out).name}-{artifacts.json_digest(fingerprint)[:8]}"
         state = fit(replace(task, services=tuple(services), run_name=run_name), own / "run")
         chain = write_model(task, state, own / "run", staging.path, used)
-        lists = join_lists([run.validation for run in task.runs if run.validation is not None])
-        record = trained_on(tensor_of(embeddings.matrix), fingerprint["extraction"]["extractor"], lists)
-        write_trained_on(record, staging.path)
+        write_first_stage(task, embeddings, fingerprint["extraction"]["extractor"], staging.path)
         staging.remember_from(own / "run")
         shutil.rmtree(scratch)
         staging.finish({"chain": chain.describe(), "runs": [run.name for run in task.runs]}, rows=len(task.catalogue))
     return chain
 
 
+def write_first_stage(task: TrainingTask, embeddings: Embeddings, extractor: dict[str, Any], folder: Path) -> None:
+    """Writes down what the model was trained behind: extractor, kind and spread of the distances."""
+    lists = join_lists([run.validation for run in task.runs if run.validation is not None])
+    write_trained_on(trained_on(tensor_of(embeddings.matrix), extractor, lists), folder)
+
+
+def folder_of(images: Catalogue) -> str:
+    """A name of its own for each set of images: what a start did while one was missing is not taken for another's."""
+    return f"images-{artifacts.json_digest(images.ids.tolist())[:8]}"
+
+
 def taught(
-    task: TrainingTask, teacher: Teacher, folder: Path, work: WorkConfig, executors: Executors | None
+    task: TrainingTask, teacher: Teacher | None, folder: Path, work: WorkConfig, executors: Executors | None
 ) -> TrainingTask:
-    """The task with the teacher's logits of its last run's lists."""
+    """The task with the teacher's logits of its last run's lists; without a teacher as it is."""
+    if teacher is None:
+        return task
     logits = score_by_teacher(teacher, task.catalogue, task.runs[-1].anchors, folder, work, executors)
     return replace(task, teacher=logits)
 
