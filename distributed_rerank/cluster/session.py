@@ -20,6 +20,7 @@ from typing import Any
 
 import ray
 from ray._private import services
+from ray._private import utils as ray_utils
 from ray.exceptions import AuthenticationError
 
 from distributed_rerank.cluster.growth import room
@@ -214,7 +215,7 @@ def _use_own_token() -> None:
 def _interrupted_later() -> Iterator[None]:
     """SIGTERM and Ctrl-C inside raise KeyboardInterrupt, at once and once more when the block is left.
 
-    While Ray starts, its callbacks may swallow the first; and Ray puts a handler of its own in place of any other.
+    While Ray starts, its callbacks may swallow the first. Ray's own handlers, which come to nothing then, stay away.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -227,11 +228,12 @@ def _interrupted_later() -> Iterator[None]:
 
     heard = [number for number in (signal.SIGTERM, signal.SIGINT) if signal.getsignal(number) != signal.SIG_IGN]
     before: dict[int, Any] = {number: signal.signal(number, interrupt) for number in heard}
+    of_ray = ray_utils.set_sigterm_handler
+    ray_utils.set_sigterm_handler = lambda handler: None
     try:
         yield
-    except SystemExit as end:  # what Ray's own handler makes of SIGTERM
-        raise KeyboardInterrupt(f"signal {end.code}") from None
     finally:
+        ray_utils.set_sigterm_handler = of_ray
         for number, handler in before.items():
             signal.signal(number, handler or signal.SIG_DFL)
     if came:
