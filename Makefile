@@ -1,7 +1,8 @@
-# make setup | demo | test | test-all | lint | typecheck | docs | bench-quick.  Every target installs what it needs into $(VENV) first.
+# make setup | demo | test | test-all | lint | typecheck | docs | bench-quick | chaos.  Every target installs what it needs into $(VENV).
 VENV ?= .venv
 OUT ?= out/demo
 PYTEST_ARGS ?=
+CHAOS_ARGS ?=
 # Test files run in so many processes, each with a Ray of its own: much of a Ray test is waiting. The slow files come
 # first. One thread each, or the threads of one process would spin while the other computes.
 TEST_PROCESSES ?= 2
@@ -13,7 +14,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # The tests start hundreds of Python processes: each would compile the package anew where this variable is set.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: setup demo test test-all lint format typecheck docs bench-quick clean
+.PHONY: setup demo test test-all lint format typecheck docs bench-quick chaos clean
 
 setup: $(INSTALLED)
 
@@ -57,6 +58,10 @@ docs: setup
 
 bench-quick: setup
 	@set -e; for script in $(SMOKE); do echo "== $$script --quick"; $(BIN)/python $$script --quick; done
+
+# Faults in the middle of real jobs; CHAOS_ARGS=--quick leaves Ray out.
+chaos: setup
+	$(BIN)/python benchmarks/chaos.py $(CHAOS_ARGS)
 
 clean:
 	rm -rf $(VENV) out

@@ -65,6 +65,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     except Outage as error:
         sys.stderr.write(f"outage: {getattr(error, 'cause', error)}\n")
         sys.exit(75)
+    except OSError as error:
+        files = importlib.import_module("distributed_rerank.data.files")
+        if (line := files.disk_problem(error)) is None:
+            raise
+        sys.stderr.write(f"error: {line}\n")
+        sys.exit(2)
     except KeyboardInterrupt:
         sys.stderr.write("interrupted: finished blocks are kept, the same command continues from them\n")
         sys.exit(130)

@@ -97,7 +97,7 @@ def n_workers() -> int:
 
 
 def newest(folder: Path) -> str:
-    return max((path.name for path in (folder / "run" / "ray").glob("checkpoint_2*")), default="")
+    return max((path.name for path in (folder / "run" / training.CHECKPOINTS).glob("epoch-*.pt")), default="")
 
 
 if __name__ == "__main__":

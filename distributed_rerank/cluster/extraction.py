@@ -6,10 +6,14 @@ failure. The plan comes from the driver's memory and not from a manifest file: n
 and the stage's own store knows which blocks are finished.
 """
 
+import concurrent.futures
 import dataclasses
 import functools
 import json
-from collections.abc import Callable, Iterator, Sequence
+import logging
+import queue
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,19 +22,21 @@ import ray
 import ray.data
 
 from distributed_rerank.cluster.decode_rows import as_binary, decode_row, manifest
-from distributed_rerank.cluster.fan_out import plain_errors
+from distributed_rerank.cluster.fan_out import Patience, plain_errors
 from distributed_rerank.cluster.session import Session
 from distributed_rerank.config.extractor import ExtractorConfig
 from distributed_rerank.config.work import WorkConfig
 from distributed_rerank.data.begun import ComputedWith
 from distributed_rerank.data.rejects import Reject
-from distributed_rerank.errors import BadInput
+from distributed_rerank.errors import BadInput, Outage
 from distributed_rerank.extraction import EmbeddedBlock, Embedder, ImageBlock, check_finite
 from distributed_rerank.models.extractor import build_extractor
 from distributed_rerank.runtime.devices import tensor_of
 
-_NO_PROGRESS_SECONDS = 600
-"""Ray Data waits 30 minutes before it says that nothing moves."""
+_TRIES = 3
+"""Executions in a row without a single block after which the workers, and not one of them, are at fault."""
+
+logger = logging.getLogger(__name__)
 
 Decode = Callable[[pa.Table], pa.Table]
 _EMBED_ROW: dict[tuple[str, WorkConfig], "_EmbedRow"] = {}
@@ -42,17 +48,27 @@ def embed_blocks(
 ) -> Iterator[tuple[int, EmbeddedBlock]]:
     """The images of these blocks, embedded on Ray Data, blocks as they complete.
 
-    The weights are read once, on the driver. Raises BadInput for GPU workers that leave no CPU for decoding.
+    The weights are read once, on the driver. Where no block comes for as long as `fan_out` allows a worker, a worker is
+    taken for stopped: what is missing is computed by a new execution, beside the old one. Raises BadInput for GPU
+    workers that leave no CPU for decoding, Outage where three executions give nothing.
     """
     extractor = build_extractor(config)  # first: a wrong name or wrong weights must not cost a start of Ray
     session = connect()
     shipped = [ray.put(extractor)]
     decode = functools.partial(decode_row, transform=extractor.transform, threads=work.decode_threads or 1)
-    with ray.data.DataContext.current(_data_context()):
-        rows = ray.data.from_arrow(manifest(blocks)).repartition(target_num_rows_per_block=1)
-        on_device = _on_gpus if session.use_gpu else _on_cpus
-        with plain_errors():
-            yield from _rows(on_device(rows, decode, shipped, work, session, len(blocks)))
+    on_device = _on_gpus if session.use_gpu else _on_cpus
+    missing, patience, tries = dict(blocks), Patience(), 0
+    while missing:
+        with ray.data.DataContext.current(_data_context()), plain_errors():
+            rows = ray.data.from_arrow(manifest(list(missing.items()))).repartition(target_num_rows_per_block=1)
+            for number, block in _rows(on_device(rows, decode, shipped, work, session, len(missing)), patience):
+                del missing[number]
+                tries = 0
+                yield number, block
+        if missing and (tries := tries + 1) == _TRIES:
+            raise Outage(f"no embedding block came in {patience.allowed_s():.0f} s, {_TRIES} times; see the workers")
+        if missing:
+            logger.warning("a worker does not answer; %d blocks are computed again by others", len(missing))
 
 
 def _on_cpus(
@@ -145,8 +161,9 @@ def _decode_and_embed(row: pa.Table, *, decode: Decode, extractor: list[ray.Obje
     return _EMBED_ROW[key](decode(row))
 
 
-def _rows(dataset: Any) -> Iterator[tuple[int, EmbeddedBlock]]:
-    for table in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
+def _rows(dataset: Any, patience: Patience) -> Iterator[tuple[int, EmbeddedBlock]]:
+    """The rows until the last one, or until none comes for longer than the patience allows."""
+    for table in _in_time(dataset.iter_batches(batch_size=None, batch_format="pyarrow"), patience):
         for at in range(len(table)):
             row = table.slice(at, 1)
             if refusal := row["refusal"][0].as_py():
@@ -158,8 +175,39 @@ def _rows(dataset: Any) -> Iterator[tuple[int, EmbeddedBlock]]:
             yield row["block"][0].as_py(), EmbeddedBlock(row["ids"][0].as_py(), embeddings, rejects, computed_with)
 
 
+def _in_time(batches: Iterable[pa.Table], patience: Patience) -> Iterator[pa.Table]:
+    """These batches, up to the first that is late. Ray Data's iterator has no time limit, so a thread waits for it."""
+    came: queue.SimpleQueue[concurrent.futures.Future[pa.Table | None]] = queue.SimpleQueue()
+    is_left = threading.Event()
+
+    def wait() -> None:
+        own = iter(batches)
+        is_over = False
+        while not (is_over or is_left.is_set()):
+            future: concurrent.futures.Future[pa.Table | None] = concurrent.futures.Future()
+            try:
+                batch = next(own, None)
+                future.set_result(batch)
+                is_over = batch is None
+            except Exception as error:  # noqa: BLE001  (the reader raises it)
+                future.set_exception(error)
+                is_over = True
+            came.put(future)
+
+    threading.Thread(target=wait, daemon=True).start()
+    patience.starts(batches)
+    try:
+        while (batch := came.get(timeout=patience.allowed_s()).result()) is not None:
+            patience.ends(batches)
+            yield batch
+    except queue.Empty:
+        return
+    finally:
+        is_left.set()
+
+
 def _data_context() -> ray.data.DataContext:
     context = ray.data.DataContext.get_current().copy()
     context.enable_progress_bars = False  # the stage shows its own
-    context.execution_no_progress_timeout_s = _NO_PROGRESS_SECONDS
+    context.execution_no_progress_timeout_s = -1  # no limit in seconds; `_in_time` has one that is measured
     return context

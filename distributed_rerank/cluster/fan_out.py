@@ -102,7 +102,7 @@ def fan_out(
     todo = iter(calls)
     idle = deque(workers.actors * in_flight)
     pending: dict[ray.ObjectRef, tuple[Key, Any, list[ray.ObjectRef]]] = {}
-    patience = _Patience()
+    patience = Patience()
     finished: tuple[Key, list[ray.ObjectRef]] | None = None
     while True:
         # Before a result is handed over, its worker gets the next call.
@@ -128,7 +128,7 @@ def fan_out(
         finished = key, [*left, ready[0]]
 
 
-class _Patience:
+class Patience:
     """How long a worker may take for its next result, by the slowest one so far."""
 
     def __init__(self) -> None:

@@ -20,6 +20,7 @@ from typing import Any
 
 import ray
 from ray._private import services
+from ray._private import utils as ray_utils
 from ray.exceptions import AuthenticationError
 
 from distributed_rerank.cluster.growth import room
@@ -62,7 +63,8 @@ def connect(config: ClusterConfig | None = None, metrics_port: int | None = None
 
     Such a Ray tells its metrics at `metrics_port`; None = nowhere.
 
-    Raises BadInput when RAY_ADDRESS does not answer, or when the workers asked for do not fit the cluster.
+    Raises BadInput when RAY_ADDRESS does not answer, when no Ray can be started here, or when the workers asked for do
+    not fit the cluster.
     """
     config = config or ClusterConfig()
     logs.configure_driver()
@@ -71,7 +73,8 @@ def connect(config: ClusterConfig | None = None, metrics_port: int | None = None
         is_local = False
         if not ray.is_initialized():
             is_local = os.environ.get("RAY_ADDRESS", "local") == "local"
-            stack.enter_context(_start_local(config, metrics_port) if is_local else _attach())
+            with _interrupted_later():
+                stack.enter_context(_start_local(config, metrics_port) if is_local else _attach())
         stack.enter_context(_interrupt_on_sigterm())
         if not is_local:
             stack.enter_context(room(config))
@@ -121,7 +124,7 @@ def _start_local(config: ClusterConfig, metrics_port: int | None) -> Iterator[No
     os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     try:
         with _without_metrics_port() if metrics_port is None else nullcontext():
-            ray.init(
+            _init(
                 address="local",
                 num_cpus=max(_MIN_LOGICAL_CPUS, 2 * _cores(), needed),
                 object_store_memory=None if config.object_store_gb is None else int(config.object_store_gb * 10**9),
@@ -136,6 +139,16 @@ def _start_local(config: ClusterConfig, metrics_port: int | None) -> Iterator[No
         ray.shutdown()
         shutil.rmtree(folder, ignore_errors=True)
         lock.release()
+
+
+def _init(**options: Any) -> None:
+    try:
+        ray.init(**options)
+    except (RuntimeError, OSError, ValueError, TimeoutError) as error:
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise BadInput(
+            f"Ray cannot be started here ({reason}); --num-workers 0 computes in this process without it"
+        ) from error
 
 
 @contextmanager
@@ -199,6 +212,35 @@ def _use_own_token() -> None:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     if not {"RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & os.environ.keys():
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+
+
+@contextmanager
+def _interrupted_later() -> Iterator[None]:
+    """SIGTERM and Ctrl-C inside raise KeyboardInterrupt, at once and once more when the block is left.
+
+    While Ray starts, its callbacks may swallow the first. Ray's own handlers, which come to nothing then, stay away.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    came: list[int] = []
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        came.append(number)
+        raise KeyboardInterrupt(f"signal {number}")
+
+    heard = [number for number in (signal.SIGTERM, signal.SIGINT) if signal.getsignal(number) != signal.SIG_IGN]
+    before: dict[int, Any] = {number: signal.signal(number, interrupt) for number in heard}
+    of_ray = ray_utils.set_sigterm_handler
+    ray_utils.set_sigterm_handler = lambda handler: None
+    try:
+        yield
+    finally:
+        ray_utils.set_sigterm_handler = of_ray
+        for number, handler in before.items():
+            signal.signal(number, handler or signal.SIG_DFL)
+    if came:
+        raise KeyboardInterrupt(f"signal {came[0]}")
 
 
 @contextmanager

@@ -1,15 +1,15 @@
 """Training on Ray Train: `training.run.train_all` on several workers, whose sums are added by gloo or NCCL.
 
-Ray keeps the checkpoints under the run's folder. A worker that dies is replaced and all go on from the last epoch;
-after a killed driver the same call with the same folder does. No run can be resumed by accident: its folder is that of
-the fingerprint.
+The first worker keeps the states in the run's folder, as a training in one process does, and not Ray, whose own notes
+have no digests. A worker that dies is replaced and all go on from the last epoch; after a killed driver the same call
+with the same folder does. No run can be resumed by accident: its folder is that of the fingerprint.
 """
 
 import functools
 import os
 import secrets
+import shutil
 import socket
-import tempfile
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -18,7 +18,7 @@ from typing import Any
 import ray.train
 import torch
 import torch.distributed as dist
-from ray.train import Checkpoint, CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig
+from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 from ray.train.collective import broadcast_from_rank_zero
 from ray.train.torch import get_device
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
@@ -28,13 +28,15 @@ from torch import Tensor
 from distributed_rerank.cluster.session import Session
 from distributed_rerank.cluster.training_backend import OwnProcessGroupConfig
 from distributed_rerank.config.cluster import RetryConfig
+from distributed_rerank.data.files import disk_problem
 from distributed_rerank.errors import BadInput
 from distributed_rerank.runtime import logs
-from distributed_rerank.training.run import train_all
-from distributed_rerank.training.state import read_state, write_state
+from distributed_rerank.training.run import CHECKPOINTS, keep_state, train_all
+from distributed_rerank.training.state import latest, load_latest, read_state
 from distributed_rerank.training.task import Fit, State, TrainingTask, TrainingWorker
 
-STATE = "state.pt"
+_OF_RAY = "ray"
+"""In the folder of a training: Ray's notes. They are not needed again."""
 
 
 class Trainer(DataParallelTrainer):
@@ -75,29 +77,29 @@ def all_reduce(tensor: Tensor) -> Tensor:
 def train_worker(task: TrainingTask, folder: Path, timeout: timedelta) -> str | None:
     """Trains as one of Ray's workers.
 
-    Returns the message of a BadInput: raised, it would count as a failure and be retried.
+    Returns the message of a BadInput, and that of a full disk: raised, they would count as failures and be retried.
     """
     logs.configure_worker()
     worker = join_workers(timeout)
-    restored = None
-    if checkpoint := ray.train.get_checkpoint():
-        with checkpoint.as_directory() as last:
-            restored = read_state(Path(last) / STATE)
+    # One worker decides which state is the last good one.
+    last = broadcast_from_rank_zero(latest(folder / CHECKPOINTS) if worker.rank == 0 else None)
+    restored = None if last is None else read_state(last)
     try:
-        train_all(task, folder, worker, restored, functools.partial(report, worker))
+        train_all(task, folder, worker, restored, functools.partial(report, worker, folder))
     except BadInput as error:
         return str(error)
+    except OSError as error:
+        if line := disk_problem(error):
+            return line
+        raise
     return None
 
 
-def report(worker: TrainingWorker, state: State, figures: dict[str, float]) -> None:
-    """Hands the epoch's figures to Ray, and the first worker's state; all workers wait for each other."""
-    if worker.rank != 0:
-        ray.train.report(figures, checkpoint=None)
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        write_state(state, Path(folder) / STATE)
-        ray.train.report(figures, checkpoint=Checkpoint.from_directory(folder))
+def report(worker: TrainingWorker, folder: Path, state: State, figures: dict[str, float]) -> None:
+    """The first worker keeps the state; then all hand their figures to Ray and wait for each other."""
+    if worker.rank == 0:
+        keep_state(state, folder)
+    ray.train.report(figures)
 
 
 def fit(task: TrainingTask, folder: Path, *, session: Session, retry: RetryConfig | None = None) -> State:
@@ -111,6 +113,7 @@ def fit(task: TrainingTask, folder: Path, *, session: Session, retry: RetryConfi
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.1")
     folder = folder.absolute()
     require_shared(folder)
+    shutil.rmtree(folder / _OF_RAY, ignore_errors=True)
     trainer = Trainer(
         # Bound to the function and not `train_loop_config`, which the controller reads, importing all that is in it.
         functools.partial(train_worker, task, folder, timedelta(seconds=retry.timeout_s)),
@@ -122,21 +125,20 @@ def fit(task: TrainingTask, folder: Path, *, session: Session, retry: RetryConfi
             elastic_resize_monitor_interval_s=retry.resize_check_s,
         ),
         run_config=RunConfig(
-            name="ray",
+            name=_OF_RAY,
             storage_path=str(folder),
             failure_config=FailureConfig(
                 max_failures=retry.max_failures, controller_failure_limit=retry.controller_failure_limit
             ),
-            checkpoint_config=CheckpointConfig(num_to_keep=2),
             logging_config=LoggingConfig(log_level="WARNING"),
         ),
     )
     result = trainer.fit()
     if result.return_value is not None:
         raise BadInput(result.return_value)
-    assert result.checkpoint is not None, "a finished training has a checkpoint"
-    with result.checkpoint.as_directory() as last:
-        return read_state(Path(last) / STATE)
+    state = load_latest(folder / CHECKPOINTS)
+    assert state is not None, "a finished training has a state"
+    return state
 
 
 def require_shared(folder: Path) -> None:

@@ -11,11 +11,11 @@ class NegativeFilters:
     """Which candidates of other labels may serve as negatives; applied in the order of the fields."""
 
     absolute_margin: float | None = None
-    """Drop those nearer than the furthest positive of the list plus this."""
+    """Drop those whose similarity (cosine) plus this exceeds that of the least similar positive of the anchor."""
     relative_margin: float | None = None
-    """Drop those nearer than the furthest positive of the list times (1 + this)."""
+    """Drop those more similar than the least similar positive of the anchor less this share of its similarity."""
     min_distance: float | None = None
-    """Drop those nearer than this (sentence-transformers' `max_score`)."""
+    """Drop those nearer than this L2 distance; sentence-transformers' `max_score` s is sqrt(2 - 2 s) here."""
     range_min: int = 0
     """Drop this many of the nearest that are left."""
     range_max: int | None = None

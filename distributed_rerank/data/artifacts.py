@@ -28,7 +28,7 @@ from distributed_rerank.errors import BadInput
 
 logger = logging.getLogger(__name__)
 
-RESULT_VERSIONS = {"embed": 1, "retrieve": 1, "score": 2, "train": 2, "evaluate": 2, "rerank": 2, "compare": 1}
+RESULT_VERSIONS = {"embed": 1, "retrieve": 1, "score": 2, "train": 3, "evaluate": 2, "rerank": 2, "compare": 1}
 """Raise a stage's number by hand when its results change; folders made before are then refused, not continued."""
 _RUNS = {
     "train": ("embed", "retrieve", "score"),
@@ -151,7 +151,7 @@ class Staging:
     def remember_from(self, folder: Path) -> None:
         """Note what `begun.remember` has noted in another folder."""
         known = begun.join(begun.recall(self.path), begun.recall(folder))
-        write_json(self.path / BEGUN, known)
+        begun.note(self.path, known)
 
     def finish(self, manifest_extra: dict[str, Any] | None = None, rows: int | None = None) -> None:
         """Write the manifest and rename this folder to the output folder, replacing an older output.
@@ -201,7 +201,7 @@ class BlockStore:
             if digest.startswith(match[2]):
                 self._paths[int(match[1])] = path
             else:
-                _set_aside(path, "its bytes have changed since it was written")
+                set_aside(path, "its bytes have changed since it was written")
         self._found = set(self._paths)
 
     @property
@@ -302,10 +302,11 @@ def _set_aside_if_damaged(folder: Path) -> None:
     try:
         check_folder(folder)
     except BadInput as error:
-        _set_aside(folder, str(error))
+        set_aside(folder, str(error))
 
 
-def _set_aside(path: Path, reason: str) -> None:
+def set_aside(path: Path, reason: str) -> None:
+    """Rename what is damaged in an unfinished run, so that it is computed again, and say so."""
     aside = path.with_name(f"{path.name}.damaged")
     if aside.exists():
         _remove(aside)

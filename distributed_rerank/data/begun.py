@@ -6,11 +6,12 @@ what precision "auto" means there, so that a run does not go on elsewhere betwee
 """
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from distributed_rerank.data.files import write_json
+from distributed_rerank.data.files import OWN_DIGEST, has_its_digest, with_digest, write_json
 from distributed_rerank.errors import BadInput
 
 BEGUN = ".begun.json"
@@ -34,7 +35,7 @@ def begin(folder: Path) -> None:
     """Make the folder if absent, and mark it as unfinished if it is not."""
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / BEGUN).is_file():
-        write_json(folder / BEGUN, {})
+        note(folder, {})
 
 
 def unfinished_around(folder: Path) -> list[Path]:
@@ -78,11 +79,20 @@ def recall(folder: Path) -> dict[str, Any]:
     """What `remember` has stored in the folder, as a manifest tells it; {} where nothing was computed yet."""
     path = folder / BEGUN
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        found = json.loads(text)
     except (FileNotFoundError, NotADirectoryError):
         return {}
     except ValueError as error:
         raise BadInput(f"{path} is damaged ({error}); delete {folder} to begin again") from None
+    if not isinstance(found, dict) or not has_its_digest(found, text):
+        raise BadInput(f"{path} is damaged (not what was written); delete {folder} to begin again")
+    return {name: value for name, value in found.items() if name != OWN_DIGEST}
+
+
+def note(folder: Path, known: Mapping[str, Any]) -> None:
+    """Store what `recall` will give, in place of what was stored."""
+    write_json(folder / BEGUN, with_digest(dict(known)))
 
 
 def join(known: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
@@ -101,7 +111,7 @@ def _add(folder: Path, facts: dict[str, Any], gpu: str | None) -> None:
     whole = join(known, facts if gpu is None else {**facts, "gpus": [gpu]})
     if whole != known:
         folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / BEGUN, whole)
+        note(folder, whole)
 
 
 def _in_words(facts: dict[str, Any]) -> str:

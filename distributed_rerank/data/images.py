@@ -1,8 +1,11 @@
 """Image files to RGB pictures, or the reason why not (layer 2).
 
-Only JPEG, PNG, WebP, BMP, GIF and TIFF are opened, and the size in the header is checked before anything is
-decoded. No process-wide setting of Pillow is read or changed, except that Pillow itself refuses images above
-twice `PIL.Image.MAX_IMAGE_PIXELS` (179 million pixels as shipped), whatever `max_pixels` says.
+Only JPEG, PNG, WebP, BMP, GIF, TIFF and, where this Pillow decodes it, AVIF are opened, and the size in the header is
+checked before anything is decoded. With these limits an image costs 40 seconds of one CPU at the worst (run-length BMP
+of 200 MB; 100 million pixels take 1 to 8 seconds in every other format), so there is no clock. Only the scans of a
+progressive JPEG could take hours; they are counted first. No process-wide setting of Pillow is read or changed, except
+that Pillow itself refuses images above twice `PIL.Image.MAX_IMAGE_PIXELS` (179 million pixels as shipped), whatever
+`max_pixels` says.
 """
 
 import io
@@ -10,7 +13,7 @@ import struct
 import zlib
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError, features
 
 from distributed_rerank.data import locations
 from distributed_rerank.data.catalogue import Box, ImageRef
@@ -24,7 +27,11 @@ MAX_BYTES = 200_000_000
 """Of a file, checked before it is read."""
 OUTAGE = "the store does not answer"
 """How the reason begins where the store was at fault and not the image."""
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
+MAX_SCANS = 100
+"""Of a progressive JPEG, as libtiff has it; encoders write a dozen, and each costs a pass over the picture."""
+HAS_AVIF = "avif" in features.modules and features.check_module("avif")
+"""Pillow decodes it from 11.3 on."""
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", *(("AVIF",) if HAS_AVIF else ()))
 _STRIP_ROWS = 256
 _ORIENTATION_TAG = 0x0112
 _UPRIGHT = {
@@ -94,9 +101,17 @@ def decode(content: bytes, box: Box | None = None, max_pixels: int = MAX_PIXELS)
             if image.width * image.height > max_pixels:
                 size = f"{image.width} x {image.height}"
                 raise UnreadableImage(f"{size} pixels exceed the limit of {max_pixels} (decompression bomb?)")
+            # In compressed data 0xFF is never followed by the byte of a scan's marker.
+            n_scans = content.count(b"\xff\xda") if image.format == "JPEG" else 0
+            if n_scans > MAX_SCANS:
+                raise UnreadableImage(
+                    f"{n_scans} scans of a JPEG exceed the limit of {MAX_SCANS} (decompression bomb?)"
+                )
             image.load()
             return _crop(to_rgb(image), box)
     except UnidentifiedImageError:
+        if content[4:12] in (b"ftypavif", b"ftypavis") and not HAS_AVIF:
+            raise UnreadableImage("AVIF, which this Pillow cannot decode; install Pillow 11.3 or later") from None
         raise UnreadableImage(f"not an image in one of the formats {', '.join(FORMATS)}") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise UnreadableImage(_line("too many pixels", error)) from error

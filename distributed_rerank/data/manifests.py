@@ -16,14 +16,13 @@ from pathlib import Path
 from typing import Any
 
 from distributed_rerank import __version__
-from distributed_rerank.data.files import file_digests, json_digest, json_text, write_json
+from distributed_rerank.data.files import OWN_DIGEST, file_digests, has_its_digest, with_digest, write_json
 from distributed_rerank.errors import BadInput
 
 SCHEMA_VERSION = 2
 """Of manifest.json. 1 had no digests of files, and a code version in the fingerprint."""
 MANIFEST = "manifest.json"
-_OWN_DIGEST = "sha256"
-_OWN_KEYS = {"fingerprint", "files", "versions", _OWN_DIGEST}
+_OWN_KEYS = {"fingerprint", "files", "versions", OWN_DIGEST}
 _FIX = "restore it, or run the job that wrote it again with --overwrite"
 Entry = dict[str, Any]
 """Of a file: sha256, size, mtime_ns."""
@@ -117,10 +116,8 @@ def _parse(path: Path) -> dict[str, Any] | None:
         raise BadInput(f"{path} is not valid JSON ({error}); delete the folder or choose another --out") from None
     if not isinstance(manifest, dict):
         return {}
-    if _has_digests(manifest):
-        without = {name: value for name, value in manifest.items() if name != _OWN_DIGEST}
-        if manifest.get(_OWN_DIGEST) != json_digest(without) or text != json_text(manifest):
-            raise BadInput(f"{path} has changed since it was written; {_FIX}")
+    if _has_digests(manifest) and not has_its_digest(manifest, text):
+        raise BadInput(f"{path} has changed since it was written; {_FIX}")
     return manifest
 
 
@@ -130,9 +127,7 @@ def _has_digests(manifest: dict[str, Any]) -> bool:
 
 
 def _write(folder: Path, manifest: dict[str, Any]) -> None:
-    content = {name: value for name, value in manifest.items() if name != _OWN_DIGEST}
-    content = json.loads(json_text(content))  # as it will be read: tuples become lists
-    write_json(folder / MANIFEST, {**content, _OWN_DIGEST: json_digest(content)})
+    write_json(folder / MANIFEST, with_digest(manifest))
 
 
 def _entries(folder: Path, without: set[str]) -> dict[str, Entry]:

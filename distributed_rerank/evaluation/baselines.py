@@ -1,7 +1,9 @@
-"""Baselines without training: neighbourhood re-ranking and query expansion, alone and after the pairwise step.
+"""Baselines without a trained head: neighbourhood re-ranking and query expansion, alone and after the pairwise step.
 
-Each baseline re-orders or searches again, with constants that were not fitted to this catalogue and on sparse lists
-only. One that cannot be run says why. Seconds are kept apart from figures, whose bytes must not depend on time.
+Each baseline re-orders or searches again, on sparse lists only, with constants that were not fitted to this catalogue.
+Two of them use what training has fitted to the train labels in closed form, and their names in the report say so: the
+adapted first stage, and MaxSim of the tokens' projections. One that cannot be run says why. Seconds are kept apart from
+figures, whose bytes must not depend on time.
 """
 
 import logging

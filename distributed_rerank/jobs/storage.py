@@ -7,6 +7,7 @@ import dataclasses
 import logging
 import os
 import re
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -24,6 +25,8 @@ FOLDERS = ("out",)
 """Written by a job; `train` adds to its embeddings as well."""
 FILES = ("trec", "markdown")
 _OUTPUTS = (*FOLDERS, *FILES, "runs", "history")
+_LONGEST_NAME = 200
+"""Bytes; the hidden names beside it are longer, and file systems end at 255."""
 _URI = re.compile(r"(s3|gs|gcs|az|abfs|file):/+(.*)", re.DOTALL)
 _OTHER_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:/.*", re.DOTALL)
 _JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
@@ -49,6 +52,8 @@ def local_job(job: Any) -> Iterator[Any]:
                 f"--{name} {value} is in no store that can be written; give a folder, or s3://, gs://, az://"
             )
     job = _replaced(job, _without_file_scheme)
+    if isinstance(getattr(job, "out", None), Path) and uri_of(job.out) is None:
+        _check_place(job.out)
     if not any(uri_of(value) for name, value in _values(job) if name in (*INPUTS, *_OUTPUTS)):
         yield job
         return
@@ -143,6 +148,22 @@ def _refuse_lost_outputs(job: Any) -> None:
             "directory, which is deleted with all in it; give an absolute path that the head keeps, or a URI such as "
             f"s3://bucket/{value}"
         )
+
+
+def _check_place(out: Path) -> None:
+    """Raises BadInput for an output that could not be written at the end: a link, below a file, no room, no leave."""
+    if len(os.fsencode(out.name)) > _LONGEST_NAME:
+        raise BadInput(f"--out {out.name[:20]}...: the name is longer than {_LONGEST_NAME} bytes; give a shorter one")
+    if out.is_symlink():
+        raise BadInput(f"--out {out} is a link; give what it leads to: --out {os.path.realpath(out)}")
+    if out.exists():
+        return  # finished, perhaps on a disk that is read-only by now, or refused with its reason later
+    parent = next(outer for outer in out.absolute().parents if outer.exists())
+    try:
+        tempfile.TemporaryFile(dir=parent).close()
+    except OSError as error:
+        reason = "it is a file" if not parent.is_dir() else os.strerror(error.errno or 0)
+        raise BadInput(f"--out {out}: nothing can be written to {parent} ({reason}); choose another --out") from None
 
 
 def _without_file_scheme(name: str, value: Any) -> Any:

@@ -8,6 +8,7 @@ import difflib
 import functools
 import inspect
 import json
+import logging
 import sys
 from collections.abc import Mapping
 from contextlib import nullcontext
@@ -33,6 +34,8 @@ from distributed_rerank.errors import BadInput
 from distributed_rerank.models import inference, vit, weights
 from distributed_rerank.models.precision import computing_in, resolve_precision
 from distributed_rerank.tensors.hardware import bf16_support
+
+logger = logging.getLogger(__name__)
 
 _MORE_ARGUMENTS = frozenset({"features_only", "out_indices", "bn_tf", "bn_momentum", "bn_eps", "drop_connect_rate"})
 """Settings of networks that timm takes beside those of their classes."""
@@ -273,11 +276,18 @@ def _load_file(model: Any, path: str) -> None:
     parts = (classifiers,) if isinstance(classifiers, str) else tuple(classifiers)
     absent = [part for part in (*parts, "criterion") if not any(name.startswith(f"{part}.") for name in own)]
     known = [*own, *(f"{part}.{kind}" for part in absent for kind in ("weight", "bias")), MASK_TOKEN]
-    state = weights.strip_wrappers(weights.read_state_dict(path), known)
-    state = weights.without_parts(state, absent)
+    written = weights.read_state_dict(path)
+    state = weights.without_parts(weights.strip_wrappers(written, known), absent)
     if MASK_TOKEN not in own:
         state.pop(MASK_TOKEN, None)
     weights.load_exactly(model, state, path)
+    # OML saves an extractor whose network is `model`; its pooling with gem_p has no parameters, so no file tells it.
+    is_of_oml = any(name.startswith(("model.", "extractor.model.")) for name in written)
+    if is_of_oml and getattr(getattr(model, "global_pool", None), "pool_type", "") == "avg":
+        logger.warning(
+            "%s: POOLED BY AVERAGE. If OML trained it with gem_p (GeM pooling), which no file tells, these are other "
+            "embeddings: give an extractor of your own (--extractor package.module:function)", path,
+        )  # fmt: skip
 
 
 def _transform(config: ExtractorConfig, model: Any) -> InferenceTransform:

@@ -4,12 +4,12 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 NAMES = {
-    "adapted": "First stage, adapted",
+    "adapted": "First stage, adapted to train labels",
     "k_reciprocal": "k-reciprocal re-ranking",
     "query_expansion": "Alpha query expansion",
     "database_augmentation": "Database augmentation",
     "both_expansions": "Query expansion and database augmentation",
-    "maxsim": "MaxSim of cached tokens",
+    "maxsim": "MaxSim of tokens fitted to train labels",
     "pairwise": "Pairwise step alone",
 }
 
@@ -29,7 +29,7 @@ def baseline_name(key: str) -> str:
     return f"Pairwise step, then {name[:1].lower() + name[1:]}" if plus and before else name
 
 
-def best_without_training(metrics: Mapping[str, Any]) -> Best | None:
+def best_without_pairwise(metrics: Mapping[str, Any]) -> Best | None:
     """The best baseline without a pairwise model; None where none was measured. Ties by name."""
     measured = [
         (entry["metrics"]["map@10"], name, entry)

@@ -7,7 +7,7 @@ its 95 % interval.
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from distributed_rerank.report.baselines import Best, baseline_name, best_without_training
+from distributed_rerank.report.baselines import Best, baseline_name, best_without_pairwise
 from distributed_rerank.report.formatting import fraction, interval, metric_name, percent, signed
 
 LOW_CEILING = 0.8
@@ -32,9 +32,9 @@ class Verdict(NamedTuple):
 def verdict(metrics: Mapping[str, Any]) -> Verdict:
     """Whether re-ranking helped, by mAP@10 and its 95 % interval, and how much more was possible.
 
-    A baseline without training that is better beyond chance comes first. Where mAP@10 rises but CMC@1 falls beyond
-    chance, or most metrics fall, the outcome is mixed and not good. What training found out about the evidence for its
-    chain comes last.
+    A baseline without the trained pairwise model that is better beyond chance comes first. Where mAP@10 rises but CMC@1
+    falls beyond chance, or most metrics fall, the outcome is mixed and not good. What training found out about the
+    evidence for its chain comes last.
     """
     found = verdict_of_figures(metrics)
     if not metrics.get("evidence"):
@@ -44,7 +44,7 @@ def verdict(metrics: Mapping[str, Any]) -> Verdict:
 
 def verdict_of_figures(metrics: Mapping[str, Any]) -> Verdict:
     """The verdict by the figures alone."""
-    first, best = metrics["first_stage"], best_without_training(metrics)
+    first, best = metrics["first_stage"], best_without_pairwise(metrics)
     best_text = "" if best is None else f" {_best_text(best)}"
     if not metrics.get("reranked"):
         cmc = f", CMC@1 {fraction(first['cmc@1'])}" if "cmc@1" in first else ""
@@ -143,7 +143,7 @@ def _beaten(best: Best, after: float) -> str:
     against = best.figures["against_reranked"]["map@10"]
     name, value = baseline_name(best.name), fraction(best.figures["metrics"]["map@10"])
     return (
-        f"{name}, which looks at no pair, is better than this chain: mAP@10 {value} against {fraction(after)} "
+        f"{name}, which needs no trained head, is better than this chain: mAP@10 {value} against {fraction(after)} "
         f"({signed(against['mean'])}; 95 % interval {interval(against)})."
     )
 
@@ -151,7 +151,9 @@ def _beaten(best: Best, after: float) -> str:
 def _best_text(best: Best) -> str:
     change = best.figures["difference"]["map@10"]
     value = fraction(best.figures["metrics"]["map@10"])
-    claim = "Best without pairs" if change["mean"] > 0 else "Nothing is gained without pairs; at best"
+    claim = (
+        "Best without the trained head" if change["mean"] > 0 else "Nothing is gained without the trained head; at best"
+    )
     return f"{claim}: {baseline_name(best.name)}, mAP@10 {value} ({signed(change['mean'])}; {interval(change)})."
 
 

@@ -1,8 +1,8 @@
 """Training lists drawn from the candidate lists of a whole training set, the same kind of list that is re-ranked later.
 
 An anchor is a query of the candidate lists; `labels` and `sequences` are indexed by item number, -1 = none. A candidate
-without a label is neither positive nor negative. The filters against false negatives work like sentence-transformers'
-`mine_hard_negatives`, but on distances (small = same) instead of similarities (large = same).
+without a label is neither positive nor negative. The filters against false negatives are those of
+sentence-transformers' `mine_hard_negatives`.
 """
 
 from dataclasses import dataclass
@@ -10,11 +10,15 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
+from torch.nn.functional import normalize
 
 from distributed_rerank.config.training import NegativeFilters
 from distributed_rerank.errors import BadInput
 from distributed_rerank.tensors.candidate_lists import CandidateLists
 from distributed_rerank.tensors.ragged import offsets_of
+
+_ANCHORS = 1024
+"""So many are compared with their candidates at a time."""
 
 
 @dataclass(frozen=True)
@@ -46,30 +50,30 @@ def filter_negatives(
     lists: CandidateLists,
     labels: Int64[Tensor, " item"],
     filters: NegativeFilters,
+    embeddings: Float[Tensor, "item dim"] | None = None,
+    sequences: Int64[Tensor, " item"] | None = None,
 ) -> tuple[Bool[Tensor, "query k"], dict[str, int]]:
     """The negatives that pass all filters, and how many each filter dropped (each counts once).
 
-    With several positives in a list the margins refer to the furthest one there, in L2 distance; sentence-transformers
-    has margins in similarity, and looks at all positives. If there is none in the list, every candidate is nearer than
-    any positive and a margin drops them all.
+    Margins need `embeddings`: they are in cosine similarity, and refer to the least similar of all positives of the
+    anchor, in its list or not, those of its own sequence left out. An anchor without any keeps its negatives.
     """
-    distances = lists.distances
-    # [query, 1]: the distance of the furthest positive in each list; inf where there is none.
-    positives = are_positive(lists, labels)
-    furthest = torch.where(positives, distances, -torch.inf).amax(dim=1, keepdim=True)
-    furthest = torch.where(positives.any(dim=1, keepdim=True), furthest, torch.inf)
-    # Filters by distance: each has a lowest distance, one for all or [query, 1], and drops what is nearer.
     allowed = are_negative(lists, labels)
+    # [query, k]: what each filter by nearness drops.
+    too_near: dict[str, Tensor] = {}
+    if filters.absolute_margin is not None or filters.relative_margin is not None:
+        assert embeddings is not None, "margins are in similarity, which distances alone do not tell"
+        similarity, least = _similarities(lists, labels, embeddings, sequences)
+        if filters.absolute_margin is not None:
+            too_near["absolute_margin"] = similarity + filters.absolute_margin > least
+        if filters.relative_margin is not None:
+            too_near["relative_margin"] = similarity > least - filters.relative_margin * least.abs()
+    if filters.min_distance is not None:
+        too_near["min_distance"] = lists.distances < filters.min_distance
     dropped: dict[str, int] = {}
-    lowest = {
-        "absolute_margin": None if filters.absolute_margin is None else furthest + filters.absolute_margin,
-        "relative_margin": None if filters.relative_margin is None else furthest * (1 + filters.relative_margin),
-        "min_distance": filters.min_distance,
-    }
-    for name, bound in lowest.items():
-        if bound is not None:
-            dropped[name] = int((allowed & (distances < bound)).sum())
-            allowed = allowed & ~(distances < bound)
+    for name, is_dropped in too_near.items():
+        dropped[name] = int((allowed & is_dropped).sum())
+        allowed = allowed & ~is_dropped
     # Filters by rank [query, k], counted from 0 among the negatives that are left.
     rank = allowed.cumsum(dim=1) - 1
     too_early = allowed & (rank < filters.range_min)
@@ -145,6 +149,35 @@ def suspected_mislabels(
     distances[which] = lists.distances[rows, columns]
     order = distances.argsort(stable=True)
     return pairs[order], distances[order]
+
+
+def _similarities(
+    lists: CandidateLists, labels: Tensor, embeddings: Tensor, sequences: Tensor | None
+) -> tuple[Float[Tensor, "query k"], Float[Tensor, "query 1"]]:
+    """Cosine similarity of each candidate, and of each anchor's least similar positive; inf where it has none.
+
+    Float64, a few anchors at a time; a missing candidate has the similarity of item 0.
+    """
+    unit = normalize(embeddings.double(), dim=1)
+    similarity = torch.cat(
+        [
+            torch.einsum("qd,qkd->qk", unit[anchors], unit[items.clamp(min=0)])
+            for anchors, items in zip(lists.query_items.split(_ANCHORS), lists.items.split(_ANCHORS), strict=True)
+        ]
+    )
+    least = torch.full((len(lists), 1), torch.inf, dtype=torch.float64)
+    for label in labels[lists.query_items].unique().tolist():
+        rows = (labels[lists.query_items] == label).nonzero()[:, 0]
+        members = (labels == label).nonzero()[:, 0]
+        for part in rows.split(_ANCHORS) if label >= 0 else ():
+            anchors = lists.query_items[part]
+            is_other = anchors[:, None] != members
+            if sequences is not None:
+                own = sequences[anchors][:, None]
+                is_other &= (own < 0) | (own != sequences[members])
+            found = torch.where(is_other, unit[anchors] @ unit[members].T, torch.inf)
+            least[part, 0] = found.amin(dim=1)
+    return similarity, least
 
 
 def _labels_of(lists: CandidateLists, labels: Tensor) -> Tensor:

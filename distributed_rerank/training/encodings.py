@@ -19,12 +19,17 @@ from jaxtyping import Int64
 from torch import Tensor
 
 from distributed_rerank.config.training import TrainingConfig
-from distributed_rerank.data.files import atomic_path
+from distributed_rerank.data.artifacts import set_aside
+from distributed_rerank.data.files import is_intact
+from distributed_rerank.data.manifests import check_folder, write_manifest
+from distributed_rerank.errors import BadInput
+from distributed_rerank.models.pairwise import PairwiseModel
 from distributed_rerank.models.saving import load_model, save_model
 from distributed_rerank.runtime.devices import tensor_of
 from distributed_rerank.runtime.progress import progress
 from distributed_rerank.tensors import sharding
 from distributed_rerank.training.images import DecodedImages, EncodedImages, block_path
+from distributed_rerank.training.state import write_state
 from distributed_rerank.training.task import TrainingWorker
 
 FULL_ENCODER = "encoder-all"
@@ -127,12 +132,12 @@ def encode_blocks(
     own = wanted[worker.rank :: worker.world_size]
     for view, number in progress(own, total=len(own), title=folder.name):
         path = block_path(folder, view, number)
-        if not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
+        if not is_intact(path):
+            if path.exists():
+                set_aside(path, "it is not what was written")
             with torch.no_grad():
                 encoded = encode(torch.arange(*blocks[number]), view)
-            with atomic_path(path) as unfinished:
-                torch.save(encoded.cpu(), unfinished)
+            write_state(encoded.cpu(), path)
     worker.barrier()
     return EncodedImages(folder, len(images.catalogue), config)
 
@@ -146,14 +151,32 @@ def fit_encoder(
     config: TrainingConfig,
 ) -> None:
     """Writes the model with projections fitted to `config.fit_images` of the items `used`, unless it is there."""
-    if (out / "config.json").is_file():
+    if holds_model(out):
         return
     generator = np.random.default_rng([config.seed, 0xF17])
     items = tensor_of(np.sort(generator.permutation(used)[: config.fit_images]))
     model = load_model(model_folder)
     assert isinstance(model, FittedModel), "only fitted models have projections to fit"
     model.fit_encoder(features.plain(items), tensor_of(labels)[items])
-    save_model(model, out)
+    keep_model(model, out)
+
+
+def keep_model(model: PairwiseModel, folder: Path) -> None:
+    """Save a model that an unfinished training goes on with, and the digests of its files."""
+    save_model(model, folder)
+    write_manifest(folder, {"fingerprint": {}})
+
+
+def holds_model(folder: Path) -> bool:
+    """Whether `keep_model` has finished there; a folder that has changed since is set aside."""
+    if not folder.exists():
+        return False
+    try:
+        check_folder(folder)
+    except BadInput as error:
+        set_aside(folder, str(error))
+        return False
+    return True
 
 
 def load_fitted(folder: Path) -> FittedModel:

@@ -67,8 +67,8 @@ class DecodedImages:
                 image = read_image(ref)
             except UnreadableImage as error:
                 raise BadInput(
-                    f"image {ref.id!r} ({ref.path}) could be read before and cannot now: {error.reason}; restore it or "
-                    "remove its row, then start again"
+                    f"image {ref.id!r} ({ref.path}) could be read before and cannot now: {error.reason}; restore it, "
+                    "delete it or remove its row, then start again"
                 ) from None
             if augment is None:
                 return self.transform(image)

@@ -35,7 +35,9 @@ def mining_figures(task: TrainingTask) -> dict[str, Any]:
     """The figures of the lists that the last run, whose weights become the model's, is trained on."""
     run = task.runs[-1]
     labels = labels_among(run.anchors, task.catalogue.labels)
-    allowed, dropped = filter_negatives(run.anchors, labels, task.config.filters)
+    allowed, dropped = filter_negatives(
+        run.anchors, labels, task.config.filters, task.embeddings, tensor_of(task.catalogue.sequences)
+    )
     return asdict(mining_statistics(run.anchors, labels, allowed, dropped))
 
 

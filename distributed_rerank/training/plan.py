@@ -204,7 +204,7 @@ def plan_lists(
     """
     items, own = anchors.query_items, labels_among(anchors, labels)
     # [anchor, candidate]: negatives that pass the filters.
-    allowed, _ = filter_negatives(anchors, own, config.filters)
+    allowed, _ = filter_negatives(anchors, own, config.filters, embeddings, tensor_of(sequences))
     # Each round draws one list for every anchor: its query [list] and its candidates [list, 1 + negatives].
     rounds: list[tuple[Tensor, Tensor]] = []
     wanted = None

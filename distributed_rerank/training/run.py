@@ -55,6 +55,8 @@ from distributed_rerank.training.validation import encode_all, is_remining_due, 
 
 logger = logging.getLogger(__name__)
 
+CHECKPOINTS = "checkpoints"
+"""In the folder of a training: its last states."""
 HEAD_FIT_PAIRS = 4096
 HEAD_FIT_PAIRS_FROM_FILES = 512
 """The number of pairs where images must be decoded and encoded for them."""
@@ -287,11 +289,15 @@ def check_plan(task: TrainingTask, run: TrainingRun, state: TrainingState) -> No
 
 def fit(task: TrainingTask, folder: Path) -> State:
     """Trains in this process, with the states in `folder`/checkpoints; goes on from the last one there."""
-    checkpoint_folder = folder / "checkpoints"
 
     def report(state: State, figures: dict[str, float]) -> None:
-        n_epochs = state["current"]["epoch"] + sum(len(result["history"]) for result in state["finished"])
-        save_epoch(state, checkpoint_folder, n_epochs)
+        keep_state(state, folder)
 
     worker = TrainingWorker(device=str(pick_device()))
-    return train_all(task, folder, worker, load_latest(checkpoint_folder), report)
+    return train_all(task, folder, worker, load_latest(folder / CHECKPOINTS), report)
+
+
+def keep_state(state: State, folder: Path) -> None:
+    """Write what a stopped training goes on from to `folder`/checkpoints."""
+    n_epochs = state["current"]["epoch"] + sum(len(result["history"]) for result in state["finished"])
+    save_epoch(state, folder / CHECKPOINTS, n_epochs)

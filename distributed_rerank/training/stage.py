@@ -5,6 +5,7 @@ done in the staging folder of the fingerprint, so the same command goes on after
 """
 
 import logging
+import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -27,9 +28,11 @@ from distributed_rerank.config.jobs import TrackingService
 from distributed_rerank.config.pairwise import PairwiseConfig, pairwise_name
 from distributed_rerank.config.training import EvidenceConfig, TrainingConfig
 from distributed_rerank.config.work import WorkConfig
-from distributed_rerank.data import artifacts
+from distributed_rerank.data import artifacts, tables
 from distributed_rerank.data.catalogue import Catalogue
 from distributed_rerank.data.embeddings import Embeddings
+from distributed_rerank.data.locations import scheme_of
+from distributed_rerank.data.rejects import Reject, check_rejects, reject_table
 from distributed_rerank.data.trained_on import trained_on, write_trained_on
 from distributed_rerank.executors import Executors
 from distributed_rerank.models.distance_siamese import DistanceSiamese
@@ -41,7 +44,7 @@ from distributed_rerank.training import mining, tracking
 from distributed_rerank.training.adaptation import Adaptation, choose_adaptation
 from distributed_rerank.training.card import CARD, model_card
 from distributed_rerank.training.distillation import Teacher, check_teachable, score_by_teacher
-from distributed_rerank.training.encodings import FULL_ENCODER, FittedModel
+from distributed_rerank.training.encodings import FULL_ENCODER, FittedModel, holds_model, keep_model
 from distributed_rerank.training.plan import sides
 from distributed_rerank.training.run import fit as fit_in_this_process
 from distributed_rerank.training.run import results
@@ -107,29 +110,57 @@ def train(
         used = pick_labels(catalogue, model_config.extractor.weights, evidence, embed)
         images = used.images.as_query_and_gallery()
         embeddings = embed(images)
+        images = without_vanished(images, embeddings, work.max_rejects, staging.path)
+        own = scratch / folder_of(images)
         config = config if used.is_valid else replace(config, adapt=False)
-        task = make_task(images, embeddings, model_config, config, scratch, executors)
-        log_mining_report(task, embeddings, scratch, staging.path, executors)
-        if teacher is not None:
-            task = taught(task, teacher, scratch / "teacher", work, executors)
+        task = make_task(images, embeddings, model_config, config, own, executors)
+        log_mining_report(task, embeddings, own, staging.path, executors)
+        task = taught(task, teacher, own / "teacher", work, executors)
         run_name = f"{Path(out).name}-{artifacts.json_digest(fingerprint)[:8]}"
-        state = fit(replace(task, services=tuple(services), run_name=run_name), scratch / "run")
-        chain = write_model(task, state, scratch / "run", staging.path, used)
-        lists = join_lists([run.validation for run in task.runs if run.validation is not None])
-        record = trained_on(tensor_of(embeddings.matrix), fingerprint["extraction"]["extractor"], lists)
-        write_trained_on(record, staging.path)
-        staging.remember_from(scratch / "run")
+        state = fit(replace(task, services=tuple(services), run_name=run_name), own / "run")
+        chain = write_model(task, state, own / "run", staging.path, used)
+        write_first_stage(task, embeddings, fingerprint["extraction"]["extractor"], staging.path)
+        staging.remember_from(own / "run")
         shutil.rmtree(scratch)
         staging.finish({"chain": chain.describe(), "runs": [run.name for run in task.runs]}, rows=len(task.catalogue))
     return chain
 
 
+def write_first_stage(task: TrainingTask, embeddings: Embeddings, extractor: dict[str, Any], folder: Path) -> None:
+    """Writes down what the model was trained behind: extractor, kind and spread of the distances."""
+    lists = join_lists([run.validation for run in task.runs if run.validation is not None])
+    write_trained_on(trained_on(tensor_of(embeddings.matrix), extractor, lists), folder)
+
+
+def folder_of(images: Catalogue) -> str:
+    """A name of its own for each set of images: what a start did while one was missing is not taken for another's."""
+    return f"images-{artifacts.json_digest(images.ids.tolist())[:8]}"
+
+
 def taught(
-    task: TrainingTask, teacher: Teacher, folder: Path, work: WorkConfig, executors: Executors | None
+    task: TrainingTask, teacher: Teacher | None, folder: Path, work: WorkConfig, executors: Executors | None
 ) -> TrainingTask:
-    """The task with the teacher's logits of its last run's lists."""
+    """The task with the teacher's logits of its last run's lists; without a teacher as it is."""
+    if teacher is None:
+        return task
     logits = score_by_teacher(teacher, task.catalogue, task.runs[-1].anchors, folder, work, executors)
     return replace(task, teacher=logits)
+
+
+def without_vanished(images: Catalogue, embeddings: Embeddings, max_rejects: float | None, folder: Path) -> Catalogue:
+    """The images that have an embedding and whose file is still there; the others go into `folder`/rejects.parquet.
+
+    Files in a store are not asked for. Raises BadInput where too many have vanished.
+    """
+    images = images.take(np.flatnonzero(embeddings.rows_of(images.ids) >= 0))
+    is_there = np.array([scheme_of(ref.path) is not None or os.path.exists(ref.path) for ref in images.images()])
+    (folder / "rejects.parquet").unlink(missing_ok=True)
+    if is_there.all():
+        return images
+    gone = [Reject(ref.id, ref.path, "file not found") for ref in images.images(np.flatnonzero(~is_there))]
+    tables.write_table(folder / "rejects.parquet", reject_table(gone, "train"), "rejects")
+    check_rejects(gone, len(images), max_rejects, str(folder / "rejects.parquet"))
+    return images.take(np.flatnonzero(is_there))
 
 
 def embeddings_of(
@@ -183,8 +214,8 @@ def make_task(
     """
     images = images.take(np.flatnonzero(embeddings.rows_of(images.ids) >= 0))
     model_folder = work / "untrained"
-    if not (model_folder / "config.json").is_file():
-        save_model(build_model(model_config), model_folder)
+    if not holds_model(model_folder):
+        keep_model(build_model(model_config), model_folder)
     is_halved = isinstance(load_model(model_folder), FittedModel) and config.backbone_lr == 0
     side = sides(images.labels, 0.5 if is_halved else config.set_aside, config.seed)
     adapted = adapt(images, embeddings, side, config, work, executors)
@@ -300,8 +331,7 @@ def write_model(task: TrainingTask, state: State, run_folder: Path, folder: Path
     content = {"config": task.config.fingerprint(), "kept_epoch": kept, "history": figures}
     artifacts.write_json(folder / "training.json", content)
     tracking.draw_curves(histories, folder / "curves.svg")
-    shutil.rmtree(folder / "tensorboard", ignore_errors=True)
-    shutil.copytree(run_folder / "tensorboard", folder / "tensorboard")
+    tracking.copy_event_files(run_folder / "tensorboard", folder / "tensorboard")
     return chain
 
 

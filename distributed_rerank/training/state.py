@@ -5,6 +5,7 @@ final name and renamed, so that a kill never leaves half of one, and read with `
 no pickled code.
 """
 
+import io
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +15,8 @@ import torch
 from torch import Tensor
 
 from distributed_rerank.config.training import TrainingConfig
-from distributed_rerank.data.files import atomic_path
+from distributed_rerank.data.artifacts import set_aside
+from distributed_rerank.data.files import is_intact, remove_sealed, sealed_path
 from distributed_rerank.errors import BadInput
 from distributed_rerank.models.pairwise import PairwiseModel
 
@@ -89,9 +91,15 @@ def build_optimizer(model: PairwiseModel, config: TrainingConfig) -> torch.optim
 
 
 def freeze_encoder(model: PairwiseModel) -> None:
-    """Freezes everything that cached encodings were made with: the backbone, and whatever `forward` does not use."""
+    """Freezes everything that cached encodings were made with: the backbone, and whatever `forward` does not use.
+
+    Raises BadInput for a model without parameters.
+    """
     model.freeze_backbone()
-    device = next(model.parameters()).device
+    first = next(model.parameters(), None)
+    if first is None:
+        raise BadInput(f"{type(model).__name__} has no parameters, so there is nothing to train; choose another model")
+    device = first.device
     encoding = torch.zeros(1, *model.encoding_shape, dtype=model.encoding_dtype, device=device)
     model.eval()
     # A parameter that gets no gradient from a logit is not used by `forward`.
@@ -121,11 +129,13 @@ def set_training(model: PairwiseModel, is_frozen: bool) -> None:
     model.train()
 
 
-def write_state(state: dict[str, Any], path: Path) -> None:
-    """Writes `state` atomically and flushed to disk."""
+def write_state(state: dict[str, Any] | Tensor, path: Path) -> None:
+    """Writes `state` atomically and flushed to disk, with its digest. Raises OSError where the disk is full."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_path(path) as unfinished:
-        torch.save(state, unfinished)
+    content = io.BytesIO()
+    torch.save(state, content)  # into memory, for on a full disk it raises errors of its own
+    with sealed_path(path) as unfinished:
+        unfinished.write_bytes(content.getbuffer())
 
 
 def read_state(path: Path) -> dict[str, Any]:
@@ -135,9 +145,9 @@ def read_state(path: Path) -> dict[str, Any]:
 
 def save_epoch(state: dict[str, Any], folder: Path, epoch: int, keep: int = 2) -> None:
     """Writes the state after `epoch` epochs and removes all but the last `keep`."""
-    write_state(state, folder / f"epoch-{epoch:05d}.pt")
+    write_state(state, _epoch_path(folder, epoch))
     for old in saved_epochs(folder)[:-keep]:
-        (folder / f"epoch-{old:05d}.pt").unlink()
+        remove_sealed(_epoch_path(folder, old))
 
 
 def saved_epochs(folder: Path) -> list[int]:
@@ -147,7 +157,21 @@ def saved_epochs(folder: Path) -> list[int]:
     return sorted(int(name[1]) for entry in folder.iterdir() if (name := EPOCH_FILE.fullmatch(entry.name)))
 
 
+def latest(folder: Path) -> Path | None:
+    """The state of the last complete epoch, or None where there is none. Damaged ones are set aside by name."""
+    for epoch in reversed(saved_epochs(folder)):
+        path = _epoch_path(folder, epoch)
+        if is_intact(path):
+            return path
+        set_aside(path, "it is not what was written")
+    return None
+
+
 def load_latest(folder: Path) -> dict[str, Any] | None:
-    """The state of the last complete epoch, or None where there is none."""
-    epochs = saved_epochs(folder)
-    return read_state(folder / f"epoch-{epochs[-1]:05d}.pt") if epochs else None
+    """What `latest` finds, read."""
+    path = latest(folder)
+    return None if path is None else read_state(path)
+
+
+def _epoch_path(folder: Path, epoch: int) -> Path:
+    return folder / f"epoch-{epoch:05d}.pt"

@@ -4,6 +4,8 @@ TensorBoard's event files are always written, for they need no server and no acc
 """
 
 import importlib
+import logging
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import cycle
@@ -15,6 +17,8 @@ from markupsafe import Markup
 from distributed_rerank import svg
 from distributed_rerank.config.jobs import TrackingService
 from distributed_rerank.errors import BadInput
+
+logger = logging.getLogger(__name__)
 
 WIDTH, HEIGHT = 450, 280
 """Of one plot of the training curves."""
@@ -100,6 +104,33 @@ def open_trackers(
     """TensorBoard under `folder` and the services asked for; a resumed run passes its first new step."""
     make: dict[str, Callable[[str], Tracker]] = {"mlflow": MlflowTracker, "wandb": WandbTracker}
     return [TensorBoardTracker(folder, first_step), *(make[service](run_name) for service in services)]
+
+
+def has_its_checksums(path: Path) -> bool:
+    """Whether every record of an event file is as it was written; one that a kill has cut off at the end is none."""
+    from tensorboard.compat.tensorflow_stub.errors import DataLossError, OutOfRangeError
+    from tensorboard.compat.tensorflow_stub.pywrap_tensorflow import PyRecordReader_New
+
+    reader = PyRecordReader_New(str(path))
+    try:
+        while True:
+            reader.GetNext()
+    except OutOfRangeError:
+        return True
+    except DataLossError as error:
+        return "truncated record" in str(error)
+
+
+def copy_event_files(source: Path, target: Path) -> None:
+    """All event files below `source`; damaged ones are told and left out, for nobody can compute them again."""
+    shutil.rmtree(target, ignore_errors=True)
+    for path in sorted(source.rglob("events.*")):
+        if has_its_checksums(path):
+            copy = target / path.relative_to(source)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, copy)
+        else:
+            logger.warning("%s is damaged: TensorBoard will not show what it held", path)
 
 
 def imported(name: str) -> Any:

@@ -87,6 +87,27 @@ def test_compare_oml_without_the_peer_says_how_to_name_it(tmp_path: Path) -> Non
     assert "DISTRIBUTED_RERANK_BENCH" in done.stderr
 
 
+def test_chaos_quick_gives_the_bytes_of_undisturbed_runs_and_finds_all_damage(tmp_path: Path) -> None:
+    file = tmp_path / "rows.json"
+    command = [sys.executable, str(BENCHMARKS / "chaos.py"), "--quick", "--json", str(file)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    found = json.loads(file.read_text())
+    assert len(found["faults"]) >= 6
+    for row in found["faults"]:
+        assert row["equal"], row
+        assert row["fault"] in done.stdout
+    kinds = {row["kind"]: row for row in found["damage"]}
+    for kind in ("block of a stage", "state of a training", "encodings of a training", "what the run was begun with"):
+        assert f"unfinished: {kind}" in kinds
+    for name in ("manifest.json", "model.safetensors", "embeddings.parquet", "report.html"):
+        assert any(kind.endswith(f"out: {name}") for kind in kinds), name
+    for row in kinds.values():
+        assert row["tried"] == 10
+        assert row["found"] == 10, row
+        assert row["cut_found"] in (None, 10), row
+
+
 def test_online_quick_measures_against_its_bars(tmp_path: Path) -> None:
     for number in range(64):
         pixels = np.random.default_rng(number).integers(0, 256, (40, 60, 3), dtype=np.uint8)

@@ -1,15 +1,19 @@
 import os
 import secrets
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import pyarrow as pa
 import pytest
 
 from distributed_rerank.cluster import extraction as on_ray
+from distributed_rerank.cluster import fan_out
 from distributed_rerank.cluster.executors import RayExecutors
 from distributed_rerank.cluster.session import Session
 from distributed_rerank.config.extractor import ExtractorConfig
@@ -189,3 +193,57 @@ def test_pool_sizes_without_a_cpu_for_decoding_are_bad_input(session: Session) -
 @pytest.mark.parametrize(("n_blocks", "sizes"), [(1, (1, 1)), (2, (2, 2)), (3, (3, 3)), (7, (6, 4))])
 def test_pool_sizes_are_never_more_than_the_blocks(n_blocks: int, sizes: tuple[int, int]) -> None:
     assert on_ray.pool_sizes(Session(num_workers=6, num_cpus=12, decode_workers=4), n_blocks) == sizes
+
+
+@pytest.mark.ray
+def test_embed_goes_on_where_a_worker_is_stopped(
+    session_of: SessionOf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A stopped process tells nobody; the time it may take is that of the other blocks."""
+    monkeypatch.setattr(fan_out, "_LEAST_S", 5.0)
+    monkeypatch.setattr(fan_out, "_FIRST_S", 20.0)
+    catalogue = make_catalogue(tmp_path / "images", 13)
+    embed(catalogue, EXTRACTOR, tmp_path / "local", work=WORK)
+    extractor, healthy = on_ray.build_extractor(EXTRACTOR), on_ray.build_extractor(EXTRACTOR)
+    mark = tmp_path / "stopped"
+
+    def stop_once(device: str) -> object:
+        if not mark.exists():
+            mark.write_text(str(os.getpid()))
+            os.kill(os.getpid(), signal.SIGSTOP)
+        return healthy.prepare_for_inference(device)
+
+    extractor.prepare_for_inference = stop_once
+    monkeypatch.setattr(on_ray, "build_extractor", lambda config: extractor)
+    try:
+        embed(catalogue, EXTRACTOR, tmp_path / "ray", work=WORK, executors=RayExecutors(lambda: session_of(2)))
+    finally:
+        os.kill(int(mark.read_text()), signal.SIGKILL)
+    assert "a worker does not answer" in caplog.text
+    name = "embeddings.parquet"
+    assert (tmp_path / "ray" / name).read_bytes() == (tmp_path / "local" / name).read_bytes()
+
+
+def test_rows_that_never_come_end_the_wait_and_errors_arrive(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fan_out, "_LEAST_S", 0.2)
+    closed: list[bool] = []
+
+    def some() -> Iterator[pa.Table]:
+        try:
+            for number in range(5):
+                yield pa.table({"row": [number]})
+                if number == 3:
+                    time.sleep(1.0)
+        finally:
+            closed.append(True)
+
+    def fails() -> Iterator[pa.Table]:
+        yield pa.table({"row": [0]})
+        raise BadInput("as it was raised")
+
+    found = [table["row"][0].as_py() for table in on_ray._in_time(some(), fan_out.Patience())]
+    assert found == [0, 1, 2, 3]
+    with pytest.raises(BadInput, match=r"^as it was raised$"):
+        list(on_ray._in_time(fails(), fan_out.Patience()))
+    time.sleep(1.2)
+    assert closed, "what is left is closed"

@@ -4,15 +4,18 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from dataclasses import FrozenInstanceError
 from pathlib import Path
 
 import pytest
 import ray
+from job_files import descendants, is_running, wait_until
 
 from distributed_rerank.cluster import session as sessions
 from distributed_rerank.cluster.session import connect, make_session
 from distributed_rerank.config.cluster import ClusterConfig
+from distributed_rerank.data import locks
 from distributed_rerank.errors import BadInput
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -131,6 +134,76 @@ for num_workers in (12, 3):
     assert done.stdout.split() == [*first.split(), *second.split()], done.stderr
     assert not list(tmp_path.rglob("auth_token"))
     assert "Token authentication is enabled" not in done.stderr, "what we asked for is no news"
+
+
+START = """
+import signal, threading
+signal.signal(signal.SIGINT, signal.default_int_handler)  # as from a terminal
+from distributed_rerank.config.cluster import ClusterConfig
+from distributed_rerank.cluster import session
+print("imported", flush=True)
+with session.connect(ClusterConfig(num_workers=1, object_store_gb=0.2)):
+    print("went on", flush=True)
+    threading.Event().wait(60)
+"""
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.parametrize("after_s", [0.05, 1.0, 2.5])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signal_while_ray_starts_ends_it_and_leaves_no_process_and_no_folder(
+    after_s: float, number: signal.Signals
+) -> None:
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    paths = os.pathsep.join([str(ROOT), environment.get("PYTHONPATH", "")])
+    before = set(Path("/tmp").glob("rerank-ray-*"))
+    process = subprocess.Popen(
+        [sys.executable, "-c", START], env=environment | {"PYTHONPATH": paths}, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    assert process.stdout is not None
+    assert process.stdout.readline() == "imported\n"
+    time.sleep(after_s)
+    started = descendants(process.pid)
+    process.send_signal(number)
+    try:
+        _, errors = process.communicate(timeout=30)
+    finally:
+        process.kill()
+    assert process.returncode != 0
+    assert "KeyboardInterrupt" in errors or process.returncode == -number, errors
+    # The agents of a node ask every half minute whether it is still there; all else ends at once.
+    left = [pid for pid, title in started.items() if "agent" not in title.lower()]
+    assert wait_until(lambda: not any(map(is_running, left)), 30), [started[pid] for pid in left if is_running(pid)]
+    assert set(Path("/tmp").glob("rerank-ray-*")) <= before | _in_use()
+
+
+def _in_use() -> set[Path]:
+    """Folders of Rays that other processes of this machine have started meanwhile."""
+    found = set()
+    for folder in Path("/tmp").glob("rerank-ray-*"):
+        lock = locks.take(folder / "lock") if (folder / "lock").is_file() else None
+        if lock is None:
+            found.add(folder)
+        else:
+            lock.release()
+    return found
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_ray_that_cannot_be_started_is_one_line_that_says_how_to_go_on() -> None:
+    code = """
+from distributed_rerank.config.cluster import ClusterConfig
+from distributed_rerank.cluster.session import connect
+with connect(ClusterConfig(num_workers=1, object_store_gb=900_000)):
+    pass
+"""
+    done = _run(code)
+    line = done.stderr.strip().splitlines()[-1]
+    assert "BadInput: Ray cannot be started here (" in line
+    assert "--num-workers 0 computes in this process without it" in line
 
 
 def test_folder_of_a_killed_driver_is_removed_and_that_of_a_living_one_kept() -> None:

@@ -145,6 +145,53 @@ def test_truncated_file_is_named_so(format: str) -> None:
     assert "truncated" in _reason(content[: len(content) // 2])
 
 
+@pytest.mark.skipif(not images.HAS_AVIF, reason="this Pillow has no AVIF")
+def test_avif_is_read_upright_and_damaged_files_are_named() -> None:
+    content = _bytes(_photo(), "AVIF", quality=100, subsampling="4:4:4")
+    assert np.abs(_pixels(content) - np.asarray(_photo()).astype(int)).mean() < 6
+    assert np.array_equal(_pixels(content), np.asarray(Image.open(io.BytesIO(content)).convert("RGB")))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    assert images.decode(_bytes(_photo(), "AVIF", exif=exif)).size == (24, 40)
+    assert _reason(content[: len(content) // 2])
+    assert "exceed the limit of 900" in _reason(content, max_pixels=900)
+
+
+def test_avif_without_a_decoder_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(images, "HAS_AVIF", False)
+    monkeypatch.setattr(images, "FORMATS", ("JPEG", "PNG"))
+    content = struct.pack(">I", 28) + b"ftypavif" + bytes(80)
+    assert _reason(content) == "AVIF, which this Pillow cannot decode; install Pillow 11.3 or later"
+
+
+def _progressive_jpeg(width: int, height: int, n_scans: int) -> bytes:
+    """A grey JPEG whose scans say "nothing new" of all blocks in a few bytes each."""
+
+    def segment(marker: int, content: bytes) -> bytes:
+        return bytes([0xFF, marker]) + struct.pack(">H", len(content) + 2) + content
+
+    n_blocks = -(-width // 8) * -(-height // 8)
+    tables = segment(0xDB, bytes([0] + [1] * 64)) + segment(
+        0xC2, struct.pack(">BHHB", 8, height, width, 1) + b"\1\x11\0"
+    )
+    tables += segment(0xC4, bytes([0, 1] + [0] * 15) + b"\0") + segment(0xC4, bytes([16, 1] + [0] * 15) + b"\xe0")
+    first = segment(0xDA, bytes([1, 1, 0, 0, 0, 0])) + bytes(-(-n_blocks // 8))
+    runs = "".join("0" + "0" * 14 for _ in range(-(-n_blocks // 16384)))  # 16,384 blocks a run
+    scan = segment(0xDA, bytes([1, 1, 0, 1, 63, 0])) + int(runs, 2).to_bytes(-(-len(runs) // 8), "big")
+    return b"\xff\xd8" + tables + first + scan * (n_scans - 1) + b"\xff\xd9"
+
+
+def test_jpeg_of_ten_thousand_scans_is_refused_before_it_is_decoded() -> None:
+    """Of 20 bytes each: half a minute for 4 million pixels, hours for a file of 200 MB."""
+    content = _progressive_jpeg(2000, 2000, 10_000)
+    assert len(content) < 400_000
+    started = time.process_time()
+    assert _reason(content) == "10000 scans of a JPEG exceed the limit of 100 (decompression bomb?)"
+    assert time.process_time() - started < 0.5
+    assert images.decode(_progressive_jpeg(200, 200, 100)).size == (200, 200)
+    assert _bytes(_photo(400, 300), "JPEG", progressive=True).count(b"\xff\xda") == 10
+
+
 def test_files_that_are_no_images_say_what_they_are_not(tmp_path: Path) -> None:
     assert _reason(b"") == "empty file (0 bytes)"
     assert "not an image in one of the formats JPEG, PNG" in _reason(b"%PDF-1.7 " * 50)
@@ -275,6 +322,29 @@ def test_what_is_no_image_file_is_refused_at_once_and_unread(no_images: dict[str
         assert "\n" not in caught.value.reason
     assert time.monotonic() - started < 5
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000, "kB: the file was read"
+
+
+def test_file_that_becomes_a_pipe_or_device_before_it_is_opened_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who may write the folder may put a link in the file's place between the look and the opening."""
+    open_file = os.open
+    path = tmp_path / "photo.jpg"
+
+    targets = [tmp_path / "pipe", Path("/dev/zero")]
+
+    def swapped(name: str, *flags: int) -> int:
+        path.unlink()
+        path.symlink_to(targets.pop(0))
+        return open_file(name, *flags)
+
+    os.mkfifo(tmp_path / "pipe")
+    monkeypatch.setattr(locations.os, "open", swapped)
+    for kind in ("pipe", "device"):
+        path.unlink(missing_ok=True)
+        path.write_bytes(_bytes(_photo()))
+        with pytest.raises(UnreadableImage, match=f"no regular file but a {kind}"):
+            images.read_image(ImageRef("a", str(path)))
 
 
 def test_hub_that_is_away_is_told_at_once_and_once_a_minute(monkeypatch: pytest.MonkeyPatch) -> None:

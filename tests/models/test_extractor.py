@@ -182,7 +182,7 @@ def test_weights_digest_of_a_file_is_its_sha256(tmp_path, cnn_config):
 
 
 @pytest.mark.parametrize("prefix", ["", "module.", "extractor.model.", "backbone."])
-def test_build_extractor_checkpoint_with_wrapper_and_classifier_is_loaded(tmp_path, pixels, cnn_config, prefix):
+def test_build_extractor_checkpoint_with_wrapper_and_classifier_is_loaded(tmp_path, pixels, cnn_config, prefix, caplog):
     trained = timm.create_model("resnet10t", num_classes=7)
     torch.save({"state_dict": {prefix + k: v for k, v in trained.state_dict().items()}}, tmp_path / "w.pth")
     extractor = build_extractor(dataclasses.replace(cnn_config, weights=str(tmp_path / "w.pth"), normalise=False))
@@ -191,6 +191,8 @@ def test_build_extractor_checkpoint_with_wrapper_and_classifier_is_loaded(tmp_pa
             trained.forward_features(extractor.normalise_pixels(pixels)), pre_logits=True
         )
         torch.testing.assert_close(extractor(pixels), expected, rtol=1e-4, atol=1e-5)
+    # found.md A18: whether OML pooled by GeM is in no checkpoint.
+    assert ("gem_p" in caplog.text) == (prefix == "extractor.model.")
 
 
 def test_build_extractor_weights_of_another_architecture_are_refused(tmp_path, cnn_config):

@@ -23,15 +23,26 @@ def test_verdict_follows_the_interval(ends: list[float], tone: str, claim: str) 
     assert claim in outcome.sentence
 
 
-def test_verdict_says_first_that_a_baseline_without_training_is_better() -> None:
+def test_verdict_does_not_call_maxsim_untrained() -> None:
+    """found.md A19: the projections of its tokens are fitted to the train labels."""
+    metrics = metrics_of(made_up_queries(40))
+    metrics["baselines"] = {"maxsim": metrics["baselines"]["k_reciprocal"]}
+    text = " ".join(verdict(metrics))
+    assert "Best without the trained head: MaxSim of tokens fitted to train labels" in text
+    assert "without training" not in text
+
+
+def test_verdict_says_first_that_a_baseline_without_the_head_is_better() -> None:
     metrics = metrics_of(made_up_queries(40))
     for compared in metrics["difference"].values():
         compared |= {"mean": 0.02, "ci95": [0.01, 0.03]}
-    assert "Best without pairs: k-reciprocal" in verdict(metrics).detail
+    assert "Best without the trained head: k-reciprocal" in verdict(metrics).detail
     metrics["baselines"] = baselines_of(metrics["reranked"], against=0.04)
     outcome = verdict(metrics)
     assert outcome.tone == "bad"
-    assert outcome.sentence.startswith("k-reciprocal re-ranking, which looks at no pair, is better than this chain")
+    assert outcome.sentence.startswith(
+        "k-reciprocal re-ranking, which needs no trained head, is better than this chain"
+    )
     assert "+0.040; 95 % interval +0.030 to +0.050" in outcome.sentence
     assert outcome.next_step == "Leave this chain out and use what is better: k-reciprocal re-ranking."
     assert outcome.detail.startswith("Re-ranking helps")
@@ -44,7 +55,7 @@ def test_verdict_calls_no_baseline_best_that_gains_nothing(gain: float) -> None:
     metrics = metrics_of(made_up_queries(40))
     metrics["baselines"]["k_reciprocal"]["difference"]["map@10"]["mean"] = gain
     assert "Best" not in verdict(metrics).detail
-    assert "Nothing is gained without pairs; at best: k-reciprocal" in verdict(metrics).detail
+    assert "Nothing is gained without the trained head; at best: k-reciprocal" in verdict(metrics).detail
 
 
 @pytest.mark.parametrize(

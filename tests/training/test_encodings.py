@@ -20,11 +20,11 @@ def test_head_never_sees_encodings_fitted_to_their_own_labels(tmp_path: Path) ->
     assert task.half is not None
     fit(replace(task, runs=task.runs[:1]), tmp_path)
     encoders = [load_model(tmp_path / "encodings" / f"encoder-{half}") for half in (0, 1)]
-    blocks = sorted((tmp_path / "encodings" / "encodings" / "view-00").iterdir())
+    blocks = sorted((tmp_path / "encodings" / "encodings" / "view-00").glob("*.pt"))
     encoded = torch.cat([torch.load(block, weights_only=True) for block in blocks])
     features = [
         torch.load(block, weights_only=True)
-        for block in sorted((tmp_path / "encodings" / "features" / "view-00").iterdir())
+        for block in sorted((tmp_path / "encodings" / "features" / "view-00").glob("*.pt"))
     ]
     for item, half in enumerate(task.half.tolist()):
         expected: Any = encoders[1 - half]

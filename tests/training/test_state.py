@@ -7,8 +7,17 @@ import torch
 from training_examples import TOKENS
 
 from distributed_rerank.config.training import TrainingConfig
+from distributed_rerank.errors import BadInput
+from distributed_rerank.models.pairwise import PairwiseModel
 from distributed_rerank.models.saving import build_model
-from distributed_rerank.training.state import build_optimizer, load_latest, save_epoch, saved_epochs, schedule_factor
+from distributed_rerank.training.state import (
+    build_optimizer,
+    freeze_encoder,
+    load_latest,
+    save_epoch,
+    saved_epochs,
+    schedule_factor,
+)
 
 
 def test_load_latest_gives_back_what_was_saved_last(tmp_path: Path) -> None:
@@ -29,6 +38,17 @@ def test_load_latest_ignores_an_unfinished_file(tmp_path: Path) -> None:
 
 def test_load_latest_of_an_absent_folder_is_nothing(tmp_path: Path) -> None:
     assert load_latest(tmp_path / "absent") is None
+
+
+def test_model_without_parameters_is_told_in_one_line() -> None:
+    class Empty(PairwiseModel):
+        pass
+
+    extractor = build_model(TOKENS).extractor
+    for module in list(extractor.modules()):
+        module._parameters.clear()
+    with pytest.raises(BadInput, match="Empty has no parameters, so there is nothing to train"):
+        freeze_encoder(Empty(TOKENS, extractor))
 
 
 def test_schedule_rises_to_one_and_falls_to_zero() -> None:
