@@ -64,7 +64,7 @@ def _(job: CompareJob) -> Inputs:
         raise BadInput(f"{len(job.results)} result is nothing to compare; give two or more folders of `evaluate`")
     for path in job.results:
         if not path.exists():
-            raise BadInput(f"{path} does not exist; give folders of `evaluate` and files with lists")
+            raise BadInput(f"{path} does not exist; give folders of `evaluate` and files with lists, on this machine")
         if path.is_file() and job.catalogue is None:
             raise BadInput(f"{path} is a file with lists: give the --catalogue that says what is relevant")
     if job.catalogue is None:

@@ -136,7 +136,12 @@ def path_fields(kind: type) -> set[str]:
 @pytest.mark.parametrize("job", JOBS)
 def test_every_field_with_a_path_may_be_a_uri_or_is_known_to_be_local(job: str) -> None:
     known = {*storage.INPUTS, *storage.FOLDERS, *storage.FILES, "runs", "history"}
-    assert path_fields(JOBS[job]) - known <= {"scratch", "metrics_file", "folder"}
+    assert path_fields(JOBS[job]) - known <= {"scratch", "metrics_file", "folder", "results", "cache", "token_file"}
+
+
+def test_evaluations_in_a_bucket_are_not_compared_and_one_line_says_so(tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match="s3:/bucket/a does not exist; .* on this machine"):
+        command_line.run(["compare", "s3://bucket/a", "s3://bucket/b", "--out", str(tmp_path / "out")])
 
 
 def test_table_of_a_folder_is_not_written_to_a_bucket(tmp_path: Path) -> None:
