@@ -140,7 +140,7 @@ def test_every_field_with_a_path_may_be_a_uri_or_is_known_to_be_local(job: str) 
 
 
 def test_evaluations_in_a_bucket_are_not_compared_and_one_line_says_so(tmp_path: Path) -> None:
-    with pytest.raises(BadInput, match="s3:/bucket/a does not exist; .* on this machine"):
+    with pytest.raises(BadInput, match=r"s3:/bucket/a does not exist; .* on this machine"):
         command_line.run(["compare", "s3://bucket/a", "s3://bucket/b", "--out", str(tmp_path / "out")])
 
 
