@@ -37,7 +37,7 @@ from distributed_rerank.training.encodings import FULL_ENCODER
 from distributed_rerank.training.images import DecodedImages, block_path
 from distributed_rerank.training.run import results, train_all
 from distributed_rerank.training.stage import evidence_of_runs, make_task
-from distributed_rerank.training.state import load_state
+from distributed_rerank.training.state import load_state, write_state
 from distributed_rerank.training.task import TrainingWorker
 
 SIZES = (4, 6, 10, 20)
@@ -85,7 +85,7 @@ def measure(data: Data, items: np.ndarray, seed: int, folder: Path) -> tuple[flo
     for number, block in enumerate(features.split(config.encode_block)):
         path = block_path(folder / "run" / "encodings" / "features", 0, number)
         path.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(block.clone(), path)
+        write_state(block.clone(), path)
     state = train_all(task, folder / "run", TrainingWorker(), None, lambda state, figures: None)
     of_runs = results(state)
     chain = choose(evidence_of_runs(task, of_runs), seed, config.accept)
