@@ -39,7 +39,7 @@ from distributed_rerank.models.concat_siamese import ConcatSiamese
 from distributed_rerank.models.saving import save_model
 
 SMALL_DISK, FILE_LIMIT = "300k", 20_000
-PATIENCE_S = 5.0
+PATIENCE_S = 30.0
 """For a stopped worker, instead of the product's two minutes."""
 MAIN = f"""
 import sys
