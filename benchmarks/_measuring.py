@@ -202,6 +202,14 @@ def _vanishing() -> Iterator[None]:
         return
 
 
+def photos_in(folder: Path, least: int, *, every: int) -> list[Path]:
+    """Each `every`-th JPEG file of the folder, at most 1,000; ends the program where they are fewer than `least`."""
+    photos = sorted(folder.rglob("*.jpg"))[::every][:1000]
+    if len(photos) < least:
+        sys.exit(f"{folder} holds {len(photos)} JPEG files; give a folder with more")
+    return photos
+
+
 def say(line: str) -> None:
     """Progress, on standard error: standard output is for results."""
     print(line, file=sys.stderr, flush=True)

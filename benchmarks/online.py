@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from _measuring import Row, add_common_flags, against, describe_machine, finish, run_child, say
+from _measuring import Row, add_common_flags, against, describe_machine, finish, photos_in, run_child, say
 
 from distributed_rerank import Reranker
 from distributed_rerank.config.extractor import ExtractorConfig
@@ -116,9 +116,7 @@ def main() -> None:
     if arguments.photos is None:
         sys.exit("--photos is required: a folder with at least 64 JPEG files")
     print(describe_machine(), flush=True)
-    photos = sorted(arguments.photos.rglob("*.jpg"))[:: 1 if arguments.quick else 5][:1000]
-    if len(photos) < max(64, arguments.candidates):
-        sys.exit(f"{arguments.photos} holds {len(photos)} JPEG files; give a folder with more")
+    photos = photos_in(arguments.photos, max(64, arguments.candidates), every=1 if arguments.quick else 5)
     with tempfile.TemporaryDirectory() as folder:
         say(f"{len(photos)} photos, process {os.getpid()}")
         make_model(Path(folder), photos, arguments)

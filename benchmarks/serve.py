@@ -23,7 +23,7 @@ from typing import Any
 import aiohttp
 import numpy as np
 import pandas as pd
-from _measuring import Row, add_common_flags, describe_machine, finish, say
+from _measuring import Row, add_common_flags, describe_machine, finish, photos_in, say
 from online import make_model
 
 from distributed_rerank import Reranker
@@ -153,9 +153,7 @@ def main() -> None:
     if arguments.quick:
         arguments.cnn, arguments.size, arguments.requests = "test_resnet", 64, 100
     print(describe_machine(), flush=True)
-    photos = sorted(arguments.photos.rglob("*.jpg"))[:: 1 if arguments.quick else 5][:1000]
-    if len(photos) < max(64, arguments.candidates):
-        sys.exit(f"{arguments.photos} holds {len(photos)} JPEG files; give a folder with more")
+    photos = photos_in(arguments.photos, max(64, arguments.candidates), every=1 if arguments.quick else 5)
     with tempfile.TemporaryDirectory() as folder:
         say(f"{len(photos)} photos, process {os.getpid()}")
         (Path(folder) / "model").mkdir()

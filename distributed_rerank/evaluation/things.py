@@ -2,21 +2,19 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
-from jaxtyping import Int64
-from torch import Tensor
 
 from distributed_rerank.chain.chain import Chain
 from distributed_rerank.chain.views import things_of
+from distributed_rerank.evaluation.measure import QUERIES_PER_BLOCK
 from distributed_rerank.evaluation.ranked import Ranked
 from distributed_rerank.tensors import metrics, statistics
 from distributed_rerank.tensors.candidate_lists import Ranking
 from distributed_rerank.tensors.metrics import PerQuery
 from distributed_rerank.tensors.things import count_relevant_things
-
-QUERIES_PER_BLOCK = 1 << 13
 
 
 def thing_figures(ranked: Ranked, *, ks: Sequence[int], seed: int, n_resamples: int = 2000) -> dict[str, Any]:
@@ -47,7 +45,7 @@ def thing_figures(ranked: Ranked, *, ks: Sequence[int], seed: int, n_resamples: 
     if not ranked.after:
         return figures
     last = measure(ranked.final, ranked.chain)
-    compare = _comparison(query_labels, seed, n_resamples)
+    compare = partial(statistics.compare_to_json, clusters=query_labels, seed=seed, n_resamples=n_resamples)
     figures |= {
         "combination": ranked.chain.views,
         "reranked": metrics.means(last),
@@ -57,7 +55,3 @@ def thing_figures(ranked: Ranked, *, ks: Sequence[int], seed: int, n_resamples: 
         best_photo = measure(ranked.final, replace(ranked.chain, views="best"))
         figures["against_best_photo"] = compare(best_photo, last)
     return figures
-
-
-def _comparison(labels: Int64[Tensor, " query"], seed: int, n_resamples: int) -> Any:
-    return lambda first, last: statistics.compare_to_json(first, last, labels, seed=seed, n_resamples=n_resamples)

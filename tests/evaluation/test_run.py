@@ -181,3 +181,8 @@ def test_figures_by_item_count_photos_of_one_thing_once(catalogue: Catalogue, tm
     assert metrics["items"]["first_stage"]["recall@5"] == pytest.approx(np.mean(recall))
     assert "By item" in (tmp_path / "e" / "report.html").read_text()
     assert "items" not in evaluate(catalogue, CONFIG, tmp_path / "plain", model=model, chain=chain)
+    combining = replace(chain, calibration={"slope": 5.0, "intercept": 1.0}, views="mean")
+    combined = evaluate(by_item, CONFIG, tmp_path / "mean", model=model, chain=combining)["items"]
+    gain = combined["reranked"]["map@10"] - metrics["items"]["reranked"]["map@10"]
+    assert combined["against_best_photo"]["map@10"]["mean"] == pytest.approx(gain)
+    assert "mean probability of its photos" in (tmp_path / "mean" / "report.html").read_text()
