@@ -43,6 +43,7 @@ TIMINGS = {
         for n in (5, 20, 50)
     ],
     "baselines": {"k_reciprocal": 1.25},
+    "score": 12.5,
 }  # fmt: skip
 
 
@@ -97,6 +98,9 @@ def metrics_of(per_query: pd.DataFrame) -> dict[str, Any]:
         "knee": {"metric": "map@10", "top_n": 20},
         "top_n": 50,
         "baselines": baselines_of(last),
+        "steps": [
+            {"step": "pairwise", "metrics": last, "difference": differences, "pairs": 500, "bytes_per_image": 6000}
+        ],
         "adaptive": {
             "metric": "map@10",
             "kept_gain": 0.95,

@@ -17,6 +17,7 @@ from torch import Tensor
 from distributed_rerank.config.evaluation import MeasureConfig
 from distributed_rerank.data import artifacts
 from distributed_rerank.evaluation import adaptive, baselines
+from distributed_rerank.evaluation.chain_steps import measure_steps
 from distributed_rerank.evaluation.embedding_metrics import embedding_metrics
 from distributed_rerank.evaluation.measure import Evaluation, LabelledQueries, count_relevant, measure_ranking
 from distributed_rerank.evaluation.ranked import Ranked
@@ -56,6 +57,8 @@ def diagnose(measured: Evaluation, sources: baselines.Sources, config: MeasureCo
         figures["thresholds"] = by_probability(ranked.final, queries, top_n, ranked.chain)
     figures["suspects"] = labels_to_check(ranked)
     figures["cost"] = total_cost(ranked.scored, sources.model)
+    if ranked.after:
+        figures["steps"] = measure_steps(ranked, queries, measured, figures["cost"], seed=config.resampling_seed)
     if ranked.chain.pairwise is not None and ranked.scored.logits is not None:
         _add_cost_of_pairs(diagnostics, ranked, measured.metrics, config.price_per_worker_hour, sources.folder)
         _add_adaptive(diagnostics, ranked, queries, measured, config.resampling_seed)

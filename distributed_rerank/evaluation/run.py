@@ -76,8 +76,9 @@ def evaluate(
             scored = ranking_run.score_first_stage(
                 searched, chain, model, config.n_items, work, staging.path, executors
             )
-        with timed(timings, "measure"):
+        with timed(timings, "rank"):
             ranked = rank(searched, scored, chain, model is not None, first.lists)
+        with timed(timings, "measure"):
             sources = Sources(ranked, config.n_items, work, model, staging.path, executors)
             result, details = _measure(sources, measure)
         rejects = all_rejects(first.rejects, scored.rejects)

@@ -7,6 +7,16 @@ from distributed_rerank.report import plots
 from distributed_rerank.report.formatting import count_of, interval, metric_name, percent, signed
 from distributed_rerank.report.plots import Point
 
+STEPS = {
+    "adapt": "First stage, adapted to train labels",
+    "pairwise": "Pairwise model",
+    "neighbourhood": "Neighbourhoods",
+    "k_reciprocal": "k-reciprocal neighbours",
+    "query_expansion": "Query expansion",
+    "alpha_qe": "Alpha query expansion",
+}
+SECONDS = {"adapt": "adapt", "pairwise": "score"}
+"""The part of an evaluation that computes a chain step; `rank` computes those that look at neighbours."""
 SIGNALS = {
     "gap": "the distance from its first candidate to the second",
     "spread": "the distance from its first candidate to the last that would be re-ranked",
@@ -78,6 +88,15 @@ def cost_rows(metrics: Mapping[str, Any], timings: Mapping[str, Any]) -> list[di
 
 def _by_top_n(timings: Mapping[str, Any]) -> dict[int, Mapping[str, Any]]:
     return {point["top_n"]: point for point in timings.get("curve") or []}
+
+
+def step_rows(metrics: Mapping[str, Any], timings: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """One row for each chain step: its name in words, its figures and its seconds (None = not measured)."""
+    rows = []
+    for entry in metrics.get("steps") or []:
+        names = [STEPS[name] for name in entry["step"].split(" and ")]
+        rows.append(entry | {"name": ", ".join(names), "seconds": timings.get(SECONDS.get(entry["step"], "rank"))})
+    return rows
 
 
 def adaptive_part(metrics: Mapping[str, Any]) -> Plot | None:

@@ -15,7 +15,7 @@ from distributed_rerank.content_policy import with_policy
 from distributed_rerank.data.catalogue import ImageRef
 from distributed_rerank.report import plots
 from distributed_rerank.report.baselines import baseline_rows
-from distributed_rerank.report.cost import adaptive_part, cost_rows, curve_plots, distance_plots
+from distributed_rerank.report.cost import adaptive_part, cost_rows, curve_plots, distance_plots, step_rows
 from distributed_rerank.report.formatting import (
     count_of,
     flatten,
@@ -72,6 +72,7 @@ def build_report(
         "oml": metrics.get("oml"),
         "plots": curve_plots(metrics, timings) if both else [],
         "costs": cost_rows(metrics, timings),
+        "steps": step_rows(metrics, timings),
         "baselines": baseline_rows(metrics, timings),
         "adaptive": adaptive_part(metrics),
         "distances": [*([_rank_changes(per_query)] if both else []), *distance_plots(metrics)],

@@ -137,6 +137,12 @@ def test_a_chain_that_adapts_searches_over_mapped_embeddings(catalogue: Catalogu
     )  # fmt: skip
     assert metrics["reranked"] == over_mapped["reranked"]
     assert metrics["oracle"] == over_mapped["oracle"]
+    assert [entry["step"] for entry in metrics["steps"]] == ["adapt", "pairwise"]
+    assert [entry["pairs"] for entry in metrics["steps"]] == [0, metrics["cost"]["pairs"]]
+    assert metrics["steps"][0]["metrics"] == adapted
+    assert metrics["steps"][1]["metrics"]["map@10"] == metrics["reranked"]["map@10"]
+    added = sum(entry["difference"]["map@10"]["mean"] for entry in metrics["steps"])
+    assert added == pytest.approx(metrics["difference"]["map@10"]["mean"])
     assert "The adapted first stage alone" in (tmp_path / "chain" / "report.html").read_text()
     alone = evaluate(catalogue, config, tmp_path / "alone", chain=Chain((AdaptStep(),), adapter=adapter))
     assert alone["reranked"] == mapped["first_stage"]

@@ -103,6 +103,9 @@ def test_report_tables_hold_costs_and_baselines_as_measured(report: Path) -> Non
     page = report.read_text(encoding="utf-8")
     costs = {row[0]: row for row in cells(page, "costs")}
     assert costs["20 (knee)"][3:] == ["200", "60", "10.0", "0.00600", "80.0", "1.00", "5.00"]
+    steps = {row[0]: row[1:] for row in cells(page, "steps")}
+    assert list(steps) == ["Step", "First stage", "Pairwise model"]
+    assert steps["Pairwise model"][4:] == ["500", "6,000", "12.5"]
     rows = {row[0]: row[1:] for row in cells(page, "baselines")}
     mean = f"{made_up_queries(40)['map@10_after'].mean():.3f}"
     assert list(rows) == [
