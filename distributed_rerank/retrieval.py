@@ -1,4 +1,4 @@
-"""The nearest gallery items of every query: blocks of queries against tiles of the gallery. Layer 3.
+"""The nearest gallery items of every query: blocks of queries against tiles of the gallery.
 
 A block of queries meets one tile after the other and keeps its best so far, so memory is bounded by a block
 and a tile, whatever the size of the gallery. The answer is exact and the same bits for any block size, tile

@@ -1,4 +1,4 @@
-"""The first half of extraction on Ray Data: blocks of image references as rows, decoded. Layer 4.
+"""The first half of extraction on Ray Data: blocks of image references as rows, decoded.
 
 A module of its own, since nothing of the models is imported here: a process that only decodes starts in half the time.
 """

@@ -1,1 +1,1 @@
-"""Layer 2: what is read and written: catalogues, images, tables, artefact folders."""
+"""What is read and written: catalogues, images, tables, artefact folders."""

@@ -1,4 +1,4 @@
-"""Candidate lists that any system wrote: Parquet, CSV or a TREC run, read in batches of rows (layer 2)."""
+"""Candidate lists that any system wrote: Parquet, CSV or a TREC run, read in batches of rows."""
 
 import io
 from collections.abc import Iterator, Sequence, Set

@@ -1,4 +1,4 @@
-"""The catalogue: one row an image (or a box in an image), with its id, label and role in retrieval (layer 2).
+"""The catalogue: one row an image (or a box in an image), with its id, label and role in retrieval.
 
 A catalogue is sorted by id in code-point order; a row's position is its *item* number. Inside the program
 images are item numbers of one catalogue, and "ties by item" is therefore "ties by id". Files carry ids only.

@@ -1,4 +1,4 @@
-"""What can be wrong with a catalogue's table, found in one pass and reported together (layer 2).
+"""What can be wrong with a catalogue's table, found in one pass and reported together.
 
 Rows are numbered from 1, the first after the header; every problem names the value, some of its rows and the
 fix.

@@ -1,4 +1,4 @@
-"""Image references to pixels, with a reason for every image that cannot be read. Layer 3.
+"""Image references to pixels, with a reason for every image that cannot be read.
 
 Both extraction and scoring decode here, so that an image is accepted or rejected by one rule.
 """

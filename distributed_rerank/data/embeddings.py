@@ -1,4 +1,4 @@
-"""Embeddings by id, as a folder or table holds them. Layer 2."""
+"""Embeddings by id, as a folder or table holds them."""
 
 import hashlib
 from collections.abc import Sequence

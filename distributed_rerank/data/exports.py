@@ -1,4 +1,4 @@
-"""Rankings and judgements as TREC files, which every information retrieval tool reads. Layer 2.
+"""Rankings and judgements as TREC files, which every information retrieval tool reads.
 
 A run's line is `query Q0 item rank score tag`, a judgement's (qrels) `query 0 item 1`; fields are separated by a space.
 An id with white space or a percent sign has these percent-encoded, in both kinds of file alike; other ids stay as they

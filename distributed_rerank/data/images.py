@@ -1,4 +1,4 @@
-"""Image files to RGB pictures, or the reason why not (layer 2).
+"""Image files to RGB pictures, or the reason why not.
 
 Only JPEG, PNG, WebP, BMP, GIF, TIFF and, where this Pillow decodes it, AVIF are opened, and the size in the header is
 checked before anything is decoded. With these limits an image costs 40 seconds of one CPU at the worst (run-length BMP

@@ -1,4 +1,4 @@
-"""Where bytes lie: local paths and URIs, joined and read in one way for tables and images (layer 2).
+"""Where bytes lie: local paths and URIs, joined and read in one way for tables and images.
 
 Paths come from tables that somebody else may have written. So only listed URI schemes are opened, nothing in a URI can
 change the server or the credentials that are used, and images lie below `ImageRoots`.

@@ -1,4 +1,4 @@
-"""Images that could not be read, and why: the table `rejects` and the share of them that a run accepts. Layer 2."""
+"""Images that could not be read, and why: the table `rejects` and the share of them that a run accepts."""
 
 import logging
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""Batches with equally many items of several labels, planned from (seed, epoch) alone (layer 2)."""
+"""Batches with equally many items of several labels, planned from (seed, epoch) alone."""
 
 from dataclasses import dataclass
 

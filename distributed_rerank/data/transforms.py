@@ -1,4 +1,4 @@
-"""Pictures to uint8 tensors: the fixed transform of inference and the random one of training (layer 2).
+"""Pictures to uint8 tensors: the fixed transform of inference and the random one of training.
 
 Normalising ((x / 255 - mean) / std) is left to the models, on their device: uint8 is a quarter of the bytes
 to move.

@@ -1,4 +1,4 @@
-"""Photographs a flat drawing of the demo catalogue: viewpoint, background, light, occlusion. Layer 2."""
+"""Photographs a flat drawing of the demo catalogue: viewpoint, background, light, occlusion."""
 
 from collections.abc import Callable
 

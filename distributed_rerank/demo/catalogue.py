@@ -1,4 +1,4 @@
-"""The generated catalogue of `make demo`: look-alike products under hard photographic conditions. Layer 2.
+"""The generated catalogue of `make demo`: look-alike products under hard photographic conditions.
 
 Thirty families of four designs share shape, colours, pattern, name and layout, and differ in ONE local
 detail: the emblem, the number of dots, the colour of a slim band, the corner of a seal, or the size code. A

@@ -1,4 +1,4 @@
-"""Draws one design of the demo catalogue, flat and evenly lit, as an RGBA picture. Layer 2.
+"""Draws one design of the demo catalogue, flat and evenly lit, as an RGBA picture.
 
 Everything is Pillow's own: polygons, discs and the scalable font built into it, so no font file is needed.
 """
