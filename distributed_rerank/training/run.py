@@ -19,6 +19,7 @@ from distributed_rerank.chain.settings import fusion_figure
 from distributed_rerank.config.training import TrainingConfig
 from distributed_rerank.data import begun
 from distributed_rerank.errors import BadInput
+from distributed_rerank.models.distance_siamese import DistanceSiamese
 from distributed_rerank.models.pairwise import PairwiseModel
 from distributed_rerank.models.saving import load_model
 from distributed_rerank.runtime.devices import keep_freed_memory, pick_device, torch_threads
@@ -165,6 +166,8 @@ def train_run(
     if restored is not None:
         state.restore(restored)
         check_plan(task, run, state)
+    elif task.config.patience and isinstance(model, DistanceSiamese):
+        keep_start(task, run, state, images, inputs.worker)
     trackers: list[tracking.Tracker] = []
     if inputs.worker.rank == 0:
         name = f"{task.run_name}-{run.name}"
@@ -175,6 +178,20 @@ def train_run(
     for tracker in trackers:
         tracker.close()
     return state.to_dict()
+
+
+def keep_start(
+    task: TrainingTask, run: TrainingRun, state: TrainingState, images: TrainingImages, worker: TrainingWorker
+) -> None:
+    """Makes the weights that a run starts from, as epoch 0, the ones to keep until an epoch has a better figure.
+
+    For a model that is as good as the first stage before it is trained: training must not make the extractor worse.
+    """
+    figures, logits = validate(task, run, state.model, images, worker)
+    if figures:
+        state.best = {
+            "figure": figures["figure"], "epoch": 0, "model": state_copy(state.model), "logits": logits
+        }  # fmt: skip
 
 
 def fit_head(

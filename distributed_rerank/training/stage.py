@@ -307,11 +307,16 @@ def log_mining_report(
 def write_model(task: TrainingTask, state: State, run_folder: Path, folder: Path, used: LabelsToUse) -> Chain:
     """Writes the weights to keep, the chain that the validation labels choose for them, and the training's history."""
     of_runs = dict(zip((run.name for run in task.runs), results(state), strict=True))
+    kept = {name: result["best"]["epoch"] for name, result in of_runs.items()}
+    has_learnt = 0 not in kept.values()
+    if not has_learnt:
+        logger.warning("no epoch ranks labels not trained on better than the extractor as it was: its weights are kept")
     model = load_model(task.model_folder if task.half is None else run_folder / "encodings" / FULL_ENCODER)
     load_state(model, of_runs[task.runs[-1].name]["best"]["model"])
     save_model(model, folder)
     if isinstance(model, DistanceSiamese):
-        save_extractor(model.extractor, folder / EXTRACTOR_WEIGHTS, used.seen_before | trained_labels(task))
+        learnt = trained_labels(task) if has_learnt else set()
+        save_extractor(model.extractor, folder / EXTRACTOR_WEIGHTS, used.seen_before | learnt)
     chain = Chain()
     if used.is_valid:
         evidence = evidence_of_runs(task, list(of_runs.values()))
@@ -327,7 +332,6 @@ def write_model(task: TrainingTask, state: State, run_folder: Path, folder: Path
         name: [{key: value for key, value in entry.items() if key != "seconds"} for entry in history]
         for name, history in histories.items()
     }
-    kept = {name: result["best"]["epoch"] for name, result in of_runs.items()}
     content = {"config": task.config.fingerprint(), "kept_epoch": kept, "history": figures}
     artifacts.write_json(folder / "training.json", content)
     tracking.draw_curves(histories, folder / "curves.svg")

@@ -158,6 +158,19 @@ def test_training_ends_when_the_figure_no_longer_rises() -> None:
     assert not is_over(history, TrainingConfig(epochs=10, patience=0))
 
 
+@pytest.mark.parametrize("patience", [5, 0])
+def test_extractor_that_training_cannot_better_stays_as_it_was(patience: int, tmp_path: Path) -> None:
+    task = build_task(
+        tmp_path, DistanceSiameseConfig(extractor=BACKBONE, linear=False), mining="whole_batch", loss="listwise",
+        temperature=0.1, n_labels=4, n_instances=3, epochs=2, patience=patience, backbone_lr=1e-2, lr=1e-2,
+    )  # fmt: skip
+    (result,) = results(fit(task, tmp_path / "run"))
+    assert result["history"][0]["first_stage"] == 1.0, "nothing is left to gain"
+    start, best = load_model(task.model_folder).state_dict(), result["best"]
+    is_same = all(torch.equal(start[name], value) for name, value in best["model"].items())
+    assert (is_same, best["epoch"]) == ((True, 0) if patience else (False, 2))
+
+
 @pytest.mark.parametrize("kinds", [(None, "AVX-512 BF16"), ("AVX-512 BF16", "AVX-512 BF16")])
 def test_workers_of_two_kinds_are_all_refused_so_that_none_waits_for_the_others(
     kinds: tuple[str | None, str | None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
