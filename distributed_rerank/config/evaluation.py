@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 from tyro.conf import OmitArgPrefixes, arg
 
 from distributed_rerank.config.extractor import ExtractorConfig
+from distributed_rerank.config.own import load_function
 from distributed_rerank.errors import BadInput
 
 MissingLists = Literal["error", "miss", "leave_out"]
@@ -79,6 +80,8 @@ class MeasureConfig:
 
     ks: tuple[int, ...] = (1, 5, 10)
     """Cut-offs of the metrics."""
+    own_metrics: tuple[str, ...] = ()
+    """Metrics of your own as package.module:function, measured beside the others under the function's name."""
     resampling_seed: Annotated[int, arg(name="seed")] = 0
     """Seed of the resampling behind intervals and p-values."""
     baselines: bool = True
@@ -93,6 +96,8 @@ class MeasureConfig:
     def __post_init__(self) -> None:
         if not self.ks or min(self.ks) < 1:
             raise BadInput(f"ks={list(self.ks)} must be one or more cut-offs of at least 1; give e.g. --ks 1 5 10")
+        for name in self.own_metrics:
+            load_function(name, "--own-metrics")
         for name in ("fmrs", "pcf_variances"):
             if any(not 0 <= value <= 1 for value in getattr(self, name)):
                 raise BadInput(f"{name}={list(getattr(self, name))} must lie between 0 and 1")

@@ -21,7 +21,7 @@ from torch import Tensor
 from distributed_rerank import retrieval
 from distributed_rerank.chain.chain import AlphaQEStep, Chain, KReciprocalStep, PairwiseStep
 from distributed_rerank.config.work import WorkConfig
-from distributed_rerank.evaluation.measure import COMPARED, LabelledQueries, measure_ranking
+from distributed_rerank.evaluation.measure import COMPARED, LabelledQueries, Wanted, measure_ranking
 from distributed_rerank.evaluation.ranked import Ranked
 from distributed_rerank.executors import Executors
 from distributed_rerank.models.maxsim import maxsim_of
@@ -91,7 +91,7 @@ def measure_baselines(
         seconds = time.perf_counter() - start
         if name != PAIRWISE:  # its seconds are those of the scoring pass
             results.seconds[name] = round(seconds, 3)
-        measured = measure_ranking(queries, ranking, (1, 10))
+        measured = measure_ranking(queries, ranking, Wanted((1, 10)))
         values = {key: measured.values[key] for key in COMPARED if key in first_stage}
         entry["metrics"] = metrics.means(values)
         entry["difference"] = statistics.compare_to_json(first_stage, values, queries.labels, **resampling)

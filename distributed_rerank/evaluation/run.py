@@ -12,6 +12,7 @@ from typing import Any
 
 from distributed_rerank.chain.chain import Chain
 from distributed_rerank.config.evaluation import FirstStageConfig, MeasureConfig
+from distributed_rerank.config.own import load_own
 from distributed_rerank.config.work import WorkConfig
 from distributed_rerank.data import artifacts
 from distributed_rerank.data.catalogue import Catalogue
@@ -115,6 +116,7 @@ def _measure(sources: Sources, config: MeasureConfig) -> tuple[Result, dict[str,
     ranked = sources.ranked
     measured = measure(
         ranked.catalogue, ranked.query_items, ranked.before, ranked.after, ks=config.ks, seed=config.resampling_seed,
+        own={name.partition(":")[2]: load_own(name) for name in config.own_metrics},
         searched=None if ranked.chain.adapter is None else ranked.searched,
     )  # fmt: skip
     extra = diagnose(measured, sources, config)
