@@ -79,7 +79,9 @@ def evaluate(
             )
         with timed(timings, "measure"):
             ranked = rank(searched, scored, chain, model is not None, first.lists)
-            sources = Sources(ranked, config.n_items, work, model, staging.path, executors)
+            sources = Sources(
+                ranked, config.n_items, work, model, staging.path, executors, measure.external, measure.unscored
+            )
             result, details = _measure(sources, measure)
         rejects = all_rejects(first.rejects, scored.rejects)
         result.metrics.update(n_rejected=len(rejects), n_without_list=first.n_without_list)
@@ -103,12 +105,20 @@ def _fingerprint(
 ) -> dict[str, Any]:
     return artifacts.make_fingerprint(
         "evaluate",
-        config=first_stage_settings(config, work) | {"scoring": work.fingerprint_settings("score")} | asdict(measure),
+        config=first_stage_settings(config, work)
+        | {"scoring": work.fingerprint_settings("score")}
+        | _settings(measure),
         catalogue=catalogue.digest(),
         given=input_digests(config),
         model=None if model is None else model.identity(),
         chain=chain.identity(),
     )
+
+
+def _settings(measure: MeasureConfig) -> dict[str, Any]:
+    """What decides the figures, the digest of a file in place of its path."""
+    external = {} if measure.external is None else {"external": artifacts.file_digest(measure.external)}
+    return asdict(measure) | external
 
 
 def _measure(sources: Sources, config: MeasureConfig) -> tuple[Result, dict[str, Any]]:
