@@ -5,7 +5,7 @@ are attributes, which any viewer shows and which the CSS classes of a page overr
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from markupsafe import Markup, escape
@@ -85,12 +85,13 @@ class Frame:
         """A horizontal line at y = `value` over the whole width."""
         return line(self.left, self.y(value), self.width - self.right, self.y(value), **style)
 
-    def grid(self, values: Iterable[Number]) -> list[Markup]:
-        """A faint level for each value, with the value on its left."""
+    def grid(self, values: Sequence[Number]) -> list[Markup]:
+        """A faint level for each value, with the value on its left; whole numbers where they go beyond 10."""
         parts = []
+        decimals = 0 if max(values) >= 10 else 3
         for value in values:
             parts.append(self.level(value, class_="grid", stroke_opacity="0.2"))
-            parts.append(text(self.left - 6, self.y(value) + 4, f"{value:.3f}", "end", class_="muted"))
+            parts.append(text(self.left - 6, self.y(value) + 4, f"{value:.{decimals}f}", "end", class_="muted"))
         return parts
 
 

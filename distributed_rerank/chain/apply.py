@@ -17,8 +17,12 @@ from distributed_rerank.chain.chain import (
     Chain,
     KReciprocalStep,
     NeighbourhoodStep,
+    OwnStep,
     PairwiseStep,
     ProbabilityStep,
+    QueryExpansionStep,
+    kind_of,
+    require,
 )
 from distributed_rerank.tensors import calibration, reranking
 from distributed_rerank.tensors.candidate_lists import CandidateLists
@@ -56,9 +60,29 @@ def apply(
         elif isinstance(step, AlphaQEStep):
             assert embeddings is not None, "alpha_qe needs embeddings"
             lists = apply_alpha_qe(step, lists, embeddings, sequences, gallery)
-        else:
+        elif isinstance(step, NeighbourhoodStep | QueryExpansionStep):
             lists = apply_by_probability(step, lists, embeddings, gallery)
+        else:
+            lists = apply_own(step, lists, embeddings, gallery)
     return lists
+
+
+def apply_own(
+    step: OwnStep,
+    lists: CandidateLists,
+    embeddings: Float[Tensor, "item dim"] | None,
+    gallery: Int64[Tensor, " gallery"] | None,
+) -> CandidateLists:
+    """The lists by a chain step of the user's. Raises BadInput where it changes more than the order."""
+    found = step.apply(lists, embeddings, gallery)
+    name = kind_of(step)
+    is_same = found.items.shape == lists.items.shape and torch.equal(
+        found.items.sort().values, lists.items.sort().values
+    )
+    require(is_same, f"step {name} must return the candidates of each list in another order, no others")
+    gaps = found.distances.diff(dim=1)
+    require(not bool((gaps < 0).any()), f"step {name} must return distances that ascend in each list")
+    return found
 
 
 def apply_pairwise(step: PairwiseStep, lists: CandidateLists, logits: Float[Tensor, "query top_n"]) -> CandidateLists:

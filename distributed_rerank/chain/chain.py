@@ -6,15 +6,20 @@ that turns a distance of the chain's output into the probability of a match.
 """
 
 import json
-from dataclasses import MISSING, asdict, dataclass, field, fields, replace
+from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, Protocol, get_args, runtime_checkable
 
+from jaxtyping import Float, Int64
+from torch import Tensor
+
+from distributed_rerank.config.own import is_own, load_own, refuse_foreign
 from distributed_rerank.data.files import write_json
 from distributed_rerank.data.manifests import check_paths
 from distributed_rerank.errors import BadInput
 from distributed_rerank.models.adapter import Adapter, load_adapter, save_adapter
 from distributed_rerank.models.adapter import Kind as AdapterKind
+from distributed_rerank.tensors.candidate_lists import CandidateLists
 from distributed_rerank.tensors.match_neighbourhood import Kind
 from distributed_rerank.tensors.things import Combination
 
@@ -137,8 +142,24 @@ class AlphaQEStep:
         require(self.alpha >= 0, f"alpha={self.alpha} must not be negative")
 
 
+@runtime_checkable
+class OwnStep(Protocol):
+    """A chain step of the user's: a frozen dataclass of numbers and words whose `apply` re-orders the lists."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+    def apply(
+        self,
+        lists: CandidateLists,
+        embeddings: Float[Tensor, "item dim"] | None,
+        gallery: Int64[Tensor, " gallery"] | None,
+    ) -> CandidateLists:
+        """Lists of the same candidates in another order, distances ascending (`chain.apply.apply` has the words)."""
+        ...
+
+
 ProbabilityStep = NeighbourhoodStep | QueryExpansionStep
-ChainStep = AdaptStep | PairwiseStep | KReciprocalStep | AlphaQEStep | ProbabilityStep
+ChainStep = AdaptStep | PairwiseStep | KReciprocalStep | AlphaQEStep | ProbabilityStep | OwnStep
 KINDS: dict[str, type[ChainStep]] = {
     "adapt": AdaptStep,
     "pairwise": PairwiseStep,
@@ -224,7 +245,8 @@ def is_inductive(step: ChainStep) -> bool:
 
 def kind_of(step: ChainStep) -> str:
     """The name of the chain step in chain.json."""
-    return next(name for name, kind in KINDS.items() if isinstance(step, kind))
+    own = f"{type(step).__module__}:{type(step).__qualname__}"
+    return next((name for name, kind in KINDS.items() if isinstance(step, kind)), own)
 
 
 def describe_step(step: ChainStep) -> str:
@@ -276,12 +298,21 @@ def read_chain(path: Path) -> Chain:
     return chain if chain.adapt is None else replace(chain, adapter=load_adapter(path.parent))
 
 
+def own_kind(name: str) -> type[OwnStep]:
+    """The class of a chain step of the user's. Raises BadInput for other names, and for code that is not his own."""
+    require(is_own(name), f"step {name!r} is unknown; known are {sorted(KINDS)}, or your own as package.module:Class")
+    refuse_foreign(name, "chain.json")
+    kind = load_own(name)
+    is_right = isinstance(kind, type) and is_dataclass(kind) and callable(getattr(kind, "apply", None))
+    require(is_right, f"step {name} must be a dataclass with a method apply(lists, embeddings, gallery)")
+    return kind
+
+
 def step_from(entry: dict[str, Any]) -> ChainStep:
     """One chain step from its entry in chain.json."""
     constants = dict(entry)
     name = constants.pop("step", None)
-    require(name in KINDS, f"step {name!r} is unknown; known are {sorted(KINDS)}")
-    kind = KINDS[str(name)]
+    kind = KINDS.get(str(name)) or own_kind(str(name))
     known = {f.name: f.type for f in fields(kind)}
     unknown = set(constants) - set(known)
     require(not unknown, f"step {name} has unknown constants {sorted(unknown)}; known are {sorted(known)}")

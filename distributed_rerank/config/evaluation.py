@@ -8,8 +8,10 @@ from typing import Annotated, Literal
 from tyro.conf import OmitArgPrefixes, arg
 
 from distributed_rerank.config.extractor import ExtractorConfig
+from distributed_rerank.config.own import load_function
 from distributed_rerank.errors import BadInput
 
+UnscoredPairs = Literal["behind", "error"]
 MissingLists = Literal["error", "miss", "leave_out"]
 DistanceKind = Literal["l2", "squared_l2", "cosine", "one_minus_cosine", "inner_product"]
 
@@ -79,10 +81,17 @@ class MeasureConfig:
 
     ks: tuple[int, ...] = (1, 5, 10)
     """Cut-offs of the metrics."""
+    own_metrics: tuple[str, ...] = ()
+    """Metrics of your own as package.module:function, measured beside the others under the function's name."""
     resampling_seed: Annotated[int, arg(name="seed")] = 0
     """Seed of the resampling behind intervals and p-values."""
     baselines: bool = True
     """Measure free steps as well: k-reciprocal re-ranking, query expansion, database augmentation."""
+    external: Path | None = None
+    """Another system's scores of pairs, measured as a row of its own on the first stage's candidates: Parquet or CSV
+    (query_id, gallery_id, score or distance), or a TREC run."""
+    unscored: UnscoredPairs = "behind"
+    """Candidates that --external has no score of: behind: they stay behind those that have one; error: refused."""
     fmrs: tuple[float, ...] = ()
     """False match rates, such as 0.1, at which OML's fnmr@fmr of the first stage is measured; needs embeddings."""
     pcf_variances: tuple[float, ...] = (0.5,)
@@ -93,8 +102,17 @@ class MeasureConfig:
     def __post_init__(self) -> None:
         if not self.ks or min(self.ks) < 1:
             raise BadInput(f"ks={list(self.ks)} must be one or more cut-offs of at least 1; give e.g. --ks 1 5 10")
+        if self.external is not None and not self.external.exists():
+            raise BadInput(f"--external {self.external} does not exist; check the path")
+        for name in self.own_metrics:
+            load_function(name, "--own-metrics")
         for name in ("fmrs", "pcf_variances"):
             if any(not 0 <= value <= 1 for value in getattr(self, name)):
                 raise BadInput(f"{name}={list(getattr(self, name))} must lie between 0 and 1")
         if self.price_per_worker_hour is not None and not 0 <= self.price_per_worker_hour < math.inf:
             raise BadInput(f"price_per_worker_hour={self.price_per_worker_hour} must be at least 0 and finite")
+
+    def without_effect(self) -> dict[str, str]:
+        """Settings that these settings make meaningless, and what would give them a meaning."""
+        has_none = {"unscored": (self.external is None, "--external"), "external": (not self.baselines, "--baselines")}
+        return {name: fix for name, (is_void, fix) in has_none.items() if is_void}

@@ -117,7 +117,8 @@ class TrainJob(TrainingJob):
     pairwise: OmitArgPrefixes[PairwiseConfig] = field(default_factory=TokenSiameseConfig)
     evidence: OmitArgPrefixes[EvidenceConfig] = field(default_factory=EvidenceConfig)
     teacher: str | None = None
-    """Folder of a slower pairwise model that this one learns from as well as from the labels."""
+    """Folder of a slower pairwise model that this one learns from as well as from the labels; or a file with another
+    system's scores of pairs (query_id, gallery_id, score or distance)."""
     embeddings: Path | None = None
     """Folder of `embed`, where what it lacks is added; or any Parquet with id and embedding, taken as it is."""
     track: tuple[TrackingService, ...] = ()

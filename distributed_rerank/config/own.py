@@ -4,6 +4,7 @@ import importlib
 import importlib.util
 import re
 import sysconfig
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,3 +57,17 @@ def load_own(name: str) -> Any:
     if not hasattr(found, attribute):
         raise BadInput(f"{name}: the module {module} has no {attribute}; name a class or a function of it")
     return getattr(found, attribute)
+
+
+def load_function(name: str, option: str, known: Sequence[str] = ()) -> Any:
+    """The function that `option` names as `package.module:function`.
+
+    Raises BadInput for what has not that form, with the words that are `known` beside it, and as `load_own` does.
+    """
+    if not is_own(name):
+        others = f"; known are {', '.join(known)}, or your own" if known else "; give it"
+        raise BadInput(f"{option} {name} is unknown{others} as package.module:function")
+    found = load_own(name)
+    if not callable(found):
+        raise BadInput(f"{option} {name} is no function")
+    return found

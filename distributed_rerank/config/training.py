@@ -1,8 +1,9 @@
 """How a model is trained. All of it decides the weights, so all of it goes into the model folder's fingerprint."""
 
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
+from distributed_rerank.config.own import load_function
 from distributed_rerank.errors import BadInput
 
 
@@ -54,6 +55,7 @@ class Augmentation:
                 raise BadInput(f"{name}={getattr(self, name)} is not in [0, {top}]; 0 switches it off")
 
 
+LossName = Literal["bce", "listwise", "ranknet", "margin"]
 Target = Literal["both", "map@10", "cmc@1", "mrr"]
 
 
@@ -71,9 +73,9 @@ class TrainingConfig:
     minutes: float | None = None
     """Stop after the epoch in which this much training time is over; the weights then depend on the
     machine."""
-    loss: Literal["bce", "listwise", "ranknet", "margin"] = "listwise"
+    loss: LossName | str = "listwise"
     """bce: each pair by itself (OML); listwise: softmax over a list; ranknet, margin: each positive against each
-    negative, softly or until it is `margin` nearer."""
+    negative, softly or until it is `margin` nearer; package.module:function: a loss of lists of your own."""
     margin: float = 1.0
     """Of loss=margin, in logits divided by `temperature`."""
     temperature: float = 1.0
@@ -185,8 +187,8 @@ class TrainingConfig:
                 "raise --n-items or lower --top-n",
             ),
             (
-                self.mining == "batch" and self.loss == "listwise",
-                "loss=listwise needs lists; take --mining lists, or --loss bce, ranknet or margin",
+                self.mining == "batch" and self.loss not in ("bce", "ranknet", "margin"),
+                f"loss={self.loss} needs lists; take --mining lists, or --loss bce, ranknet or margin",
             ),
             (
                 self.views > 1 and self.augmentation is None,
@@ -204,6 +206,8 @@ class TrainingConfig:
         for is_wrong, message in problems:
             if is_wrong:
                 raise BadInput(message)
+        if self.loss not in get_args(LossName):
+            load_function(self.loss, "--loss", get_args(LossName))
 
     def is_frozen(self, epoch: int) -> bool:
         """Whether the backbone is frozen in this epoch (counted from 0)."""

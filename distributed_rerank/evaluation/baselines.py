@@ -20,8 +20,10 @@ from torch import Tensor
 
 from distributed_rerank import retrieval
 from distributed_rerank.chain.chain import AlphaQEStep, Chain, KReciprocalStep, PairwiseStep
+from distributed_rerank.config.evaluation import UnscoredPairs
 from distributed_rerank.config.work import WorkConfig
-from distributed_rerank.evaluation.measure import COMPARED, LabelledQueries, measure_ranking
+from distributed_rerank.evaluation.external import rerank_by_scores
+from distributed_rerank.evaluation.measure import COMPARED, LabelledQueries, Wanted, measure_ranking
 from distributed_rerank.evaluation.ranked import Ranked
 from distributed_rerank.executors import Executors
 from distributed_rerank.models.maxsim import maxsim_of
@@ -44,7 +46,7 @@ MAX_ITEMS = 200_000
 """Larger catalogues skip baselines: lists of all items would cost more than the evaluation."""
 SMALL_SEARCH = 10**12
 """Queries x gallery x dimensions up to which this process searches: workers would take longer to start."""
-PAIRWISE = "pairwise"
+PAIRWISE, EXTERNAL = "pairwise", "external"
 TOP_N = 50
 """Candidates that MaxSim re-ranks if the chain has no pairwise step."""
 MAX_ENCODED = 2_500
@@ -91,7 +93,7 @@ def measure_baselines(
         seconds = time.perf_counter() - start
         if name != PAIRWISE:  # its seconds are those of the scoring pass
             results.seconds[name] = round(seconds, 3)
-        measured = measure_ranking(queries, ranking, (1, 10))
+        measured = measure_ranking(queries, ranking, Wanted((1, 10)))
         values = {key: measured.values[key] for key in COMPARED if key in first_stage}
         entry["metrics"] = metrics.means(values)
         entry["difference"] = statistics.compare_to_json(first_stage, values, queries.labels, **resampling)
@@ -115,6 +117,9 @@ def _plan(sources: "Sources") -> Iterator[tuple[str, str, dict[str, Any], Callab
     yield "query_expansion", "first_stage", expansion, lambda: sources.expand(False, True, False)
     yield "database_augmentation", "first_stage", expansion, lambda: sources.expand(False, False, True)
     yield "both_expansions", "first_stage", expansion, lambda: sources.expand(False, True, True)
+    if sources.external is not None:
+        lists, counts = sources.by_external_scores(sources.external)
+        yield EXTERNAL, "first_stage", {"file": sources.external.name, **counts}, lambda: lists
     if isinstance(sources.model, TokenSiamese):
         yield "maxsim", "first_stage", {"top_n": sources.top_n}, sources.maxsim
     chain = sources.ranked.chain
@@ -139,6 +144,9 @@ class Sources:
     model: PairwiseModel | None
     folder: Path
     executors: Executors | None
+    external: Path | None = None
+    """File of another system's scores."""
+    unscored: UnscoredPairs = "behind"
     all_lists: CandidateLists | None = None
     """The first stage's lists of all items, once they have been asked for."""
 
@@ -146,6 +154,11 @@ class Sources:
         """The pairwise step without the chain steps after it."""
         assert self.ranked.pairwise is not None, "the chain has a pairwise step"
         return self.ranked.pairwise
+
+    def by_external_scores(self, path: Path) -> tuple[CandidateLists, dict[str, int]]:
+        """The candidates of the embeddings as they are in the order of another system's scores, and what is missing."""
+        before = self.ranked.before[torch.arange(len(self.ranked.query_items))]
+        return rerank_by_scores(path, before, self.ranked.catalogue, self.unscored)
 
     @property
     def top_n(self) -> int:

@@ -19,7 +19,7 @@ from distributed_rerank.data import artifacts
 from distributed_rerank.evaluation import adaptive, baselines
 from distributed_rerank.evaluation.chain_steps import measure_steps
 from distributed_rerank.evaluation.embedding_metrics import embedding_metrics
-from distributed_rerank.evaluation.measure import Evaluation, LabelledQueries, count_relevant, measure_ranking
+from distributed_rerank.evaluation.measure import Evaluation, LabelledQueries, Wanted, count_relevant, measure_ranking
 from distributed_rerank.evaluation.ranked import Ranked
 from distributed_rerank.evaluation.thresholds import by_probability
 from distributed_rerank.models.pairwise import PairwiseModel
@@ -99,7 +99,7 @@ def _add_adaptive(
     pairwise = measured.after[adaptive.METRIC]
     if ranked.chain.neighbourhood:
         assert ranked.pairwise is not None, "pairs were scored"
-        pairwise = measure_ranking(queries, ranked.pairwise, (1, 10)).values[adaptive.METRIC]
+        pairwise = measure_ranking(queries, ranked.pairwise, Wanted((1, 10))).values[adaptive.METRIC]
         diagnostics.columns[f"{adaptive.METRIC}_{baselines.PAIRWISE}"] = pairwise.numpy()
     diagnostics.figures["adaptive"], columns = adaptive.measure_adaptive(
         ranked, queries, measured.before[adaptive.METRIC], pairwise, seed=seed

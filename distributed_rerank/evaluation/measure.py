@@ -5,7 +5,7 @@ per_query.parquet holds. Time and number of workers never enter, so equal rankin
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 import numpy as np
@@ -21,6 +21,8 @@ from distributed_rerank.tensors.candidate_lists import Ranking
 from distributed_rerank.tensors.metrics import PerQuery
 
 Key = TypeVar("Key")
+OwnMetric = Callable[[Bool[Tensor, "query k"], Int64[Tensor, " query"]], Tensor]
+"""A metric of the user's: relevance in list order and numbers of relevant items to one value a query."""
 
 QUERIES_PER_BLOCK = 1 << 13
 COMPARED = ("cmc@1", "map@10")
@@ -94,6 +96,25 @@ class Measured:
         return {key: self.values[key] for key in COMPARED if key in self.values}
 
 
+@dataclass(frozen=True)
+class Wanted:
+    """The metrics to measure: cut-offs, and metrics of the user's by name."""
+
+    ks: Sequence[int] = (1, 5, 10)
+    own: Mapping[str, OwnMetric] = field(default_factory=dict)
+
+    def per_query(self, is_relevant: Bool[Tensor, "query k"], n_relevant: Int64[Tensor, " query"]) -> PerQuery:
+        """Every metric of every query. Raises BadInput where one of the user's is not one finite number a query."""
+        values = metrics.per_query(is_relevant, n_relevant, self.ks)
+        for name, metric in self.own.items():
+            found = torch.as_tensor(metric(is_relevant, n_relevant)).double()
+            if found.shape != n_relevant.shape or not bool(found.isfinite().all()):
+                shape = tuple(found.shape)
+                raise BadInput(f"the metric {name} must give one finite number for each query; {shape} or NaN came")
+            values[name] = found
+        return values
+
+
 def count_relevant(catalogue: Catalogue, query_items: Int64[Tensor, " query"]) -> LabelledQueries:
     """Count relevant gallery items per query. Queries with none are dropped and counted."""
     labels = torch.from_numpy(catalogue.labels)
@@ -114,6 +135,7 @@ def measure(
     after: Mapping[int, Ranking],
     *,
     ks: Sequence[int] = (1, 5, 10),
+    own: Mapping[str, OwnMetric] | None = None,
     seed: int = 0,
     n_resamples: int = 2000,
     searched: Ranking | None = None,
@@ -125,12 +147,14 @@ def measure(
     `before` and every ranking of `after` have one row per query of `query_items` (ascending), in that order. `after`
     maps top_n to the ranking that re-ranks so many candidates: the largest is reported, the others are points of the
     curve, and without any the first stage alone is measured. Rankings are read one block of queries at a time.
-    Intervals and p-values are clustered by label and seeded. Raises BadInput where no query has a relevant item.
+    Intervals and p-values are clustered by label and seeded. Raises BadInput where no query has a relevant item,
+    and where a metric of `own` is not one finite number a query.
     """
     queries = count_relevant(catalogue, query_items)
     if not len(queries.rows):
         raise BadInput("no query has a relevant gallery item, so nothing can be measured; check label and is_gallery")
-    first = measure_ranking(queries, before, ks)
+    wanted = Wanted(ks, own or {})
+    first = measure_ranking(queries, before, wanted)
     resampling = {"seed": seed, "n_resamples": n_resamples}
     figures: dict[str, Any] = {
         "n_queries": len(queries.rows),
@@ -139,25 +163,25 @@ def measure(
         "first_stage": first.means,
         "oml": {"first_stage": first.oml},
     }
-    last = measure_ranking(queries, after[max(after)], ks) if after else None
+    last = measure_ranking(queries, after[max(after)], wanted) if after else None
     if last is not None:
-        figures |= _reranked(queries, searched or before, after, first, last, ks, resampling)
+        figures |= _reranked(queries, searched or before, after, first, last, wanted, resampling)
         if searched is not None:
-            figures["oracle_first_stage"] = _ceiling(queries, before, max(after), ks)
+            figures["oracle_first_stage"] = _ceiling(queries, before, max(after), wanted)
         figures["oml"]["reranked"] = last.oml
     figures["categories"] = _by_category(catalogue, queries, first, last, resampling)
     table = _per_query_table(catalogue, queries, first, last)
     return Evaluation(figures, table, first.compared, None if last is None else last.compared)
 
 
-def measure_ranking(queries: LabelledQueries, ranking: Ranking, ks: Sequence[int]) -> Measured:
+def measure_ranking(queries: LabelledQueries, ranking: Ranking, wanted: Wanted) -> Measured:
     """Every metric of every labelled query, computed in blocks of queries."""
 
     def measure_block(block: LabelledQueries) -> dict[tuple[str, str], Tensor]:
         items = ranking[block.rows].items
         is_relevant = metrics.relevance(items, block.labels, block.item_labels)
-        values = metrics.per_query(is_relevant, block.n_relevant, ks)
-        oml = oml_metrics.per_query(is_relevant, (items >= 0).sum(dim=1), block.n_relevant, ks)
+        values = wanted.per_query(is_relevant, block.n_relevant)
+        oml = oml_metrics.per_query(is_relevant, (items >= 0).sum(dim=1), block.n_relevant, wanted.ks)
         named = {("value", key): column for key, column in values.items()}
         named |= {("oml", key): column for key, column in oml.items()}
         return named | {("rank", "first_hit"): metrics.first_hit(is_relevant)}
@@ -203,18 +227,18 @@ def _reranked(
     after: Mapping[int, Ranking],
     first: Measured,
     last: Measured,
-    ks: Sequence[int],
+    wanted: Wanted,
     resampling: dict[str, int],
 ) -> dict[str, Any]:
     """The part of metrics.json that compares the re-ranked order with the first stage's."""
     top_n = max(after)
     curve, points = [], []
     for n in sorted(after):
-        measured = last if n == top_n else measure_ranking(queries, after[n], ks)
+        measured = last if n == top_n else measure_ranking(queries, after[n], wanted)
         curve.append({"top_n": n, "metrics": measured.means})
         points.append(measured.values["map@10"])
     knee = statistics.knee(torch.stack(points), queries.labels, **resampling)
-    start, end, ceiling = first.means, last.means, _ceiling(queries, searched, top_n, ks)
+    start, end, ceiling = first.means, last.means, _ceiling(queries, searched, top_n, wanted)
     return {
         "top_n": top_n,
         "reranked": end,
@@ -226,12 +250,12 @@ def _reranked(
     }
 
 
-def _ceiling(queries: LabelledQueries, before: Ranking, top_n: int, ks: Sequence[int]) -> dict[str, float]:
+def _ceiling(queries: LabelledQueries, before: Ranking, top_n: int, wanted: Wanted) -> dict[str, float]:
     """Mean metrics of a perfect re-ranker of the first `top_n` candidates."""
     return metrics.means(
         _of_all_blocks(
             queries,
-            lambda block: metrics.per_query(statistics.oracle(block.relevance(before), top_n), block.n_relevant, ks),
+            lambda block: wanted.per_query(statistics.oracle(block.relevance(before), top_n), block.n_relevant),
         )
     )
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from distributed_rerank.chain.chain import Chain
 from distributed_rerank.config.evaluation import FirstStageConfig, MeasureConfig
+from distributed_rerank.config.own import load_own
 from distributed_rerank.config.work import WorkConfig
 from distributed_rerank.data import artifacts
 from distributed_rerank.data.catalogue import Catalogue
@@ -79,7 +80,9 @@ def evaluate(
         with timed(timings, "rank"):
             ranked = rank(searched, scored, chain, model is not None, first.lists)
         with timed(timings, "measure"):
-            sources = Sources(ranked, config.n_items, work, model, staging.path, executors)
+            sources = Sources(
+                ranked, config.n_items, work, model, staging.path, executors, measure.external, measure.unscored
+            )
             result, details = _measure(sources, measure)
         rejects = all_rejects(first.rejects, scored.rejects)
         result.metrics.update(n_rejected=len(rejects), n_without_list=first.n_without_list)
@@ -103,7 +106,9 @@ def _fingerprint(
 ) -> dict[str, Any]:
     return artifacts.make_fingerprint(
         "evaluate",
-        config=first_stage_settings(config, work) | {"scoring": work.fingerprint_settings("score")} | asdict(measure),
+        config=first_stage_settings(config, work)
+        | {"scoring": work.fingerprint_settings("score")}
+        | _settings(measure),
         catalogue=catalogue.digest(),
         given=input_digests(config),
         model=None if model is None else model.identity(),
@@ -111,11 +116,18 @@ def _fingerprint(
     )
 
 
+def _settings(measure: MeasureConfig) -> dict[str, Any]:
+    """What decides the figures, the digest of a file in place of its path."""
+    external = {} if measure.external is None else {"external": artifacts.file_digest(measure.external)}
+    return asdict(measure) | external
+
+
 def _measure(sources: Sources, config: MeasureConfig) -> tuple[Result, dict[str, Any]]:
     """Metrics and diagnostics of the queries, and the seconds of single diagnostics."""
     ranked = sources.ranked
     measured = measure(
         ranked.catalogue, ranked.query_items, ranked.before, ranked.after, ks=config.ks, seed=config.resampling_seed,
+        own={name.partition(":")[2]: load_own(name) for name in config.own_metrics},
         searched=None if ranked.chain.adapter is None else ranked.searched,
     )  # fmt: skip
     extra = diagnose(measured, sources, config)

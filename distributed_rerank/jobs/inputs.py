@@ -140,6 +140,10 @@ def _(job: MeasuringJob) -> Inputs:
     from distributed_rerank.data.relevance import check_measurable
 
     check_measurable(catalogue)
+    if job.measure.external is not None:
+        from distributed_rerank.data.candidate_files import read_candidates
+
+        read_candidates(job.measure.external, catalogue)
     is_train = (table.table["split"] == "train").to_numpy(dtype=bool) & (job.split != "train")
     return catalogue, table.take(is_train.nonzero()[0])
 

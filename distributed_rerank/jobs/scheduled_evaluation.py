@@ -25,7 +25,7 @@ def main(job: ScheduledEvaluationJob, catalogue: Catalogue, train: Catalogue | N
 def _run(job: ScheduledEvaluationJob, catalogue: Catalogue, train: Catalogue | None, figures: dict[str, Any]) -> int:
     """Evaluate, compare and record; `figures` gets what is told to other programs."""
     schedule = job.schedule
-    check(schedule, catalogue, job.measure.ks)
+    check(schedule, catalogue, job.measure)
     model, chain = load_model_and_chain(job.reranker)
     with executors_for(job.cluster) as (executors, _):
         metrics = evaluate(

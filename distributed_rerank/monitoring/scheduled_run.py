@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,7 @@ from typing import Any
 import pandas as pd
 import torch
 
+from distributed_rerank.config.evaluation import MeasureConfig
 from distributed_rerank.config.schedule import ScheduleConfig
 from distributed_rerank.data import artifacts, tables
 from distributed_rerank.data.catalogue import Catalogue
@@ -36,9 +37,10 @@ class Outcome:
     """Of the metric that decides, against `baseline` and `previous`."""
 
 
-def check(config: ScheduleConfig, catalogue: Catalogue, ks: Sequence[int]) -> None:
+def check(config: ScheduleConfig, catalogue: Catalogue, measure: MeasureConfig) -> None:
     """Raises BadInput, before any work, for an unknown metric and for a baseline that cannot be compared."""
-    known = metrics.per_query(torch.zeros(1, 1, dtype=torch.bool), torch.ones(1, dtype=torch.int64), ks)
+    known = metrics.per_query(torch.zeros(1, 1, dtype=torch.bool), torch.ones(1, dtype=torch.int64), measure.ks)
+    known = [*known, *(name.partition(":")[2] for name in measure.own_metrics)]
     if config.metric not in known:
         raise BadInput(f"--metric {config.metric} is not measured; choose one of {', '.join(known)}")
     read_history(config.history)

@@ -10,6 +10,7 @@ NAMES = {
     "database_augmentation": "Database augmentation",
     "both_expansions": "Query expansion and database augmentation",
     "maxsim": "MaxSim of tokens fitted to train labels",
+    "external": "Scores of another system",
     "pairwise": "Pairwise step alone",
 }
 

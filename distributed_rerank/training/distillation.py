@@ -4,17 +4,21 @@ The teacher's order is that of its own chain: where the chain fuses the logit wi
 teacher here. The scoring stage keeps the logits, so a stopped training scores no pair twice.
 """
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from jaxtyping import Float32
 
 from distributed_rerank.chain.chain import PairwiseStep, read_chain
 from distributed_rerank.config.training import TrainingConfig
 from distributed_rerank.config.work import WorkConfig
+from distributed_rerank.data.candidate_files import read_candidates
 from distributed_rerank.data.catalogue import Catalogue
+from distributed_rerank.data.files import file_digest
 from distributed_rerank.errors import BadInput
 from distributed_rerank.models.pairwise import PairwiseModel
 from distributed_rerank.models.saving import load_model, local_folder
@@ -24,6 +28,8 @@ from distributed_rerank.scoring.score import ScoreExecutors
 from distributed_rerank.scoring.stage import score_candidates
 from distributed_rerank.tensors.candidate_lists import CandidateLists
 from distributed_rerank.training.plan import TeacherLogits, is_list_loss
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -45,9 +51,37 @@ class Teacher:
         return logits + self.fusion.weight * self.fusion.temperature * distances
 
 
-def read_teacher(folder: str | Path) -> Teacher:
-    """The model in a folder of the training stage, with its chain's fusion. Raises BadInput as `load_model` does."""
-    path = local_folder(folder)
+@dataclass(frozen=True)
+class TableTeacher:
+    """Another system's scores of pairs in a file: of whatever pairs it has, one label's or another's."""
+
+    path: Path
+
+    def fingerprint(self) -> dict[str, Any]:
+        """The file's content."""
+        return {"scores": file_digest(self.path)}
+
+    def logits(self, catalogue: Catalogue, lists: CandidateLists) -> TeacherLogits:
+        """The distances (or negated scores) of all its pairs. Raises BadInput where it has no pair of these lists."""
+        given = read_candidates(self.path, catalogue)
+        is_given = given.items >= 0
+        keys, order = (given.query_items[:, None] * len(catalogue) + given.items)[is_given].sort()
+        wanted = (lists.query_items[:, None] * len(catalogue) + lists.items)[lists.items >= 0]
+        n_known = int(torch.isin(wanted, keys).sum())
+        if not n_known:
+            raise BadInput(f"--teacher {self.path} scores none of the {len(wanted):,} mined pairs; score train's lists")
+        logger.info("the teacher's table has scores of %d of %d mined pairs", n_known, len(wanted))
+        return TeacherLogits(keys, given.distances[is_given][order].float(), len(catalogue))
+
+
+def read_teacher(place: str | Path) -> Teacher | TableTeacher:
+    """The model in a folder of the training stage, with its chain's fusion, or the scores in a file.
+
+    Raises BadInput as `load_model` does.
+    """
+    if Path(place).is_file():
+        return TableTeacher(Path(place))
+    path = local_folder(place)
     model = load_model(path)
     fusion = read_chain(path).pairwise if (path / "chain.json").is_file() else None
     return Teacher(model, fusion if fusion is not None and fusion.rule == "fuse" else None)
@@ -63,7 +97,7 @@ def check_teachable(config: TrainingConfig) -> None:
 
 
 def score_by_teacher(
-    teacher: Teacher,
+    teacher: Teacher | TableTeacher,
     catalogue: Catalogue,
     lists: CandidateLists,
     folder: Path,
@@ -71,6 +105,8 @@ def score_by_teacher(
     executors: ScoreExecutors | None,
 ) -> TeacherLogits:
     """The teacher's logits of all pairs of the lists, kept in `folder`. Raises BadInput where there is no pair."""
+    if isinstance(teacher, TableTeacher):
+        return teacher.logits(catalogue, lists)
     # The teacher's logits decide the weights, so blocks and batches are the defaults whatever the job's are.
     work = WorkConfig(max_rejects=work.max_rejects, encoding_gb=work.encoding_gb, decode_threads=work.decode_threads)
     top_n = lists.items.shape[1]

@@ -4,7 +4,9 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from distributed_rerank.config.own import is_own, load_own
 from distributed_rerank.config.training import TrainingConfig
+from distributed_rerank.errors import BadInput
 from distributed_rerank.tensors import losses
 from distributed_rerank.tensors.ragged import places_in_rows
 from distributed_rerank.training.plan import TrainingStep
@@ -54,6 +56,8 @@ def label_loss(
     n_units: int,
 ) -> Float[Tensor, ""]:
     """The loss of lists by their labels; ranknet and margin take a list's mean over its (positive, negative) pairs."""
+    if is_own(config.loss):
+        return own_loss(config.loss, table, is_present, is_positive) / n_units
     if config.loss == "listwise":
         return losses.listwise_softmax(table, is_positive, is_present, normaliser=float(n_units))
     # [list, candidate, candidate]: whether the first is a positive and the second a negative of the list. Each such
@@ -67,6 +71,20 @@ def label_loss(
     if config.loss == "margin":
         return losses.margin_ranking(positives, negatives, config.margin, weights, normaliser=float(n_units))
     return losses.ranknet(positives, negatives, weights, normaliser=float(n_units))
+
+
+def own_loss(
+    name: str,
+    table: Float[Tensor, "list candidate"],
+    is_present: Bool[Tensor, "list candidate"],
+    is_positive: Bool[Tensor, "list candidate"],
+) -> Float[Tensor, ""]:
+    """The sum of what a loss of the user's gives for each list. Raises BadInput where it is not one number a list."""
+    values = load_own(name)(table, is_positive, is_present)
+    if not isinstance(values, Tensor) or values.shape != table.shape[:1] or not values.is_floating_point():
+        shape = tuple(getattr(values, "shape", ()))
+        raise BadInput(f"--loss {name} must return one number for each of {len(table)} lists, not {shape}")
+    return values.sum()
 
 
 def as_lists(part: TrainingStep, logits: Float[Tensor, " pair"]) -> tuple[Tensor, Tensor, Tensor]:

@@ -85,7 +85,7 @@ class TeacherLogits:
 
 def is_list_loss(loss: str) -> bool:
     """Whether the loss of a pair depends on the other pairs of its list."""
-    return loss in ("listwise", "ranknet", "margin")
+    return loss != "bce"
 
 
 def share_of(step: TrainingStep, number: int, n_shares: int, is_by_list: bool) -> TrainingStep:

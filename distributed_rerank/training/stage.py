@@ -43,7 +43,7 @@ from distributed_rerank.tensors.candidate_lists import CandidateLists
 from distributed_rerank.training import mining, tracking
 from distributed_rerank.training.adaptation import Adaptation, choose_adaptation
 from distributed_rerank.training.card import CARD, model_card
-from distributed_rerank.training.distillation import Teacher, check_teachable, score_by_teacher
+from distributed_rerank.training.distillation import TableTeacher, Teacher, check_teachable, score_by_teacher
 from distributed_rerank.training.encodings import FULL_ENCODER, FittedModel, holds_model, keep_model
 from distributed_rerank.training.plan import sides
 from distributed_rerank.training.run import fit as fit_in_this_process
@@ -75,7 +75,7 @@ def train(
     work: WorkConfig | None = None,
     executors: Executors | None = None,
     fit: Fit = fit_in_this_process,
-    teacher: Teacher | None = None,
+    teacher: Teacher | TableTeacher | None = None,
     embeddings_folder: str | Path | None = None,
     evidence: EvidenceConfig | None = None,
     services: Sequence[TrackingService] = (),
@@ -138,7 +138,11 @@ def folder_of(images: Catalogue) -> str:
 
 
 def taught(
-    task: TrainingTask, teacher: Teacher | None, folder: Path, work: WorkConfig, executors: Executors | None
+    task: TrainingTask,
+    teacher: Teacher | TableTeacher | None,
+    folder: Path,
+    work: WorkConfig,
+    executors: Executors | None,
 ) -> TrainingTask:
     """The task with the teacher's logits of its last run's lists; without a teacher as it is."""
     if teacher is None:
@@ -182,7 +186,7 @@ def fingerprint_of(
     work: WorkConfig,
     model_config: PairwiseConfig,
     config: TrainingConfig,
-    teacher: Teacher | None,
+    teacher: Teacher | TableTeacher | None,
     evidence: EvidenceConfig,
     given: Embeddings | None,
 ) -> dict[str, Any]:

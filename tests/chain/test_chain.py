@@ -1,6 +1,7 @@
 """The chain as a file that comes back equal or is refused by name, and applied to lists."""
 
 import json
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -142,3 +143,44 @@ def test_alpha_qe_searches_anew_but_never_finds_the_own_sequence() -> None:
     assert not (sequences[found] == sequences[:, None]).any()
     free = apply(Chain((AlphaQEStep(2, 1.0),)), lists, embeddings=embeddings).items
     assert (sequences[free] == sequences[:, None]).any(), "the case shows nothing"
+
+
+@dataclass(frozen=True)
+class Reversed:
+    """A step of the test's: the list the other way round."""
+
+    keeps: str = "order"
+
+    def apply(self, lists, embeddings, gallery):
+        items = torch.zeros_like(lists.items) if self.keeps == "nothing" else lists.items.flip(1)
+        distances = lists.distances if self.keeps == "order" else -lists.distances
+        return replace(lists, items=items, distances=distances)
+
+
+def test_own_step_may_change_the_order_alone() -> None:
+    lists = CandidateLists(torch.arange(2), torch.tensor([[1, 2], [0, 2]]), torch.tensor([[0.1, 0.2], [0.3, 0.5]]))
+    assert apply(Chain((Reversed(),)), lists).items.tolist() == [[2, 1], [2, 0]]
+    with pytest.raises(BadInput, match="Reversed must return the candidates of each list in another order"):
+        apply(Chain((Reversed("nothing"),)), lists)
+    with pytest.raises(BadInput, match="Reversed must return distances that ascend"):
+        apply(Chain((Reversed("distances"),)), lists)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("os:system", "chain.json names os:system, which is no module of your own"),
+        ("distributed_rerank.errors:BadInput", "which is no module of your own"),
+        ("no_such:Step", "the module no_such cannot be imported"),
+        ("own_by_hand:function", "must be a dataclass with a method apply"),
+        ("reversed", "or your own as package.module:Class"),
+    ],
+)
+def test_step_that_is_none_of_ones_own_is_refused(
+    name: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "own_by_hand.py").write_text("def function(): ...\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "chain.json").write_text(json.dumps({"schema_version": 2, "steps": [{"step": name}]}))
+    with pytest.raises(BadInput, match=message):
+        read_chain(tmp_path / "chain.json")

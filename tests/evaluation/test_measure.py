@@ -140,3 +140,17 @@ def test_count_relevant_leaves_out_own_item_and_sequence(catalogue: Catalogue) -
     assert labelled.query_items.tolist() == [0, 1]
     assert labelled.n_relevant.tolist() == [2, 2]
     assert labelled.n_without_relevant == 1
+
+
+def test_own_metric_is_measured_beside_the_others_or_refused(catalogue: Catalogue) -> None:
+    def second(is_relevant: torch.Tensor, n_relevant: torch.Tensor) -> torch.Tensor:
+        return is_relevant[:, 1]
+
+    found = measure(catalogue, QUERIES, BEFORE, AFTER, own={"second": second})
+    # the second candidates are 3 for query 0 (both x) and 4 for query 1 (y, x)
+    assert found.per_query["second_before"].tolist() == [1.0, 0.0]
+    assert found.metrics["first_stage"]["second"] == 0.5
+    assert {"second"} <= set(found.metrics["oracle"]) & set(found.metrics["difference"])
+    for wrong in (lambda is_relevant, _: is_relevant, lambda _, n_relevant: n_relevant / 0 * 0):
+        with pytest.raises(BadInput, match="the metric wrong must give one finite number for each query"):
+            measure(catalogue, QUERIES, BEFORE, AFTER, own={"wrong": wrong})

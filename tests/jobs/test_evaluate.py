@@ -302,3 +302,31 @@ def test_finished_folder_is_not_computed_again(
     assert "--overwrite" in refused.errors
     assert run_job("evaluate", *common, "--ks", 1, 3, "--overwrite").code == 0
     assert "cmc@3" in read(tmp_path / "e")["first_stage"]
+
+
+def test_scores_of_another_system_are_a_row_of_the_report(catalogue_path: Path, run_job, tmp_path: Path) -> None:
+    lists = tmp_path / "lists.csv"
+    table = pd.read_csv(catalogue_path, dtype=str)
+    table = table[table["split"] == "validation"].assign(id=table["path"])
+    rows = [
+        (query.id, item.id, 0.1 * (1 + (place + 5) % 7), int(query.label == item.label))
+        for query in table[table["is_query"] == "True"].itertuples()
+        for place, item in enumerate(table[table["is_gallery"] == "True"].itertuples())
+        if item.id != query.id
+    ]
+    whole = pd.DataFrame(rows, columns=["query_id", "gallery_id", "distance", "score"])
+    whole.drop(columns="score").to_csv(lists, index=False)
+    scores = tmp_path / "vlm.csv"
+    whole[["query_id", "gallery_id", "score"]].to_csv(scores, index=False)
+    words = ["--catalogue", catalogue_path, "--candidates", lists, "--distances", "l2"]
+    done = run_job("evaluate", *words, "--out", tmp_path / "o", "--external", scores)
+    assert done.code == 0, done.errors
+    row = json.loads((tmp_path / "o" / "metrics.json").read_text())["baselines"]["external"]
+    assert row["metrics"]["cmc@1"] == 1, "the scores are the labels"
+    assert row["constants"] == {"file": "vlm.csv", "unscored": 0, "queries_unscored": 0, "unused": 3}
+    assert "Scores of another system" in (tmp_path / "o" / "report.html").read_text()
+    scores.write_text("query_id,gallery_id,score\nno such photo,neither,1\n")
+    assert run_job("evaluate", *words, "--out", tmp_path / "p", "--external", scores).code == 2
+    refused = run_job("evaluate", *words, "--out", tmp_path / "p", "--unscored", "error")
+    assert refused.code == 2
+    assert "--external" in refused.errors

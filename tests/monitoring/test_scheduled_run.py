@@ -9,6 +9,7 @@ import pandas as pd
 import pytest
 from planted_runs import planted_catalogue, planted_ranking, write_run
 
+from distributed_rerank.config.evaluation import MeasureConfig
 from distributed_rerank.config.schedule import ScheduleConfig
 from distributed_rerank.data.catalogue import Catalogue, read_catalogue
 from distributed_rerank.errors import BadInput
@@ -169,19 +170,19 @@ def test_check_refuses_a_baseline_without_a_common_query_before_any_work(tmp_pat
     catalogue, other = (planted_catalogue(tmp_path / f"catalogue {n}", n_labels=n) for n in (5, 6))
     write_run(tmp_path / "baseline", other, planted_ranking(other, {}))
     config = schedule(tmp_path, "1", baseline=tmp_path / "baseline")
-    check(config, catalogue, (1, 5, 10))
+    check(config, catalogue, MeasureConfig())
     table = pd.read_csv(tmp_path / "catalogue 5" / "table.csv", dtype=str)
     table["id"] = "new " + table["id"]
     table.to_csv(tmp_path / "new.csv", index=False)
     with pytest.raises(BadInput, match=r"--baseline .*baseline has no query in common with this catalogue"):
-        check(config, read_catalogue(str(tmp_path / "new.csv"), purpose="evaluation"), (1, 5, 10))
+        check(config, read_catalogue(str(tmp_path / "new.csv"), purpose="evaluation"), MeasureConfig())
 
 
 def test_check_refuses_a_metric_that_is_not_measured(tmp_path: Path) -> None:
     catalogue = planted_catalogue(tmp_path / "catalogue", n_labels=5)
     with pytest.raises(BadInput, match=r"--metric cmc@3 is not measured; choose one of cmc@1, .*map@10"):
-        check(schedule(tmp_path, "1", metric="cmc@3"), catalogue, (1, 5, 10))
-    check(schedule(tmp_path, "1", metric="cmc@3"), catalogue, (3,))
+        check(schedule(tmp_path, "1", metric="cmc@3"), catalogue, MeasureConfig())
+    check(schedule(tmp_path, "1", metric="cmc@3"), catalogue, MeasureConfig(ks=(3,)))
 
 
 @pytest.mark.parametrize("values", [{"run_id": "a/b"}, {"run_id": ".."}, {"run_id": ""}, {"tolerance": -0.1}])

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from torch import Tensor
@@ -109,3 +110,24 @@ def test_stage_with_a_teacher_says_so_in_its_fingerprint(tmp_path: Path) -> None
 def test_teacher_without_lists_is_refused(changes: dict[str, Any]) -> None:
     with pytest.raises(BadInput, match="leave --teacher out"):
         check_teachable(replace(SMALL, **changes))
+
+
+def test_table_of_scores_teaches_as_its_model_would(task: TrainingTask, taught: TeacherLogits, tmp_path: Path) -> None:
+    """The teacher's logits, written as a table of another system's distances and read again."""
+    ids, n_items = task.catalogue.ids, len(task.catalogue)
+    order = torch.randperm(len(taught.keys), generator=torch.Generator().manual_seed(0)).tolist()
+    rows = [
+        (ids[int(key) // n_items], ids[int(key) % n_items], float(logit))
+        for key, logit in zip(taught.keys, taught.logits, strict=True)
+    ]
+    table = pd.DataFrame([rows[place] for place in order], columns=["query_id", "gallery_id", "distance"])
+    table.to_csv(tmp_path / "vlm.csv", index=False)
+    teacher = read_teacher(tmp_path / "vlm.csv")
+    found = score_by_teacher(teacher, task.catalogue, task.runs[0].anchors, tmp_path / "l", WorkConfig(), None)
+    assert torch.equal(found.keys, taught.keys)
+    assert torch.equal(found.logits, taught.logits)
+    before = teacher.fingerprint()
+    table.assign(query_id=ids[0], gallery_id=ids[0]).head(1).to_csv(tmp_path / "vlm.csv", index=False)
+    assert teacher.fingerprint() != before
+    with pytest.raises(BadInput, match="scores none of the"):
+        score_by_teacher(teacher, task.catalogue, task.runs[0].anchors, tmp_path / "l", WorkConfig(), None)
