@@ -20,7 +20,10 @@ from distributed_rerank.errors import BadInput, Outage
 
 logger = logging.getLogger(__name__)
 
-INPUTS = ("embeddings", "adapt", "candidates", "baseline", "model", "teacher", "chain", "weights", "pairwise_weights")
+INPUTS = (
+    "embeddings", "adapt", "candidates", "baseline", "expect_from", "model", "teacher", "chain", "weights",
+    "pairwise_weights",
+)  # fmt: skip
 FOLDERS = ("out",)
 """Written by a job; `train` adds to its embeddings as well."""
 FILES = ("trec", "markdown")
