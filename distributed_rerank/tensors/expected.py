@@ -128,7 +128,10 @@ def _labels_of(clusters: Int64[Tensor, " query"]) -> tuple[Float64[Tensor, " lab
 
 
 def _cross_fitted(
-    known: Signals, values: Float64[Tensor, " query"], folds: Int64[Tensor, " query"], asked: Signals
+    known: Signals,
+    values: Float64[Tensor, " query"],
+    folds: Int64[Tensor, " query"],
+    asked: Float64[Tensor, "asked signal"],
 ) -> tuple[float, float, Float64[Tensor, " query"]]:
     """The estimate, the variance of its curve, and what curves of the other folds leave unexplained."""
     mean = float(_fit(known, values)(asked).mean())
