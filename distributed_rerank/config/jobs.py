@@ -194,10 +194,16 @@ class RerankJob(RankingJob, FolderJob):
     --candidates they are searched for, with --extractor. The result, reranked.parquet, has a row for every candidate:
     query_id, gallery_id, rank, distance, first_stage_rank, first_stage_distance, logit, probability (of a match, as the
     labels set aside in training calibrated it; null where the pairwise model did not look).
+
+    With --expect-from, an evaluation of labelled queries by the same model, the log and expected.json tell how often
+    the first place is expected to be right, with an interval, and whether these queries have drifted from the labelled
+    ones: then the exit code is 3 (one night in a hundred without cause).
     """
 
     query_catalogue: str | None = None
     """Table of the queries, where they are not in the catalogue."""
+    expect_from: Path | None = None
+    """Evaluation folder whose labelled queries say what to expect of these; written to OUT/expected.json."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -154,6 +154,8 @@ def _(job: RerankJob) -> Inputs:
         raise BadInput("required and not given: --model; give a folder that `train` wrote")
     job.first_stage.check_files()
     check_model(job.reranker)
+    if job.expect_from is not None and not job.expect_from.is_dir():
+        raise BadInput(f"--expect-from {job.expect_from} is no folder; give one that `evaluate` wrote")
     if job.query_catalogue is None:
         return (read_table(job).as_query_and_gallery(),)
     from distributed_rerank.data.catalogue import read_query_gallery

@@ -21,7 +21,7 @@ from distributed_rerank.errors import BadInput, Outage
 logger = logging.getLogger(__name__)
 
 INPUTS = (
-    "embeddings", "adapt", "candidates", "external", "baseline", "model", "teacher", "chain", "weights",
+    "embeddings", "adapt", "candidates", "external", "baseline", "expect_from", "model", "teacher", "chain", "weights",
     "pairwise_weights",
 )  # fmt: skip
 FOLDERS = ("out",)

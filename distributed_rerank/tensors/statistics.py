@@ -68,7 +68,7 @@ def bootstrap(
     totals = torch.cat([exact, sizes.double()[:, None]], dim=1)
     # [resample, metric + 1]: the same over all queries drawn. Sum / number is a resampled mean; its quantiles over the
     # resamples are the ends [2, metric] of the intervals.
-    drawn = torch.cat([draws @ totals for draws in _multinomial_draws(len(sums), n_resamples, seed)])
+    drawn = torch.cat([draws @ totals for draws in multinomial_draws(len(sums), n_resamples, seed)])
     tails = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64)
     ends = torch.quantile(drawn[:, :-1] / drawn[:, -1:], tails, dim=0)
     means = [math.fsum(column.tolist()) / len(values) for column in values.unbind(dim=1)]
@@ -139,6 +139,17 @@ def student_t_cdf(t: float, freedom: float) -> float:
     weights = (1 if i in (0, n) else 4 if i % 2 else 2 for i in range(n + 1))
     area = math.fsum(w * math.cos(end * i / n) ** (freedom - 1) for i, w in enumerate(weights)) * end / n / 3
     return min(1.0, max(0.0, 0.5 + scale * area))
+
+
+def student_t_quantile(probability: float, freedom: float) -> float:
+    """The t with P(T <= t) = probability, at least 0.5, to about 1e-7; by bisection of `student_t_cdf`."""
+    low, high = 0.0, 1.0
+    while student_t_cdf(high, freedom) < probability:
+        low, high = high, 2 * high
+    for _ in range(50):
+        middle = (low + high) / 2
+        low, high = (middle, high) if student_t_cdf(middle, freedom) < probability else (low, middle)
+    return high
 
 
 def compare(
@@ -272,12 +283,17 @@ def _round_for_exact_sums(values: Float64[Tensor, "row metric"], n_terms: int) -
     return (values / unit).round() * unit
 
 
-def _multinomial_draws(n_clusters: int, n_resamples: int, seed: int) -> Iterator[Float64[Tensor, "resample cluster"]]:
-    """How often each cluster is drawn in each resample, in blocks of resamples that keep memory bounded."""
+def multinomial_draws(
+    n_clusters: int, n_resamples: int, seed: int, n_drawn: int | None = None
+) -> Iterator[Float64[Tensor, "resample cluster"]]:
+    """How often each cluster is drawn in each resample, in blocks of resamples that keep memory bounded.
+
+    As many are drawn as there are clusters, or `n_drawn`.
+    """
     generator = torch.Generator().manual_seed(seed)
     for rows in _resample_blocks(n_clusters, n_resamples):
         # [resample, draw]: the clusters drawn; counted in one table, in which each resample has its own row of cells.
-        drawn = torch.randint(n_clusters, (rows, n_clusters), generator=generator)
+        drawn = torch.randint(n_clusters, (rows, n_clusters if n_drawn is None else n_drawn), generator=generator)
         cells = drawn + torch.arange(rows)[:, None] * n_clusters
         yield torch.bincount(cells.flatten(), minlength=rows * n_clusters).view(rows, n_clusters).double()
 

@@ -1,5 +1,7 @@
 """jobs/rerank.py on catalogues without labels."""
 
+import json
+import logging
 from collections.abc import Callable
 from pathlib import Path
 
@@ -105,3 +107,33 @@ def test_queries_of_their_own_catalogue_search_the_other(
     table = pd.read_parquet(tmp_path / "o" / "reranked.parquet")
     assert set(table["query_id"]) == {"asked"}
     assert sorted(table["gallery_id"]) == sorted(pd.read_csv(photos)["id"])
+
+
+def test_an_evaluation_says_what_to_expect(
+    photos: Path,
+    models: dict[str, Path],
+    run_job: Callable,
+    catalogue_path: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.INFO)
+    here = (*EXTRACTOR, "--model", models["concat"], "--num-workers", 0)
+    evaluated = run_job("evaluate", "--catalogue", catalogue_path, *here, "--no-baselines", "--out", tmp_path / "e")
+    assert evaluated.code == 0, evaluated.errors
+    command = ("rerank", "--catalogue", photos, *here, "--out", tmp_path / "o", "--expect-from")
+    outcome = run_job(*command, tmp_path / "e")
+    content = json.loads((tmp_path / "o" / "expected.json").read_text())
+    assert outcome.code == (3 if content["drift"]["alarm"] else 0)
+    assert "expected: the right one first for " in caplog.text
+    assert (content["n_labels"], content["n_labelled_queries"], content["n_queries"]) == (12, 36, 16)
+    low, high = content["expected"]["cmc@1"]["ci95"]
+    assert 0 <= low <= content["expected"]["cmc@1"]["mean"] <= high <= 1
+    gone = run_job(*command, tmp_path / "no")
+    assert (gone.code, "--expect-from" in gone.errors) == (2, True)
+    other = run_job(
+        "rerank", "--catalogue", photos, *EXTRACTOR, "--model", models["random"], "--num-workers", 0,
+        "--out", tmp_path / "p", "--expect-from", tmp_path / "e",
+    )  # fmt: skip
+    assert (other.code, "evaluated with another model" in other.errors) == (2, True)
+    assert not (tmp_path / "p").exists()
