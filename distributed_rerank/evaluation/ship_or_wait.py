@@ -16,13 +16,11 @@ from distributed_rerank.config.evaluation import MeasureConfig
 from distributed_rerank.evaluation.measure import COMPARED, Evaluation, LabelledQueries, count_relevant, measure_ranking
 from distributed_rerank.evaluation.ranked import Ranked
 from distributed_rerank.tensors import statistics
-from distributed_rerank.tensors.suspects import evidence_of_labels, precision_of_suspects
+from distributed_rerank.tensors.suspects import PROBABLE, evidence_of_labels, precision_of_suspects
 
 N_LABELS_TO_CHECK = 40
 DEPTH = 10
 """Neighbours that a label is judged by."""
-PROBABLE = 0.5
-"""From this precision on labels count as wrong in the figures of what would be if they were."""
 _BLOCK_ROWS = 4096
 
 

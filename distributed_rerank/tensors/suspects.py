@@ -12,6 +12,8 @@ from torch import Tensor
 
 PRIOR = 0.01
 """Share of labels that are assumed to be wrong, before any image is looked at."""
+PROBABLE = 0.5
+"""From this precision on a label is called wrong, and not a look-alike's."""
 
 
 def evidence_of_labels(
