@@ -29,6 +29,7 @@ def made_up_queries(n_queries: int, seed: int = 0) -> pd.DataFrame:
 
 
 SUSPECT = {
+    "precision": 0.25,
     "query_id": "image <0>",
     "query_label": "this",
     "gallery_id": "image 1",

@@ -46,6 +46,7 @@ SCHEMAS = {
             "own_distance": pa.float32(),
             "other_own_distance": pa.float32(),
             "kind": pa.string(),
+            "precision": pa.float32(),
         }
     ),
 }

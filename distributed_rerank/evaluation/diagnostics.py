@@ -21,17 +21,15 @@ from distributed_rerank.evaluation.chain_steps import measure_steps
 from distributed_rerank.evaluation.embedding_metrics import embedding_metrics
 from distributed_rerank.evaluation.measure import Evaluation, LabelledQueries, Wanted, count_relevant, measure_ranking
 from distributed_rerank.evaluation.ranked import Ranked
+from distributed_rerank.evaluation.ship_or_wait import labels_to_check, ship_or_wait
 from distributed_rerank.evaluation.thresholds import by_probability
 from distributed_rerank.models.pairwise import PairwiseModel
 from distributed_rerank.scoring.stage import ScoredLists
 from distributed_rerank.tensors.candidate_lists import Ranking
-from distributed_rerank.tensors.candidate_mining import are_negative
 
 SHOWN_TOP_N = 50
 """Candidates whose distances are counted where nothing was re-ranked."""
 N_BINS = 30
-N_LABELS_TO_CHECK = 12
-_BLOCK_ROWS = 4096
 
 
 @dataclass
@@ -56,6 +54,7 @@ def diagnose(measured: Evaluation, sources: baselines.Sources, config: MeasureCo
     if ranked.after:
         figures["thresholds"] = by_probability(ranked.final, queries, top_n, ranked.chain)
     figures["suspects"] = labels_to_check(ranked)
+    figures["ship_or_wait"] = ship_or_wait(ranked, queries, measured, figures["suspects"], config)
     figures["cost"] = total_cost(ranked.scored, sources.model)
     if ranked.after:
         figures["steps"] = measure_steps(ranked, queries, measured, figures["cost"], seed=config.resampling_seed)
@@ -216,56 +215,3 @@ def _heads(ranking: Ranking, queries: LabelledQueries, top_n: int) -> Iterator[t
         items = lists.items[:, :top_n]
         labels = torch.where(items >= 0, block.item_labels[items], -1)
         yield (labels == block.labels[:, None]) & (items >= 0), lists.distances[:, :top_n]
-
-
-def labels_to_check(ranked: Ranked) -> list[dict[str, Any]]:
-    """At most `N_LABELS_TO_CHECK` pairs of different labels, the nearest first: one of the labels may be wrong.
-
-    The distance is the pairwise step's where the chain has one (it saw both images), else the first stage's. A query
-    has one pair at most, with its nearest candidate of another label, and so has an image; ties by item. These are
-    pairs for a person to look at, the worst of this evaluation. Training's suspects.parquet is another list: all pairs
-    of the train split under a distance threshold.
-    """
-    labels = torch.from_numpy(ranked.catalogue.labels)
-    ranking = ranked.pairwise or ranked.before
-    queries, candidates, distances, columns = _nearest_of_another_label(ranking, labels, ranked.query_items)
-    pairs: list[dict[str, Any]] = []
-    taken: set[int] = set()
-    catalogue, names = ranked.catalogue, ranked.catalogue.label_names
-    for place in np.lexsort((candidates.numpy(), queries.numpy(), distances.numpy())).tolist():
-        query, candidate = int(queries[place]), int(candidates[place])
-        if len(pairs) == N_LABELS_TO_CHECK:
-            break
-        if query in taken or candidate in taken:
-            continue
-        taken |= {query, candidate}
-        pairs.append(
-            {
-                "query_id": str(catalogue.ids[query]),
-                "query_label": str(names[int(labels[query])]),
-                "gallery_id": str(catalogue.ids[candidate]),
-                "gallery_label": str(names[int(labels[candidate])]),
-                "distance": float(distances[place]),
-                "rank": int(columns[place]) + 1,
-            }
-        )
-    return pairs
-
-
-def _nearest_of_another_label(
-    ranking: Ranking, labels: Tensor, query_items: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Query, candidate, distance and column of each query's nearest candidate of another known label, if any."""
-    none = torch.zeros(0, dtype=torch.int64)
-    parts = [(none, none, none.float(), none)]
-    for block in torch.arange(len(query_items)).split(_BLOCK_ROWS):
-        lists, own = ranking[block], query_items[block]
-        is_other = are_negative(lists, labels) & lists.distances.isfinite()
-        if not is_other.shape[1]:
-            continue
-        # rows that have such a candidate, and the first True of each
-        row = is_other.any(dim=1).nonzero().squeeze(1)
-        column = is_other[row].to(torch.uint8).argmax(dim=1)
-        parts.append((own[row], lists.items[row, column], lists.distances[row, column], column))
-    queries, candidates, distances, columns = (torch.cat(column) for column in zip(*parts, strict=True))
-    return queries, candidates, distances, columns

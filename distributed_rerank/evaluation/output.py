@@ -27,6 +27,7 @@ from distributed_rerank.report.query_examples import SHOWN_CANDIDATES, Candidate
 from distributed_rerank.tensors.candidate_lists import Ranking
 
 QUERIES_PER_BATCH = 1 << 12
+SHOWN_SUSPECTS = 12
 SECRETS = ("--webhook",)
 """Options whose value a report, which is shared, does not show."""
 
@@ -74,9 +75,10 @@ def _batches(result: Result, ranking: Ranking) -> Iterator[pa.Table]:
 
 
 def _suspect_images(result: Result) -> list[tuple[ImageRef, ImageRef]]:
-    """The two images of each pair of labels to check."""
+    """The two images of each of the first pairs of labels to check."""
+    pairs = result.metrics["suspects"][:SHOWN_SUSPECTS]
     sides = [
-        result.catalogue.images(result.catalogue.items_of([pair[side] for pair in result.metrics["suspects"]]))
+        result.catalogue.images(result.catalogue.items_of([pair[side] for pair in pairs]))
         for side in ("query_id", "gallery_id")
     ]
     return list(zip(*sides, strict=True))

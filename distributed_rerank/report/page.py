@@ -35,7 +35,7 @@ from distributed_rerank.report.query_examples import (
     thumbnail,
     values_of,
 )
-from distributed_rerank.report.verdict import verdict
+from distributed_rerank.report.verdict import ship_or_wait_in_words, verdict
 
 MAX_ROWS = 2000
 MAX_LABELS = 500
@@ -59,7 +59,7 @@ def build_report(
 
     `metrics`, `per_query` and `timings` are the content of metrics.json, per_query.parquet and timings.json. The report
     shows the `strips` of the queries that `choose_queries(per_query)` names, in its order, and the images of
-    `suspects`, one pair for each of `metrics["suspects"]`; images are read here and embedded as thumbnails. The same
+    `suspects`, the first pairs of `metrics["suspects"]`; images are read here and embedded as thumbnails. The same
     arguments give the same bytes. Without `metrics["reranked"]` the report is about the first stage alone.
     """
     timings = timings or {}
@@ -76,7 +76,8 @@ def build_report(
         "baselines": baseline_rows(metrics, timings),
         "adaptive": adaptive_part(metrics),
         "distances": [*([_rank_changes(per_query)] if both else []), *distance_plots(metrics)],
-        "suspects": list(zip(metrics["suspects"], suspects, strict=True)) if suspects else [],
+        "suspects": list(zip(metrics["suspects"], suspects, strict=False)) if suspects else [],
+        "ship_or_wait": ship_or_wait_in_words(metrics),
         "categories": _categories(metrics, both),
         "things": {"against_best_photo": None, **metrics["items"]} if "items" in metrics else None,
         "thresholds": metrics.get("thresholds") or [],

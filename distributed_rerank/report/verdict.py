@@ -65,6 +65,31 @@ def verdict_of_figures(metrics: Mapping[str, Any]) -> Verdict:
     return Verdict(tone, plain, sentence, f"{detail}{best_text}", _next_step(metrics, tone))
 
 
+def ship_or_wait_in_words(metrics: Mapping[str, Any]) -> list[str]:
+    """A sentence for each thing that would settle an open question: more queries, wrong labels."""
+    found, sentences = metrics.get("ship_or_wait") or {}, []
+    for key, n in found.get("more_queries", {}).items():
+        name = metric_name(key)
+        if n is None:
+            sentences.append(f"{name} does not change, and no number of queries would show a gain.")
+            continue
+        sentences.append(
+            f"The change of {name} may be chance. If it is as large as it looks, some {n:,} more labelled queries "
+            "would show it, with as many a label. Of unlabelled queries `rerank` names the 50 to label first: "
+            "label_next.csv."
+        )
+    wrong = found.get("if_suspects_are_wrong")
+    if wrong:
+        final = metrics.get("reranked") or metrics["first_stage"]
+        for key in (key for key in wrong if key != "n_labels"):
+            low, high = (fraction(end) for end in wrong[key]["ci95"])
+            sentences.append(
+                f"{metric_name(key)} is {fraction(final[key])}, or {fraction(wrong[key]['mean'])} [{low}, {high}] if "
+                f"{wrong['n_labels']} labels to check (below) are wrong."
+            )
+    return sentences
+
+
 def in_plain_words(metrics: Mapping[str, Any]) -> str:
     """What a person sees before and after: which item comes first, and how many of the first ones are right."""
     first, last, compared = metrics["first_stage"], metrics["reranked"], metrics["difference"]

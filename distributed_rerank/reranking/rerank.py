@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
@@ -30,8 +31,12 @@ from distributed_rerank.reranking.first_stage import (
 from distributed_rerank.reranking.known_distances import known_distances
 from distributed_rerank.scoring.stage import ScoredLists
 from distributed_rerank.tensors.candidate_lists import CandidateLists, places_of
+from distributed_rerank.tensors.suspects import most_uncertain
 
 logger = logging.getLogger(__name__)
+
+N_LABEL_NEXT = 50
+"""Queries that label_next.csv names."""
 
 
 def rerank(
@@ -52,7 +57,7 @@ def rerank(
     `probability` of a match (null there too, and where the chain has no calibration). Queries without a list
     have no row, unless `config.missing_lists` refuses them. No labels are needed. Where the catalogue has a column
     `item`, items.parquet has the things that the candidates show: `query_id, item, rank, gallery_id` (its first
-    photo), `n_photos` (in the list) and `probability`. A
+    photo), `n_photos` (in the list) and `probability`. label_next.csv names the queries to label first. A
     finished `out` is not computed again, a killed run continues. Raises BadInput where the
     inputs do not fit together, naming ids that the catalogue does not have.
     """
@@ -90,6 +95,8 @@ def rerank(
         if things is not None:
             with artifacts.atomic_path(staging.path / "items.parquet") as temporary:
                 pq.write_table(things, temporary)
+        with artifacts.atomic_path(staging.path / "label_next.csv") as temporary:
+            _label_next(first.catalogue, after, chain).to_csv(temporary, index=False)
         artifacts.write_json(staging.path / "timings.json", {"seconds": timings})
         staging.finish({"chain": chain.describe(), "n_rejected": len(rejects)}, rows=len(table))
     return table
@@ -104,6 +111,31 @@ def _reranked(
         query_items = query_items[~torch.isin(query_items, gone)]
     ranked = ranking_run.rankings(chain, scored, catalogue, first.embeddings, query_items, curve=())
     return next(iter(ranked.values()))[torch.arange(len(query_items))]
+
+
+def _label_next(catalogue: Catalogue, after: CandidateLists, chain: Chain) -> pd.DataFrame:
+    """The queries to label first: whose first candidate may as well be wrong, with as many first candidates as can be.
+
+    Columns `query_id, gallery_id` (the first candidate) and `probability` of a match. Without a calibration those are
+    the least certain whose first two candidates are nearest to each other.
+    """
+    rows = (after.items[:, :1] >= 0).any(dim=1).nonzero()[:, 0]
+    lists = after[rows]
+    found = probabilities(chain, lists.distances[:, :1])
+    if found is not None:
+        found = found[:, 0]
+        certainty = (found - 0.5).abs()
+    else:
+        head = lists.distances[:, :2].double()
+        certainty = head[:, -1] - head[:, 0]
+    chosen = most_uncertain(certainty, lists.items[:, :1].reshape(-1), N_LABEL_NEXT)
+    return pd.DataFrame(
+        {
+            "query_id": catalogue.ids[lists.query_items[chosen].numpy()],
+            "gallery_id": catalogue.ids[lists.items[chosen, :1].reshape(-1).numpy()],
+            "probability": None if found is None else found[chosen].numpy().round(6),
+        }
+    )
 
 
 def _things_table(catalogue: Catalogue, after: CandidateLists, chain: Chain) -> pa.Table | None:

@@ -9,6 +9,7 @@ are the same bits for any number of threads, and ties in the randomisation test 
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from statistics import NormalDist
 from typing import Any
 
 import torch
@@ -129,6 +130,22 @@ def probability_of_gain(
     freedom = float(n - 1 + prior_clusters)
     variance = (math.fsum((rest**2).tolist()) + prior_clusters * prior_spread**2) / freedom
     return student_t_cdf(mean / math.sqrt(variance / n), freedom)
+
+
+def queries_needed(change: Float64[Tensor, " query"], clusters: Int64[Tensor, " query"]) -> int | None:
+    """How many more queries, with as many a label, would make the 95 % interval of the mean change exclude 0.
+
+    For a change of this size and spread between labels; then every second sample would show it. 0 where the interval
+    excludes 0 already; None for a single label, and where the mean change is 0.
+    """
+    _, rows, sizes = torch.unique(clusters, return_inverse=True, return_counts=True)
+    n_labels, mean = len(sizes), math.fsum(change.tolist()) / max(1, len(change))
+    if n_labels < 2 or mean == 0:
+        return None
+    rest = torch.zeros(n_labels, dtype=torch.float64).index_add_(0, rows, change - mean)
+    variance = math.fsum((rest**2).tolist()) * n_labels / (n_labels - 1) / len(change) ** 2
+    wanted = n_labels * NormalDist().inv_cdf(0.975) ** 2 * variance / mean**2
+    return max(0, math.ceil(len(change) * (wanted / n_labels - 1)))
 
 
 def student_t_cdf(t: float, freedom: float) -> float:

@@ -20,13 +20,14 @@ from distributed_rerank.runtime.devices import tensor_of
 from distributed_rerank.tensors.candidate_lists import CandidateLists
 from distributed_rerank.tensors.candidate_mining import are_positive, filter_negatives, suspected_mislabels
 from distributed_rerank.tensors.mining_statistics import mining_statistics
+from distributed_rerank.tensors.suspects import PROBABLE, evidence_of_labels, precision_of_suspects
 from distributed_rerank.training.plan import labels_among
 from distributed_rerank.training.task import TrainingTask
 
 SUSPECT_NEIGHBOURS = 10
 """Suspect pairs are looked for among this many nearest images of each image, of any label."""
 MAX_SUSPECTS = 1000
-"""Most rows of the table, the nearest pairs first."""
+"""Most rows of the table, the most probable wrong labels first."""
 DUPLICATE_SHARE = 0.1
 """Of the usual distance to the own label: images nearer than this are called the same picture."""
 
@@ -42,10 +43,10 @@ def mining_figures(task: TrainingTask) -> dict[str, Any]:
 
 
 def find_suspect_pairs(lists: CandidateLists, catalogue: Catalogue) -> tuple[pa.Table, dict[str, Any]]:
-    """The table `suspects`, nearest pair first, and its figures; `lists` have every image's nearest of any label.
+    """The table `suspects`, its most probable wrong labels first, and its figures; `lists` have every image's nearest.
 
     A pair of different labels is suspect if its distance is at most the median distance of an image to the nearest one
-    of its own label.
+    of its own label. What its kind is, is judged by the labels of either image's neighbours (`tensors.suspects`).
     """
     labels = tensor_of(catalogue.labels)
     is_own = are_positive(lists, labels)
@@ -57,19 +58,36 @@ def find_suspect_pairs(lists: CandidateLists, catalogue: Catalogue) -> tuple[pa.
     max_distance = float(known.median()) if len(known) else 0.0
     pairs, distances = suspected_mislabels(lists, labels, max_distance)
     is_duplicate = distances <= DUPLICATE_SHARE * max_distance
+    # [pair]: one of the two labels of a duplicate is wrong; else as the more suspect image says.
+    precision = torch.where(is_duplicate, 1.0, _precision_of_labels(lists, labels)[pairs].amax(dim=1))
+    order = distances.argsort(stable=True)
+    order = order[precision[order].argsort(descending=True, stable=True)]
+    pairs, distances, is_duplicate, precision = (of[order] for of in (pairs, distances, is_duplicate, precision))
     figures = {
         "n_pairs": len(pairs),
         "n_duplicates": int(is_duplicate.sum()),
+        "n_mislabels": int(((precision >= PROBABLE) & ~is_duplicate).sum()),
         "n_written": min(len(pairs), MAX_SUSPECTS),
         "max_distance": max_distance,
         "max_distance_of_duplicates": DUPLICATE_SHARE * max_distance,
     }
     rows = slice(0, MAX_SUSPECTS)
-    return suspects_table(pairs[rows], distances[rows], is_duplicate[rows], nearest_own, catalogue), figures
+    table = suspects_table(pairs[rows], distances[rows], is_duplicate[rows], precision[rows], nearest_own, catalogue)
+    return table, figures
+
+
+def _precision_of_labels(lists: CandidateLists, labels: Tensor) -> Tensor:
+    """Of each item: the estimated share of wrong labels among those at least as suspect; 0 without a list."""
+    known = torch.where(lists.items >= 0, labels[lists.items], -1)
+    own, other, _ = evidence_of_labels(torch.ones(known.shape), known, labels[lists.query_items])
+    found = torch.zeros(len(labels), dtype=torch.float64)
+    if len(own):
+        found[lists.query_items] = precision_of_suspects(own, other)
+    return found
 
 
 def suspects_table(
-    pairs: Tensor, distances: Tensor, is_duplicate: Tensor, nearest_own: Tensor, catalogue: Catalogue
+    pairs: Tensor, distances: Tensor, is_duplicate: Tensor, precision: Tensor, nearest_own: Tensor, catalogue: Catalogue
 ) -> pa.Table:
     """One row a pair; a distance to the own label is null where none of it is among the nearest."""
     columns: dict[str, pa.Array] = {}
@@ -80,7 +98,9 @@ def suspects_table(
         columns[f"{prefix}label"] = pa.array([str(name) for name in names[catalogue.labels[items]]], pa.string())
         columns[f"{prefix}own_distance"] = pa.array(own, pa.float32(), mask=~np.isfinite(own))
     columns["distance"] = pa.array(distances.numpy(), pa.float32())
-    columns["kind"] = pa.array(["duplicate" if is_same else "mislabel" for is_same in is_duplicate.tolist()])
+    kinds = np.where(precision.numpy() >= PROBABLE, "mislabel", "look-alike")
+    columns["kind"] = pa.array(np.where(is_duplicate.numpy(), "duplicate", kinds).tolist(), pa.string())
+    columns["precision"] = pa.array(precision.numpy(), pa.float32())
     return pa.table(columns)
 
 
@@ -120,7 +140,7 @@ def mining_in_text(content: dict[str, Any]) -> str:
         f"{'anchors without positive':26}{lists['n_without_positive']:>12,}",
         f"{'anchors without negative':26}{lists['n_without_negative']:>12,}",
         f"{'hardest impostor used':26}{lists['share_of_hardest_used']:>12.1%}",
-        f"suspected across labels: {suspects['n_pairs'] - n_duplicates:,} mislabels, {n_duplicates:,} duplicates "
-        "(suspects.parquet)",
+        f"suspected across labels: {n_duplicates:,} duplicates, {suspects['n_mislabels']:,} mislabels, "
+        f"{suspects['n_pairs'] - n_duplicates - suspects['n_mislabels']:,} look-alikes (suspects.parquet)",
     ]
     return "\n".join(lines)

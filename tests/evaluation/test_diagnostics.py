@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import pytest
 import torch
 from small_catalogue import concat_model, make_catalogue, make_lists
@@ -16,7 +15,6 @@ from distributed_rerank.evaluation.diagnostics import (
     N_BINS,
     cost_by_top_n,
     distance_histograms,
-    labels_to_check,
     read_pace,
     seconds_by_top_n,
     total_cost,
@@ -113,21 +111,3 @@ def test_distance_histograms_count_every_listed_candidate_once(catalogue: Catalo
     assert (histograms["relevant"][0], histograms["relevant"][-1], histograms["relevant"][N_BINS // 2]) == (1, 1, 1)
     assert sum(distance_histograms(ranked.before, queries, 1)["other"]) == 1
     assert distance_histograms(ranked_of(catalogue, {0: [(1, 0.5)]}).before, queries, 3) == {}
-
-
-def test_labels_to_check_are_the_nearest_of_other_labels_each_image_once(catalogue: Catalogue) -> None:
-    rows = {
-        0: [(1, 0.1), (4, 0.2)],
-        4: [(0, 0.2), (8, 0.9)],  # the same pair from the other side
-        5: [(0, 0.3), (9, 0.4)],  # item 0 is taken already, and only the nearest counts
-        6: [(7, 0.0), (3, 0.25)],
-        8: [(9, 0.5)],
-    }
-    pairs = labels_to_check(ranked_of(catalogue, rows))
-    ids = catalogue.ids
-    assert [(pair["query_id"], pair["gallery_id"]) for pair in pairs] == [(ids[0], ids[4]), (ids[6], ids[3])]
-    assert pd.DataFrame(pairs)[["query_label", "gallery_label", "rank"]].values.tolist() == [
-        ["0", "1", 2],
-        ["1", "0", 2],
-    ]
-    assert pairs[0]["distance"] == pytest.approx(0.2)

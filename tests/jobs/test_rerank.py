@@ -52,6 +52,13 @@ def test_own_lists_are_re_ordered(photos: Path, models: dict[str, Path], run_job
     assert table["probability"].notna().equals(table["logit"].notna())
     expected = 1 / (1 + np.exp(2.0 * scored["distance"] - 0.5))
     np.testing.assert_allclose(scored["probability"], expected, atol=1e-6)
+    first = table[table["rank"] == 1].set_index("query_id")
+    asked = pd.read_csv(tmp_path / "o" / "label_next.csv")
+    assert sorted(asked["query_id"]) == sorted(first.index), "fewer than 50 queries: all of them"
+    assert asked["gallery_id"].tolist() == first.loc[asked["query_id"], "gallery_id"].tolist()
+    n_firsts = asked["gallery_id"].nunique()
+    assert asked["gallery_id"][:n_firsts].is_unique
+    assert (asked["probability"][:n_firsts] - 0.5).abs().is_monotonic_increasing
     for _, rows in table.groupby("query_id"):
         assert rows["rank"].tolist() == list(range(1, 9))
         assert sorted(rows["first_stage_rank"][:6]) == list(range(1, 7))

@@ -268,3 +268,29 @@ def test_probability_of_gain_is_the_one_sided_test_of_cluster_means_without_a_pr
     assert one == 0
     none = statistics.probability_of_gain(0 * change, clusters, prior_spread=0.1, prior_clusters=2)
     assert none == pytest.approx(0.5)
+
+
+def test_queries_needed_make_every_second_sample_show_the_gain() -> None:
+    state = np.random.default_rng(0)
+
+    def sample(n_labels: int) -> tuple[torch.Tensor, torch.Tensor]:
+        gain = 0.02 + 0.08 * state.normal(size=n_labels)
+        values = np.repeat(gain, 5) + 0.1 * state.normal(size=5 * n_labels)
+        return torch.from_numpy(values), torch.arange(n_labels).repeat_interleave(5)
+
+    # Averaged over many samples the number needed is that of the true mean and spread: (1.96 s / 0.02) ** 2 labels.
+    true_labels = 1.96**2 * (0.08**2 + 0.1**2 / 5) / 0.02**2
+    values, clusters = sample(20)
+    values = values - values.mean() + 0.02
+    needed = statistics.queries_needed(values, clusters)
+    assert needed is not None
+    assert 5 * 20 + needed == pytest.approx(5 * true_labels, rel=0.5)
+    shown = []
+    for _ in range(60):
+        more, labels = sample(round(true_labels))
+        shown.append(statistics.queries_needed(more, labels) == 0)
+        (interval,) = statistics.bootstrap(more[:, None], labels, seed=0, n_resamples=500)
+        assert shown[-1] == (interval.low > 0) or abs(interval.low) < 0.004
+    assert 0.3 < np.mean(shown) < 0.7
+    assert statistics.queries_needed(torch.zeros(4).double(), torch.arange(4)) is None
+    assert statistics.queries_needed(torch.ones(4).double(), torch.zeros(4, dtype=torch.int64)) is None

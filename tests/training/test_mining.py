@@ -46,7 +46,12 @@ def test_one_picture_under_two_labels_is_the_first_suspect(
     assert (first["label"], first["other_label"], first["kind"]) == ("3", "8", "duplicate")
     assert first["distance"] < 1e-3
     assert content["suspects"]["n_duplicates"] == 1
-    assert [row["distance"] for row in rows] == sorted(row["distance"] for row in rows)
+    order = [(-row["precision"], row["distance"]) for row in rows]
+    assert order == sorted(order)
+    assert first["precision"] == 1.0
+    by_kind = {"duplicate": 1.0, "mislabel": 0.5, "look-alike": 0.0}
+    assert all(row["precision"] >= by_kind[row["kind"]] for row in rows)
+    assert content["suspects"]["n_mislabels"] == sum(row["kind"] == "mislabel" for row in rows)
     assert all(row["label"] != row["other_label"] for row in rows)
 
 
