@@ -45,8 +45,8 @@ class Why:
         carries = step > 2 * abs(self.without_others - self.logit)
         end = "these places carry the match" if carries else "the match does not hang on these places alone"
         return (
-            f"The model's logit (large = different) is {self.logit:.2f} as it is, {self.without_places:.2f} without these "
-            f"{n} places of the query, {self.without_others:.2f} without as many others: {end}."
+            f"The model's logit (large = different) is {self.logit:.2f} as it is, {self.without_places:.2f} without "
+            f"these {n} places of the query, {self.without_others:.2f} without as many others: {end}."
         )
 
 

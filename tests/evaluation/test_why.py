@@ -68,16 +68,11 @@ def test_picture_joins_the_places_that_match(found) -> None:
     *_, why = found
     picture = str(drawn(why))
     lines = re.findall(r'<line x1="([\d.]+)" y1="([\d.]+)" x2="([\d.]+)" y2="([\d.]+)"', picture)
-    cell = 220 / 3
-    expected = [
-        (
-            query % 3 * cell + cell / 2,
-            query // 3 * cell + cell / 2,
-            268 + other % 3 * cell + cell / 2,
-            other // 3 * cell + cell / 2,
-        )
-        for query, other in why.places.tolist()
-    ]
+
+    def centre(left: int, place: int) -> list[float]:
+        return [left + (place % 3 + 0.5) * 220 / 3, (place // 3 + 0.5) * 220 / 3]
+
+    expected = [[*centre(0, query), *centre(268, other)] for query, other in why.places.tolist()]
     np.testing.assert_allclose(np.array(lines, float), expected, atol=0.06)
     assert picture.count("data:image/jpeg;base64,") == 2
     assert "&lt;1&gt;" in picture
@@ -85,7 +80,7 @@ def test_picture_joins_the_places_that_match(found) -> None:
 
 @pytest.mark.parametrize(
     ("without_places", "without_others", "words"),
-    [(2.0, -2.9, "So these places carry the match"), (-2.0, -1.5, "does not hang on these places alone"),
+    [(2.0, -2.9, "others: these places carry the match"), (-2.0, -1.5, "does not hang on these places alone"),
      (None, None, "No place of one photo")],
 )  # fmt: skip
 def test_words_follow_the_numbers(found, without_places: float, without_others: float, words: str) -> None:
