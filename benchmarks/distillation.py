@@ -30,7 +30,7 @@ from distributed_rerank.evaluation.run import evaluate
 from distributed_rerank.extraction import embed
 from distributed_rerank.models.saving import load_model
 from distributed_rerank.scoring.plan import pairs_per_batch
-from distributed_rerank.training.distillation import Teacher, read_teacher
+from distributed_rerank.training.distillation import TableTeacher, Teacher, read_teacher
 from distributed_rerank.training.stage import train
 
 METRICS = ("map@10", "cmc@1")
@@ -64,7 +64,7 @@ class Trial:
         self.validation = first_labels(validation.restrict("validation"), arguments.labels)
         embed(self.validation, self.extractor, work / "embeddings")
 
-    def run(self, name: str, shape: dict[str, Any], teacher: Teacher | None = None) -> Result:
+    def run(self, name: str, shape: dict[str, Any], teacher: Teacher | TableTeacher | None = None) -> Result:
         """Trains a TokenSiamese of this shape and measures its pairwise step."""
         started = time.perf_counter()
         chain = train(

@@ -32,6 +32,7 @@ def test_file_keeps_the_results_of_a_whole_execution(path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(560)
 def test_notebooks_are_executed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("nbclient", reason="nbclient is absent: pip install nbclient ipykernel")
     pytest.importorskip("ipykernel", reason="ipykernel is absent: pip install nbclient ipykernel")

@@ -298,7 +298,7 @@ def read_chain(path: Path) -> Chain:
     return chain if chain.adapt is None else replace(chain, adapter=load_adapter(path.parent))
 
 
-def own_kind(name: str) -> type[OwnStep]:
+def own_kind(name: str) -> type[Any]:
     """The class of a chain step of the user's. Raises BadInput for other names, and for code that is not his own."""
     require(is_own(name), f"step {name!r} is unknown; known are {sorted(KINDS)}, or your own as package.module:Class")
     refuse_foreign(name, "chain.json")

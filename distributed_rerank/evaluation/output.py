@@ -22,8 +22,10 @@ from distributed_rerank.chain.probability import probabilities
 from distributed_rerank.data import artifacts, tables
 from distributed_rerank.data.candidates import candidates_table
 from distributed_rerank.data.catalogue import Catalogue, ImageRef
+from distributed_rerank.evaluation.why import Explain
 from distributed_rerank.report.page import build_report
 from distributed_rerank.report.query_examples import SHOWN_CANDIDATES, Candidate, Strip, choose_queries
+from distributed_rerank.report.why import Why
 from distributed_rerank.tensors.candidate_lists import Ranking
 
 QUERIES_PER_BATCH = 1 << 12
@@ -43,6 +45,9 @@ class Result:
     before: Ranking
     after: Ranking | None
     chain: Chain
+    searched: Ranking
+    """The candidates that the model looked at, with their first-stage distances."""
+    explain: Explain | None = None
 
 
 def write(
@@ -104,8 +109,18 @@ def _strip(result: Result, row: int) -> Strip:
         words = nearness(lists.distances[0, : len(items)], chain)
         return [Candidate(*cells) for cells in zip(catalogue.images(items), is_relevant.tolist(), words, strict=True)]
 
-    sides = side(result.before, Chain()), side(result.after, result.chain)
-    return Strip(catalogue.images(np.array([item]))[0], *sides)
+    before, after = side(result.before, Chain()), side(result.after, result.chain)
+    query = catalogue.images(np.array([item]))[0]
+    return Strip(query, before, after, _why(result, row, query, (after or before)[:1]))
+
+
+def _why(result: Result, row: int, query: ImageRef, first: Sequence[Candidate]) -> Why | None:
+    """Why the model puts the first candidate first; None where it has not looked at it, or cannot say."""
+    if result.explain is None or not first:
+        return None
+    lists = result.searched[torch.tensor([row])]
+    (place,) = (lists.items[0] == int(result.catalogue.items_of([first[0].image.id])[0])).nonzero(as_tuple=True)
+    return result.explain(query, first[0].image, float(lists.distances[0, place[0]])) if len(place) else None
 
 
 def nearness(distances: Float[Tensor, " candidate"], chain: Chain) -> list[str]:

@@ -27,6 +27,7 @@ from distributed_rerank.evaluation.measure import measure
 from distributed_rerank.evaluation.output import Result
 from distributed_rerank.evaluation.ranked import rank
 from distributed_rerank.evaluation.things import thing_figures
+from distributed_rerank.evaluation.why import explainer_of
 from distributed_rerank.executors import Executors
 from distributed_rerank.models.pairwise import PairwiseModel
 from distributed_rerank.reranking import run as ranking_run
@@ -137,5 +138,8 @@ def _measure(sources: Sources, config: MeasureConfig) -> tuple[Result, dict[str,
         metrics["items"] = by_thing
     table = measured.per_query.assign(**extra.columns)
     after = ranked.final if ranked.after else None
-    result = Result(metrics, table, ranked.first.catalogue, ranked.query_items, ranked.before, after, ranked.chain)
+    result = Result(
+        metrics, table, ranked.first.catalogue, ranked.query_items, ranked.before, after, ranked.chain, ranked.searched,
+        explainer_of(sources.model) if ranked.chain.pairwise is not None else None,
+    )  # fmt: skip
     return result, extra.timings

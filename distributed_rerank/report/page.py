@@ -36,6 +36,7 @@ from distributed_rerank.report.query_examples import (
     values_of,
 )
 from distributed_rerank.report.verdict import ship_or_wait_in_words, verdict
+from distributed_rerank.report.why import drawn
 
 MAX_ROWS = 2000
 MAX_LABELS = 500
@@ -116,6 +117,7 @@ def _template() -> Template:
         "short": short,
         "thumbnail": thumbnail,
         "file_link": file_link,
+        "drawn": drawn,
     }
     return environment.get_template(TEMPLATE)
 

@@ -14,6 +14,7 @@ from PIL import Image
 
 from distributed_rerank.data.catalogue import ImageRef
 from distributed_rerank.data.images import UnreadableImage, read_image
+from distributed_rerank.report.why import Why
 
 SHOWN_PER_GROUP = 6
 SHOWN_CANDIDATES = 8
@@ -37,6 +38,8 @@ class Strip:
     query: ImageRef
     before: Sequence[Candidate]
     after: Sequence[Candidate]
+    why: Why | None = None
+    """Why the first candidate stands there."""
 
 
 class ChosenQueries(NamedTuple):

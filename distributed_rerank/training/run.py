@@ -35,6 +35,7 @@ from distributed_rerank.training.images import (
     TrainingImages,
 )
 from distributed_rerank.training.plan import plan_digest, seed_of
+from distributed_rerank.training.services import Part
 from distributed_rerank.training.state import (
     TrainingState,
     build_optimizer,
@@ -170,8 +171,8 @@ def train_run(
         keep_start(task, run, state, images, inputs.worker)
     trackers: list[tracking.Tracker] = []
     if inputs.worker.rank == 0:
-        name = f"{task.run_name}-{run.name}"
-        trackers = tracking.open_trackers(inputs.folder / "tensorboard" / run.name, task.services, name, state.step)
+        events = tracking.TensorBoardTracker(inputs.folder / "tensorboard" / run.name, state.step)
+        trackers = [events, *(Part(tracked, run.name) for tracked in task.tracked)]
     while not is_over(state.history, task.config):
         run_epoch(task, run, state, images, inputs.worker, trackers)
         report(state.to_dict(), state.history[-1])

@@ -49,6 +49,7 @@ from distributed_rerank.training.plan import sides
 from distributed_rerank.training.run import fit as fit_in_this_process
 from distributed_rerank.training.run import results
 from distributed_rerank.training.seen_labels import LabelsToUse, check_enough_labels, pick_labels
+from distributed_rerank.training.services import add_result, check_services, opened
 from distributed_rerank.training.state import load_state
 from distributed_rerank.training.task import (
     Fit,
@@ -93,7 +94,7 @@ def train(
     Raises BadInput for a catalogue that cannot be trained on, a folder made otherwise, a tracker not installed.
     """
     work = work or WorkConfig()
-    tracking.check_services(services)
+    check_services(services)
     if teacher is not None:
         check_teachable(config)
     evidence = evidence or EvidenceConfig()
@@ -103,7 +104,8 @@ def train(
     if artifacts.recover(out, fingerprint, overwrite) or artifacts.is_complete(out, fingerprint, overwrite):
         logger.info("%s is complete", out)
         return read_chain(Path(out))
-    with artifacts.stage(out, fingerprint, overwrite) as staging:
+    run_name = f"{Path(out).name}-{artifacts.json_digest(fingerprint)[:8]}"
+    with opened(services, run_name, fingerprint) as tracked, artifacts.stage(out, fingerprint, overwrite) as staging:
         scratch = staging.path / "work"
         folder = Path(embeddings_folder or scratch / "embeddings")
         embed = partial(embeddings_of, given, model_config.extractor, folder, work, executors)
@@ -116,12 +118,12 @@ def train(
         task = make_task(images, embeddings, model_config, config, own, executors)
         log_mining_report(task, embeddings, own, staging.path, executors)
         task = taught(task, teacher, own / "teacher", work, executors)
-        run_name = f"{Path(out).name}-{artifacts.json_digest(fingerprint)[:8]}"
-        state = fit(replace(task, services=tuple(services), run_name=run_name), own / "run")
+        state = fit(replace(task, tracked=tuple(tracked)), own / "run")
         chain = write_model(task, state, own / "run", staging.path, used)
         write_first_stage(task, embeddings, fingerprint["extraction"]["extractor"], staging.path)
         staging.remember_from(own / "run")
         shutil.rmtree(scratch)
+        add_result(tracked, chain.chosen_on, staging.path)
         staging.finish({"chain": chain.describe(), "runs": [run.name for run in task.runs]}, rows=len(task.catalogue))
     return chain
 

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from distributed_rerank.chain.chain import Chain
 from distributed_rerank.chain.evidence import Evidence, Things
-from distributed_rerank.config.jobs import TrackingService
 from distributed_rerank.config.training import Target, TrainingConfig
 from distributed_rerank.data.catalogue import Catalogue
 from distributed_rerank.runtime.devices import tensor_of
@@ -23,6 +22,7 @@ from distributed_rerank.tensors import metrics
 from distributed_rerank.tensors.candidate_lists import CandidateLists, concatenate
 from distributed_rerank.tensors.things import count_relevant_things
 from distributed_rerank.training.plan import TeacherLogits, TrainingStep, plan_batches, plan_lists, reorder
+from distributed_rerank.training.services import ServiceRun
 
 
 @dataclass(frozen=True)
@@ -50,8 +50,8 @@ class TrainingTask:
     """Trained one after the other; the last one's weights become the model's."""
     half: Int64[np.ndarray, " item"] | None = None
     """The half (0, 1, -1 = none) of each item, where a model's projections are cross-fitted (`encodings`)."""
-    services: tuple[TrackingService, ...] = ()
-    run_name: str = "train"
+    tracked: tuple[ServiceRun, ...] = ()
+    """Where the figures go beside the log."""
     teacher: TeacherLogits | None = None
     """What a slow model says of the mined pairs."""
     start: Chain = field(default_factory=Chain)

@@ -1,22 +1,19 @@
-"""How a training run can be watched: TensorBoard files, MLflow or W&B on request, and a picture at the end.
+"""How a training run can be watched: TensorBoard files, and a picture at the end; `services` has MLflow and W&B.
 
 TensorBoard's event files are always written, for they need no server and no account. Only one worker tracks.
 """
 
-import importlib
 import logging
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import cycle
 from pathlib import Path
-from typing import Any
 
 from markupsafe import Markup
 
 from distributed_rerank import svg
-from distributed_rerank.config.jobs import TrackingService
-from distributed_rerank.errors import BadInput
+from distributed_rerank.training.services import Part
 
 logger = logging.getLogger(__name__)
 
@@ -54,56 +51,7 @@ class TensorBoardTracker:
         self.writer.close()
 
 
-class MlflowTracker:
-    """One MLflow run, found again by its name, so that a resumed training continues it."""
-
-    def __init__(self, run_name: str) -> None:
-        self.mlflow = imported("mlflow")
-        known = self.mlflow.search_runs(filter_string=f"tags.`mlflow.runName` = '{run_name}'", output_format="list")
-        if known:
-            self.mlflow.start_run(run_id=known[0].info.run_id)
-        else:
-            self.mlflow.start_run(run_name=run_name)
-
-    def log(self, figures: Mapping[str, float], step: int) -> None:
-        """One metric a figure; MLflow allows no @ in names."""
-        self.mlflow.log_metrics({name.replace("@", "_at_"): value for name, value in figures.items()}, step=step)
-
-    def close(self) -> None:
-        """Ends the run."""
-        self.mlflow.end_run()
-
-
-class WandbTracker:
-    """One Weights & Biases run whose id is the run's name, so that a resumed training continues it."""
-
-    def __init__(self, run_name: str) -> None:
-        self.run = imported("wandb").init(id=run_name, name=run_name, resume="allow")
-
-    def log(self, figures: Mapping[str, float], step: int) -> None:
-        """One value a figure."""
-        self.run.log(dict(figures), step=step)
-
-    def close(self) -> None:
-        """Ends the run."""
-        self.run.finish()
-
-
-Tracker = TensorBoardTracker | MlflowTracker | WandbTracker
-
-
-def check_services(services: Sequence[TrackingService]) -> None:
-    """Raises BadInput, before any work is done, for a service that is asked for and not installed."""
-    for service in services:
-        imported(service)
-
-
-def open_trackers(
-    folder: Path, services: Sequence[TrackingService] = (), run_name: str = "", first_step: int = 0
-) -> list[Tracker]:
-    """TensorBoard under `folder` and the services asked for; a resumed run passes its first new step."""
-    make: dict[str, Callable[[str], Tracker]] = {"mlflow": MlflowTracker, "wandb": WandbTracker}
-    return [TensorBoardTracker(folder, first_step), *(make[service](run_name) for service in services)]
+Tracker = TensorBoardTracker | Part
 
 
 def has_its_checksums(path: Path) -> bool:
@@ -131,16 +79,6 @@ def copy_event_files(source: Path, target: Path) -> None:
             shutil.copyfile(path, copy)
         else:
             logger.warning("%s is damaged: TensorBoard will not show what it held", path)
-
-
-def imported(name: str) -> Any:
-    """The module of this name, or BadInput with the command that installs it."""
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        raise BadInput(
-            f"tracking with {name} was asked for, but it is not installed; pip install {name} or drop it"
-        ) from error
 
 
 def draw_curves(histories: Mapping[str, Sequence[Mapping[str, float]]], path: Path) -> None:
