@@ -7,8 +7,8 @@ ipykernel.
 import sys
 from pathlib import Path
 
-import nbformat  # pyright: ignore[reportMissingImports]
-from nbclient import NotebookClient  # pyright: ignore[reportMissingImports]
+import nbformat
+from nbclient import NotebookClient
 
 NOTEBOOKS = sorted(Path(__file__).resolve().parent.glob("*.ipynb"))
 
