@@ -93,8 +93,9 @@ def apply_pairwise(step: PairwiseStep, lists: CandidateLists, logits: Float[Tens
         order, distances = reranking.merge_replace(lists.distances, head)
     else:
         order, distances = reranking.fuse(
-            lists.distances, head, weight=step.weight, temperature=step.temperature, top_n=step.top_n
-        )
+            lists.distances, head, weight=step.weight, temperature=step.temperature, top_n=step.top_n,
+            pinned=step.pinned,
+        )  # fmt: skip
     return replace(lists, items=lists.items.gather(1, order), distances=distances)
 
 

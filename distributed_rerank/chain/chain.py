@@ -48,19 +48,23 @@ class PairwiseStep:
     """Re-orders the first `top_n` by the pairwise model's logits.
 
     fuse: weight * distance + logit / temperature; replace: by the logit alone, OML's rule (weight and temperature are
-    not used). The candidates behind the first `top_n` keep their places.
+    not used). The candidates behind the first `top_n` keep their places, and so do the first `pinned` (fuse only): with
+    1, CMC@1 is that of the search.
     """
 
     top_n: int
     rule: Rule = "fuse"
     weight: float = 1.0
     temperature: float = 1.0
+    pinned: int = 0
 
     def __post_init__(self) -> None:
         require(self.rule in get_args(Rule), f"rule={self.rule!r} is unknown; known are {get_args(Rule)}")
         require(self.top_n >= 2, f"top_n={self.top_n} re-ranks nothing; give at least 2")
         require(self.weight >= 0, f"weight={self.weight} is negative; distances count positively or not at all")
         require(self.temperature > 0, f"temperature={self.temperature} must be positive")
+        require(self.pinned >= 0, f"pinned={self.pinned} must not be negative")
+        require(self.rule == "fuse" or not self.pinned, f"pinned={self.pinned} has no effect with rule=replace")
 
 
 @dataclass(frozen=True)

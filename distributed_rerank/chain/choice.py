@@ -1,10 +1,10 @@
 """The chain is chosen on labels set aside from `train`.
 
-Chain steps are tried one after the other: first fusion of the logits with the first-stage distances, then
-neighbourhoods and query expansion on the result. A chain step joins the chain only if its gain holds on labels that its
-constants were not chosen on: the set-aside labels are halved, the best constants of either half are measured on the
-other, and a gain over the chain so far must be probable enough (`judge`). Otherwise the chain stays as it was; with
-no chain step at all it is the first stage, and the log says so.
+Chain steps are tried one after the other: first fusion of the logits with the first-stage distances (of all candidates
+or, where that fails, of all but the first), then neighbourhoods and query expansion on the result. A chain step joins
+the chain only if its gain holds on labels that its constants were not chosen on: the set-aside labels are halved, the
+best constants of either half are measured on the other, and a gain over the chain so far must be probable enough
+(`judge`). Otherwise the chain stays as it was; with no chain step at all it is the first stage, and the log says so.
 """
 
 import logging
@@ -21,7 +21,7 @@ from torch import Tensor
 from distributed_rerank.chain.chain import Chain
 from distributed_rerank.chain.evidence import CMC_WEIGHT, Evidence, Trial, half_of_labels, try_chain
 from distributed_rerank.chain.probability import calibrate
-from distributed_rerank.chain.settings import Settings, settings_for
+from distributed_rerank.chain.settings import FUSIONS, Settings, settings_for
 from distributed_rerank.tensors import statistics
 from distributed_rerank.tensors.metrics import PerQuery
 
@@ -55,11 +55,12 @@ def choose(evidence: Evidence, seed: int = 0, accept: float = ACCEPT) -> Chain:
     table = [row(current.chain, current.values)]
     decisions = []
     neighbours_pick = best_that_keeps_first(labels) if evidence.target == "both" else best
-    for name in ("pairwise", "neighbours"):
-        settings = settings_for(name, evidence, current, is_first_half)
+    for name in (*FUSIONS, "neighbours"):
+        is_done = name in FUSIONS and current.chain.pairwise is not None
+        settings = None if is_done else settings_for(name, evidence, current, is_first_half)
         if settings is None:
             continue
-        pick = smallest_best_weight if name == "pairwise" else neighbours_pick
+        pick = smallest_best_weight if name in FUSIONS else neighbours_pick
         table += [row(chain, values) for chain, values in zip(settings.chains, settings.values, strict=True)]
         # Settings that would lose CMC@1 against the chain so far are not chosen where others are there.
         values = cross_fitted_values(settings, current, is_first_half, pick)

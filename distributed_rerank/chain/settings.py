@@ -29,6 +29,9 @@ from distributed_rerank.tensors.metrics import PerQuery
 
 FUSION_WEIGHTS = (0.0, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
 """Of the first-stage distance beside the logit; the larger, the more the first stage counts."""
+PAIRWISE, PINNED_PAIRWISE = "pairwise", "pairwise behind the first candidate"
+FUSIONS = {PAIRWISE: 0, PINNED_PAIRWISE: 1}
+"""Names of the trials with logits, and how many first candidates stay where they are."""
 KINDS = ("direct",)
 """Reciprocal neighbours need the query in the gallery's lists; on grocery they gave mAP@10 .793, direct ones .792."""
 SIZES = tuple(product((10, 20, 30), (1, 3, 6)))
@@ -62,8 +65,9 @@ def settings_for(
         return neighbour_settings(evidence, current, is_first_half)
     if evidence.logits is None:
         return None
+    assert name in FUSIONS, f"no step {name}"
     # No constant of a fusion is fitted to labels, so both halves measure the same.
-    trials = fusion_trials(evidence)
+    trials = fusion_trials(evidence, pinned=FUSIONS[name])
     values = [trial.values for trial in trials]
     return Settings([trial.chain for trial in trials], values, lambda number, is_first: values[number])
 
@@ -73,11 +77,12 @@ def fusion_figure(evidence: Evidence) -> dict[str, float]:
     return max((trial.figures() for trial in fusion_trials(evidence)), key=lambda figures: figures["map@10"])
 
 
-def fusion_trials(evidence: Evidence) -> list[Trial]:
-    """The logits alone, then with ever more of the first stage's distance."""
+def fusion_trials(evidence: Evidence, pinned: int = 0) -> list[Trial]:
+    """The logits alone, then with ever more of the first stage's distance; the first `pinned` candidates stay."""
     assert evidence.logits is not None, "fusing needs logits"
     top_n = evidence.logits.shape[1]
-    fusions = [PairwiseStep(top_n, "fuse", weight, logit_scale(evidence)) for weight in FUSION_WEIGHTS]
+    scale = logit_scale(evidence)
+    fusions = [PairwiseStep(top_n, "fuse", weight, scale, pinned) for weight in FUSION_WEIGHTS]
     return [try_chain(evidence, Chain((fusion,))) for fusion in fusions]
 
 

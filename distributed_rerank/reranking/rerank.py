@@ -85,21 +85,26 @@ def rerank(
         scored = ranking_run.score_first_stage(searched, chain, model, config.n_items, work, staging.path, executors)
         after = _reranked(first.catalogue, first.lists, scored, chain, searched)
         table = _rows(first.catalogue, after, first.lists, scored, chain)
-        things = _things_table(first.catalogue, after, chain)
         rejects = all_rejects(first.rejects, scored.rejects)
         tables.write_table(
             staging.path / "rejects.parquet", pa.Table.from_pandas(rejects, preserve_index=False), "rejects"
         )
-        with artifacts.atomic_path(staging.path / "reranked.parquet") as temporary:
-            pq.write_table(table, temporary)
-        if things is not None:
-            with artifacts.atomic_path(staging.path / "items.parquet") as temporary:
-                pq.write_table(things, temporary)
-        with artifacts.atomic_path(staging.path / "label_next.csv") as temporary:
-            _label_next(first.catalogue, after, chain).to_csv(temporary, index=False)
+        _write_answers(staging.path, table, first.catalogue, after, chain)
         artifacts.write_json(staging.path / "timings.json", {"seconds": timings})
         staging.finish({"chain": chain.describe(), "n_rejected": len(rejects)}, rows=len(table))
     return table
+
+
+def _write_answers(folder: Path, table: pa.Table, catalogue: Catalogue, after: CandidateLists, chain: Chain) -> None:
+    """Writes reranked.parquet, items.parquet where the catalogue has things, and label_next.csv."""
+    with artifacts.atomic_path(folder / "reranked.parquet") as temporary:
+        pq.write_table(table, temporary)
+    things = _things_table(catalogue, after, chain)
+    if things is not None:
+        with artifacts.atomic_path(folder / "items.parquet") as temporary:
+            pq.write_table(things, temporary)
+    with artifacts.atomic_path(folder / "label_next.csv") as temporary:
+        _label_next(catalogue, after, chain).to_csv(temporary, index=False)
 
 
 def _reranked(

@@ -46,12 +46,14 @@ def fuse(
     weight: float,
     temperature: float,
     top_n: int,
+    pinned: int = 0,
 ) -> Reranked:
     """Order the first `top_n` of each row by `weight * distance + logit / temperature`, in float32.
 
     Ties keep the first stage's order. The tail keeps its own order behind the head: it starts at the head's largest
     value and grows by `weight` times the gaps of the first stage, so that rows stay ascending. Scores of n candidates
-    serve every `top_n` up to n; a `top_n` beyond the row length k re-orders the whole row.
+    serve every `top_n` up to n; a `top_n` beyond the row length k re-orders the whole row. The first `pinned`
+    candidates keep their places: they get the smallest value of their row.
 
     Raises BadInput for a negative weight, a temperature that is not positive, a `top_n` below 1 or above the number of
     scored candidates, or a logit that is not finite.
@@ -68,6 +70,9 @@ def fuse(
         return _with_tail(torch.empty(len(distances), 0, dtype=torch.int64), 0), distances.clone()
     # [query, n]: the new values of the head, ascending.
     fused = weight * distances[:, :n] + _present_logits(distances, logits[:, :n]) / temperature
+    if pinned:
+        smallest = torch.where(distances[:, :n].isfinite(), fused, torch.inf).amin(dim=1, keepdim=True)
+        fused = torch.cat([smallest.expand(-1, min(pinned, n)), fused[:, pinned:]], dim=1)
     head, order = _sorted_head(distances, fused)
     # [query, k - n]: the tail's gaps to the last candidate of the old head, times `weight`, behind the new head.
     gaps = distances[:, n:] - distances[:, n - 1 : n]

@@ -101,7 +101,7 @@ def test_description_tells_steps_and_constants_to_four_digits() -> None:
         (PairwiseStep(50, "fuse", 0.0, 32.639584), NeighbourhoodStep(11.0734, -0.27268, "direct", 20, 3, 0.3))
     )
     assert chain.describe() == (
-        "first stage -> pairwise(top_n=50, rule=fuse, weight=0, temperature=32.64)"
+        "first stage -> pairwise(top_n=50, rule=fuse, weight=0, temperature=32.64, pinned=0)"
         " -> neighbourhood(slope=11.07, intercept=-0.2727, kind=direct, k1=20, k2=3, weight=0.3, pinned=0)"
     )
 

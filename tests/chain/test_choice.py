@@ -97,6 +97,28 @@ def test_a_pinned_step_keeps_the_first_place_of_the_step_before() -> None:
     assert not torch.equal(free.lists.items[:, 0], before.lists.items[:, 0])
 
 
+def test_a_model_that_errs_on_first_places_orders_the_others() -> None:
+    known = evidence(1.5, 2.0)
+    assert known.logits is not None
+    # A right candidate stands first in every list that has one, and distances say nothing: logits can only lose it.
+    is_wrong = known.labels[known.lists.items] != known.labels[:, None]
+    first = is_wrong.to(torch.uint8).argmin(dim=1, keepdim=True)
+    places = torch.arange(is_wrong.shape[1]).expand(is_wrong.shape).clone()
+    places.scatter_(1, first, -1)
+    order = places.argsort(dim=1)
+    lists = replace(
+        known.lists, items=known.lists.items.gather(1, order), distances=torch.ones_like(known.lists.distances)
+    )
+    known = replace(known, lists=lists, logits=known.logits.gather(1, order))
+    chain = choose(known)
+    assert [decision["taken"] for decision in chain.chosen_on["decisions"]][:2] == [False, True]
+    assert chain.pairwise is not None
+    assert chain.pairwise.pinned == 1
+    before, after = (try_chain(known, part) for part in (Chain(), Chain(chain.steps[:1])))
+    assert torch.equal(after.lists.items[:, 0], before.lists.items[:, 0])
+    assert after.figures()["map@10"] > before.figures()["map@10"] + 0.02
+
+
 def test_choice_leaves_a_pairwise_model_of_noise_out() -> None:
     chain = choose(evidence(1.0, None))
     assert chain.pairwise is None

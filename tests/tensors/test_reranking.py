@@ -129,17 +129,20 @@ def test_merge_and_fuse_no_candidates_at_all_give_a_copy() -> None:
             assert new is not distances
 
 
-def test_fuse_matches_a_loop_with_stable_ties_and_ascending_rows() -> None:
+@pytest.mark.parametrize("pinned", [0, 1, 3])
+def test_fuse_matches_a_loop_with_stable_ties_and_ascending_rows(pinned: int) -> None:
     generator = torch.Generator().manual_seed(1)
     distances = (torch.randint(0, 30, (100, 8), generator=generator) / 8).sort(dim=1).values
     distances[::7, 5:] = INF
     distances[::9, 2:] = INF
     logits = torch.randint(-4, 5, (100, 6), generator=generator) / 2
-    order, new = fuse(distances, logits, weight=0.5, temperature=2.0, top_n=4)
+    order, new = fuse(distances, logits, weight=0.5, temperature=2.0, top_n=4, pinned=pinned)
     for query in range(100):
         length = int(distances[query].isfinite().sum())
         fused = [float(0.5 * distances[query, i] + logits[query, i] / 2) for i in range(min(4, length))]
+        fused = [min(fused) if place < pinned else value for place, value in enumerate(fused)]
         head = sorted(range(len(fused)), key=lambda place: fused[place])
+        assert head[:pinned] == list(range(min(pinned, length)))
         assert order[query].tolist() == head + list(range(len(fused), 8))
         assert new[query, : len(fused)].tolist() == sorted(fused)
         assert (new[query, :length].diff() >= 0).all()
