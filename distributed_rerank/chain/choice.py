@@ -31,6 +31,8 @@ ACCEPT = 0.995
 """A chain step joins where its gain is so probable; high, for several are tried, and nobody may be harmed."""
 PRIOR_SPREAD, PRIOR_LABELS = 0.1, 2
 """What is assumed of the spread of a gain between labels before any is seen: as if two labels had shown 10 points."""
+LEAST_SPREAD = 1e-3
+"""Of that assumption, where hardly any room is left for a gain."""
 MIN_GAIN = 0.005
 """A smaller gain of the objective is not worth a chain step, even if it is real."""
 MOVES_FIRST = 0.95
@@ -111,9 +113,16 @@ def best_that_keeps_first(labels: Int64[Tensor, " query"]) -> Pick:
     return pick
 
 
-def probability_of_gain(gain: Float64[Tensor, " query"], labels: Int64[Tensor, " query"]) -> float:
-    """That the mean gain is above 0, with the module's prior for few labels."""
-    return statistics.probability_of_gain(gain, labels, prior_spread=PRIOR_SPREAD, prior_clusters=PRIOR_LABELS)
+def probability_of_gain(
+    gain: Float64[Tensor, " query"], labels: Int64[Tensor, " query"], room: float = PRIOR_SPREAD
+) -> float:
+    """That the mean gain is above 0, with the module's prior for few labels.
+
+    Gains do not spread further than the `room` that is left for them: where a figure is nearly 1, small ones count.
+    """
+    return statistics.probability_of_gain(
+        gain, labels, prior_spread=min(PRIOR_SPREAD, max(room, LEAST_SPREAD)), prior_clusters=PRIOR_LABELS
+    )
 
 
 def smallest_best_weight(values: Sequence[PerQuery], first_stage: Trial, rows: Bool[Tensor, " query"]) -> int:
@@ -160,8 +169,10 @@ def judge(
     varies so much between labels that it would hide a gain of mAP@10.
     """
     gain = statistics.compare({key: before[key] for key in after}, after, labels, seed=seed)
-    sure_by = ["objective", *(["map@10"] if counts_map and gain["cmc@1"].mean >= 0 else [])]
-    probability = max(probability_of_gain(after[key] - before[key], labels) for key in sure_by)
+    probability = probability_of_gain(after["objective"] - before["objective"], labels)
+    if counts_map and gain["cmc@1"].mean >= 0:
+        room = 1 - float(before["map@10"].mean())
+        probability = max(probability, probability_of_gain(after["map@10"] - before["map@10"], labels, room))
     is_harmless = gain["map@10"].mean >= 0 and float((after["cmc@1"] - first_stage.values["cmc@1"]).mean()) >= 0
     return {
         "step": name,

@@ -77,6 +77,17 @@ def test_a_clear_gain_of_few_labels_can_be_taken(n_labels: int, gain: float, is_
     assert decision["taken"] is is_taken
 
 
+@pytest.mark.parametrize(("before", "is_taken"), [(0.985, True), (0.5, False), (1.0, False)])
+def test_a_small_gain_counts_where_little_room_is_left(before: float, is_taken: bool) -> None:
+    labels = torch.arange(10).repeat_interleave(6)
+    gain = min(0.011, 1 - before) * (1 + 0.2 * (labels % 3 - 1)).double()
+    values = {key: torch.full((60,), 1.0, dtype=torch.float64) for key in ("map@10", "cmc@1", "objective")}
+    values |= {"map@10": torch.full((60,), before).double(), "objective": torch.full((60,), before + 2).double()}
+    after = values | {key: values[key] + gain for key in ("map@10", "objective")}
+    trial = Trial(Chain(), values, evidence(1.0, 1.0).lists)
+    assert judge("neighbours", values, after, trial, labels, 0, 0.995, counts_map=True)["taken"] is is_taken
+
+
 def test_the_target_decides_what_is_maximised() -> None:
     known = evidence(1.5, 2.0)
     values = {target: replace(known, target=target).per_query(known.lists) for target in ("both", "cmc@1", "mrr")}
