@@ -85,7 +85,7 @@ def first_stage(
             # Where only their order matters, the numbers may be anything.
             conversion = None
             if known.are_used or config.distances is not None:
-                is_unit = known.is_unit if embeddings is None else are_normalised(embeddings.matrix)
+                is_unit = known.is_unit if embeddings is None else are_normalised(embeddings.blocks())
                 conversion = Conversion(config.distances, is_unit)
             ignored = {reject.id for reject in rejects}
             lists = external_candidates(readable, config.candidates, ignored, conversion)
