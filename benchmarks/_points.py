@@ -226,7 +226,12 @@ def driver_memory(folder: Path, n_images: int, n_queries: int = 1000, dim: int =
     answer["held_mb"] = memory_mb("VmRSS")
     answer["table_mb"] = catalogue.table.memory_usage(index=False, deep=True).sum() / 1e6
     with staged(answer, "embed"):
-        embed(catalogue, ExtractorConfig(name="resnet10t", weights="none", image_size=32), folder / "embeddings", executors=MadeUp(dim))
+        embed(
+            catalogue,
+            ExtractorConfig(name="resnet10t", weights="none", image_size=32),
+            folder / "embeddings",
+            executors=MadeUp(dim),
+        )
     first = FirstStageConfig(embeddings=folder / "embeddings")
     with staged(answer, "evaluate"):
         evaluate(catalogue, first, folder / "out", measure=MeasureConfig(baselines=False))

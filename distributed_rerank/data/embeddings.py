@@ -14,10 +14,11 @@ import pyarrow as pa
 from jaxtyping import Float32, Int32
 
 from distributed_rerank.data import locations, manifests, tables
+from distributed_rerank.data.csv_files import regrouped
 from distributed_rerank.data.files import text_digest
 from distributed_rerank.data.rejects import Reject, rejects_of
-from distributed_rerank.data.texts import ROWS, Texts, json_of_parts, parts_of
-from distributed_rerank.data.vectors import StoredVectors, stored_vectors, write_vectors
+from distributed_rerank.data.texts import Texts, json_of_parts, parts_of
+from distributed_rerank.data.vectors import ROWS_PER_GROUP, StoredVectors, stored_vectors, write_vectors
 from distributed_rerank.tensors import sharding
 
 
@@ -50,7 +51,7 @@ class Embeddings:
 
     def blocks(self) -> Iterator[Float32[np.ndarray, "image dim"]]:
         """The embeddings in their order, some at a time."""
-        return (self.matrix[start:stop] for start, stop in sharding.blocks(len(self), ROWS))
+        return (self.matrix[start:stop] for start, stop in sharding.blocks(len(self), ROWS_PER_GROUP))
 
     def tables(self) -> Iterator[pa.Table]:
         """Ids and embeddings, some at a time."""
@@ -77,7 +78,8 @@ class Embeddings:
     def mapped(self, function: Callable[[np.ndarray], Float32[np.ndarray, "image dim"]], path: Path) -> "Embeddings":
         """`function` of the embeddings, some at a time, written to the file `path`; the rejects are the same."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        parts = (tables.embeddings_table(t["id"], function(tables.matrix_of(t))) for t in self.tables())
+        whole = regrouped(self.tables(), ROWS_PER_GROUP)
+        parts = (tables.embeddings_table(part["id"], function(tables.matrix_of(part))) for part in whole)
         write_vectors(path, function(self.matrix[:0]).shape[1], parts)
         return Embeddings(None, _stored(path), self.rejects)
 

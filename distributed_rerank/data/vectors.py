@@ -17,10 +17,12 @@ from jaxtyping import Float32
 from distributed_rerank.data.csv_files import regrouped
 from distributed_rerank.data.files import atomic_path
 from distributed_rerank.data.text_columns import are_words_for_no_value
-from distributed_rerank.data.texts import ROWS, as_column
+from distributed_rerank.data.texts import as_column
 
 pc: Any = pyarrow.compute  # type checkers do not see its functions, which are made at import
 
+ROWS_PER_GROUP = 1 << 14
+"""Embeddings that are written, and read, together."""
 LAYOUT: dict[str, Any] = {
     "compression": "none",
     "use_dictionary": ["id"],
@@ -79,8 +81,8 @@ def write_vectors(path: str | Path, dim: int, tables: Iterable[pa.Table]) -> Non
     """Write embeddings tables one after the other as one file, atomically; the same bytes however they were cut."""
     schema = pa.schema({"id": pa.string(), "embedding": pa.list_(pa.float32(), dim)})
     with atomic_path(path) as temporary, pq.ParquetWriter(temporary, schema, **LAYOUT) as writer:
-        for table in regrouped(tables, ROWS):
-            writer.write_table(table.cast(schema).combine_chunks(), row_group_size=ROWS)
+        for table in regrouped(tables, ROWS_PER_GROUP):
+            writer.write_table(table.cast(schema).combine_chunks(), row_group_size=ROWS_PER_GROUP)
 
 
 def stored_vectors(files: Sequence[Path]) -> StoredVectors | None:

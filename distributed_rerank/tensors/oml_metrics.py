@@ -98,7 +98,7 @@ def pcf_of_parts(read: Callable[[], Iterable[Tensor]], variances: Sequence[float
     mean, dim = total / n, len(total)
     products = torch.zeros(dim, dim, dtype=torch.float64)
     for part in read():
-        centred = part.double() - mean
+        centred = part.double().sub_(mean)
         products += centred.T @ centred
     # [axis]: variance explained by the first axis, the first two, ..., up to a common factor.
     # Embeddings that are fewer than their axes span no more axes than they are; the rest is rounding.
