@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 import torch
 from _measuring import PeakMemory
-from _planted import QUERIES_PER_BLOCK, planted_logits, write_planted
+from _planted import QUERIES_PER_BLOCK, write_planted
 from PIL import Image
 
 from distributed_rerank import retrieval
@@ -34,7 +34,7 @@ from distributed_rerank.data import tables
 from distributed_rerank.data.artifacts import read_manifest
 from distributed_rerank.data.begun import ComputedWith
 from distributed_rerank.data.candidate_files import read_candidates
-from distributed_rerank.data.candidates import candidates_table
+from distributed_rerank.data.candidates import aligned_logits, candidates_table
 from distributed_rerank.data.catalogue import Catalogue, read_catalogue
 from distributed_rerank.data.decoding import decode
 from distributed_rerank.evaluation import measure as evaluation
@@ -308,12 +308,13 @@ def evaluate_lists(folder: Path, n_queries: int, depth: int) -> Answer:
 
 
 def evaluate_logits(folder: Path, n_queries: int, depth: int) -> Answer:
-    """Lists from a file, re-ranked by planted logits for every top_n of the curve, measured, and written to a file."""
+    """Lists and planted logits from files, re-ranked for every top_n of the curve, measured, and written to a file."""
     table, candidates = write_planted(folder, n_queries, depth)
     started = time.perf_counter()
     catalogue = read_catalogue(str(table), purpose="evaluation").restrict("validation")
     lists = external_candidates(catalogue, candidates, set())
-    scored = ScoredLists(lists, planted_logits(lists, catalogue))
+    pairs = tables.read_batches(folder / "pair_distances.parquet", "pair_distances", 1 << 18)
+    scored = ScoredLists(lists, aligned_logits(pairs, catalogue, lists))
     queries, chain = torch.from_numpy(catalogue.query_items), Chain((PairwiseStep(top_n=depth, rule="replace"),))
     rankings = ranking_run.rankings(chain, scored, catalogue, None, queries)
     measured = evaluation.measure(catalogue, queries, LazyRanking(queries, lists.of_queries), rankings)

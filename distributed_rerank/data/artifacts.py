@@ -199,13 +199,13 @@ class BlockStore:
         self.computed = 0
         folder.mkdir(parents=True, exist_ok=True)
         found = {path: match for path in sorted(folder.iterdir()) if (match := _BLOCK.fullmatch(path.name))}
-        self._paths: dict[int, Path] = {}
+        self._digests: dict[int, str] = {}
         for (path, match), digest in zip(found.items(), file_digests(list(found)), strict=True):
             if digest.startswith(match[2]):
-                self._paths[int(match[1])] = path
+                self._digests[int(match[1])] = match[2]
             else:
                 set_aside(path, "its bytes have changed since it was written")
-        self._found = set(self._paths)
+        self._found = set(self._digests)
 
     @property
     def reused(self) -> int:
@@ -214,7 +214,7 @@ class BlockStore:
 
     def done(self) -> set[int]:
         """Numbers of the blocks that are complete on disk."""
-        return set(self._paths)
+        return set(self._digests)
 
     def write(self, number: int, table: pa.Table, **layout: Any) -> None:
         """Store the result of one block; a block written twice keeps the last. `layout` is for the Parquet writer."""
@@ -222,22 +222,29 @@ class BlockStore:
         sink = pa.BufferOutputStream()
         pq.write_table(table, sink, **layout)
         content = sink.getvalue().to_pybytes()
-        if number in self._paths:
+        if number in self._digests:
             # Removed first: a run killed in between has no block of this number, never two.
-            self._paths.pop(number).unlink()
-        path = self.folder / f"block-{number:08d}.{bytes_digest(content)[:16]}.parquet"
-        write_bytes(path, content)
-        self._paths[number] = path
+            self._path(number).unlink()
+            del self._digests[number]
+        digest = bytes_digest(content)[:16]
+        write_bytes(self._path_of(number, digest), content)
+        self._digests[number] = digest
         self._found.discard(number)
         self.computed += 1
 
     def read(self, number: int, columns: list[str] | None = None) -> pa.Table:
         """The result of one block, or some of its columns."""
-        return pq.ParquetFile(self._paths[number]).read(columns)
+        return pq.ParquetFile(self._path(number)).read(columns)
 
     def tables(self, columns: list[str] | None = None) -> Iterator[pa.Table]:
         """The results of all blocks in number order."""
         return (self.read(number, columns) for number in sorted(self.done()))
+
+    def _path(self, number: int) -> Path:
+        return self._path_of(number, self._digests[number])
+
+    def _path_of(self, number: int, digest: str) -> Path:
+        return self.folder / f"block-{number:08d}.{digest}.parquet"
 
 
 def _plain(value: Any) -> Any:
