@@ -156,11 +156,14 @@ class Searcher:
 
     def _tiles_on_device(self) -> Iterator[Tile]:
         """The tiles; a GPU keeps as many of them as fit a part of its memory, since copies take longer than search."""
-        for number, tile in enumerate(self._tiles()):
+        number = 0
+        for tile in self._tiles():  # not enumerated: that would hold a tile while the next one is read
             tensors = self._kept.get(number) or self._tensors(tile)
             if self._has_room_for(tile.embeddings.nbytes):
                 self._kept[number] = tensors
+            number += 1
             yield tensors
+            del tile, tensors
 
     def _has_room_for(self, n_bytes: int) -> bool:
         if self._device.type != "cuda":

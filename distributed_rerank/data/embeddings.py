@@ -79,7 +79,7 @@ class Embeddings:
         """`function` of the embeddings, some at a time, written to the file `path`; the rejects are the same."""
         path.parent.mkdir(parents=True, exist_ok=True)
         whole = regrouped(self.tables(), ROWS_PER_GROUP)
-        parts = (tables.embeddings_table(part["id"], function(tables.matrix_of(part))) for part in whole)
+        parts = (tables.embeddings_table(part["id"], function(tables.matrix_of(part).copy())) for part in whole)
         write_vectors(path, function(self.matrix[:0]).shape[1], parts)
         return Embeddings(None, _stored(path), self.rejects)
 

@@ -93,13 +93,14 @@ def pcf_of_parts(read: Callable[[], Iterable[Tensor]], variances: Sequence[float
     for part in read():
         total = part.double().sum(dim=0) + (total if n else torch.zeros(part.shape[1], dtype=torch.float64))
         n += len(part)
+        del part
     if n < 2:
         raise BadInput(f"pcf needs at least 2 embeddings, not {n}")
     mean, dim = total / n, len(total)
     products = torch.zeros(dim, dim, dtype=torch.float64)
     for part in read():
-        centred = part.double().sub_(mean)
-        products += centred.T @ centred
+        products += _products(part, mean)
+        del part  # or it would stay in memory while the next one is read
     # [axis]: variance explained by the first axis, the first two, ..., up to a common factor.
     # Embeddings that are fewer than their axes span no more axes than they are; the rest is rounding.
     explained = torch.linalg.eigvalsh(products).flip(0).clamp(min=0)[:n].cumsum(dim=0)
@@ -109,6 +110,11 @@ def pcf_of_parts(read: Callable[[], Iterable[Tensor]], variances: Sequence[float
     # Sums that are equal on paper differ by rounding; without the slack the count would depend on it.
     n_axes = {variance: int((ratio <= variance + 1e-12).sum()) + 1 for variance in variances}
     return {f"pcf@{variance:g}": min(n, dim) / dim for variance, n in n_axes.items()}
+
+
+def _products(part: Tensor, mean: Tensor) -> Tensor:
+    centred = part.double().sub_(mean)
+    return centred.T @ centred
 
 
 def _quantile(ordered: Float64[Tensor, " value"], share: float) -> float:

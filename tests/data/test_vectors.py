@@ -1,5 +1,6 @@
 """Embeddings that are read in place: the same rows as any Parquet reader gives, and what is not read so."""
 
+import itertools
 import pickle
 from pathlib import Path
 
@@ -43,7 +44,7 @@ def test_rows_in_place_are_those_that_pandas_reads(tmp_path: Path) -> None:
 def test_a_file_is_the_same_however_its_rows_came(tmp_path: Path) -> None:
     whole = embeddings_table(IDS, MATRIX)
     for name, cuts in (("one", [0, 50]), ("many", [0, 1, 15, 33, 34, 50])):
-        parts = (whole[start:stop] for start, stop in zip(cuts, cuts[1:], strict=False))
+        parts = (whole[start:stop] for start, stop in itertools.pairwise(cuts))
         write_vectors(tmp_path / name, 5, parts)
     assert (tmp_path / "one").read_bytes() == (tmp_path / "many").read_bytes()
 
