@@ -222,8 +222,8 @@ def _sources(earlier: Embeddings | None, staging: artifacts.Staging) -> list[Ite
             sources.append([])
         sources[-1].append(number)
         last = ids[-1].as_py()
-    tables_of = [map(store.read, numbers) for numbers in sources]
-    return tables_of if earlier is None else [earlier.tables(), *tables_of]
+    of_blocks: list[Iterator[pa.Table]] = [map(store.read, numbers) for numbers in sources]
+    return of_blocks if earlier is None else [earlier.tables(), *of_blocks]
 
 
 def _merged(sources: Sequence[Iterator[pa.Table]]) -> tuple[int, Iterator[pa.Table]]:

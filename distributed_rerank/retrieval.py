@@ -254,10 +254,9 @@ def retrieval_settings(n_items: int, work: WorkConfig) -> dict[str, Any]:
 def _sides(catalogue: Catalogue, embeddings: Embeddings) -> tuple[StoredSide, StoredSide]:
     """Queries and gallery, as far as they have an embedding."""
     rows = embeddings.rows_of(catalogue.ids)
-    sides = []
+    has_all, sides = not len(rows) or rows.min() >= 0, []
     for items, role in ((catalogue.query_items, "query"), (catalogue.gallery_items, "gallery item")):
-        has_row = rows[items] >= 0
-        items = items if has_row.all() else items[has_row]
+        items = items if has_all else items[rows[items] >= 0]
         if len(items) == 0:
             raise BadInput(
                 f"{catalogue.source}: no {role} has an embedding; mark some rows or embed this catalogue first"

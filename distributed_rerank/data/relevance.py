@@ -7,7 +7,7 @@ from distributed_rerank.data.catalogue import Catalogue
 from distributed_rerank.errors import BadInput
 from distributed_rerank.tensors import sharding
 
-_GALLERY_PER_BLOCK = 1 << 18
+_GALLERY_PER_BLOCK = 1 << 16
 """Gallery items that are counted at a time, as long as they are more than the queries."""
 
 

@@ -20,7 +20,7 @@ from distributed_rerank.tensors import sharding
 
 _THREADS = 16
 _NO_FILE = -1
-_ITEMS_PER_PART = 1 << 16
+_ITEMS_PER_PART = 1 << 12
 
 
 def count_same_bytes(measured: Catalogue, train: Catalogue | None = None) -> dict[str, int]:
@@ -34,7 +34,8 @@ def count_same_bytes(measured: Catalogue, train: Catalogue | None = None) -> dic
     sizes = [_sizes(side) for side in sides]
     counts: Counter[int] = Counter()
     for of_side in sizes:
-        counts.update(dict(zip(*(column.tolist() for column in np.unique(of_side, return_counts=True)), strict=True)))
+        for start, stop in sharding.blocks(len(of_side), _ITEMS_PER_PART):
+            counts.update(of_side[start:stop].tolist())
     (items, contents), *of_train = (_read(side, own, counts) for side, own in zip(sides, sizes, strict=True))
     is_read = contents != 0
     names, n_same = np.unique(contents[is_read], return_counts=True)
@@ -63,7 +64,7 @@ def _sizes(catalogue: Catalogue) -> Int32[np.ndarray, " item"]:
     sizes = np.empty(len(catalogue), np.int32)
     start = 0
     with ThreadPoolExecutor(_THREADS) as pool:
-        for paths in parts_of(catalogue.texts("path")):
+        for paths in parts_of(catalogue.texts("path"), _ITEMS_PER_PART):
             found = np.fromiter(pool.map(_size, paths.to_pylist()), np.int64, len(paths))
             sizes[start : start + len(paths)] = found.clip(max=np.iinfo(np.int32).max)
             start += len(paths)

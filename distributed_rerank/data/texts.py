@@ -92,13 +92,15 @@ def as_column(texts: Any) -> pa.Array:
     if not isinstance(texts, pa.Array | pa.ChunkedArray):
         texts = pa.array(texts, from_pandas=True)
     if isinstance(texts, pa.ChunkedArray):
-        texts = texts.combine_chunks()
+        # One chunk is taken as it is; joining would copy it.
+        texts = texts.chunk(0) if texts.num_chunks == 1 else texts.combine_chunks()
     return texts.cast(pa.large_string())
 
 
-def parts_of(column: Any) -> Iterator[Any]:
-    """The column in parts of `ROWS`."""
-    return (column[start : start + ROWS] for start in range(0, len(column), ROWS))
+def parts_of(column: Any, rows: int | None = None) -> Iterator[Any]:
+    """The column in parts of so many rows, by default `ROWS`."""
+    rows = rows or ROWS
+    return (column[start : start + rows] for start in range(0, len(column), rows))
 
 
 def json_of_parts(parts: Iterable[Any]) -> Iterator[str]:

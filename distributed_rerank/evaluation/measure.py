@@ -23,7 +23,7 @@ from distributed_rerank.tensors.metrics import PerQuery
 Key = TypeVar("Key")
 
 QUERIES_PER_BLOCK = 1 << 13
-_GALLERY_PER_BLOCK = 1 << 18
+_GALLERY_PER_BLOCK = 1 << 16
 """Gallery items that are counted at a time, as long as they are more than the queries."""
 COMPARED = ("cmc@1", "map@10")
 """Metrics by which categories and baselines are compared, as far as they are measured."""

@@ -78,7 +78,8 @@ def first_stage(
         else:
             settings = extraction.embedding_settings(config.extractor, work)["extractor"]
             check_embeddings(known, embeddings, json.loads(json.dumps(settings)), "--extractor")
-        readable = catalogue.take(np.flatnonzero(embeddings.rows_of(catalogue.ids) >= 0))
+        has_row = embeddings.rows_of(catalogue.ids) >= 0
+        readable = catalogue if has_row.all() else catalogue.take(np.flatnonzero(has_row))
         rejects = embeddings.rejects_among(catalogue.ids)
     with timed(timings, "retrieve"):
         if config.candidates is not None:
