@@ -113,9 +113,9 @@ def check_things(table: pd.DataFrame, problems: Problems) -> None:
 
 def check_shared_labels(table: pd.DataFrame, is_allowed: bool, problems: Problems) -> None:
     """No label in two splits, unless that `is_allowed`: then a warning tells how many."""
-    if problems.absent & {"split", "label"} or not set(table["split"]) <= set(SPLITS):
+    if problems.absent & {"split", "label"} or not set(table["split"].unique()) <= set(SPLITS):
         return  # what is wrong with the splits is told, and they may mean something else
-    labels = {split: set(table.loc[table["split"] == split, "label"].dropna()) for split in SPLITS}
+    labels = {split: set(table.loc[table["split"] == split, "label"].dropna().unique()) for split in SPLITS}
     for split, other in itertools.combinations(SPLITS, 2):
         shared = sorted(labels[split] & labels[other])
         if shared:
