@@ -114,7 +114,7 @@ def _in_place(files: Sequence[Path]) -> StoredVectors | None:
                 if offset is None:
                     return None
                 start = parts[-1].start + parts[-1].n_rows if parts else 0
-                parts.append(_Part(path, number, offset, start, group.num_rows))
+                parts.append(_Part(path.absolute(), number, offset, start, group.num_rows))
     return StoredVectors(parts, dims.pop()) if len(dims) == 1 else None
 
 
