@@ -8,8 +8,8 @@ import pandas as pd
 import torch
 
 from distributed_rerank.data import tables
-from distributed_rerank.data.candidates import candidates_table
-from distributed_rerank.data.catalogue import Catalogue
+from distributed_rerank.data.candidates import candidates_table, pairs_table
+from distributed_rerank.data.texts import Texts
 from distributed_rerank.tensors import sharding
 from distributed_rerank.tensors.candidate_lists import CandidateLists
 
@@ -21,14 +21,19 @@ QUERIES_PER_BLOCK = 10_000
 
 
 def write_planted(folder: Path, n_queries: int, depth: int) -> tuple[Path, Path]:
-    """A catalogue whose images are queries and gallery, and the lists of all; returns both files."""
-    ids = np.array([f"images/{number:07d}.jpg" for number in range(n_queries)], dtype=object)
+    """A catalogue whose images are queries and gallery, and the lists of all; returns both files.
+
+    pair_distances.parquet beside them has `planted_logits` of all pairs.
+    """
+    ids = Texts([f"images/{number:07d}.jpg" for number in range(n_queries)])
     label = np.arange(n_queries) // IMAGES_PER_LABEL
-    columns = {"label": label, "path": ids, "split": "validation", "is_query": True, "is_gallery": True}
+    columns = {"label": label, "path": ids.tolist(), "split": "validation", "is_query": True, "is_gallery": True}
     table = pd.DataFrame(columns | {"category": [f"category {group}" for group in label // LABELS_PER_CATEGORY]})
     table.to_csv(folder / "df.csv", index=False)
     batches = (candidates_table(lists, ids) for lists in _planted_lists(n_queries, depth))
     tables.write_batches(folder / "candidates.parquet", batches, "candidates")
+    pairs = (pairs_table(lists, planted_logits(lists), ids) for lists in _planted_lists(n_queries, depth))
+    tables.write_batches(folder / "pair_distances.parquet", pairs, "pair_distances")
     return folder / "df.csv", folder / "candidates.parquet"
 
 
@@ -51,13 +56,9 @@ def _planted_lists(n_queries: int, depth: int) -> Iterator[CandidateLists]:
         yield CandidateLists.from_arrays(queries[:, 0], items, distances)
 
 
-def planted_logits(lists: CandidateLists, catalogue: Catalogue) -> torch.Tensor:
-    """Random logits, lower by half of their range for the right candidates."""
+def planted_logits(lists: CandidateLists) -> torch.Tensor:
+    """Random logits of a block, lower by half of their range for the right candidates."""
     queries, items, _ = lists.arrays()
-    logits = np.empty(items.shape, np.float32)
-    for start, stop in sharding.blocks(len(logits), QUERIES_PER_BLOCK):
-        part = slice(start, stop)
-        is_right = catalogue.labels[items[part]] == catalogue.labels[queries[part]][:, None]
-        noise = np.random.default_rng(start).random(is_right.shape, dtype=np.float32)
-        logits[part] = noise - np.float32(0.5) * is_right
-    return torch.from_numpy(logits)
+    is_right = items // IMAGES_PER_LABEL == queries[:, None] // IMAGES_PER_LABEL
+    noise = np.random.default_rng(int(queries[0])).random(is_right.shape, dtype=np.float32)
+    return torch.from_numpy(noise - np.float32(0.5) * is_right)

@@ -7,7 +7,9 @@ import json
 import sys
 import tempfile
 import time
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ import numpy as np
 import pandas as pd
 import torch
 from _measuring import PeakMemory
-from _planted import QUERIES_PER_BLOCK, planted_logits, write_planted
+from _planted import QUERIES_PER_BLOCK, write_planted
 from PIL import Image
 
 from distributed_rerank import retrieval
@@ -30,11 +32,14 @@ from distributed_rerank.config.training import TrainingConfig
 from distributed_rerank.config.work import WorkConfig
 from distributed_rerank.data import tables
 from distributed_rerank.data.artifacts import read_manifest
-from distributed_rerank.data.candidates import candidates_table
+from distributed_rerank.data.begun import ComputedWith
+from distributed_rerank.data.candidate_files import read_candidates
+from distributed_rerank.data.candidates import aligned_logits, candidates_table
 from distributed_rerank.data.catalogue import Catalogue, read_catalogue
 from distributed_rerank.data.decoding import decode
 from distributed_rerank.evaluation import measure as evaluation
 from distributed_rerank.evaluation.run import evaluate
+from distributed_rerank.extraction import EmbeddedBlock, ImageBlock, embed
 from distributed_rerank.models.concat_siamese import ConcatSiamese
 from distributed_rerank.reranking import run as ranking_run
 from distributed_rerank.reranking.external_candidates import external_candidates
@@ -207,6 +212,85 @@ def mine(
     return answer | {"lists": sum(step.n_lists() for step in steps), "positives": figures["n_positives"]}
 
 
+def driver_memory(folder: Path, n_images: int, n_queries: int = 1000, dim: int = 384, top_n: int = 50) -> Answer:
+    """The driver's peak memory in MB and seconds of each stage, from a table to the report; embeddings are made up.
+
+    Every image is in the gallery. Workers' part of `embed` is replaced by noise around a centre of each label; all else
+    is the real job, in one process. `held_mb` is what the process holds once it has read the catalogue.
+    """
+    answer: Answer = {}
+    with staged(answer, "catalogue"):
+        catalogue = read_catalogue(str(write_made_up(folder, n_images, n_queries)), purpose="evaluation")
+        catalogue = catalogue.restrict("validation")
+        held = [catalogue.labels, catalogue.sequences, catalogue.query_items, catalogue.gallery_items]
+        assert all(len(column) for column in held), "its columns as numbers belong to the catalogue"
+    answer["held_mb"] = memory_mb("VmRSS")
+    answer["table_mb"] = catalogue.table.memory_usage(index=False, deep=True).sum() / 1e6
+    with staged(answer, "embed"):
+        embed(
+            catalogue,
+            ExtractorConfig(name="resnet10t", weights="none", image_size=32),
+            folder / "embeddings",
+            executors=MadeUp(dim),
+        )
+    first = FirstStageConfig(embeddings=folder / "embeddings")
+    with staged(answer, "evaluate"):
+        evaluate(catalogue, first, folder / "out", measure=MeasureConfig(baselines=False))
+    with staged(answer, "score_plan"):
+        lists = read_candidates(folder / "out" / "candidates", catalogue)
+        plan = scoring_plan.make_plan(lists, top_n=top_n, queries_per_block=16, images_per_batch=16, tapers=True)
+    return answer | {"images": n_images, "blocks": len(plan.blocks), "peak_mb": max(peaks_of(answer))}
+
+
+@dataclass(frozen=True)
+class MadeUp:
+    """In place of workers that embed: unit vectors near one of their label, a block at a time."""
+
+    dim: int
+
+    def embed_blocks(
+        self, blocks: Sequence[ImageBlock], config: ExtractorConfig, work: WorkConfig
+    ) -> Iterator[tuple[int, EmbeddedBlock]]:
+        """The vectors of these blocks."""
+        for number, images in blocks:
+            ids = [ref.id for ref in images]
+            rng = np.random.default_rng(number)
+            centres = np.repeat(rng.standard_normal((len(ids) // 8 + 1, self.dim), np.float32), 8, axis=0)[: len(ids)]
+            vectors = centres + rng.standard_normal(centres.shape, np.float32)
+            vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+            yield number, EmbeddedBlock(ids, vectors, [], ComputedWith("cpu"))
+
+
+def write_made_up(folder: Path, n_images: int, n_queries: int) -> Path:
+    """The table of images that nobody opens, eight of a label."""
+    with open(folder / "df.csv", "w", encoding="utf-8") as file:
+        file.write("path,label,split,is_query,is_gallery\n")
+        every = n_images // n_queries
+        for number in range(n_images):
+            file.write(f"images/{number:08d}.jpg,{number // 8},validation,{int(number % every == 0)},1\n")
+    return folder / "df.csv"
+
+
+@contextmanager
+def staged(answer: Answer, name: str) -> Iterator[None]:
+    """Seconds of a stage, and the most memory that this process held in it."""
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    started = time.perf_counter()
+    yield
+    answer |= {f"{name}_s": time.perf_counter() - started, f"{name}_mb": memory_mb("VmHWM")}
+
+
+def memory_mb(field: str) -> float:
+    """VmRSS, what this process holds, or VmHWM, the most that it held."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(field)) * 1024 / 1e6
+
+
+def peaks_of(answer: Answer) -> list[float]:
+    """The peaks of the stages."""
+    return [answer[f"{name}_mb"] for name in ("catalogue", "embed", "evaluate", "score_plan")]
+
+
 def labelled(labels: np.ndarray) -> Catalogue:
     """A catalogue of images that nobody opens."""
     ids = [f"{number:08d}" for number in range(len(labels))]
@@ -225,12 +309,13 @@ def evaluate_lists(folder: Path, n_queries: int, depth: int) -> Answer:
 
 
 def evaluate_logits(folder: Path, n_queries: int, depth: int) -> Answer:
-    """Lists from a file, re-ranked by planted logits for every top_n of the curve, measured, and written to a file."""
+    """Lists and planted logits from files, re-ranked for every top_n of the curve, measured, and written to a file."""
     table, candidates = write_planted(folder, n_queries, depth)
     started = time.perf_counter()
     catalogue = read_catalogue(str(table), purpose="evaluation").restrict("validation")
     lists = external_candidates(catalogue, candidates, set())
-    scored = ScoredLists(lists, planted_logits(lists, catalogue))
+    pairs = tables.read_batches(folder / "pair_distances.parquet", "pair_distances", 1 << 18)
+    scored = ScoredLists(lists, aligned_logits(pairs, catalogue, lists))
     queries, chain = torch.from_numpy(catalogue.query_items), Chain((PairwiseStep(top_n=depth, rule="replace"),))
     rankings = ranking_run.rankings(chain, scored, catalogue, None, queries)
     measured = evaluation.measure(catalogue, queries, LazyRanking(queries, lists.of_queries), rankings)
@@ -243,6 +328,7 @@ def evaluate_logits(folder: Path, n_queries: int, depth: int) -> Answer:
 
 
 POINTS = {
+    "driver_memory": driver_memory,
     "score": score,
     "bare_loop": bare_loop,
     "search": search,

@@ -151,7 +151,34 @@ def evaluation_rows(is_quick: bool) -> list[Row]:
     return rows
 
 
+def memory_rows(is_quick: bool) -> list[Row]:
+    """The driver's memory from a table to the report, and how it grows beyond what it holds of the catalogue."""
+    sizes = (2_000, 8_000) if is_quick else (100_000, 1_000_000, 4_000_000)
+    children = [point("driver_memory", n_images=n_images, n_queries=min(1000, n_images)) for n_images in sizes]
+    rows = []
+    for n_images, child in zip(sizes, children, strict=True):
+        for name in ("held", "catalogue", "embed", "evaluate", "score_plan"):
+            rows.append(Row(f"driver, {n_images:,} images: {name}", "MB", child.answer[f"{name}_mb"]))
+    first, last = children[0].answer, children[-1].answer
+    for name in ("embed", "evaluate", "score_plan"):
+        grown = [answer[f"{name}_mb"] - answer["held_mb"] for answer in (first, last)]
+        each = (grown[1] - grown[0]) * 1e6 / (sizes[-1] - sizes[0])
+        rows.append(Row(f"driver: growth of {name} beyond the catalogue", "bytes an image", each))
+    return rows
+
+
+def logit_rows(is_quick: bool) -> list[Row]:
+    """Lists and logits in files to metrics: 10^8 pairs against a quarter of them."""
+    few, many = (
+        point("evaluate_logits", n_queries=n, depth=100) for n in ((250, 1000) if is_quick else (250_000, 10**6))
+    )
+    rows = growth("logits", few, many, "queries/s")
+    return [*rows, Row("logits: peak memory", "MB", many.peak_mb)]
+
+
 PARTS = {
+    "driver-memory": memory_rows,
+    "logits": logit_rows,
     "score": score_rows,
     "workers": worker_rows,
     "search": search_rows,

@@ -17,6 +17,8 @@ from dataclasses import dataclass, replace
 
 READERS = 64
 """data/decoding.MOST_READERS"""
+PROCESS_BYTES = 1.4e9
+"""Of a driver with torch and Ray, whatever the number of images: jobs/plan.BYTES_OF_PROCESS."""
 MOST_EVENTS = 200_000
 """Longer runs are simulated so far, and the rest at the rate of the second half."""
 
@@ -72,7 +74,7 @@ class Outcome:
 
 
 # Device times: 14,374 images/s and 3.4 million pairs/s on an H100 (README); photos of 100 kB, 60 a second and CPU.
-EMBED = Stage("embed", 256, device_s=1 / 14_374, cpu_s=1 / 60, bytes_in=100_000, driver_bytes=4 * 384 * 4 + 1_200)
+EMBED = Stage("embed", 256, device_s=1 / 14_374, cpu_s=1 / 60, bytes_in=100_000, driver_bytes=300)
 SCORE = Stage("score", 65_536, device_s=1 / 3_400_000, driver_bytes=24)
 
 
@@ -123,7 +125,8 @@ def simulate(stage: Stage, cluster: Cluster, n_units: int, in_flight: int = 2) -
     seconds, share = driver + rest, min(1.0, busy / driver)
     efficiency = n_blocks * work / ((seconds) * cluster.n_workers)
     bottleneck = "driver" if share > 0.95 else "too few blocks" if efficiency < 0.8 else slowest
-    return Outcome(seconds + cluster.start_s, share, bottleneck, efficiency, n_units * stage.driver_bytes)
+    driver_bytes = PROCESS_BYTES + n_units * stage.driver_bytes
+    return Outcome(seconds + cluster.start_s, share, bottleneck, efficiency, driver_bytes)
 
 
 def linear_up_to(stage: Stage, cluster: Cluster, n_units: int, least: float = 0.8) -> int:

@@ -9,11 +9,14 @@ import logging
 from collections.abc import Iterator, Sequence, Set
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
-from jaxtyping import Float32, UInt8
+import pyarrow as pa
+import pyarrow.compute
+from jaxtyping import Bool, Float32, Int32, UInt8
 from torch import Tensor
 
 from distributed_rerank.config.extractor import ExtractorConfig
@@ -22,15 +25,18 @@ from distributed_rerank.data import artifacts, tables
 from distributed_rerank.data.begun import ComputedWith
 from distributed_rerank.data.catalogue import Catalogue, ImageRef
 from distributed_rerank.data.decoding import decode, readable_ids
-from distributed_rerank.data.embeddings import Embeddings, join_embeddings, read_embeddings
+from distributed_rerank.data.embeddings import Embeddings, read_embeddings
 from distributed_rerank.data.manifests import MANIFEST
 from distributed_rerank.data.rejects import Reject, check_rejects, reject_table, rejects_of
+from distributed_rerank.data.vectors import LAYOUT, write_vectors
 from distributed_rerank.errors import BadInput
 from distributed_rerank.models.extractor import Extractor, build_extractor, weights_digest
 from distributed_rerank.runtime.devices import InferenceThreads, pick_device
 from distributed_rerank.runtime.gpu import Copier, MicroBatch
 from distributed_rerank.runtime.progress import progress
 from distributed_rerank.tensors import sharding
+
+pc: Any = pyarrow.compute  # type checkers do not see its functions, which are made at import
 
 logger = logging.getLogger(__name__)
 
@@ -98,7 +104,8 @@ def embed_blocks(
     extractor = build_extractor(config)
     embedder = Embedder(extractor, work)
     threads = work.decode_threads_for(embedder.device.type == "cuda")
-    for number, refs in blocks:
+    for number, images in blocks:
+        refs = list(images)
         decoded = decode(refs, extractor.transform, threads=threads)
         ids = [refs[position].id for position in decoded.kept]
         embeddings = embedder.embed(decoded.pixels)
@@ -131,40 +138,115 @@ def embed(
         overwrite = False
     earlier = read_embeddings(out) if artifacts.is_complete(out, fingerprint, overwrite) else None
     # Rejects are read again once; what this run rejects is not.
-    repaired = None if earlier is None else _repaired(catalogue, earlier)
-    if earlier is not None and repaired is not None and not _missing(catalogue, earlier, repaired):
-        _check(earlier, catalogue, work.max_rejects, out)
-        return earlier
+    repaired = None
+    if earlier is not None:
+        done = _done(catalogue, earlier, None)
+        repaired = _repaired(catalogue, done)
+        if not len(done.missing(repaired)):
+            _check(earlier, catalogue, work.max_rejects, out)
+            return earlier
     with artifacts.stage(out, fingerprint, overwrite) as staging:
         # Read again: another run may have added images before this one had the lock.
         earlier = read_embeddings(out) if artifacts.is_complete(out, fingerprint, overwrite) else None
-        done = join_embeddings([earlier, *_staged(staging)])
+        done = _done(catalogue, earlier, staging)
         if repaired is None or len(done.rejects) != len(earlier.rejects if earlier is not None else ()):
             repaired = _repaired(catalogue, done)
-        _compute(_missing(catalogue, done, repaired), config, work, staging, executors)
-        complete = join_embeddings([earlier, *_staged(staging)])
-        lost = _missing(catalogue, complete, set())
-        assert not lost, f"images were lost: {lost[:3]}"
+        _compute(catalogue.refs(done.missing(repaired)), config, work, staging, executors)
+        done = _done(catalogue, earlier, staging)
+        lost = done.missing(set())
+        assert not len(lost), f"images were lost: {catalogue.ids[lost[:3]]}"
+        write_vectors(staging.path / "embeddings.parquet", *_merged(_sources(earlier, staging)))
+        tables.write_table(staging.path / "rejects.parquet", reject_table(done.rejects, "embed"), "rejects")
+        complete = read_embeddings(staging.path)
         tell_of_no_use(complete)
-        tables.write_embeddings(staging.path / "embeddings.parquet", complete.ids, complete.matrix)
-        rejects = reject_table(complete.rejects, "embed")
-        tables.write_table(staging.path / "rejects.parquet", rejects, "rejects")
         _check(complete, catalogue, work.max_rejects, staging.path)
-        staging.finish({"n_rejected": len(complete.rejects)}, rows=len(complete.ids))
-    return complete
+        staging.finish({"n_rejected": len(done.rejects)}, rows=len(complete))
+    return read_embeddings(out)
 
 
-def _missing(catalogue: Catalogue, done: Embeddings, repaired: Set[str]) -> list[ImageRef]:
-    """Images without an embedding, except those that were rejected and are not `repaired`."""
-    rejected = {reject.id for reject in done.rejects} - repaired
-    refs = catalogue.images(np.flatnonzero(done.rows_of(catalogue.ids) < 0))
-    return [ref for ref in refs if ref.id not in rejected]
+@dataclass(frozen=True)
+class _Done:
+    """How far a catalogue is embedded."""
+
+    catalogue: Catalogue
+    is_embedded: Bool[np.ndarray, " item"]
+    rejects: list[Reject]
+    """Images that could not be read, also those of earlier catalogues, by id."""
+
+    def missing(self, repaired: Set[str]) -> Int32[np.ndarray, " image"]:
+        """Items without an embedding, except those that were rejected and are not `repaired`."""
+        is_missing = ~self.is_embedded
+        rejected = self.catalogue.ids.places_of([reject.id for reject in self.rejects if reject.id not in repaired])
+        is_missing[rejected[rejected >= 0]] = False
+        return np.flatnonzero(is_missing).astype(np.int32)
 
 
-def _repaired(catalogue: Catalogue, done: Embeddings) -> set[str]:
+def _done(catalogue: Catalogue, earlier: Embeddings | None, staging: artifacts.Staging | None) -> _Done:
+    """What an earlier run has finished, and blocks. An image rejected first and embedded later counts as embedded."""
+    blocks = [] if staging is None else _whole_blocks(staging)
+    rejects = {} if earlier is None else {reject.id: reject for reject in earlier.rejects}
+    ids: list[Iterator[Any]] = [] if earlier is None else [earlier.id_parts()]
+    if staging is not None:
+        embedded, rejected = staging.blocks("embeddings"), staging.blocks("rejects")
+        for number in blocks:
+            rejects |= {reject.id: reject for reject in rejects_of(rejected.read(number))}
+        ids.append(embedded.read(number, ["id"])["id"] for number in blocks)
+    is_embedded = np.zeros(len(catalogue), bool)
+    for part in chain.from_iterable(ids):
+        places = catalogue.ids.places_of(part)
+        is_embedded[places[places >= 0]] = True
+        if rejects:
+            for id in set(rejects).intersection(part.to_pylist()):
+                del rejects[id]
+    return _Done(catalogue, is_embedded, [rejects[id] for id in sorted(rejects)])
+
+
+def _whole_blocks(staging: artifacts.Staging) -> list[int]:
+    return sorted(staging.blocks("embeddings").done() & staging.blocks("rejects").done())
+
+
+def _repaired(catalogue: Catalogue, done: _Done) -> set[str]:
     """Ids of the catalogue's images that were rejected and can be read now."""
-    rejected = {reject.id for reject in done.rejects}
-    return readable_ids([ref for ref in catalogue.images() if ref.id in rejected]) if rejected else set()
+    rejected = catalogue.ids.places_of([reject.id for reject in done.rejects])
+    return readable_ids(catalogue.images(rejected[rejected >= 0]))
+
+
+def _sources(earlier: Embeddings | None, staging: artifacts.Staging) -> list[Iterator[pa.Table]]:
+    """The embeddings that are there as tables, in sources whose ids ascend: an earlier run's, and those of blocks."""
+    store, sources, last = staging.blocks("embeddings"), [], None
+    for number in _whole_blocks(staging):
+        ids = store.read(number, ["id"])["id"]
+        if not len(ids):
+            continue
+        if last is None or ids[0].as_py() < last:
+            sources.append([])
+        sources[-1].append(number)
+        last = ids[-1].as_py()
+    of_blocks: list[Iterator[pa.Table]] = [map(store.read, numbers) for numbers in sources]
+    return of_blocks if earlier is None else [earlier.tables(), *of_blocks]
+
+
+def _merged(sources: Sequence[Iterator[pa.Table]]) -> tuple[int, Iterator[pa.Table]]:
+    """The length of an embedding, and the rows of all sources in the order of their ids, as tables."""
+    heads = [(table, source) for source in sources if (table := next(source, None)) is not None]
+    dim = heads[0][0].schema.field("embedding").type.list_size if heads else 1
+
+    def merge() -> Iterator[pa.Table]:
+        nonlocal heads
+        while heads:
+            # All rows up to the first last id: no later row of any source comes before it.
+            limit = min(table["id"][-1].as_py() for table, _ in heads)
+            counts = [pc.sum(pc.less_equal(table["id"], limit)).as_py() for table, _ in heads]
+            parts = [table[:count] for (table, _), count in zip(heads, counts, strict=True) if count]
+            yield parts[0] if len(parts) == 1 else pa.concat_tables(parts).sort_by("id")
+            rest = [(table[count:], source) for (table, source), count in zip(heads, counts, strict=True)]
+            heads = [
+                (found, source)
+                for table, source in rest
+                if (found := table if len(table) else next(source, None)) is not None
+            ]
+
+    return dim, merge()
 
 
 def check_finite(ids: Sequence[str], embeddings: Float32[np.ndarray, "image dim"]) -> None:
@@ -179,12 +261,17 @@ def check_finite(ids: Sequence[str], embeddings: Float32[np.ndarray, "image dim"
 
 def tell_of_no_use(embeddings: Embeddings) -> None:
     """Warn of embeddings that are zero, and of images that all have the same one."""
-    matrix = embeddings.matrix
-    is_zero = ~matrix.any(axis=1)
-    if is_zero.any():
-        logger.warning("%d EMBEDDINGS ARE ZERO, first that of %r", is_zero.sum(), embeddings.ids[is_zero.argmax()])
-    elif len(matrix) > 1 and (matrix == matrix[0]).all():
-        logger.warning("ALL %d IMAGES HAVE THE SAME EMBEDDING: check the extractor's weights", len(matrix))
+    n_zero, first, start, is_same = 0, 0, 0, len(embeddings) > 1
+    for block in embeddings.blocks():
+        is_zero = ~block.any(axis=1)
+        first = first if n_zero else start + int(is_zero.argmax())
+        n_zero += int(is_zero.sum())
+        is_same = is_same and bool((block == embeddings.matrix[:1]).all())
+        start += len(block)
+    if n_zero:
+        logger.warning("%d EMBEDDINGS ARE ZERO, first that of %r", n_zero, embeddings.ids[first])
+    elif is_same:
+        logger.warning("ALL %d IMAGES HAVE THE SAME EMBEDDING: check the extractor's weights", len(embeddings))
 
 
 def embedding_settings(config: ExtractorConfig, work: WorkConfig) -> dict[str, Any]:
@@ -193,14 +280,14 @@ def embedding_settings(config: ExtractorConfig, work: WorkConfig) -> dict[str, A
 
 
 def _compute(
-    refs: list[ImageRef],
+    refs: Sequence[ImageRef],
     config: ExtractorConfig,
     work: WorkConfig,
     staging: artifacts.Staging,
     executors: EmbedExecutors | None,
 ) -> None:
     """Embed `refs` and store their blocks; the rejects go first, so that a stored block is a complete one."""
-    if not refs:
+    if not len(refs):
         return
     embedded, rejected = staging.blocks("embeddings"), staging.blocks("rejects")
     blocks = dict(plan(refs, work.images_per_block, max(embedded.done() | rejected.done(), default=-1) + 1))
@@ -212,18 +299,8 @@ def _compute(
         assert found == expected, f"block {number} came back with other images"
         staging.remember(result.computed_with)
         rejected.write(number, reject_table(result.rejects, "embed"))
-        ids = np.array(result.ids, dtype=object)
-        embedded.write(number, tables.embeddings_table(ids, result.embeddings))
+        embedded.write(number, tables.embeddings_table(result.ids, result.embeddings), **LAYOUT)
     assert not blocks, f"blocks {sorted(blocks)} never came back"
-
-
-def _staged(staging: artifacts.Staging) -> Iterator[Embeddings]:
-    embedded, rejected = staging.blocks("embeddings"), staging.blocks("rejects")
-    for number in sorted(embedded.done() & rejected.done()):
-        table = embedded.read(number)
-        column = table["embedding"].combine_chunks()
-        matrix = column.flatten().to_numpy(zero_copy_only=False).reshape(len(table), column.type.list_size)
-        yield Embeddings(table["id"].to_numpy(), matrix, tuple(rejects_of(rejected.read(number))))
 
 
 def _check(embeddings: Embeddings, catalogue: Catalogue, max_rejects: float | None, folder: Path) -> None:

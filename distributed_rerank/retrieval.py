@@ -12,7 +12,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
-from jaxtyping import Float32, Int64
+from jaxtyping import Float32, Int32, Int64
 from torch import Tensor
 
 from distributed_rerank.config.work import WorkConfig
@@ -22,6 +22,7 @@ from distributed_rerank.data.candidate_files import read_candidates
 from distributed_rerank.data.candidates import candidates_table
 from distributed_rerank.data.catalogue import Catalogue
 from distributed_rerank.data.embeddings import Embeddings
+from distributed_rerank.data.vectors import StoredVectors
 from distributed_rerank.errors import BadInput
 from distributed_rerank.runtime.devices import InferenceThreads, pick_device, tensor_of
 from distributed_rerank.runtime.progress import progress
@@ -48,6 +49,49 @@ class SearchSide:
         """The rows start to stop."""
         return SearchSide(self.embeddings[start:stop], self.items[start:stop], self.sequences[start:stop])
 
+    cut = part
+
+
+@dataclass(frozen=True)
+class StoredSide:
+    """A `SearchSide` of which a part is made when it is asked for: beside the embeddings' file it is numbers."""
+
+    embeddings: StoredVectors | np.ndarray
+    items: Int64[np.ndarray, " item"]
+    rows_of: Int32[np.ndarray, " _"]
+    """The row of each item of the catalogue in `embeddings`."""
+    sequences_of: Int64[np.ndarray, " _"]
+    """The sequence of each item of the catalogue; -1 = none."""
+
+    def part(self, start: int, stop: int) -> SearchSide:
+        """The rows start to stop, in memory."""
+        items = self.items[start:stop]
+        return SearchSide(self.embeddings[self.rows_of[items]], items, self.sequences_of[items])
+
+    def cut(self, start: int, stop: int) -> "SearchSide | Cut":
+        """The rows start to stop to send to who reads them: without embeddings, where these lie in a file."""
+        items = self.items[start:stop]
+        if isinstance(self.embeddings, np.ndarray):
+            return self.part(start, stop)
+        return Cut(self.embeddings, self.rows_of[items], items, self.sequences_of[items])
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Rows of a `StoredSide` by name of file and number."""
+
+    embeddings: StoredVectors
+    rows: Int32[np.ndarray, " item"]
+    items: Int64[np.ndarray, " item"]
+    sequences: Int64[np.ndarray, " item"]
+
+    def read(self) -> SearchSide:
+        """The same in memory; only where the file is."""
+        return SearchSide(self.embeddings[self.rows], self.items, self.sequences)
+
+
+Side = SearchSide | StoredSide
+
 
 @dataclass(frozen=True)
 class SearchedBlock:
@@ -67,7 +111,7 @@ class SearchExecutors(Protocol):
     """Search blocks of queries, in this process or elsewhere."""
 
     def search_blocks(
-        self, blocks: Sequence[QueryBlock], queries: SearchSide, gallery: SearchSide, n_items: int, work: WorkConfig
+        self, blocks: Sequence[QueryBlock], queries: Side, gallery: Side, n_items: int, work: WorkConfig
     ) -> Iterator[tuple[int, SearchedBlock]]:
         """The candidate lists of these blocks by number, in any order."""
         ...
@@ -112,11 +156,14 @@ class Searcher:
 
     def _tiles_on_device(self) -> Iterator[Tile]:
         """The tiles; a GPU keeps as many of them as fit a part of its memory, since copies take longer than search."""
-        for number, tile in enumerate(self._tiles()):
+        number = 0
+        for tile in self._tiles():  # not enumerated: that would hold a tile while the next one is read
             tensors = self._kept.get(number) or self._tensors(tile)
             if self._has_room_for(tile.embeddings.nbytes):
                 self._kept[number] = tensors
+            number += 1
             yield tensors
+            del tile, tensors
 
     def _has_room_for(self, n_bytes: int) -> bool:
         if self._device.type != "cuda":
@@ -131,8 +178,8 @@ class Searcher:
 
 def search_blocks(
     blocks: Sequence[QueryBlock],
-    queries: SearchSide,
-    gallery: SearchSide,
+    queries: Side,
+    gallery: Side,
     n_items: int,
     work: WorkConfig,
     device: torch.device | None = None,
@@ -146,8 +193,8 @@ def search_blocks(
         yield number, searcher.search(queries.part(start, stop))
 
 
-def tiles_of(gallery: SearchSide, tile_size: int) -> Iterator[SearchSide]:
-    """The gallery in tiles of `tile_size` items, without a copy."""
+def tiles_of(gallery: Side, tile_size: int) -> Iterator[SearchSide]:
+    """The gallery in tiles of `tile_size` items, one in memory at a time."""
     for start, stop in sharding.blocks(len(gallery.items), tile_size):
         yield gallery.part(start, stop)
 
@@ -177,8 +224,7 @@ def retrieve(
     )
     if artifacts.recover(out, fingerprint, overwrite) or artifacts.is_complete(out, fingerprint, overwrite):
         return read_candidates(out, catalogue)
-    queries = _side(catalogue, embeddings, catalogue.query_items, "query")
-    gallery = _side(catalogue, embeddings, catalogue.gallery_items, "gallery item")
+    queries, gallery = _sides(catalogue, embeddings)
     plan = dict(enumerate(sharding.blocks(len(queries.items), work.queries_per_search_block)))
     with artifacts.stage(out, fingerprint, overwrite) as staging:
         store = staging.blocks("candidates")
@@ -186,7 +232,7 @@ def retrieve(
         search = search_blocks if executors is None else executors.search_blocks
         results = search(list(todo.items()), queries, gallery, n_items, work)
         for number, result in progress(results, total=len(todo), title="retrieval"):
-            expected = queries.part(*todo.pop(number)).items
+            expected = queries.items[slice(*todo.pop(number))]
             assert np.array_equal(result.lists.query_items.numpy(), expected), (
                 f"block {number} came back with other queries"
             )
@@ -205,9 +251,15 @@ def retrieval_settings(n_items: int, work: WorkConfig) -> dict[str, Any]:
     return {"n_items": n_items, **work.fingerprint_settings("retrieve")}
 
 
-def _side(catalogue: Catalogue, embeddings: Embeddings, items: np.ndarray, role: str) -> SearchSide:
-    rows = embeddings.rows_of(catalogue.ids[items])
-    items, rows = items[rows >= 0], rows[rows >= 0]
-    if len(items) == 0:
-        raise BadInput(f"{catalogue.source}: no {role} has an embedding; mark some rows or embed this catalogue first")
-    return SearchSide(embeddings.matrix[rows], items, catalogue.sequences[items])
+def _sides(catalogue: Catalogue, embeddings: Embeddings) -> tuple[StoredSide, StoredSide]:
+    """Queries and gallery, as far as they have an embedding."""
+    rows = embeddings.rows_of(catalogue.ids)
+    has_all, sides = not len(rows) or rows.min() >= 0, []
+    for items, role in ((catalogue.query_items, "query"), (catalogue.gallery_items, "gallery item")):
+        items = items if has_all else items[rows[items] >= 0]
+        if len(items) == 0:
+            raise BadInput(
+                f"{catalogue.source}: no {role} has an embedding; mark some rows or embed this catalogue first"
+            )
+        sides.append(StoredSide(embeddings.matrix, items, rows, catalogue.sequences))
+    return sides[0], sides[1]

@@ -7,6 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 
 from distributed_rerank import extraction
@@ -17,6 +19,7 @@ from distributed_rerank.data.artifacts import read_manifest
 from distributed_rerank.data.catalogue import ImageRef
 from distributed_rerank.data.embeddings import Embeddings
 from distributed_rerank.data.images import OUTAGE, UnreadableImage, read_image
+from distributed_rerank.data.tables import embeddings_table, matrix_of
 from distributed_rerank.errors import BadInput
 from distributed_rerank.extraction import EmbeddedBlock, ImageBlock, embed
 from distributed_rerank.models.extractor import build_extractor
@@ -229,3 +232,18 @@ def test_embeddings_of_no_use_are_told(caplog: pytest.LogCaptureFixture) -> None
     assert "ALL 3 IMAGES HAVE THE SAME EMBEDDING" in caplog.text
     extraction.tell_of_no_use(Embeddings(ids, np.eye(3, dtype=np.float32)[:, :2]))
     assert "1 EMBEDDINGS ARE ZERO, first that of 'c'" in caplog.text
+
+
+@given(st.lists(st.lists(st.integers(0, 99), max_size=12), max_size=4), st.integers(1, 5))
+def test_sources_are_merged_in_the_order_of_their_ids(sources: list[list[int]], rows: int) -> None:
+    numbers = {number: place for place, source in enumerate(sources) for number in source}
+    tables_of = []
+    for place in range(len(sources)):
+        own = sorted(number for number, owner in numbers.items() if owner == place)
+        whole = embeddings_table([f"{number:02d}" for number in own], np.array(own, np.float32).reshape(-1, 1))
+        tables_of.append(iter([whole[start : start + rows] for start in range(0, len(own), rows)]))
+    dim, parts = extraction._merged(tables_of)
+    merged = list(parts)
+    assert dim == 1
+    assert [id for part in merged for id in part["id"].to_pylist()] == [f"{number:02d}" for number in sorted(numbers)]
+    assert [value for part in merged for value in matrix_of(part)[:, 0].tolist()] == sorted(numbers)

@@ -6,6 +6,7 @@ A module of its own, since nothing of the models is imported here: a process tha
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -22,22 +23,22 @@ _BOX = pa.list_(pa.int64())
 
 def manifest(blocks: Sequence[tuple[int, Sequence[ImageRef]]]) -> list[pa.Table]:
     """One row per block, in parts small enough to be objects of their own."""
-    rows = [
-        {
-            "block": number,
-            "ids": [ref.id for ref in refs],
-            "paths": [ref.path for ref in refs],
-            "boxes": [None if ref.box is None else list(ref.box) for ref in refs],
-            "roots": json.dumps(asdict(refs[0].roots if refs else ImageRoots())),
-        }
-        for number, refs in blocks
-    ]
     texts = pa.list_(pa.string())
     schema = pa.schema(
         {"block": pa.int64(), "ids": texts, "paths": texts, "boxes": pa.list_(_BOX), "roots": pa.string()}
     )
-    parts = [rows[start : start + _BLOCKS_PER_PART] for start in range(0, len(rows), _BLOCKS_PER_PART)]
-    return [pa.Table.from_pylist(part, schema=schema) for part in parts]
+    parts = [blocks[start : start + _BLOCKS_PER_PART] for start in range(0, len(blocks), _BLOCKS_PER_PART)]
+    return [pa.Table.from_pylist([_row(number, list(refs)) for number, refs in part], schema=schema) for part in parts]
+
+
+def _row(number: int, refs: list[ImageRef]) -> dict[str, Any]:
+    return {
+        "block": number,
+        "ids": [ref.id for ref in refs],
+        "paths": [ref.path for ref in refs],
+        "boxes": [None if ref.box is None else list(ref.box) for ref in refs],
+        "roots": json.dumps(asdict(refs[0].roots if refs else ImageRoots())),
+    }
 
 
 def decode_row(row: pa.Table, *, transform: InferenceTransform, threads: int) -> pa.Table:

@@ -3,7 +3,8 @@
 A row is a whole block, so that the images of a micro-batch never depend on how Ray Data cuts its own blocks. Pixels
 travel as uint8. Our own operators read the images, and not Ray Data's `download`, which swallows the reason of every
 failure. The plan comes from the driver's memory and not from a manifest file: nodes and driver need no common folder,
-and the stage's own store knows which blocks are finished.
+and the stage's own store knows which blocks are finished. Some blocks a worker are one execution of Ray Data, so that
+the paths of all images are never written down at once.
 """
 
 import concurrent.futures
@@ -14,6 +15,7 @@ import logging
 import queue
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -35,6 +37,9 @@ from distributed_rerank.runtime.devices import tensor_of
 
 _TRIES = 3
 """Executions in a row without a single block after which the workers, and not one of them, are at fault."""
+
+_BLOCKS_PER_WORKER = 512
+"""In one execution of Ray Data: minutes of work, before the next one starts its workers."""
 
 logger = logging.getLogger(__name__)
 
@@ -60,14 +65,16 @@ def embed_blocks(
     missing, patience, tries = dict(blocks), Patience(), 0
     while missing:
         with ray.data.DataContext.current(_data_context()), plain_errors():
-            rows = ray.data.from_arrow(manifest(list(missing.items()))).repartition(target_num_rows_per_block=1)
-            for number, block in _rows(on_device(rows, decode, shipped, work, session, len(missing)), patience):
+            some = list(islice(missing.items(), _BLOCKS_PER_WORKER * session.num_workers))
+            rows = ray.data.from_arrow(manifest(some)).repartition(target_num_rows_per_block=1)
+            for number, block in _rows(on_device(rows, decode, shipped, work, session, len(some)), patience):
                 del missing[number]
                 tries = 0
                 yield number, block
-        if missing and (tries := tries + 1) == _TRIES:
+        is_stuck = any(number in missing for number, _ in some)
+        if is_stuck and (tries := tries + 1) == _TRIES:
             raise Outage(f"no embedding block came in {patience.allowed_s():.0f} s, {_TRIES} times; see the workers")
-        if missing:
+        if is_stuck:
             logger.warning("a worker does not answer; %d blocks are computed again by others", len(missing))
 
 

@@ -1,16 +1,21 @@
-"""Retrieval on Ray: each node's object store has the gallery's tiles once, blocks of queries go to actors."""
+"""Retrieval on Ray: each node's object store has the gallery's tiles once, blocks of queries go to actors.
+
+The driver sends names of files and numbers of rows; tasks on its node, where the files are, read the tiles.
+"""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 import ray
 import torch
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from distributed_rerank import retrieval
 from distributed_rerank.cluster.fan_out import fan_out, start_workers
 from distributed_rerank.cluster.session import Session
 from distributed_rerank.config.work import WorkConfig
-from distributed_rerank.retrieval import QueryBlock, SearchedBlock, Searcher, SearchSide, tiles_of
+from distributed_rerank.retrieval import Cut, QueryBlock, SearchedBlock, Searcher, SearchSide, Side
+from distributed_rerank.tensors import sharding
 
 
 class TileSearcher:
@@ -27,8 +32,8 @@ class TileSearcher:
 def search_blocks(
     connect: Callable[[], Session],
     blocks: Sequence[QueryBlock],
-    queries: SearchSide,
-    gallery: SearchSide,
+    queries: Side,
+    gallery: Side,
     n_items: int,
     work: WorkConfig,
 ) -> Iterator[tuple[int, SearchedBlock]]:
@@ -42,7 +47,14 @@ def search_blocks(
             yield number, replace(block, computed_with=None)
         return
     session = connect()
-    tiles = [ray.put(tile) for tile in tiles_of(gallery, work.tile_size)]
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    read = ray.remote(_read).options(num_cpus=0, scheduling_strategy=here)
+    cuts = (gallery.cut(*rows) for rows in sharding.blocks(len(gallery.items), work.tile_size))
+    tiles = [read.remote(cut) if isinstance(cut, Cut) else ray.put(cut) for cut in cuts]
     needed = replace(session, num_workers=min(session.num_workers, len(blocks)))
     with start_workers(needed, TileSearcher, tiles, n_items, work.threads_per_worker) as workers:
         yield from fan_out(workers, "search", ((number, (queries.part(*block),)) for number, block in blocks))
+
+
+def _read(cut: Cut) -> SearchSide:
+    return cut.read()

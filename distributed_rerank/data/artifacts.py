@@ -10,6 +10,7 @@ import logging
 import os
 import re
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -30,6 +31,8 @@ logger = logging.getLogger(__name__)
 
 RESULT_VERSIONS = {"embed": 1, "retrieve": 1, "score": 2, "train": 4, "evaluate": 3, "rerank": 2, "compare": 1}
 """Raise a stage's number by hand when its results change; folders made before are then refused, not continued."""
+SCRATCH = "blocks"
+"""Folder in a hidden folder for what `Staging.finish` removes."""
 _RUNS = {
     "train": ("embed", "retrieve", "score"),
     "evaluate": ("embed", "retrieve", "score"),
@@ -133,7 +136,7 @@ class Staging:
         `finish` removes them, unless `keep`: then they stay as the folder `name` of Parquet files in the output.
         """
         if name not in self._stores:
-            self._stores[name] = BlockStore(self.path / name if keep else self.path / "blocks" / name)
+            self._stores[name] = BlockStore(self.path / name if keep else self.path / SCRATCH / name)
         return self._stores[name]
 
     def remember(self, found: ComputedWith) -> None:
@@ -165,7 +168,7 @@ class Staging:
             "computed": sum(store.computed for store in self._stores.values()),
             "reused": sum(store.reused for store in self._stores.values()),
         }
-        shutil.rmtree(self.path / "blocks", ignore_errors=True)
+        shutil.rmtree(self.path / SCRATCH, ignore_errors=True)
         for damaged in list(self.path.rglob("*.damaged")):
             _remove(damaged)
         content = {"rows": rows, **(manifest_extra or {}), "blocks": blocks, "fingerprint": self.fingerprint}
@@ -196,13 +199,13 @@ class BlockStore:
         self.computed = 0
         folder.mkdir(parents=True, exist_ok=True)
         found = {path: match for path in sorted(folder.iterdir()) if (match := _BLOCK.fullmatch(path.name))}
-        self._paths: dict[int, Path] = {}
+        self._digests: dict[int, str] = {}
         for (path, match), digest in zip(found.items(), file_digests(list(found)), strict=True):
             if digest.startswith(match[2]):
-                self._paths[int(match[1])] = path
+                self._digests[int(match[1])] = match[2]
             else:
                 set_aside(path, "its bytes have changed since it was written")
-        self._found = set(self._paths)
+        self._found = set(self._digests)
 
     @property
     def reused(self) -> int:
@@ -211,32 +214,37 @@ class BlockStore:
 
     def done(self) -> set[int]:
         """Numbers of the blocks that are complete on disk."""
-        return set(self._paths)
+        return set(self._digests)
 
-    def write(self, number: int, table: pa.Table) -> None:
-        """Store the result of one block; a block written twice keeps the last."""
+    def write(self, number: int, table: pa.Table, **layout: Any) -> None:
+        """Store the result of one block; a block written twice keeps the last. `layout` is for the Parquet writer."""
         assert number >= 0, f"block number {number} is negative"
         sink = pa.BufferOutputStream()
-        pq.write_table(table, sink)
+        pq.write_table(table, sink, **layout)
         content = sink.getvalue().to_pybytes()
-        if number in self._paths:
+        if number in self._digests:
             # Removed first: a run killed in between has no block of this number, never two.
-            self._paths.pop(number).unlink()
-        path = self.folder / f"block-{number:08d}.{bytes_digest(content)[:16]}.parquet"
-        write_bytes(path, content)
-        self._paths[number] = path
+            self._path(number).unlink()
+            del self._digests[number]
+        digest = bytes_digest(content)[:16]
+        write_bytes(self._path_of(number, digest), content)
+        self._digests[number] = digest
         self._found.discard(number)
         self.computed += 1
 
-    def read(self, number: int) -> pa.Table:
-        """The result of one block."""
-        return pq.ParquetFile(self._paths[number]).read()
+    def read(self, number: int, columns: list[str] | None = None) -> pa.Table:
+        """The result of one block, or some of its columns."""
+        return pq.ParquetFile(self._path(number)).read(columns)
 
-    def table(self) -> pa.Table:
-        """All blocks in number order as one table."""
-        numbers = sorted(self.done())
-        assert numbers, f"no block has been written to {self.folder}"
-        return pa.concat_tables([self.read(number) for number in numbers])
+    def tables(self, columns: list[str] | None = None) -> Iterator[pa.Table]:
+        """The results of all blocks in number order."""
+        return (self.read(number, columns) for number in sorted(self.done()))
+
+    def _path(self, number: int) -> Path:
+        return self._path_of(number, self._digests[number])
+
+    def _path_of(self, number: int, digest: str) -> Path:
+        return self.folder / f"block-{number:08d}.{digest}.parquet"
 
 
 def _plain(value: Any) -> Any:

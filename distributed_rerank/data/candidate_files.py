@@ -18,6 +18,7 @@ from distributed_rerank.data.exports import OWN_TAG
 from distributed_rerank.data.gathering import gather_lists
 from distributed_rerank.data.table_files import TableFile
 from distributed_rerank.data.text_columns import is_index_column
+from distributed_rerank.data.texts import Texts
 from distributed_rerank.errors import BadInput
 from distributed_rerank.tensors.candidate_lists import CandidateLists
 
@@ -93,19 +94,18 @@ def _is_number(field: bytes) -> bool:
 
 def _trec_batches(file: TableFile, catalogue: Catalogue, rows: int) -> Iterator[pa.Table]:
     """Tables of query_id, gallery_id and score."""
-    names = pa.array(catalogue.ids, pa.large_string())
 
     def tables_of(content: io.BufferedIOBase) -> Iterator[pa.Table]:
         n_lines = 0
         for lines in iter(lambda: list(islice(content, _LINES_PER_TABLE)), []):
-            yield _trec_table(lines, n_lines, names, file.location)
+            yield _trec_table(lines, n_lines, catalogue.ids, file.location)
             n_lines += len(lines)
 
     with file.reading(), file.open() as content:
         yield from regrouped(tables_of(content), rows)
 
 
-def _trec_table(lines: Sequence[bytes], n_before: int, names: pa.Array, source: str) -> pa.Table:
+def _trec_table(lines: Sequence[bytes], n_before: int, names: Texts, source: str) -> pa.Table:
     trimmed = pc.ascii_trim_whitespace(pa.array(lines, pa.large_binary()).cast(pa.large_string()))
     is_filled = pc.greater(pc.binary_length(trimmed), 0)
     # Of each line, its fields [field]; any run of blanks and tabs separates them.
@@ -124,12 +124,12 @@ def _trec_table(lines: Sequence[bytes], n_before: int, names: pa.Array, source: 
     return pa.table(ids | {"score": cells["score"]})
 
 
-def _decoded(ids: pa.Array, is_own: pa.Array, names: pa.Array) -> pa.Array:
+def _decoded(ids: pa.Array, is_own: pa.Array, names: Texts) -> pa.Array:
     """The ids without percent-encoding, where they have it; see `read_candidates`."""
     may_be = pc.match_substring(ids, "%")
     if not pc.any(may_be).as_py():
         return ids
-    is_known = pc.index_in(ids, value_set=names).is_valid()
+    is_known = pa.array(names.places_of(ids) >= 0)
     is_encoded = pc.and_(may_be, pc.or_(is_own, pc.invert(is_known)))
     encoded = ids.filter(is_encoded).dictionary_encode()
     plain = pa.array([unquote(id) for id in encoded.dictionary.to_pylist()], pa.large_string())

@@ -1,5 +1,7 @@
 """Candidate lists and pair distances between their tables (ids) and their tensors (item numbers)."""
 
+from collections.abc import Iterable
+
 import numpy as np
 import pyarrow as pa
 import torch
@@ -8,11 +10,16 @@ from torch import Tensor
 
 from distributed_rerank.data import tables
 from distributed_rerank.data.catalogue import Catalogue
+from distributed_rerank.data.csv_files import regrouped
+from distributed_rerank.data.texts import Texts
 from distributed_rerank.errors import BadInput
 from distributed_rerank.tensors.candidate_lists import CandidateLists, places_of
 
+_PAIRS = 1 << 16
+"""Logits that are placed at a time."""
 
-def candidates_table(lists: CandidateLists, ids: np.ndarray) -> pa.Table:
+
+def candidates_table(lists: CandidateLists, ids: Texts) -> pa.Table:
     """The candidates table of these lists, in their order; `ids` are the catalogue's. Ranks count from 1."""
     queries, items, distances = lists.arrays()
     filled = items >= 0
@@ -20,39 +27,46 @@ def candidates_table(lists: CandidateLists, ids: np.ndarray) -> pa.Table:
     rows, columns = np.nonzero(filled)
     return pa.table(
         {
-            "query_id": pa.array(ids[queries], pa.string()).take(pa.array(rows)),
-            "gallery_id": pa.array(ids[items[filled]], pa.string()),
+            "query_id": ids.take(queries[rows]),
+            "gallery_id": ids.take(items[filled]),
             "rank": pa.array(columns + 1, pa.int32()),
             "distance": pa.array(distances[filled], pa.float32()),
         }
     )
 
 
-def pairs_table(lists: CandidateLists, logits: Float32[Tensor, "query k"], ids: np.ndarray) -> pa.Table:
+def pairs_table(lists: CandidateLists, logits: Float32[Tensor, "query k"], ids: Texts) -> pa.Table:
     """The pair distances table of the pairs with a finite logit, list by list; `ids` are the catalogue's."""
     queries, items, _ = lists.arrays()
     rows, columns = np.nonzero(logits.isfinite().numpy())
     pairs = {
-        "query_id": ids[queries[rows]],
-        "gallery_id": ids[items[rows, columns]],
+        "query_id": ids.take(queries[rows]),
+        "gallery_id": ids.take(items[rows, columns]),
         "logit": logits.numpy()[rows, columns],
     }
     return tables.conform(pa.table(pairs), "pair_distances")
 
 
-def aligned_logits(pairs: pa.Table, catalogue: Catalogue, lists: CandidateLists) -> Float32[Tensor, "query k"]:
-    """Logits of a pair distances table at the places of `lists`; NaN where a pair was not scored.
+def aligned_logits(
+    tables_of_pairs: Iterable[pa.Table], catalogue: Catalogue, lists: CandidateLists
+) -> Float32[Tensor, "query k"]:
+    """Logits of pair distances tables, one in memory at a time, at the places of `lists`; NaN where no pair was scored.
 
-    Pairs that are in no list are left out. Raises BadInput for a pair with two logits and for unknown ids.
+    Pairs that are in no list are left out. Raises BadInput for a pair of a list with two logits and for unknown ids.
     """
-    n = len(catalogue)
-    # One number for each scored pair, ascending, and for each place of the lists.
-    queries, gallery = (catalogue.items_of(pairs[name].to_numpy()) for name in ("query_id", "gallery_id"))
-    keys, order = torch.from_numpy(queries * n + gallery).sort(stable=True)
-    if bool((keys.diff() == 0).any()):
-        raise BadInput("a pair has two logits; give each (query_id, gallery_id) once")
-    places = places_of(keys, lists.query_items[:, None] * n + lists.items)
-    places = torch.where(lists.items >= 0, places, -1)
-    # The last logit belongs to place -1.
-    logits = torch.from_numpy(np.append(pairs["logit"].to_numpy()[order.numpy()], np.float32(np.nan)))
-    return logits[places]
+    n, width = len(catalogue) + 1, lists.items.shape[1]
+    logits = torch.full(lists.items.shape, torch.nan)
+    query_items, by_query = lists.query_items.sort()
+    for pairs in regrouped(tables_of_pairs, _PAIRS):
+        queries, gallery = (torch.from_numpy(catalogue.items_of(pairs[name])) for name in ("query_id", "gallery_id"))
+        rows = places_of(query_items, queries.unique())
+        rows = by_query[rows[rows >= 0]]
+        # [list of these queries, k]: one number for each place, and sorted; item -1 has the number of no pair.
+        keys, order = (lists.query_items[rows][:, None] * n + lists.items[rows] + 1).flatten().sort()
+        found = places_of(keys, queries * n + gallery + 1)
+        places = order[found[found >= 0]]
+        row, column = rows[places // max(width, 1)], places % max(width, 1)
+        if len(places.unique()) < len(places) or bool(logits[row, column].isfinite().any()):
+            raise BadInput("a pair has two logits; give each (query_id, gallery_id) once")
+        logits[row, column] = torch.tensor(pairs["logit"].to_numpy())[found >= 0]
+    return logits

@@ -5,7 +5,7 @@ images are item numbers of one catalogue, and "ties by item" is therefore "ties 
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal, get_args
@@ -19,9 +19,10 @@ from jaxtyping import Int64
 from distributed_rerank.data import catalogue_checks, locations
 from distributed_rerank.data.catalogue_checks import BOX as BOX_COLUMNS
 from distributed_rerank.data.catalogue_columns import load_table, normalise
-from distributed_rerank.data.files import json_digest
+from distributed_rerank.data.files import text_digest
 from distributed_rerank.data.locations import ImageRoots
-from distributed_rerank.data.text_columns import refuse_equal_numbers
+from distributed_rerank.data.text_columns import as_objects, refuse_equal_numbers
+from distributed_rerank.data.texts import Texts, as_column, json_of_columns
 from distributed_rerank.errors import BadInput
 
 pc: Any = pyarrow.compute  # type checkers do not see its functions, which are made at import
@@ -61,7 +62,8 @@ class Catalogue:
     Columns: `id`, `path` (absolute or a URI), `written_path` (as in the user's table), `label` (text or
     None), `split` ("train", "validation" or ""), `is_query`, `is_gallery` (bool; always False in train rows,
     as in OML), and the optional `category`, `sequence`, `item` (text or None) and `x_1, y_1, x_2, y_2` (float,
-    NaN = no box). Names are text, as `text_columns` reads them: `01` and `1` are two labels.
+    NaN = no box). Names are text, as `text_columns` reads them: `01` and `1` are two labels. Columns of text are
+    Arrow's: no cell is a Python object before somebody asks for it.
     """
 
     table: pd.DataFrame
@@ -73,26 +75,31 @@ class Catalogue:
         return len(self.table)
 
     @cached_property
-    def ids(self) -> np.ndarray:
-        """Ids as an object array of str, ascending."""
-        return self.table["id"].to_numpy(dtype=object)
+    def ids(self) -> Texts:
+        """Ids, ascending."""
+        return Texts(self.texts("id"))
+
+    def texts(self, column: str) -> pa.Array:
+        """The cells of a column of texts [item], null = none; all null where the table has no such column."""
+        if column not in self.table:
+            return pa.nulls(len(self), pa.large_string())
+        return as_column(self.table[column])
 
     @cached_property
     def labels(self) -> Int64[np.ndarray, " item"]:
         """Codes into `label_names`; -1 = no label."""
-        return pd.Index(self.label_names, dtype=object).get_indexer(self._texts("label")).astype(np.int64)
+        return _codes(self.texts("label"), self.label_names)
 
     @cached_property
     def label_names(self) -> list[str]:
         """The labels present: by value where all are integers, else in code-point order; so are `1` and `01`."""
-        names = sorted({name for name in self._texts("label") if name is not None})
+        names = _names(self.texts("label"))
         return sorted(names, key=int) if all(map(_INTEGER.fullmatch, names)) else names
 
     @cached_property
     def sequences(self) -> Int64[np.ndarray, " item"]:
         """Codes of the sequences in this catalogue; -1 = none."""
-        codes, _ = pd.factorize(self._texts("sequence"), sort=True)
-        return codes.astype(np.int64)
+        return _codes(self.texts("sequence"))
 
     @cached_property
     def things(self) -> Int64[np.ndarray, " item"] | None:
@@ -102,25 +109,21 @@ class Catalogue:
         """
         if "item" not in self.table:
             return None
-        codes, names = pd.factorize(self._texts("item"), sort=True)
+        codes = _codes(self.texts("item"))
         alone = codes < 0
-        return np.where(alone, len(names) + np.cumsum(alone) - 1, codes).astype(np.int64)
+        return np.where(alone, codes.max(initial=-1) + np.cumsum(alone), codes)
 
     @cached_property
     def thing_names(self) -> np.ndarray:
         """The `item` of each of `things`; for a photo that is its own thing, the id. An object array of str."""
         assert self.things is not None, "the catalogue has no column item"
-        texts = self._texts("item")
-        names = np.where(texts == None, self.ids, texts)  # noqa: E711
         first = np.unique(self.things, return_index=True)[1]
-        return names[first]
+        return Texts(pc.coalesce(self.texts("item"), self.ids.column))[first]
 
     @cached_property
     def categories(self) -> np.ndarray | None:
         """Category names as an object array of str ("" = none), or None where the column is absent."""
-        if "category" not in self.table:
-            return None
-        return np.array([name or "" for name in self._texts("category")], dtype=object)
+        return as_objects(self.texts("category").fill_null("")) if "category" in self.table else None
 
     @cached_property
     def query_items(self) -> Int64[np.ndarray, " query"]:
@@ -134,7 +137,7 @@ class Catalogue:
 
     def restrict(self, split: str) -> "Catalogue":
         """The rows of one split, numbered anew. Raises BadInput where there are none."""
-        items = np.flatnonzero(self.table["split"].to_numpy(dtype=object) == split)
+        items = np.flatnonzero((self.table["split"] == split).to_numpy(dtype=bool))
         if len(items) == 0:
             raise BadInput(f"{self.source}: no row has split {split!r}; set it in the table or choose another split")
         return self.take(items)
@@ -143,6 +146,8 @@ class Catalogue:
         """The rows of these items, in id order whatever the order given, numbered anew; no item twice."""
         items = np.sort(np.asarray(items))
         assert np.all(items[1:] > items[:-1]), "an item is taken twice"
+        if len(items) == len(self):
+            return self
         return replace(self, table=self.table.iloc[items].reset_index(drop=True))
 
     def as_query_and_gallery(self) -> "Catalogue":
@@ -159,17 +164,20 @@ class Catalogue:
         boxes = [None if np.isnan(row[0]) else tuple(int(value) for value in row) for row in corners]
         return [ImageRef(*row, self.roots) for row in zip(ids, paths, boxes, strict=True)]  # pyright: ignore
 
-    def items_of(self, ids: Sequence[str] | np.ndarray) -> Int64[np.ndarray, " id"]:
+    def refs(self, items: np.ndarray) -> "ImageRefs":
+        """`images` of these items, made only as they are asked for."""
+        return ImageRefs(self, items)
+
+    def items_of(self, ids: Any) -> Int64[np.ndarray, " id"]:
         """Item numbers of these ids. Raises BadInput naming ids that are not in the catalogue."""
-        ids = np.asarray(ids, dtype=object)
-        items = self._index.get_indexer(pd.Index(ids, dtype=object))
+        items = self.ids.places_of(ids)
         if (items < 0).any():
-            unknown = np.unique(ids[items < 0].astype(str))
+            unknown = sorted(set(Texts(ids)[items < 0]))
             raise BadInput(
-                f"{len(unknown)} ids are not in {self.source}: {catalogue_checks.some(unknown.tolist())}; "
+                f"{len(unknown)} ids are not in {self.source}: {catalogue_checks.some(unknown)}; "
                 "add them to the catalogue or give the catalogue they come from"
             )
-        return items.astype(np.int64)
+        return items
 
     def digest(self) -> str:
         """sha256 of what results depend on: ids, paths as written, labels, split, flags, boxes, sequence,
@@ -177,19 +185,42 @@ class Catalogue:
 
         The order of rows and columns in the user's file, its format and its other columns do not matter.
         """
-        columns = {name: self._texts(name).tolist() for name in _DIGEST_COLUMNS if name in self.table}
-        return json_digest(columns)
+        present = [name for name in _DIGEST_COLUMNS if name in self.table]
+        return text_digest(json_of_columns((name, self.table[name]) for name in present))
 
-    @cached_property
-    def _index(self) -> pd.Index:
-        return pd.Index(self.ids, dtype=object)
 
-    def _texts(self, column: str) -> np.ndarray:
-        if column not in self.table:
-            return np.full(len(self.table), None, dtype=object)
-        values = self.table[column].to_numpy(dtype=object, copy=True)
-        values[self.table[column].isna().to_numpy(dtype=bool)] = None
-        return values
+@dataclass(frozen=True)
+class ImageRefs(Sequence[ImageRef]):
+    """The image references of some items of a catalogue. A slice is one of these, and as small."""
+
+    catalogue: Catalogue
+    items: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, places: Any) -> Any:
+        """The reference at a place, or those of a slice."""
+        if isinstance(places, slice):
+            return ImageRefs(self.catalogue, self.items[places])
+        return self.catalogue.images(self.items[places : places + 1])[0]
+
+    def __iter__(self) -> Iterator[ImageRef]:
+        return iter(self.catalogue.images(self.items))
+
+
+def _names(texts: pa.Array) -> list[str]:
+    """The distinct texts in code-point order."""
+    return sorted(texts.unique().drop_null().to_pylist())
+
+
+def _codes(texts: pa.Array, names: Sequence[str] | None = None) -> Int64[np.ndarray, " item"]:
+    """The place of each text among the names, by default in code-point order; -1 = null."""
+    distinct = texts.dictionary_encode()
+    places = {name: place for place, name in enumerate(_names(texts) if names is None else names)}
+    # One more entry at the end, for null.
+    codes = np.array([*(places[name] for name in distinct.dictionary.to_pylist()), -1], np.int64)
+    return codes[distinct.indices.fill_null(len(codes) - 1).to_numpy(zero_copy_only=False)]
 
 
 def read_catalogue(
@@ -266,7 +297,7 @@ def _refuse_spellings(queries: pd.DataFrame, gallery: pd.DataFrame, query_uri: s
     for name in ("id", "label", "category", "sequence", "item"):
         if name in queries and name in gallery:
             columns = {
-                f"{role} {uri}": pa.array(table[name], pa.large_string())
+                f"{role} {uri}": as_column(table[name])
                 for role, uri, table in (("queries", query_uri, queries), ("gallery", gallery_uri, gallery))
             }
             try:
@@ -291,5 +322,7 @@ def _union(queries: pd.DataFrame, gallery: pd.DataFrame, source: str) -> pd.Data
 
 def _sorted_by_id(table: pd.DataFrame) -> pd.DataFrame:
     # Arrow orders UTF-8 bytes, and so code points, without making a Python object of each comparison.
-    order = pc.call_function("array_sort_indices", [pa.array(table["id"], pa.large_string())])
-    return table.take(order.to_numpy()).reset_index(drop=True)
+    ids = as_column(table["id"])
+    if pc.all(pc.greater_equal(ids[1:], ids[:-1])).as_py() is not False:
+        return table.reset_index(drop=True)
+    return table.take(pc.array_sort_indices(ids).to_numpy()).reset_index(drop=True)

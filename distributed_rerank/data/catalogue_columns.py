@@ -19,7 +19,6 @@ from distributed_rerank.data.text_columns import (
     are_words_for_no_value,
     as_names,
     as_numbers,
-    as_objects,
     as_texts,
     float_bits,
 )
@@ -79,17 +78,16 @@ def normalise(raw: RawTable, folder: str, purpose: str, problems: Problems) -> p
     boxes = _boxes(raw.columns, texts, problems)
     is_given = "id" in raw.names and "id" not in problems.absent
     ids = _ids(texts["id"], written, boxes, is_given, problems)
-    paths = written.to_numpy(zero_copy_only=False)
-    table["id"] = pd.Series(paths if ids is written else ids.to_numpy(zero_copy_only=False), dtype=object)
-    table["path"] = pd.Series(_joined(folder, written, paths), dtype=object)
-    table["written_path"] = pd.Series(paths, dtype=object)
-    table["label"] = pd.Series(as_objects(texts["label"]), dtype=object)
-    table["split"] = pd.Series(_splits(raw.names, texts["split"], purpose, problems), dtype=object)
+    table["id"] = as_series(ids)
+    table["path"] = as_series(_joined(folder, written))
+    table["written_path"] = as_series(written)
+    table["label"] = as_series(texts["label"])
+    table["split"] = as_series(_splits(raw.names, texts["split"], purpose, problems))
     for name in ("is_query", "is_gallery"):
         table[name] = _flags(name, texts[name], problems) & ~table["split"].isin(SPLITS[:-1]).to_numpy(dtype=bool)
     for name in ("category", "sequence", "item"):
         if name in raw.names:
-            table[name] = pd.Series(as_objects(texts[name]), dtype=object)
+            table[name] = as_series(texts[name])
     if boxes is not None:
         for position, name in enumerate(BOX):
             table[name] = boxes[:, position]
@@ -134,23 +132,26 @@ def _ids(
     return pc.if_else(pa.array(has_box), named, paths)
 
 
-def _joined(folder: str, written: pa.Array, paths: np.ndarray) -> np.ndarray:
+def as_series(texts: pa.Array) -> pd.Series:
+    """A column of texts that stays in Arrow's memory."""
+    return pd.Series(pd.arrays.ArrowExtensionArray(texts))
+
+
+def _joined(folder: str, written: pa.Array) -> pa.Array:
     """`locations.join` of all paths."""
-    joined = pc.binary_join_element_wise(
-        pa.scalar(folder, pa.large_string()), written, pa.scalar("/", pa.large_string())
-    )
-    found = joined.to_numpy(zero_copy_only=False)
+    text = pa.large_string()
+    joined = pc.binary_join_element_wise(pa.scalar(folder, text), written, pa.scalar("/", text))
     # Absolute paths and URIs are few, or the folder does not matter.
-    is_other = _filled(pc.starts_with(written, "/")) | _filled(pc.match_substring(written, "://"))
-    found[is_other] = [locations.join(folder, path) for path in paths[is_other]]
-    return found
+    is_other = pc.or_(pc.starts_with(written, "/"), pc.match_substring(written, "://"))
+    others = [locations.join(folder, path) for path in written.filter(is_other).to_pylist()]
+    return pc.replace_with_mask(joined, is_other, pa.array(others, text)) if others else joined
 
 
-def _splits(names: Sequence[str], texts: pa.Array, purpose: str, problems: Problems) -> np.ndarray:
-    values = as_objects(texts.fill_null(""))
+def _splits(names: Sequence[str], texts: pa.Array, purpose: str, problems: Problems) -> pa.Array:
+    values = texts.fill_null("")
     if "split" in names:
-        unknown = sorted(set(values) - set(SPLITS) - ({""} if purpose == "images" else set()))
-        bad = np.isin(values.astype(str), unknown)
+        unknown = sorted(set(values.unique().to_pylist()) - set(SPLITS) - ({""} if purpose == "images" else set()))
+        bad = _filled(pc.is_in(values, value_set=pa.array(unknown, pa.large_string())))
         problems.add(f"unknown split {some(unknown)}; use 'train', 'calibration' or 'validation'", bad)
     return values
 

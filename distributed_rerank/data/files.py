@@ -4,7 +4,7 @@ import errno
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +21,14 @@ def json_digest(value: Any) -> str:
     """sha256 (hex) of a JSON-able value; the order of dictionary keys does not matter."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def text_digest(pieces: Iterable[str]) -> str:
+    """sha256 (hex) of a text that comes in pieces."""
+    total = hashlib.sha256()
+    for piece in pieces:
+        total.update(piece.encode())
+    return total.hexdigest()
 
 
 def bytes_digest(content: bytes) -> str:

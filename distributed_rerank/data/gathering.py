@@ -126,7 +126,7 @@ class _Gathering:
         self._conversion = conversion
         self._catalogue, self._ignored, self._source = catalogue, ignored, source
         self._lookup = ItemLookup(catalogue, ignored)
-        self._order = ListOrder(len(catalogue))
+        self._order: ListOrder | None = None
         self._is_named = np.zeros(len(catalogue), bool)
         """[item]: whether any row names it as a query."""
         self._n_padding = 0
@@ -160,6 +160,7 @@ class _Gathering:
                 distance = self._conversion.convert(distance, is_score=value == "score")
             rows = _Rows(query, item, distance.astype(np.float32), rank).by_query()
             if "rank" not in batch.column_names:
+                self._order = self._order or ListOrder(len(self._catalogue))
                 self._order.add(rows.query, rows.item, rows.distance)
             self._chunks.append(_Chunk(rows))
 
@@ -169,7 +170,7 @@ class _Gathering:
         if self._n_padding:
             logger.warning("%s: %d rows with gallery_id -1 are padding and left out", self._source, self._n_padding)
         # [item]: the number of candidates of each item; the queries are those that any row names.
-        counts = np.zeros(len(self._catalogue), np.int64)
+        counts = np.zeros(len(self._catalogue), np.int32)
         for chunk in self._chunks:
             counts[chunk.queries] += chunk.counts
         queries = np.flatnonzero(self._is_named)
@@ -272,7 +273,7 @@ class _Gathering:
         if self._no_rank.count:
             raise BadInput(f"{self._source}: some ranks are empty or no numbers; fill them or remove the column")
         self._lookup.raise_if_unknown(self._source)
-        if self._order.is_turned():
+        if self._order is not None and self._order.is_turned():
             turned = "distances fall" if self._value == "distance" else "scores grow"
             raise BadInput(
                 f"{self._source}: the {turned} from the first row to the last in (almost) every list, or the query "

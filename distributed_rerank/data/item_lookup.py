@@ -1,19 +1,15 @@
 """Find the items of a catalogue that the ids in another system's table name."""
 
 from collections.abc import Set
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute
 from jaxtyping import Int64
 
 from distributed_rerank.data.catalogue import Catalogue
 from distributed_rerank.data.catalogue_checks import some
 from distributed_rerank.data.text_columns import are_words_for_no_value, without_point
 from distributed_rerank.errors import BadInput
-
-pc: Any = pyarrow.compute  # type checkers do not see its functions, which are made at import
 
 IGNORED, PADDING, EMPTY = -1, -2, -3
 """Instead of an item: an id that is left out (or unknown), one that fills a list up, no id."""
@@ -31,7 +27,6 @@ class ItemLookup:
     def __init__(self, catalogue: Catalogue, ignored: Set[str]) -> None:
         """Ids in `ignored` are known, and no items."""
         self._catalogue, self._ignored = catalogue, ignored
-        self._names = pa.array(catalogue.ids, pa.large_string())
         self._unknown: set[str] = set()
 
     @property
@@ -87,5 +82,4 @@ class ItemLookup:
         return answers
 
     def _look_up(self, texts: pa.Array) -> Int64[np.ndarray, " row"]:
-        found = pc.index_in(texts, value_set=self._names)
-        return found.fill_null(-1).to_numpy(zero_copy_only=False).astype(np.int64)
+        return self._catalogue.ids.places_of(texts)

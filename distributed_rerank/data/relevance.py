@@ -5,18 +5,29 @@ from jaxtyping import Int64
 
 from distributed_rerank.data.catalogue import Catalogue
 from distributed_rerank.errors import BadInput
+from distributed_rerank.tensors import sharding
+
+_GALLERY_PER_BLOCK = 1 << 16
+"""Gallery items that are counted at a time, as long as they are more than the queries."""
 
 
 def count_relevant(catalogue: Catalogue) -> Int64[np.ndarray, " query"]:
     """Gallery items of each query's label, without itself and its own sequence; queries in item order."""
     queries, gallery = catalogue.query_items, catalogue.gallery_items
     labels, sequences = catalogue.labels, catalogue.sequences
-    same_label = _count(labels[gallery], labels[queries])
-    # Of these, the items of the query's own sequence; the query itself is one of them where it has a sequence.
     n_sequences = int(sequences.max(initial=-1)) + 1
-    pairs = labels * n_sequences + sequences
-    in_sequence = gallery[sequences[gallery] >= 0]
-    own = np.where(sequences[queries] >= 0, _count(pairs[in_sequence], pairs[queries]), np.isin(queries, gallery))
+
+    def pairs(items: np.ndarray) -> np.ndarray:
+        return labels[items] * n_sequences + sequences[items]
+
+    same_label, in_sequence = np.zeros(len(queries), np.int64), np.zeros(len(queries), np.int64)
+    # The gallery some items at a time: sorting it at once would need many times its memory.
+    for start, stop in sharding.blocks(len(gallery), max(_GALLERY_PER_BLOCK, len(queries))):
+        part = gallery[start:stop]
+        same_label += _count(labels[part], labels[queries])
+        in_sequence += _count(pairs(part[sequences[part] >= 0]), pairs(queries))
+    # Of these, the items of the query's own sequence; the query itself is one of them where it has a sequence.
+    own = np.where(sequences[queries] >= 0, in_sequence, _are_gallery(catalogue, queries))
     return np.where(labels[queries] >= 0, same_label - own, 0)
 
 
@@ -29,7 +40,7 @@ def check_measurable(catalogue: Catalogue) -> None:
     if count_relevant(catalogue).any():
         return
     labels = catalogue.labels
-    others = _count(labels[gallery], labels[queries]) - np.isin(queries, gallery)
+    others = _count(labels[gallery], labels[queries]) - _are_gallery(catalogue, queries)
     n_hidden = int((others[labels[queries] >= 0] > 0).sum())
     cause = f"{len(queries) - n_hidden} have no other gallery item of their label; check label and is_gallery"
     if n_hidden == len(queries):
@@ -40,6 +51,10 @@ def check_measurable(catalogue: Catalogue) -> None:
         f"{catalogue.source}: none of the {len(queries)} queries has a relevant gallery item, so nothing can be "
         f"measured: {cause}"
     )
+
+
+def _are_gallery(catalogue: Catalogue, items: np.ndarray) -> np.ndarray:
+    return catalogue.table["is_gallery"].to_numpy(dtype=bool)[items]
 
 
 def _count(of: np.ndarray, wanted: np.ndarray) -> Int64[np.ndarray, " wanted"]:

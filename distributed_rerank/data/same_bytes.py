@@ -3,19 +3,24 @@
 Sizes are compared first, so that only files with a twin in size are read. Images in object stores are not looked at.
 """
 
-import hashlib
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from stat import S_ISREG
 
 import numpy as np
+from jaxtyping import Int32, UInt64
 
 from distributed_rerank.data import locations
-from distributed_rerank.data.catalogue import Catalogue, ImageRef
-from distributed_rerank.data.files import file_digest
+from distributed_rerank.data.catalogue import Catalogue
+from distributed_rerank.data.files import bytes_digest, file_digest
+from distributed_rerank.data.texts import parts_of
+from distributed_rerank.tensors import sharding
 
 _THREADS = 16
+_NO_FILE = -1
+_ITEMS_PER_PART = 1 << 12
 
 
 def count_same_bytes(measured: Catalogue, train: Catalogue | None = None) -> dict[str, int]:
@@ -25,41 +30,67 @@ def count_same_bytes(measured: Catalogue, train: Catalogue | None = None) -> dic
     where that item has another label; `measured_in_train`: measured images with one in `train`; `not_compared`: images
     that cannot be read here.
     """
-    refs = measured.images()
-    digests = _digests([*refs, *([] if train is None else train.images())])
-    own, trained = digests[: len(refs)], {digest for digest in digests[len(refs) :] if digest}
-    gallery: dict[str, set[int]] = {}
-    for item in measured.gallery_items.tolist():
-        if own[item]:
-            gallery.setdefault(own[item], set()).add(item)
-    twins = {item: gallery.get(own[item], set()) - {item} for item in measured.query_items.tolist()}
+    sides = [measured] if train is None else [measured, train]
+    sizes = [_sizes(side) for side in sides]
+    counts: Counter[int] = Counter()
+    for of_side in sizes:
+        for start, stop in sharding.blocks(len(of_side), _ITEMS_PER_PART):
+            counts.update(of_side[start:stop].tolist())
+    (items, contents), *of_train = (_read(side, own, counts) for side, own in zip(sides, sizes, strict=True))
+    is_read = contents != 0
+    names, n_same = np.unique(contents[is_read], return_counts=True)
+    is_twin = np.isin(contents, names[n_same > 1])
+    is_query, is_gallery = (measured.table[name].to_numpy(dtype=bool)[items] for name in ("is_query", "is_gallery"))
+    gallery: dict[int, set[int]] = {}
+    for item, content in zip(
+        items[is_twin & is_gallery].tolist(), contents[is_twin & is_gallery].tolist(), strict=True
+    ):
+        gallery.setdefault(content, set()).add(item)
+    queries = zip(items[is_twin & is_query].tolist(), contents[is_twin & is_query].tolist(), strict=True)
+    twins = {item: gallery.get(content, set()) - {item} for item, content in queries}
     labels = measured.labels
     return {
         "queries_in_gallery": sum(bool(items) for items in twins.values()),
         "queries_under_two_labels": sum(
             bool(items) and bool(np.any(labels[list(items)] != labels[item])) for item, items in twins.items()
         ),
-        "measured_in_train": sum(digest in trained for digest in own if digest),
-        "not_compared": sum(not digest for digest in own),
+        "measured_in_train": int(np.isin(contents[is_read], of_train[0][1]).sum()) if of_train else 0,
+        "not_compared": int((sizes[0] == _NO_FILE).sum() + (~is_read).sum()),
     }
 
 
-def _digests(refs: Sequence[ImageRef]) -> list[str]:
-    """A text for each image, the same for the same bytes and box; "" for one that cannot be read here."""
-    # One path in several rows, a shelf with boxes, is one file.
-    paths = list(dict.fromkeys(ref.path for ref in refs))
+def _sizes(catalogue: Catalogue) -> Int32[np.ndarray, " item"]:
+    """Bytes of each image's file, from 2 GiB on no longer told apart; `_NO_FILE` for what is no local file."""
+    sizes = np.empty(len(catalogue), np.int32)
+    start = 0
     with ThreadPoolExecutor(_THREADS) as pool:
-        sizes = dict(zip(paths, pool.map(_size, paths), strict=True))
-        counts: dict[int, int] = {}
-        for size in sizes.values():
-            counts[size] = counts.get(size, 0) + 1
-        twins = [path for path, size in sizes.items() if size >= 0 and counts[size] > 1]
-        read = dict(zip(twins, pool.map(_digest, twins), strict=True))
-    alone = {
-        path: hashlib.sha256(path.encode(errors="surrogatepass")).hexdigest() for path in paths if sizes[path] >= 0
-    }
-    files = alone | read
-    return [f"{files[ref.path]} {ref.box}" if files.get(ref.path) else "" for ref in refs]
+        for paths in parts_of(catalogue.texts("path"), _ITEMS_PER_PART):
+            found = np.fromiter(pool.map(_size, paths.to_pylist()), np.int64, len(paths))
+            sizes[start : start + len(paths)] = found.clip(max=np.iinfo(np.int32).max)
+            start += len(paths)
+    return sizes
+
+
+def _read(
+    catalogue: Catalogue, sizes: Int32[np.ndarray, " item"], counts: Mapping[int, int]
+) -> tuple[Int32[np.ndarray, " twin"], UInt64[np.ndarray, " twin"]]:
+    """The items whose file has a twin in size, and a number for each, the same for the same bytes and box; 0 = unread.
+
+    One path in several rows, a shelf with boxes, is read once where its rows follow each other.
+    """
+    shared = np.array(sorted(size for size, count in counts.items() if count > 1 and size != _NO_FILE), np.int32)
+    items = np.flatnonzero(np.isin(sizes, shared)).astype(np.int32)
+    contents = np.zeros(len(items), np.uint64)
+    with ThreadPoolExecutor(_THREADS) as pool:
+        for start, stop in sharding.blocks(len(items), _ITEMS_PER_PART):
+            refs = catalogue.images(items[start:stop])
+            paths = list(dict.fromkeys(ref.path for ref in refs))
+            digests = dict(zip(paths, pool.map(_digest, paths), strict=True))
+            for place, ref in enumerate(refs, start):
+                if digests[ref.path]:
+                    text = f"{digests[ref.path]} {ref.box}"
+                    contents[place] = int(bytes_digest(text.encode())[:16], 16) or 1
+    return items, contents
 
 
 def _size(path: str) -> int:

@@ -8,6 +8,7 @@ BadInput, and so does a file of a finished folder that is gone or has changed si
 import io
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -18,6 +19,8 @@ from jaxtyping import Float32
 from distributed_rerank.data import locations, manifests
 from distributed_rerank.data.files import atomic_path
 from distributed_rerank.data.text_columns import are_words_for_no_value, as_names, as_texts, float_bits, is_index_column
+from distributed_rerank.data.texts import as_column
+from distributed_rerank.data.vectors import write_vectors
 from distributed_rerank.errors import BadInput
 
 SCHEMAS = {
@@ -79,7 +82,8 @@ def conform(table: pa.Table, name: str, source: str = "this table") -> pa.Table:
 
 def write_table(path: str | Path, table: pa.Table, name: str) -> None:
     """Write a table of the schema `name` (see `conform`), atomically, without time stamps."""
-    _write(path, conform(table, name))
+    with atomic_path(path) as temporary:
+        pq.write_table(conform(table, name), temporary)
 
 
 def write_batches(path: str | Path, batches: Iterable[pa.Table], name: str) -> int:
@@ -92,22 +96,33 @@ def write_batches(path: str | Path, batches: Iterable[pa.Table], name: str) -> i
     return rows
 
 
+def read_batches(path: str | Path, name: str, rows: int) -> Iterator[pa.Table]:
+    """`read_table` of a file or folder in tables of `rows` rows each."""
+    return (conform(batch, name, str(path)) for batch in load_batches(path, name, rows))
+
+
 def read_table(path: str | Path, name: str) -> pa.Table:
     """Read a table of the schema `name` (see `conform`) from a file, URI or folder, in the order stored."""
     return conform(load_parquet(path, name), name, str(path))
 
 
-def write_embeddings(path: str | Path, ids: np.ndarray, embeddings: Float32[np.ndarray, "item dim"]) -> None:
-    """Write `id, embedding` (fixed-size list of float32), atomically, in the order given."""
-    _write(path, embeddings_table(ids, embeddings))
-
-
-def embeddings_table(ids: np.ndarray, embeddings: Float32[np.ndarray, "item dim"]) -> pa.Table:
-    """The embeddings table of these rows."""
+def embeddings_table(ids: Any, embeddings: Float32[np.ndarray, "item dim"]) -> pa.Table:
+    """The embeddings table of these rows: `id, embedding` (fixed-size list of float32)."""
     assert len(ids) == len(embeddings), f"{len(ids)} ids for {len(embeddings)} embeddings"
     values = pa.array(np.ascontiguousarray(embeddings).reshape(-1), pa.float32())
     column = pa.FixedSizeListArray.from_arrays(values, embeddings.shape[1])
-    return pa.table({"id": pa.array(ids, pa.string()), "embedding": column})
+    return pa.table({"id": as_column(ids).cast(pa.string()), "embedding": column})
+
+
+def write_embeddings(path: str | Path, ids: Any, embeddings: Float32[np.ndarray, "item dim"]) -> None:
+    """Write `id, embedding`, atomically, in the order given."""
+    write_vectors(path, embeddings.shape[1], [embeddings_table(ids, embeddings)])
+
+
+def matrix_of(table: pa.Table) -> Float32[np.ndarray, "item dim"]:
+    """The embeddings of an embeddings table."""
+    column = table["embedding"].combine_chunks()
+    return column.flatten().to_numpy(zero_copy_only=False).reshape(len(table), column.type.list_size)
 
 
 def read_embeddings(path: str | Path) -> tuple[np.ndarray, Float32[np.ndarray, "item dim"]]:
@@ -146,7 +161,7 @@ def load_parquet(path: str | Path, name: str) -> pa.Table:
     try:
         if locations.scheme_of(text) is not None:
             return pq.read_table(io.BytesIO(locations.read_bytes(text)))
-        return pa.concat_tables([pq.ParquetFile(file).read() for file in _files(Path(path), name)])
+        return pa.concat_tables([pq.ParquetFile(file).read() for file in files_of(Path(path), name)])
     except (OSError, pa.ArrowException) as error:
         raise BadInput(f"cannot read {text} as a Parquet table of {name}: {error}") from error
 
@@ -156,7 +171,7 @@ def load_batches(
 ) -> Iterator[pa.Table]:
     """`load_parquet` of a file, open file or folder in tables of `rows` rows each; only a file's last is shorter."""
     try:
-        for file in _files(Path(path), name) if isinstance(path, str | Path) else [path]:
+        for file in files_of(Path(path), name) if isinstance(path, str | Path) else [path]:
             held, size = [], 0
             # With pre_buffer all that was read stays in memory to the end.
             with pq.ParquetFile(file, pre_buffer=False) as parquet:
@@ -171,7 +186,7 @@ def load_batches(
         raise BadInput(f"cannot read {source or path} as a Parquet table of {name}: {error}") from error
 
 
-def _files(path: Path, name: str) -> list[Path]:
+def files_of(path: Path, name: str) -> list[Path]:
     """The Parquet files of the table, compared with the manifest of their folder where it has one."""
     files = [path]
     if path.is_dir():
@@ -183,11 +198,6 @@ def _files(path: Path, name: str) -> list[Path]:
         raise BadInput(f"{path} holds no Parquet files of {name}; give the folder that the earlier job wrote")
     manifests.check_paths(files)
     return files
-
-
-def _write(path: str | Path, table: pa.Table) -> None:
-    with atomic_path(path) as temporary:
-        pq.write_table(table, temporary)
 
 
 def _matrix(column: pa.Array, path: str | Path) -> Float32[np.ndarray, "item dim"]:

@@ -5,15 +5,15 @@ embeddings of the same extractor, so both are written down, with the spread of t
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from jaxtyping import Float32
 
+from distributed_rerank.data.embeddings import Embeddings
 from distributed_rerank.data.files import write_json
 from distributed_rerank.errors import BadInput
 from distributed_rerank.tensors.candidate_lists import CandidateLists
@@ -42,10 +42,10 @@ class TrainedOn:
     """By rank, the `SPREAD_QUANTILES` of the distances of the candidates there."""
 
 
-def are_normalised(embeddings: Float32[np.ndarray, "image dim"]) -> bool:
-    """Whether all embeddings have length 1."""
-    lengths = np.sqrt(np.einsum("id,id->i", embeddings, embeddings, dtype=np.float64))
-    return bool((np.abs(lengths - 1) < LENGTH_TOLERANCE).all())
+def are_normalised(blocks: Iterable[Float32[np.ndarray, "image dim"]]) -> bool:
+    """Whether all embeddings of these blocks have length 1."""
+    lengths = (np.sqrt(np.einsum("id,id->i", block, block, dtype=np.float64)) for block in blocks)
+    return all((np.abs(of_block - 1) < LENGTH_TOLERANCE).all() for of_block in lengths)
 
 
 def spread_of(lists: CandidateLists) -> dict[str, list[float]]:
@@ -60,10 +60,10 @@ def spread_of(lists: CandidateLists) -> dict[str, list[float]]:
     return found
 
 
-def trained_on(embeddings: torch.Tensor, extractor: Mapping[str, Any], lists: CandidateLists) -> TrainedOn:
-    """The record of these embeddings [image, dim] and of the L2 distances in the lists."""
-    matrix = embeddings.numpy()
-    return TrainedOn("l2", are_normalised(matrix), matrix.shape[1], dict(extractor), spread_of(lists))
+def trained_on(embeddings: Embeddings, extractor: Mapping[str, Any], lists: CandidateLists) -> TrainedOn:
+    """The record of these embeddings and of the L2 distances in the lists."""
+    is_unit = are_normalised(embeddings.blocks())
+    return TrainedOn("l2", is_unit, embeddings.dim, dict(extractor), spread_of(lists))
 
 
 def write_trained_on(record: TrainedOn, folder: Path) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 from distributed_rerank.data.catalogue import Catalogue
 from distributed_rerank.data.embeddings import Embeddings
 from distributed_rerank.errors import BadInput
-from distributed_rerank.tensors import oml_metrics
+from distributed_rerank.tensors import oml_metrics, sharding
 
 MOST_PAIRS = 200_000_000
 """Distances that fnmr@fmr may keep, 8 bytes each."""
@@ -34,18 +34,22 @@ def embedding_metrics(
     A pair is a query and a gallery item, L2 distance; never an item with itself nor with its own sequence. A category
     with fewer than two images has no pcf. Raises BadInput where there is no positive or no negative pair.
     """
-    matrix = torch.from_numpy(embeddings.matrix[embeddings.rows_of(catalogue.ids)])
-    figures: dict[str, Any] = oml_metrics.pcf(matrix, variances) if len(matrix) > 1 else {}
+    rows = embeddings.rows_of(catalogue.ids)
+
+    def pcf(own: np.ndarray) -> dict[str, float]:
+        parts = sharding.blocks(len(own), oml_metrics.ROWS)
+        read = lambda: (torch.from_numpy(embeddings.matrix[own[start:stop]]) for start, stop in parts)  # noqa: E731
+        return oml_metrics.pcf_of_parts(read, variances)
+
+    figures: dict[str, Any] = pcf(rows) if len(rows) > 1 else {}
     if catalogue.categories is not None:
         names, numbers = np.unique(catalogue.categories.astype(str), return_inverse=True)
         members = [np.flatnonzero(numbers == number) for number in range(len(names))]
         figures["categories"] = {
-            str(name): oml_metrics.pcf(matrix[rows], variances)
-            for name, rows in zip(names, members, strict=True)
-            if len(rows) > 1
+            str(name): pcf(rows[items]) for name, items in zip(names, members, strict=True) if len(items) > 1
         }
     if fmrs:
-        positive, negative = zip(*_distances(catalogue, matrix), strict=True)
+        positive, negative = zip(*_distances(catalogue, torch.from_numpy(embeddings.matrix[rows])), strict=True)
         figures |= oml_metrics.fnmr_at_fmr(torch.cat(positive), torch.cat(negative), fmrs)
     return figures
 

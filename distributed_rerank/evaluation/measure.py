@@ -25,6 +25,8 @@ OwnMetric = Callable[[Bool[Tensor, "query k"], Int64[Tensor, " query"]], Tensor]
 """A metric of the user's: relevance in list order and numbers of relevant items to one value a query."""
 
 QUERIES_PER_BLOCK = 1 << 13
+_GALLERY_PER_BLOCK = 1 << 16
+"""Gallery items that are counted at a time, as long as they are more than the queries."""
 COMPARED = ("cmc@1", "map@10")
 """Metrics by which categories and baselines are compared, as far as they are measured."""
 
@@ -120,9 +122,11 @@ def count_relevant(catalogue: Catalogue, query_items: Int64[Tensor, " query"]) -
     labels = torch.from_numpy(catalogue.labels)
     sequences = torch.from_numpy(catalogue.sequences)
     gallery = torch.from_numpy(catalogue.gallery_items)
-    n_relevant = metrics.count_relevant(
-        query_items, labels[query_items], sequences[query_items], gallery, labels[gallery], sequences[gallery]
-    )
+    own = query_items, labels[query_items], sequences[query_items]
+    # The gallery some items at a time: sorting it at once would need many times its memory.
+    n_relevant = torch.zeros_like(query_items)
+    for part in gallery.split(max(_GALLERY_PER_BLOCK, len(query_items))):
+        n_relevant += metrics.count_relevant(*own, part, labels[part], sequences[part])
     rows = n_relevant.nonzero().squeeze(1)
     kept = query_items[rows]
     return LabelledQueries(kept, rows, labels[kept], n_relevant[rows], labels, (n_relevant == 0).nonzero().squeeze(1))

@@ -5,7 +5,6 @@ import logging
 from distributed_rerank import extraction
 from distributed_rerank.config.jobs import EmbedJob
 from distributed_rerank.data.catalogue import Catalogue
-from distributed_rerank.data.tables import write_embeddings
 from distributed_rerank.jobs.connection import executors_for
 from distributed_rerank.models.adapter import load_adapter
 
@@ -20,5 +19,5 @@ def main(job: EmbedJob, catalogue: Catalogue) -> None:
             catalogue, job.extractor, job.out, work=job.work, executors=executors, overwrite=job.overwrite
         )
     if adapter is not None:
-        write_embeddings(job.out / "adapted.parquet", embeddings.ids, adapter(embeddings.matrix))
-    logger.info("%d embeddings, %d rejects: %s", len(embeddings.ids), len(embeddings.rejects), job.out)
+        embeddings.mapped(adapter, job.out / "adapted.parquet")
+    logger.info("%d embeddings, %d rejects: %s", len(embeddings), len(embeddings.rejects), job.out)

@@ -20,10 +20,12 @@ logger = logging.getLogger(__name__)
 
 DECODED_PER_CPU_S = 60
 """Photos of some 400 kilopixels that one CPU reads and resizes in a second."""
-BYTES_OF_ROW = 1_200
-"""Memory of one row of the catalogue, with its texts and the indices by id."""
+BYTES_OF_PROCESS = 1_400_000_000
+"""Memory of a process with torch and Ray that reads one tile of embeddings at a time."""
+BYTES_OF_ROW = 300
+"""Memory of one row of the catalogue, with its texts, twice while it is read."""
 COPIES_OF_EMBEDDINGS = 4
-"""Of the matrix in the driver at its peak: read, joined, sorted, and what was there before."""
+"""Of the matrix in a process that trains, at its peak; every other job leaves it on disk."""
 ASSUMED_DIM = 1_024
 BYTES_OF_CANDIDATE = 24
 """Item number, distance and logit, with one copy while they are ordered."""
@@ -47,6 +49,8 @@ class Plan:
     """None: as many as Ray finds room for."""
     dim: int | None
     """Of the embeddings, where it is known."""
+    holds_embeddings: bool = False
+    """Whether the job holds all embeddings in memory."""
 
     @property
     def n_pairs(self) -> int:
@@ -56,9 +60,14 @@ class Plan:
     @property
     def driver_bytes(self) -> int:
         """Memory of the driver at its peak."""
-        matrix = self.n_images * (self.dim or ASSUMED_DIM) * 4
+        copies = COPIES_OF_EMBEDDINGS if self.holds_embeddings else 0
+        row = BYTES_OF_ROW + copies * (self.dim or ASSUMED_DIM) * 4
         lists = self.n_queries * self.n_items * BYTES_OF_CANDIDATE
-        return 500_000_000 + self.n_images * BYTES_OF_ROW + COPIES_OF_EMBEDDINGS * matrix + lists
+        return BYTES_OF_PROCESS + self.n_images * row + lists
+
+    @property
+    def _of_embeddings(self) -> str:
+        return f", {COPIES_OF_EMBEDDINGS} copies of the embeddings" if self.holds_embeddings else ""
 
     def lines(self, cpus: int) -> list[str]:
         """The block of lines; `cpus` are those of this machine, which count where no number of workers is given."""
@@ -79,8 +88,8 @@ class Plan:
             f"workers     {workers}",
             f"minutes     at least {minutes:.1f} to read and decode ({DECODED_PER_CPU_S} images a second and CPU); the "
             "progress lines tell the rest",
-            f"memory      up to {_bytes(self.driver_bytes)} in this process ({COPIES_OF_EMBEDDINGS} copies of the "
-            f"embeddings, {BYTES_OF_ROW} bytes a row, lists)",
+            f"memory      up to {_bytes(self.driver_bytes)} in this process ({_bytes(BYTES_OF_PROCESS)} for itself, "
+            f"{BYTES_OF_ROW} bytes a row, lists{self._of_embeddings})",
         ]
 
 
@@ -122,6 +131,7 @@ def plan_of(job: Any, catalogue: Catalogue) -> Plan:
         queries_per_block=job.work.queries_per_search_block,
         n_workers=job.cluster.num_workers,
         dim=None if embeddings is None else _dim(embeddings),
+        holds_embeddings=isinstance(job, TrainingJob),
     )
 
 

@@ -78,14 +78,15 @@ def first_stage(
         else:
             settings = extraction.embedding_settings(config.extractor, work)["extractor"]
             check_embeddings(known, embeddings, json.loads(json.dumps(settings)), "--extractor")
-        readable = catalogue.take(np.flatnonzero(embeddings.rows_of(catalogue.ids) >= 0))
+        has_row = embeddings.rows_of(catalogue.ids) >= 0
+        readable = catalogue if has_row.all() else catalogue.take(np.flatnonzero(has_row))
         rejects = embeddings.rejects_among(catalogue.ids)
     with timed(timings, "retrieve"):
         if config.candidates is not None:
             # Where only their order matters, the numbers may be anything.
             conversion = None
             if known.are_used or config.distances is not None:
-                is_unit = known.is_unit if embeddings is None else are_normalised(embeddings.matrix)
+                is_unit = known.is_unit if embeddings is None else are_normalised(embeddings.blocks())
                 conversion = Conversion(config.distances, is_unit)
             ignored = {reject.id for reject in rejects}
             lists = external_candidates(readable, config.candidates, ignored, conversion)

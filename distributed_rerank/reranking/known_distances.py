@@ -1,7 +1,7 @@
 """First-stage distances as the model and its chain know them, or one line that says why they are others."""
 
 import logging
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +17,13 @@ from distributed_rerank.data.embeddings import Embeddings
 from distributed_rerank.data.trained_on import TrainedOn, are_normalised, different_setting, spread_of
 from distributed_rerank.errors import BadInput
 from distributed_rerank.models.pairwise import PairwiseModel
+from distributed_rerank.tensors import sharding
 from distributed_rerank.tensors.candidate_lists import CandidateLists
 from distributed_rerank.tensors.distances import exact_pair_distances
 
 logger = logging.getLogger(__name__)
 
+_QUERIES_PER_BLOCK = 256
 _PAIRS_COMPARED = 4096
 """Of the lists with distances of the embeddings: enough to tell one kind from another."""
 _MOST_DIFFERENCE = 0.1
@@ -65,7 +67,7 @@ def check_embeddings(known: KnownDistances, embeddings: Embeddings, settings: di
     `settings` are those of their extractor, None where nobody knows; `name` is the option that they came from.
     """
     record = known.record
-    if record is None or not known.are_used or not len(embeddings.ids):
+    if record is None or not known.are_used or not len(embeddings):
         return
     fix = f"give {name} of the extractor that the model was trained with, or train a model for this one"
     found = None if settings is None else different_setting(record.extractor, settings)
@@ -76,10 +78,10 @@ def check_embeddings(known: KnownDistances, embeddings: Embeddings, settings: di
             f"--model was trained on embeddings of another extractor: {setting} was {shown[0]!r}, here it is "
             f"{shown[1]!r}; {fix}"
         )
-    dim = embeddings.matrix.shape[1]
+    dim = embeddings.dim
     if dim != record.dim:
         raise BadInput(f"--model was trained on embeddings of {record.dim} numbers, these have {dim}; {fix}")
-    if are_normalised(embeddings.matrix) != record.normalised:
+    if are_normalised(embeddings.blocks()) != record.normalised:
         were, are = ("of length 1", "not") if record.normalised else ("not of length 1", "are")
         raise BadInput(f"--model was trained on embeddings {were}, these {are}; scale them as there, or train a model")
 
@@ -110,7 +112,7 @@ def settle_distances(
         return lists, False
     logger.info("%s: %s%s", path, conversion.describe(), ", which is a guess" if conversion.is_guess else "")
     if embeddings is not None:
-        computed = _of_embeddings(lists, catalogue, embeddings)
+        computed = distances_of(lists, catalogue, embeddings)
         difference = _difference(lists, computed)
         if not conversion.is_l2 or (conversion.is_guess and difference > _MOST_DIFFERENCE):
             return _in_new_order(lists, computed, path), True
@@ -173,13 +175,16 @@ def _better_kind(medians: dict[int, tuple[float, float]], misfit: float) -> str 
     return best if misfit > _CLEARLY and fits[best] * _CLEARLY < misfit else None
 
 
-def _of_embeddings(lists: CandidateLists, catalogue: Catalogue, embeddings: Embeddings) -> torch.Tensor:
+def distances_of(lists: CandidateLists, catalogue: Catalogue, embeddings: Embeddings) -> torch.Tensor:
     """L2 distances [query, k] of the embeddings of all pairs in the lists; inf where there is no candidate."""
-    matrix = torch.from_numpy(embeddings.matrix[embeddings.rows_of(catalogue.ids)])
-    row, column = (lists.items >= 0).nonzero(as_tuple=True)
-    distances = torch.full(lists.items.shape, torch.inf)
-    items = lists.items[row, column]
-    distances[row, column] = exact_pair_distances(matrix, matrix, lists.query_items[row], items)
+    rows, distances = embeddings.rows_of(catalogue.ids), torch.full(lists.items.shape, torch.inf)
+    for start, stop in sharding.blocks(len(lists), _QUERIES_PER_BLOCK):
+        part = lists[start:stop]
+        row, column = (part.items >= 0).nonzero(as_tuple=True)
+        # The images of these pairs, and which of them are the query and the candidate of each.
+        images, places = torch.stack([part.query_items[row], part.items[row, column]]).unique(return_inverse=True)
+        vectors = torch.from_numpy(embeddings.matrix[rows[images.numpy()]])
+        distances[start + row, column] = exact_pair_distances(vectors, vectors, places[0], places[1])
     return distances
 
 
@@ -194,14 +199,12 @@ def _difference(lists: CandidateLists, computed: torch.Tensor) -> float:
 
 def _in_new_order(lists: CandidateLists, computed: torch.Tensor, path: Path | None) -> CandidateLists:
     """The lists with these distances, each by (distance, item)."""
-    by_item = torch.where(lists.items >= 0, lists.items, torch.iinfo(torch.int64).max).argsort(dim=1)
-    order = by_item.gather(1, computed.gather(1, by_item).argsort(dim=1, stable=True))
-    items = lists.items.gather(1, order)
-    n_other = int((items != lists.items).any(dim=1).sum())
+    ordered = lists.with_distances(computed)
+    n_other = int((ordered.items != lists.items).any(dim=1).sum())
     logger.warning(
         "%s: the distances are computed from the embeddings; %d of %d lists get another order",
         path,
         n_other,
         len(lists),
     )
-    return replace(lists, items=items, distances=computed.gather(1, order))
+    return ordered

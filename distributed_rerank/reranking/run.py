@@ -17,6 +17,7 @@ from distributed_rerank.chain import apply as chain_apply
 from distributed_rerank.chain.chain import Chain, PairwiseStep, read_chain
 from distributed_rerank.config.evaluation import FirstStageConfig, RerankerConfig
 from distributed_rerank.config.work import WorkConfig
+from distributed_rerank.data import artifacts
 from distributed_rerank.data.catalogue import Catalogue
 from distributed_rerank.data.embeddings import Embeddings
 from distributed_rerank.errors import BadInput
@@ -24,6 +25,7 @@ from distributed_rerank.executors import Executors
 from distributed_rerank.models.pairwise import PairwiseModel
 from distributed_rerank.models.saving import load_model, local_folder
 from distributed_rerank.reranking.first_stage import FirstStage
+from distributed_rerank.reranking.known_distances import distances_of
 from distributed_rerank.reranking.lists import LazyRanking, only_gallery
 from distributed_rerank.scoring.stage import ScoredLists, score_candidates
 from distributed_rerank.tensors.candidate_lists import CandidateLists, Ranking, concatenate, places_of
@@ -99,10 +101,10 @@ def search_adapted(
             "or --extractor", config.candidates,
         )  # fmt: skip
         return first
-    mapped = Embeddings(first.embeddings.ids, chain.adapter(first.embeddings.matrix), first.embeddings.rejects)
+    mapped = first.embeddings.mapped(chain.adapter, folder / artifacts.SCRATCH / "adapted.parquet")
     if config.candidates is not None:
-        matrix = torch.from_numpy(mapped.matrix[mapped.rows_of(first.catalogue.ids)])
-        return replace(first, embeddings=mapped, lists=first.lists.with_distances_in(matrix))
+        distances = distances_of(first.lists, first.catalogue, mapped)
+        return replace(first, embeddings=mapped, lists=first.lists.with_distances(distances))
     lists = retrieval.retrieve(
         first.catalogue, mapped, config.n_items, folder / "adapted_candidates", work=work, executors=executors
     )

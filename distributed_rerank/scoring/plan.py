@@ -79,13 +79,13 @@ def make_plan(
     rows_of_blocks = [order[start:stop] for start, stop in cut(len(order), queries_per_block)]
     used = [np.concatenate([queries[rows], items[rows].ravel()]) for rows in rows_of_blocks]
     images = _in_order_of_first_use(np.concatenate([np.empty(0, np.int64), *used]))
-    # [item + 1]: the batch of each image; the last entry belongs to item -1, no candidate.
-    batch_of = np.full(int(images.max(initial=-1)) + 2, -1, np.int64)
-    batch_of[images] = np.arange(len(images)) // images_per_batch
+    # [image]: the images in ascending order, and which is which batch's.
+    order_of_items = np.argsort(images)
+    ascending, batch_of = images[order_of_items], order_of_items // images_per_batch
     blocks = []
     for rows, needed in zip(rows_of_blocks, used, strict=True):
-        batches = np.unique(batch_of[needed])
-        blocks.append(ScoreBlock(lists[torch.from_numpy(rows)], batches[batches >= 0]))
+        batches = np.unique(batch_of[np.searchsorted(ascending, needed[needed >= 0])])
+        blocks.append(ScoreBlock(lists[torch.from_numpy(rows)], batches))
     return ScorePlan(images, images_per_batch, tuple(blocks))
 
 

@@ -24,6 +24,7 @@ from distributed_rerank.models.pairwise import PairwiseModel
 from distributed_rerank.runtime.devices import tensor_of
 from distributed_rerank.scoring.plan import ScoreBlock, ScorePlan
 from distributed_rerank.tensors import sharding
+from distributed_rerank.tensors.candidate_lists import places_of
 
 _BYTES_PER_TASK = 32 * 2**20
 """Roughly the encodings of one call: few references to hand around, short enough to share out."""
@@ -136,8 +137,11 @@ class Round:
         self._arrays: list[Any] = []
         # The first row of each array, and the row behind the last.
         self._first_rows = [0]
-        # [item + 1]: the row of each image, -1 = not encoded. The last entry belongs to item -1, no candidate.
-        self._row_of = torch.full((len(scoring.catalogue) + 1,), -1)
+        plan = scoring.plan
+        batches = [np.empty(0, np.int64), *map(plan.batch, plan.batches(numbers).tolist())]
+        # The round's images, ascending, and the row of each, -1 = not encoded. One more for what is no image.
+        self._items = torch.from_numpy(np.sort(np.concatenate(batches)))
+        self._rows = torch.full((len(self._items) + 1,), -1)
         self._rejects: dict[int, Reject] = {}
         self._computed_with: set[ComputedWith] = set()
 
@@ -154,7 +158,8 @@ class Round:
         """Take the results of all encode tasks, in any order: arrays, or references to arrays that lie elsewhere."""
         for array, encoded in results:
             first, stop = self._first_rows[-1], self._first_rows[-1] + len(encoded.items)
-            self._row_of[torch.tensor(encoded.items, dtype=torch.int64)] = torch.arange(first, stop)
+            items = torch.tensor(encoded.items, dtype=torch.int64)
+            self._rows[places_of(self._items, items)] = torch.arange(first, stop)
             self._first_rows.append(stop)
             self._arrays.append(array)
             self._rejects |= encoded.rejects
@@ -195,8 +200,12 @@ class Round:
         query, column = self._is_readable(block).nonzero(as_tuple=True)
         queries, candidates = block.lists.query_items[query], block.lists.items[query, column]
         distances = block.lists.distances[query, column]
-        return PairTask(self._row_of[queries].numpy(), self._row_of[candidates].numpy(), distances.numpy())
+        return PairTask(self._row_of(queries).numpy(), self._row_of(candidates).numpy(), distances.numpy())
 
     def _is_readable(self, block: ScoreBlock) -> Bool[Tensor, "query top_n"]:
         """Which pairs of the block exist and have both images."""
-        return (self._row_of[block.lists.query_items] >= 0)[:, None] & (self._row_of[block.lists.items] >= 0)
+        return (self._row_of(block.lists.query_items) >= 0)[:, None] & (self._row_of(block.lists.items) >= 0)
+
+    def _row_of(self, items: Tensor) -> Tensor:
+        """The row of each item; -1 = it has none."""
+        return self._rows[places_of(self._items, items)]

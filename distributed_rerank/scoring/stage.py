@@ -27,7 +27,11 @@ from distributed_rerank.scoring import plan as scoring_plan
 from distributed_rerank.scoring.plan import ScoreBlock, ScorePlan
 from distributed_rerank.scoring.rounds import ScoredBlock, Scoring
 from distributed_rerank.scoring.score import ScoreExecutors, score_blocks
+from distributed_rerank.tensors import sharding
 from distributed_rerank.tensors.candidate_lists import CandidateLists
+
+_QUERIES_PER_TABLE = 1 << 12
+_PAIRS_PER_TABLE = 1 << 18
 
 
 @dataclass(frozen=True)
@@ -161,15 +165,14 @@ def _join(
     """The logits of all blocks."""
     store = staging.blocks("pair_distances")
     assert store.done() == set(range(len(plan.blocks))), "score blocks are missing"
-    if not plan.blocks:
-        return torch.full(lists.items.shape, torch.nan)
-    return aligned_logits(store.table(), catalogue, lists)
+    return aligned_logits(store.tables(), catalogue, lists)
 
 
 def _write(staging: artifacts.Staging, catalogue: Catalogue, lists: CandidateLists, logits: Tensor) -> Sequence[Reject]:
     """Both tables of the output, pairs by query id and rank, rejects by id; returns the rejects."""
-    pairs = pairs_table(lists, logits, catalogue.ids)
-    tables.write_table(staging.path / "pair_distances.parquet", pairs, "pair_distances")
+    parts = sharding.blocks(len(lists), _QUERIES_PER_TABLE)
+    pairs = (pairs_table(lists[start:stop], logits[start:stop], catalogue.ids) for start, stop in parts)
+    tables.write_batches(staging.path / "pair_distances.parquet", pairs, "pair_distances")
     store = staging.blocks("rejects")
     found = {reject.id: reject for number in store.done() for reject in rejects_of(store.read(number))}
     rejects = [found[id] for id in sorted(found)]
@@ -178,6 +181,7 @@ def _write(staging: artifacts.Staging, catalogue: Catalogue, lists: CandidateLis
 
 
 def _read(out: Path, catalogue: Catalogue, lists: CandidateLists, top_n: int, plan: ScorePlan) -> ScoredLists:
-    logits = aligned_logits(tables.read_table(out, "pair_distances"), catalogue, lists.first(top_n))
+    pairs = tables.read_batches(out, "pair_distances", _PAIRS_PER_TABLE)
+    logits = aligned_logits(pairs, catalogue, lists.first(top_n))
     rejects = rejects_of(tables.read_table(out / "rejects.parquet", "rejects"))
     return ScoredLists(lists, logits, tuple(rejects), len(plan.items))

@@ -9,8 +9,6 @@ import torch
 from jaxtyping import Bool, Float, Float32, Int64
 from torch import Tensor
 
-from distributed_rerank.tensors.distances import exact_pair_distances
-
 
 @dataclass(frozen=True)
 class CandidateLists:
@@ -71,13 +69,8 @@ class CandidateLists:
         found.distances[rows >= 0] = self.distances[rows[rows >= 0]]
         return found
 
-    def with_distances_in(self, embeddings: Float[Tensor, "item dim"]) -> "CandidateLists":
-        """The same candidates with their L2 distances in these embeddings, by (distance, item)."""
-        row, column = (self.items >= 0).nonzero(as_tuple=True)
-        distances = torch.full(self.items.shape, torch.inf)
-        distances[row, column] = exact_pair_distances(
-            embeddings, embeddings, self.query_items[row], self.items[row, column]
-        )
+    def with_distances(self, distances: Float32[Tensor, "query k"]) -> "CandidateLists":
+        """The same candidates with these distances, by (distance, item)."""
         by_item = torch.where(self.items >= 0, self.items, torch.iinfo(torch.int64).max).argsort(dim=1)
         order = by_item.gather(1, distances.gather(1, by_item).argsort(dim=1, stable=True))
         return CandidateLists(self.query_items, self.items.gather(1, order), distances.gather(1, order))

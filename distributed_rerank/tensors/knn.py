@@ -6,7 +6,7 @@ Distances and order come from the exact distances only, so neither block and til
 matrix product change the result.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 import torch
@@ -93,20 +93,37 @@ def search_tiles(
     # The nearest so far of each block of queries, [query, n_items] each.
     best = [empty_lists(query_items[start:stop], n_items) for start, stop in query_blocks]
     workspace = torch.empty(0, device=query_embeddings.device)
-    for embeddings, items, sequences in tiles:
-        assert (sequences is None) == (query_sequences is None), "sequences are given for both sides or for none"
-        gallery = sorted_by_item(checked_side(embeddings, items, sequences))
-        # One buffer for every product: fresh pages for each would cost as much as half of the product itself.
-        size = min(query_block, len(query_items)) * (min(gallery_slice, len(items)) + LARGEST_GROUP)
-        workspace = workspace if workspace.numel() >= size else workspace.new_empty(size)
-        for left, right in blocks(len(items), gallery_slice):
-            part = gallery[left:right]
-            if is_rounded and len(query_items) * part.embeddings.numel() >= SMALLEST_ROUNDED:
-                part = replace(part, rounded=rounded_slice(part, n_items))
-            for number, (start, stop) in enumerate(query_blocks):
-                near = _nearest_in_slice(queries[start:stop], part, best[number], n_items, workspace)
-                best[number] = merge(best[number], near, n_items)
+    for tile in tiles:
+        assert (tile[2] is None) == (query_sequences is None), "sequences are given for both sides or for none"
+        workspace = _search_tile(queries, tile, best, n_items, query_blocks, gallery_slice, workspace)
+        del tile  # or it would stay in memory while the next one is read
     return concatenate([*best, empty_lists(query_items[:0], n_items)])  # without queries there are no blocks
+
+
+def _search_tile(
+    queries: Side,
+    tile: Tile,
+    best: list[CandidateLists],
+    n_items: int,
+    query_blocks: Sequence[tuple[int, int]],
+    gallery_slice: int,
+    workspace: Tensor,
+) -> Tensor:
+    """Merge the nearest of a tile into the `best` of each block of queries; returns the memory for products."""
+    gallery = sorted_by_item(checked_side(*tile))
+    n_queries, n_tile = len(queries.items), len(gallery.items)
+    # One buffer for every product: fresh pages for each would cost as much as half of the product itself.
+    size = max((stop - start for start, stop in query_blocks), default=0)
+    size *= min(gallery_slice, n_tile) + LARGEST_GROUP
+    workspace = workspace if workspace.numel() >= size else workspace.new_empty(size)
+    for left, right in blocks(n_tile, gallery_slice):
+        part = gallery[left:right]
+        if queries.rounded is not None and n_queries * part.embeddings.numel() >= SMALLEST_ROUNDED:
+            part = replace(part, rounded=rounded_slice(part, n_items))
+        for number, (start, stop) in enumerate(query_blocks):
+            near = _nearest_in_slice(queries[start:stop], part, best[number], n_items, workspace)
+            best[number] = merge(best[number], near, n_items)
+    return workspace
 
 
 def merge(a: CandidateLists, b: CandidateLists, n_items: int) -> CandidateLists:

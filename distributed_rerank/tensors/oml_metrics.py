@@ -5,7 +5,7 @@ differ from OML: where its precision is NaN (nothing relevant exists, yet someth
 caller counts such queries; the principal component fraction is computed in float64 and never exceeds 1.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from jaxtyping import Bool, Float, Float64, Int64
@@ -14,7 +14,7 @@ from torch import Tensor
 from distributed_rerank.errors import BadInput
 from distributed_rerank.tensors.metrics import PerQuery, running_sums, sorted_cutoffs
 
-_ROWS = 1 << 16
+ROWS = 1 << 16
 """Embeddings whose products are added at a time."""
 
 
@@ -82,25 +82,39 @@ def pcf(embeddings: Float[Tensor, "item dim"], variances: Sequence[float] = (0.5
     `variance`, and at most 1; by the eigenvalues of their covariance in float64, summed some rows at a time. Equal
     embeddings have no axis and give 0. Raises `BadInput` for a variance outside [0, 1] or fewer than 2 embeddings.
     """
+    return pcf_of_parts(lambda: embeddings.split(ROWS), variances)
+
+
+def pcf_of_parts(read: Callable[[], Iterable[Tensor]], variances: Sequence[float]) -> dict[str, float]:
+    """`pcf` of embeddings that `read` gives in parts of `ROWS`, from the first again at each call."""
     if any(not 0 <= variance <= 1 for variance in variances):
         raise BadInput(f"variances={list(variances)} must lie in [0, 1]")
-    if len(embeddings) < 2:
-        raise BadInput(f"pcf needs at least 2 embeddings, not {len(embeddings)}")
-    # [axis]: variance explained by the first axis, the first two, ..., up to a common factor.
-    dim, parts = embeddings.shape[1], embeddings.split(_ROWS)
-    mean = sum((part.double().sum(dim=0) for part in parts), torch.zeros(dim, dtype=torch.float64)) / len(embeddings)
+    total, n = torch.zeros(0), 0
+    for part in read():
+        total = part.double().sum(dim=0) + (total if n else torch.zeros(part.shape[1], dtype=torch.float64))
+        n += len(part)
+        del part
+    if n < 2:
+        raise BadInput(f"pcf needs at least 2 embeddings, not {n}")
+    mean, dim = total / n, len(total)
     products = torch.zeros(dim, dim, dtype=torch.float64)
-    for part in parts:
-        centred = part.double() - mean
-        products += centred.T @ centred
+    for part in read():
+        products += _products(part, mean)
+        del part  # or it would stay in memory while the next one is read
+    # [axis]: variance explained by the first axis, the first two, ..., up to a common factor.
     # Embeddings that are fewer than their axes span no more axes than they are; the rest is rounding.
-    explained = torch.linalg.eigvalsh(products).flip(0).clamp(min=0)[: len(embeddings)].cumsum(dim=0)
+    explained = torch.linalg.eigvalsh(products).flip(0).clamp(min=0)[:n].cumsum(dim=0)
     if float(explained[-1]) == 0:
         return {f"pcf@{variance:g}": 0.0 for variance in variances}
     ratio = explained / explained[-1]
     # Sums that are equal on paper differ by rounding; without the slack the count would depend on it.
     n_axes = {variance: int((ratio <= variance + 1e-12).sum()) + 1 for variance in variances}
     return {f"pcf@{variance:g}": min(n, dim) / dim for variance, n in n_axes.items()}
+
+
+def _products(part: Tensor, mean: Tensor) -> Tensor:
+    centred = part.double().sub_(mean)
+    return centred.T @ centred
 
 
 def _quantile(ordered: Float64[Tensor, " value"], share: float) -> float:

@@ -131,7 +131,7 @@ def train(
 def write_first_stage(task: TrainingTask, embeddings: Embeddings, extractor: dict[str, Any], folder: Path) -> None:
     """Writes down what the model was trained behind: extractor, kind and spread of the distances."""
     lists = join_lists([run.validation for run in task.runs if run.validation is not None])
-    write_trained_on(trained_on(tensor_of(embeddings.matrix), extractor, lists), folder)
+    write_trained_on(trained_on(embeddings, extractor, lists), folder)
 
 
 def folder_of(images: Catalogue) -> str:

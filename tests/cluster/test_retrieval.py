@@ -11,7 +11,9 @@ from distributed_rerank.config.work import WorkConfig
 from distributed_rerank.data import begun
 from distributed_rerank.data.artifacts import read_manifest
 from distributed_rerank.data.begun import ComputedWith
-from distributed_rerank.data.embeddings import Embeddings
+from distributed_rerank.data.embeddings import Embeddings, read_embeddings
+from distributed_rerank.data.tables import write_embeddings
+from distributed_rerank.data.vectors import StoredVectors
 from distributed_rerank.errors import BadInput
 from distributed_rerank.retrieval import retrieve
 from tests.small_catalogue import make_catalogue
@@ -22,12 +24,20 @@ SessionOf = Callable[[int], Session]
 WORK = WorkConfig(queries_per_block=4, tile_size=5)
 
 
-def test_retrieve_three_workers_give_the_bytes_of_one_process(session_of: SessionOf, tmp_path: Path) -> None:
+@pytest.mark.parametrize("are_stored", [False, True])
+def test_retrieve_three_workers_give_the_bytes_of_one_process(
+    session_of: SessionOf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, are_stored: bool
+) -> None:
     catalogue = make_catalogue(tmp_path / "images", 3 * 4 + 1)
     matrix = np.random.default_rng(0).standard_normal((13, 8)).astype(np.float32)
     matrix[7] = matrix[2]
     embeddings = Embeddings(catalogue.ids, matrix)
     retrieve(catalogue, embeddings, 4, tmp_path / "local", work=WORK)
+    if are_stored:  # tasks read the tiles, in a folder of their own, so that the file must have its whole path
+        monkeypatch.chdir(tmp_path)
+        write_embeddings("embeddings.parquet", catalogue.ids, matrix)
+        embeddings = read_embeddings("embeddings.parquet")
+        assert isinstance(embeddings.matrix, StoredVectors)
     n = 3  # 1, 2 and 3 workers through all stages: tests/jobs/test_same_bytes.py
     on_ray = RayExecutors(lambda: session_of(n))
     retrieve(catalogue, embeddings, 4, tmp_path / str(n), work=WORK, executors=on_ray)

@@ -160,7 +160,7 @@ def test_killed_run_is_continued_by_the_same_fingerprint_only(tmp_path: Path) ->
         store = again.blocks("rows")
         assert store.done() == {0, 1}
         store.write(2, pa.table({"x": [20]}))
-        assert store.table()["x"].to_pylist() == [0, 10, 11, 20]
+        assert pa.concat_tables(store.tables())["x"].to_pylist() == [0, 10, 11, 20]
         again.finish()
     assert artifacts.read_manifest(out)["blocks"] == {"computed": 1, "reused": 2}
     assert sorted(path.name for path in out.iterdir()) == ["manifest.json"]
@@ -246,7 +246,7 @@ def test_block_written_twice_keeps_the_last(tmp_path: Path) -> None:
         for value in (1, 2):
             staging.blocks("rows").write(0, pa.table({"x": [value]}))
     with artifacts.stage(tmp_path / "out", {"seed": 1}) as again:
-        assert again.blocks("rows").table()["x"].to_pylist() == [2]
+        assert pa.concat_tables(again.blocks("rows").tables())["x"].to_pylist() == [2]
 
 
 @pytest.mark.parametrize("change", ["edit", "no manifest"])
@@ -351,7 +351,7 @@ def _overwrite(out: Path) -> None:
         store = staging.blocks("rows")
         for number in sorted({0, 1} - store.done()):
             store.write(number, pa.table({"x": [number]}))
-        artifacts.write_json(staging.path / "result.json", store.table()["x"].to_pylist())
+        artifacts.write_json(staging.path / "result.json", pa.concat_tables(store.tables())["x"].to_pylist())
         staging.finish()
 
 

@@ -50,11 +50,11 @@ def test_aligned_logits_find_their_places_and_leave_nan(catalogue: Catalogue) ->
     columns = {"query_id": ["q2", "q1", "q1"], "gallery_id": ["g10", "g10", "g2"], "logit": [1.5, 9.0, -2.0]}
     pairs = tables.conform(pa.table(columns), "pair_distances")
     expected = np.array([[-2.0, np.nan], [1.5, np.nan]], np.float32)
-    logits = candidates.aligned_logits(pairs, catalogue, lists)
+    logits = candidates.aligned_logits([pairs], catalogue, lists)
     assert catalogue.ids.tolist() == ["g1", "g10", "g2", "q1", "q2"]
     assert np.array_equal(logits.numpy(), expected, equal_nan=True)
-    assert candidates.aligned_logits(pairs.slice(0, 0), catalogue, lists).isnan().all()
+    assert candidates.aligned_logits([pairs.slice(0, 0)], catalogue, lists).isnan().all()
     back = candidates.pairs_table(lists, logits, catalogue.ids)
     assert back.to_pylist() == [pairs.to_pylist()[row] for row in (2, 0)]
     with pytest.raises(BadInput, match="two logits"):
-        candidates.aligned_logits(pa.concat_tables([pairs, pairs]), catalogue, lists)
+        candidates.aligned_logits([pairs, pairs], catalogue, lists)

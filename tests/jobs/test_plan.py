@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +25,17 @@ def test_figures_of_ten_million_images() -> None:
     assert "1,000,000 with 100 candidates each, in 977 blocks" in lines["queries"]
     assert "15.4 GB (384 numbers an image)" in lines["embeddings"]
     assert "at least 27.8 to read" in lines["minutes"], "10^7 / 60 / 100 / 60"
-    assert TEN_MILLION.driver_bytes == 500_000_000 + 10**7 * 1200 + 4 * 10**7 * 384 * 4 + 10**6 * 100 * 24
+    own = 1_400_000_000 + 10**7 * 300 + 10**6 * 100 * 24
+    assert TEN_MILLION.driver_bytes == own
+    training = replace(TEN_MILLION, holds_embeddings=True)
+    assert training.driver_bytes == own + 4 * 10**7 * 384 * 4
+    assert training.lines(2)[-1].endswith("lists, 4 copies of the embeddings)")
 
 
 def test_plan_that_does_not_fit_is_refused_with_the_option_to_change() -> None:
-    check(TEN_MILLION, 100 * 10**9)
-    with pytest.raises(BadInput, match=r"need 76.3 GB in this process, the machine has 16 GB; .* lower --n-items"):
-        check(TEN_MILLION, 16 * 10**9)
+    check(TEN_MILLION, 16 * 10**9)
+    with pytest.raises(BadInput, match=r"need 6.8 GB in this process, the machine has 4 GB; .* lower --n-items"):
+        check(TEN_MILLION, 4 * 10**9)
     assert memory_bytes() > 10**8
 
 

@@ -165,7 +165,7 @@ def test_embeddings_of_another_extractor_are_refused(trained: Trained, tmp_path:
 @pytest.mark.parametrize("change", ["length", "dim"])
 def test_embeddings_of_another_length_are_refused(change: str, trained: Trained, tmp_path: Path) -> None:
     embeddings = read_embeddings(trained.embeddings)
-    matrix = embeddings.matrix * 3 if change == "length" else embeddings.matrix[:, :5]
+    matrix = embeddings.matrix[:] * 3 if change == "length" else embeddings.matrix[:][:, :5]
     write_embeddings(tmp_path / "embeddings.parquet", embeddings.ids, matrix)
     first = FirstStageConfig(embeddings=tmp_path / "embeddings.parquet")
     words = "embeddings of length 1, these not" if change == "length" else "these have 5"

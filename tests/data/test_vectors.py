@@ -1,0 +1,86 @@
+"""Embeddings that are read in place: the same rows as any Parquet reader gives, and what is not read so."""
+
+import itertools
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from distributed_rerank.data import vectors
+from distributed_rerank.data.embeddings import Embeddings, read_embeddings
+from distributed_rerank.data.tables import embeddings_table, write_embeddings
+from distributed_rerank.data.texts import Texts
+from distributed_rerank.data.vectors import StoredVectors, stored_vectors, write_vectors
+
+IDS = [f"{number:03d}" for number in range(50)]
+MATRIX = np.random.default_rng(0).standard_normal((50, 5)).astype(np.float32)
+
+
+@pytest.fixture(autouse=True)
+def _small_groups(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vectors, "ROWS_PER_GROUP", 16)
+
+
+def test_rows_in_place_are_those_that_pandas_reads(tmp_path: Path) -> None:
+    write_embeddings(tmp_path / "e.parquet", IDS, MATRIX)
+    table = pd.read_parquet(tmp_path / "e.parquet")
+    assert table["id"].tolist() == IDS
+    assert np.array_equal(np.stack(table["embedding"].to_list()), MATRIX)
+    stored = stored_vectors([tmp_path / "e.parquet"])
+    assert stored is not None, "it was written to be read in place"
+    rows = np.array([49, 0, 16, 15, 16, 31, 32])
+    for found in (stored, pickle.loads(pickle.dumps(stored))):
+        assert (len(found), found.shape) == (50, (50, 5))
+        assert np.array_equal(found[rows], MATRIX[rows])
+        assert np.array_equal(found[14:33], MATRIX[14:33])
+        assert np.array_equal(np.asarray(found), MATRIX)
+    assert [part.to_pylist() for part in stored.id_parts()] == [IDS[:16], IDS[16:32], IDS[32:48], IDS[48:]]
+
+
+def test_a_file_is_the_same_however_its_rows_came(tmp_path: Path) -> None:
+    whole = embeddings_table(IDS, MATRIX)
+    for name, cuts in (("one", [0, 50]), ("many", [0, 1, 15, 33, 34, 50])):
+        parts = (whole[start:stop] for start, stop in itertools.pairwise(cuts))
+        write_vectors(tmp_path / name, 5, parts)
+    assert (tmp_path / "one").read_bytes() == (tmp_path / "many").read_bytes()
+
+
+@pytest.mark.parametrize("change", ["compressed", "many pages", "unsorted", "float64", "numbers", "not finite", "list"])
+def test_other_tables_give_the_same_embeddings_from_memory(tmp_path: Path, change: str) -> None:
+    order = np.arange(50)[::-1] if change == "unsorted" else np.arange(50)
+    table = embeddings_table([IDS[row] for row in order], MATRIX[order])
+    layout = {} if change in ("compressed", "many pages") else dict(vectors.LAYOUT)
+    layout |= {"compression": "none", "data_page_size": 100, "write_batch_size": 1} if change == "many pages" else {}
+    if change in ("float64", "list"):
+        kind = pa.list_(pa.float64(), 5) if change == "float64" else pa.list_(pa.float32())
+        table = table.set_column(1, "embedding", table["embedding"].cast(kind))
+    if change == "numbers":
+        table = table.set_column(0, "id", pa.array(np.arange(50)))
+    if change == "not finite":
+        table = embeddings_table(IDS, np.where(np.arange(5) == 4, np.float32(np.nan), MATRIX))
+    pq.write_table(table, tmp_path / "e.parquet", **layout)
+    assert stored_vectors([tmp_path / "e.parquet"]) is None
+    if change != "not finite":
+        found = read_embeddings(tmp_path / "e.parquet")
+        ids = sorted(map(str, range(50))) if change == "numbers" else IDS
+        assert found.ids.tolist() == ids
+        assert np.array_equal(found.matrix, MATRIX[[int(id) for id in ids]])
+
+
+def test_stored_and_held_embeddings_are_alike(tmp_path: Path) -> None:
+    held = Embeddings(IDS, MATRIX)
+    write_embeddings(tmp_path / "e.parquet", IDS, MATRIX)
+    stored = read_embeddings(tmp_path / "e.parquet")
+    assert isinstance(stored.matrix, StoredVectors)
+    assert stored.digest == held.digest
+    wanted = Texts(["", "003", "017", "018", "049", "05"])
+    assert stored.rows_of(wanted).tolist() == held.rows_of(wanted).tolist() == [-1, 3, 17, 18, 49, -1]
+    assert np.array_equal(np.concatenate(list(stored.blocks())), MATRIX)
+    mapped = [one.mapped(lambda x: 2 * x[:, :3], tmp_path / "mapped" / "m.parquet") for one in (stored, held)]
+    for found in mapped:
+        assert found.ids.tolist() == IDS
+        assert np.array_equal(np.asarray(found.matrix), 2 * MATRIX[:, :3])
