@@ -3,12 +3,13 @@
 Both extraction and scoring decode here, so that an image is accepted or rejected by one rule.
 """
 
+import functools
+import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 from typing import TypeVar
 
 import torch
@@ -48,7 +49,7 @@ def decode(refs: Sequence[ImageRef], transform: InferenceTransform, *, threads: 
     """
     contents = read_ahead(refs)
     if threads > 1 and len(refs) > 1:
-        images = list(_on_threads(partial(_decode_one, transform), refs, contents, threads))
+        images = list(_on_threads(functools.partial(_decode_one, transform), refs, contents, threads))
     else:
         images = [_decode_one(transform, ref, content) for ref, content in zip(refs, contents, strict=True)]
     kept = [position for position, image in enumerate(images) if isinstance(image, Tensor)]
@@ -69,24 +70,32 @@ def read_ahead(refs: Sequence[ImageRef]) -> Iterator[bytes | Reject]:
     """
     todo, n_readers, largest = iter(refs), 1, 1
     pending: deque[Future[bytes | Reject]] = deque()
-    with ThreadPoolExecutor(MOST_READERS) as pool:
-        try:
-            while True:
-                while (
-                    len(pending) < max(1, min(n_readers, MOST_AHEAD // largest))
-                    and (ref := next(todo, None)) is not None
-                ):
-                    pending.append(pool.submit(_read_one, ref))
-                if not pending:
-                    return
-                began = time.perf_counter()
-                content = pending.popleft().result()
-                if time.perf_counter() - began > PATIENCE_S:
-                    n_readers = min(2 * n_readers, MOST_READERS)
-                largest = max(largest, _size(content))
-                yield content
-        finally:
-            pool.shutdown(cancel_futures=True)
+    try:
+        while True:
+            n_ahead = max(1, min(n_readers, MOST_AHEAD // largest))
+            while len(pending) < n_ahead and (ref := next(todo, None)) is not None:
+                pending.append(_readers().submit(_read_one, ref))
+            if not pending:
+                return
+            began = time.perf_counter()
+            content = pending.popleft().result()
+            if time.perf_counter() - began > PATIENCE_S:
+                n_readers = min(2 * n_readers, MOST_READERS)
+            largest = max(largest, _size(content))
+            yield content
+    finally:
+        for future in pending:
+            future.cancel()
+
+
+@functools.cache
+def _readers() -> ThreadPoolExecutor:
+    """The threads that read, kept: starting one waits for ever where the system has no memory for it (CPython)."""
+    return ThreadPoolExecutor(MOST_READERS)
+
+
+# The threads are not there in a forked process.
+os.register_at_fork(after_in_child=_readers.cache_clear)
 
 
 def readable_ids(refs: Sequence[ImageRef]) -> set[str]:

@@ -87,10 +87,11 @@ def decode(
     Transparent parts become white; 16-bit grey is scaled, not clipped. `box` (left, top, right, bottom)
     counts pixels of the upright picture, as an annotator sees it, and is clipped to it. `then` gets a Pillow image or,
     where there are more than `LARGE` pixels, a `Picture`, good until `then` returns, one at a time in a process. Raises
-    UnreadableImage.
+    UnreadableImage, also where there is not enough memory for that many.
     """
     if not content:
         raise UnreadableImage("empty file (0 bytes)")
+    image = None
     try:
         with _explained(content):
             image = Image.open(io.BytesIO(content), formats=FORMATS)
@@ -106,6 +107,8 @@ def decode(
                     # Else each thread keeps some of what it has freed, up to a picture's worth.
                     _TRIM(0)
     except MemoryError:
+        if image is None or image.width * image.height <= LARGE:
+            raise  # no fault of this image
         raise UnreadableImage("needs more memory than there is") from None
 
 

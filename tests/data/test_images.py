@@ -364,9 +364,14 @@ def test_hub_that_is_away_is_told_at_once_and_once_a_minute(monkeypatch: pytest.
     locations._hub_answers.cache_clear()
 
 
-def test_image_that_needs_more_memory_than_there_is_is_a_reject(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(image: Image.Image) -> Image.Image:
+def test_image_that_needs_more_memory_than_there_is_is_a_reject_only_where_it_is_large(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fail(*_: object) -> None:
         raise MemoryError
 
-    monkeypatch.setattr(images.Picture, "whole", fail)
+    monkeypatch.setattr(images, "_loaded", fail)
+    with pytest.raises(MemoryError):
+        images.decode(_bytes(_photo()))
+    monkeypatch.setattr(images, "LARGE", 900)
     assert _reason(_bytes(_photo())) == "needs more memory than there is"
