@@ -157,7 +157,8 @@ def little_memory(jobs: Jobs) -> Fault:
         return done("embed", folders[1]) >= 2
 
     until(process, is_third_block, "its second block")
-    resource.prlimit(process.pid, resource.RLIMIT_AS, (min(sizes) + 32 * 2**20,) * 2)
+    limit = min(sizes) + 32 * 2**20
+    resource.prlimit(process.pid, resource.RLIMIT_AS, (limit, limit))
     said = finish(process, code=2).strip().splitlines()[-1]
     assert said.startswith("error: there is not enough memory"), said
     kept = done("embed", folders[1])
