@@ -21,8 +21,8 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from contextlib import contextmanager, suppress
+from dataclasses import asdict
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -30,173 +30,27 @@ from typing import Any
 
 import numpy as np
 from _chaos_damage import Damaged, damage_finished, damage_unfinished
+from _chaos_jobs import (
+    BLOCKS,
+    ON_RAY,
+    PATIENCE_S,
+    Fault,
+    Jobs,
+    blocks_of,
+    done,
+    end_with_children,
+    finish,
+    middle,
+    results,
+    start,
+    until,
+    workers_of,
+)
+from _chaos_nights import killed_nights
+from _chaos_nodes import two_nodes
 from _measuring import ROOT, descendants, describe_machine, say
 
-from distributed_rerank.config.extractor import ExtractorConfig
-from distributed_rerank.config.pairwise import ConcatSiameseConfig
-from distributed_rerank.demo.catalogue import write_demo_catalogue
-from distributed_rerank.models.concat_siamese import ConcatSiamese
-from distributed_rerank.models.saving import save_model
-
 SMALL_DISK, FILE_LIMIT = "300k", 20_000
-PATIENCE_S = 30.0
-"""For a stopped worker, instead of the product's two minutes."""
-MAIN = f"""
-import sys
-from distributed_rerank.cluster import fan_out
-from distributed_rerank.command_line import main
-fan_out._LEAST_S = {PATIENCE_S}
-main(sys.argv[1:])
-"""
-ON_RAY = {"embed": 2, "retrieve": 2, "score": 2, "train": 1}
-"""Workers; a training on two has the bits of one only up to rounding, as README says."""
-BLOCKS = {
-    "embed": ".out.*/blocks/embeddings/block-*",
-    "retrieve": ".out.*/.candidates.*/blocks/candidates/block-*",
-    "score": ".out.*/.pair_distances.*/blocks/pair_distances/block-*",
-    "train": ".out.*/work/images-*/run/checkpoints/epoch-*.pt",
-}
-"""Finished work of a job that is not finished, seen from the folder of its --out."""
-TITLES = {"embed": "ray::MapBatches", "retrieve": "ray::_Host", "score": "ray::_Host", "train": "RayTrainWorker"}
-"""How Ray calls the processes that compute."""
-NOT_COMPARED = ("manifest.json", "timings.json", "report.html", "events.out")
-"""They hold times."""
-
-
-@dataclass(frozen=True)
-class Fault:
-    """One row of the table."""
-
-    fault: str
-    lost: str
-    again: str
-    """Blocks computed again, or what that means for this fault."""
-    extra_s: float
-    equal: bool
-
-    def line(self) -> str:
-        """As a row of Markdown."""
-        cells = (self.fault, self.lost, self.again, f"{self.extra_s:.1f}", "yes" if self.equal else "NO")
-        return f"| {' | '.join(cells)} |"
-
-
-class Jobs:
-    """The four jobs on one catalogue, and their undisturbed results."""
-
-    def __init__(self, root: Path) -> None:
-        self.root = root
-        self.extractor = ["--extractor", "test_resnet", "--extractor-weights", "none", "--image-size", "32"]
-        self.catalogue = write_demo_catalogue(root / "catalogue", n_designs=48, n_images=4, size=48)
-        backbone = ExtractorConfig(name="test_resnet", weights="none", image_size=32, resize="square")
-        save_model(ConcatSiamese(ConcatSiameseConfig(extractor=backbone, hidden_dims=(8,))), root / "model")
-        self.seconds: dict[tuple[str, bool], float] = {}
-        self.expected: dict[str, dict[str, bytes]] = {}
-
-    def command(self, stage: str, out: Path) -> list[str]:
-        """The job that has this stage as its long part."""
-        catalogue = ["--catalogue", str(self.catalogue), "--out", str(out)]
-        ready = ["--embeddings", str(self.root / "undisturbed-embed" / "out"), "--no-baselines"]
-        if stage == "embed":
-            return ["embed", *catalogue, *self.extractor, "--split", "validation", "--images-per-block", "2"]
-        if stage == "retrieve":
-            return ["evaluate", *catalogue, *ready, "--queries-per-block", "1"]
-        if stage == "score":
-            one = ["--queries-per-block", "1", "--pairs-per-batch", "1", "--chain", "replace", "--top-n", "8"]
-            return ["evaluate", *catalogue, *ready, "--model", str(self.root / "model"), *one]
-        steps = ["--epochs", "12", "--patience", "0", "--steps-per-epoch", "8", "--n-items", "20", "--top-n", "20"]
-        return ["train", *catalogue, *self.extractor, *steps, "--encode-block", "32"]
-
-    def start(self, stage: str, folder: Path, on_ray: bool, **environment: str) -> subprocess.Popen[str]:
-        """The job as a process that writes to `folder`/out."""
-        folder.mkdir(parents=True, exist_ok=True)
-        words = [*self.command(stage, folder / "out"), "--num-workers", str(ON_RAY[stage] if on_ray else 0)]
-        return start(words, **environment)
-
-    def undisturbed(self, stage: str, on_ray: bool) -> None:
-        """Run the job once; its results are what others are compared with, its time what theirs is."""
-        folder = self.root / f"undisturbed-{stage}{'-ray' if on_ray else ''}"
-        began = time.monotonic()
-        finish(self.start(stage, folder, on_ray))
-        self.seconds[stage, on_ray] = time.monotonic() - began
-        found = results(folder / "out")
-        assert found == self.expected.setdefault(stage, found), f"{stage} on Ray gives other bytes"
-
-
-def start(words: list[str], **environment: str) -> subprocess.Popen[str]:
-    own = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-    paths = os.pathsep.join([str(ROOT), *filter(None, [own.get("PYTHONPATH")])])
-    return subprocess.Popen(
-        [sys.executable, "-c", MAIN, *words],
-        env=own | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"} | environment,
-        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT,
-    )  # fmt: skip
-
-
-def finish(process: subprocess.Popen[str], code: int = 0) -> str:
-    """What the process said; it must end with this code."""
-    said = "".join(part or "" for part in process.communicate(timeout=300))
-    assert process.returncode == code, f"ended with {process.returncode} instead of {code}:\n{said[-3000:]}"
-    return said
-
-
-def results(folder: Path) -> dict[str, bytes]:
-    """Every file of an output that must not depend on a fault."""
-    files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
-    kept = {name: path.read_bytes() for name, path in files.items() if not path.name.startswith(NOT_COMPARED)}
-    assert kept, f"{folder} is empty"
-    return kept
-
-
-def done(stage: str, folder: Path) -> int:
-    """Blocks of the unfinished job on disk; for a training the last epoch."""
-    found = [path.name for path in folder.glob(BLOCKS[stage])]
-    return max((int(name[6:11]) for name in found), default=0) if stage == "train" else len(found)
-
-
-def until(process: subprocess.Popen[str], is_true: Callable[[], object], what: str) -> None:
-    """Wait; ends the program where the process ends or nothing comes."""
-    deadline = time.monotonic() + 120
-    while not is_true():
-        assert process.poll() is None, f"the job ended before {what}:\n{process.communicate()[1][-3000:]}"
-        assert time.monotonic() < deadline, f"not in time: {what}"
-        time.sleep(0.002)
-
-
-def workers_of(stage: str, process: subprocess.Popen[str]) -> list[int]:
-    """The computing processes of a job on Ray."""
-    found = []
-    for pid in descendants(process.pid):
-        try:
-            title = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode()
-        except OSError:
-            continue
-        if TITLES[stage] in title:
-            found.append(pid)
-    return found
-
-
-def end_with_children(process: subprocess.Popen[str]) -> None:
-    """kill -9 of a driver; what it leaves ends by itself, and is waited for."""
-    pids = [pid for pid in descendants(process.pid) if pid != process.pid]
-    process.kill()
-    process.communicate()
-    deadline = time.monotonic() + 60
-    while any(Path(f"/proc/{pid}/fd").exists() for pid in pids) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    for pid in pids:
-        if Path(f"/proc/{pid}/fd").exists():
-            os.kill(pid, signal.SIGKILL)
-
-
-def middle(stage: str) -> int:
-    """So many blocks (epochs) are finished when the fault comes."""
-    return 4 if stage == "train" else 12
-
-
-def blocks_of(folder: Path) -> dict[str, int]:
-    """The manifests' counts of the blocks of the stage that was disturbed."""
-    inner = next((path for path in (folder / "pair_distances", folder / "candidates") if path.is_dir()), folder)
-    return json.loads((inner / "manifest.json").read_text())["blocks"]
 
 
 def worker_fault(jobs: Jobs, stage: str, number: signal.Signals) -> Fault:
@@ -208,7 +62,10 @@ def worker_fault(jobs: Jobs, stage: str, number: signal.Signals) -> Fault:
     # A process of Ray Data has its title only while it computes.
     until(
         process,
-        lambda: (done(stage, folder) >= middle(stage) and found.extend(workers_of(stage, process))) or found,
+        lambda: (
+            (done(stage, folder) >= middle(stage) and found.extend(workers_of(stage, descendants(process.pid))))
+            or found
+        ),
         "its middle",
     )
     os.kill(found[0], number)
@@ -220,6 +77,96 @@ def worker_fault(jobs: Jobs, stage: str, number: signal.Signals) -> Fault:
     again = "1 epoch" if stage == "train" else "at most 2"
     fault = f"Ray: {name} of a worker, {stage}, {before} {'epochs' if stage == 'train' else 'blocks'} done"
     return Fault(fault, unit, again, extra, results(folder / "out") == jobs.expected[stage])
+
+
+def slow_worker(jobs: Jobs, stage: str) -> Fault:
+    """One computing process stands still for most of the time: half a second of every 0.6."""
+    folder = jobs.root / f"slow-worker-{stage}"
+    began = time.monotonic()
+    process = jobs.start(stage, folder, on_ray=True)
+    found: list[int] = []
+    until(
+        process,
+        lambda: (done(stage, folder) >= 4 and found.extend(workers_of(stage, descendants(process.pid)))) or found,
+        "its beginning",
+    )
+    before = done(stage, folder)
+    while process.poll() is None and Path(f"/proc/{found[0]}/fd").exists():
+        for number, pause_s in ((signal.SIGSTOP, 0.5), (signal.SIGCONT, 0.1)):
+            with suppress(ProcessLookupError):
+                os.kill(found[0], number)
+            time.sleep(pause_s)
+    finish(process)
+    extra = time.monotonic() - began - jobs.seconds[stage, True]
+    fault = f"Ray: a worker is slowed down six times (SIGSTOP and SIGCONT in turns), {stage}, {before} blocks done"
+    return Fault(fault, "nothing", "0", extra, results(folder / "out") == jobs.expected[stage])
+
+
+def node_fault(jobs: Jobs, stage: str, how: str) -> Fault:
+    """The second of two nodes is drained or killed while it computes."""
+    folder = jobs.root / f"{how}-{stage}"
+    with two_nodes() as nodes:
+        began = time.monotonic()
+        process = jobs.start(stage, folder, True, **nodes.environment)
+        until(
+            process,
+            lambda: done(stage, folder) >= middle(stage) and workers_of(stage, nodes.pids_of_second()),
+            "work on the second node",
+        )
+        before = done(stage, folder)
+        if how == "drain":
+            nodes.drain(deadline_s=10)
+        else:
+            nodes.kill()
+        finish(process)
+        extra = time.monotonic() - began - jobs.seconds[stage, True]
+    name = "drained with 10 s notice, then killed" if how == "drain" else "killed (-9) with its raylet"
+    fault = f"Ray: the second of two nodes is {name}, {stage}, {before} blocks done"
+    return Fault(fault, "calls on that node", "at most 4", extra, results(folder / "out") == jobs.expected[stage])
+
+
+LARGE_BLOCKS = ["--image-size", "448", "--images-per-batch", "32", "--images-per-block"]
+
+
+def small_store(jobs: Jobs) -> Fault:
+    """A block of pixels is larger than the whole object store."""
+    more, seconds = [*LARGE_BLOCKS, "192"], []
+    for on_ray in (False, True):
+        began = time.monotonic()
+        limit = ["--object-store-gb", "0.1"] if on_ray else []
+        finish(jobs.start("embed", jobs.root / f"small-store-{on_ray}", on_ray, [*more, *limit]))
+        seconds.append(time.monotonic() - began)
+    outputs = [results(jobs.root / f"small-store-{on_ray}" / "out") for on_ray in (False, True)]
+    fault = "Ray: an object store of 100 MB, embed with blocks of 116 MB"
+    return Fault(fault, "nothing; Ray moves them to disk", "0", seconds[1] - seconds[0], outputs[0] == outputs[1])
+
+
+def little_memory(jobs: Jobs) -> Fault:
+    """In the middle the process may have no more memory than it has, and 32 MB; then the same command without limit."""
+    more, folders = [*LARGE_BLOCKS, "32"], [jobs.root / name for name in ("much-memory", "little-memory")]
+    began = time.monotonic()
+    finish(jobs.start("embed", folders[0], False, more))
+    seconds, began = time.monotonic() - began, time.monotonic()
+    process = jobs.start("embed", folders[1], False, more)
+    sizes: list[int] = []
+    until(process, lambda: done("embed", folders[1]) >= 1, "its first block")
+
+    def is_third_block() -> bool:
+        words = Path(f"/proc/{process.pid}/statm").read_text().split()
+        sizes.append(int(words[0]) * resource.getpagesize())
+        return done("embed", folders[1]) >= 2
+
+    until(process, is_third_block, "its second block")
+    limit = min(sizes) + 32 * 2**20
+    resource.prlimit(process.pid, resource.RLIMIT_AS, (limit, limit))
+    said = finish(process, code=2).strip().splitlines()[-1]
+    assert said.startswith("error: there is not enough memory"), said
+    kept = done("embed", folders[1])
+    finish(jobs.start("embed", folders[1], False, more))
+    extra = time.monotonic() - began - seconds
+    fault = f"one process: no more memory (RLIMIT_AS), embed, {kept} blocks done"
+    equal = results(folders[0] / "out") == results(folders[1] / "out")
+    return Fault(fault, "the block that was computed; one line and exit code 2", "0", extra, equal)
 
 
 def driver_fault(jobs: Jobs, stage: str, on_ray: bool, damages: list[Damaged] | None, times: int) -> Fault:
@@ -318,7 +265,7 @@ def two_at_once(jobs: Jobs) -> list[Fault]:
 
 
 def finish_any(process: subprocess.Popen[str]) -> str:
-    return "".join(part or "" for part in process.communicate(timeout=300))
+    return "".join(part or "" for part in process.communicate(timeout=1200))
 
 
 def store_away(jobs: Jobs) -> list[Fault]:
@@ -375,7 +322,7 @@ def random_kills(jobs: Jobs, seed: int) -> Fault:
     return Fault(f"one process: kill -9 at {kills} random moments, score", "what was in flight", "0", extra, equal)
 
 
-def in_one_process(jobs: Jobs, damages: list[Damaged], times: int, is_quick: bool) -> Iterator[Callable[[], Any]]:
+def in_one_process(jobs: Jobs, damages: list[Damaged], times: int, is_quick: bool) -> Iterator[partial[Any]]:
     """Each fault without Ray as a call that gives its row or rows."""
     for stage in ("embed", "score", "train") if is_quick else ON_RAY:
         yield partial(jobs.undisturbed, stage, False)
@@ -385,10 +332,12 @@ def in_one_process(jobs: Jobs, damages: list[Damaged], times: int, is_quick: boo
     yield partial(two_at_once, jobs)
     if not is_quick:
         yield partial(store_away, jobs)
+        yield partial(little_memory, jobs)
         yield partial(random_kills, jobs, 3)
+    yield partial(killed_nights, jobs, is_quick)
 
 
-def on_ray(jobs: Jobs, times: int) -> Iterator[Callable[[], Any]]:
+def on_ray(jobs: Jobs, times: int) -> Iterator[partial[Any]]:
     """Each fault on Ray as a call that gives its row."""
     for stage in ON_RAY:
         if stage not in jobs.expected:
@@ -398,6 +347,11 @@ def on_ray(jobs: Jobs, times: int) -> Iterator[Callable[[], Any]]:
         yield partial(worker_fault, jobs, stage, signal.SIGKILL)
         yield partial(driver_fault, jobs, stage, True, None, times)
     yield partial(worker_fault, jobs, "score", signal.SIGSTOP)
+    yield partial(slow_worker, jobs, "score")
+    for how in ("drain", "kill"):
+        for stage in ("embed", "score"):
+            yield partial(node_fault, jobs, stage, how)
+    yield partial(small_store, jobs)
 
 
 def show(faults: list[Fault], damages: list[Damaged]) -> str:
@@ -409,6 +363,16 @@ def show(faults: list[Fault], damages: list[Damaged]) -> str:
         cut = f"{damaged.cut_found} of {damaged.tried}" if damaged.cut_found is not None else "is no record"
         lines.append(f"| {damaged.kind} | {damaged.found} of {damaged.tried} | {cut} |")
     return "\n".join(lines)
+
+
+def tried(call: partial[Any]) -> Any:
+    """What the call gives; where it fails, a row that says so, and the others follow."""
+    try:
+        return call()
+    except (AssertionError, subprocess.SubprocessError) as error:
+        say(f"{error}")
+        words = [str(word) for word in call.args[1:] if isinstance(word, str | signal.Signals)]
+        return Fault(f"{call.func.__name__} {' '.join(words)} FAILED", "?", "?", 0.0, False)
 
 
 def main() -> None:
@@ -427,7 +391,7 @@ def main() -> None:
         parts = [in_one_process(jobs, damages, times, arguments.quick)] if "process" in arguments.parts else []
         parts += [on_ray(jobs, times)] if "ray" in arguments.parts and not arguments.quick else []
         for call in chain(*parts):
-            found = call()
+            found = tried(call)
             rows = found if isinstance(found, list) else [found] if isinstance(found, Fault) else []
             faults += rows
             for row in rows:

@@ -67,13 +67,29 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.exit(75)
     except OSError as error:
         files = importlib.import_module("distributed_rerank.data.files")
-        if (line := files.disk_problem(error)) is None:
+        if (line := files.disk_problem(error) or _memory_problem(error)) is None:
+            raise
+        sys.stderr.write(f"error: {line}\n")
+        sys.exit(2)
+    except (MemoryError, RuntimeError) as error:
+        if (line := _memory_problem(error)) is None:
             raise
         sys.stderr.write(f"error: {line}\n")
         sys.exit(2)
     except KeyboardInterrupt:
         sys.stderr.write("interrupted: finished blocks are kept, the same command continues from them\n")
         sys.exit(130)
+
+
+def _memory_problem(error: Exception) -> str | None:
+    """One line where the error, in this process or a worker of Ray, says that memory was refused; else None."""
+    is_refused = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    if not is_refused and not re.search(r"can't allocate memory|Cannot allocate memory|bad_alloc", str(error)):
+        return None
+    return (
+        "there is not enough memory; lower --images-per-batch, --images-per-block or --num-workers, or give the job "
+        "more; finished work is kept, and the same command goes on with it"
+    )
 
 
 def run(words: Sequence[str]) -> int | None:

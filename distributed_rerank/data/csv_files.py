@@ -6,6 +6,7 @@ quotes in an unusual place, Python's csv module reads on: it knows the rows' num
 
 import csv
 import io
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from dataclasses import dataclass
 from typing import Any, cast
@@ -62,6 +63,14 @@ def layout_of(head: bytes, known: Set[str]) -> CsvLayout:
         if len(known & set(header)) > n_best:
             best, n_best = CsvLayout(separator, header), len(known & set(header))
     return best
+
+
+def other_separator(head: bytes, known: Set[str]) -> str | None:
+    """What stands between the names of a header where that is none of the separators that are read."""
+    line = head.decode("utf-8", errors="replace").lstrip().partition("\n")[0]
+    between = re.split(rf"\b(?:{'|'.join(map(re.escape, known))})\b", line)[1:-1]
+    is_one = len(between) > 1 and len(set(between)) == 1 and not re.search(r"\w", between[0])
+    return between[0] if is_one and between[0] not in _SEPARATORS else None
 
 
 def csv_batches(

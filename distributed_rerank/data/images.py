@@ -8,66 +8,58 @@ that Pillow itself refuses images above twice `PIL.Image.MAX_IMAGE_PIXELS` (179 
 `max_pixels` says.
 """
 
+import ctypes
 import io
-import struct
-import zlib
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
-import numpy as np
 from PIL import Image, UnidentifiedImageError, features
 
 from distributed_rerank.data import locations
 from distributed_rerank.data.catalogue import Box, ImageRef
 from distributed_rerank.data.locations import StoreUnreachable, read_bytes
+from distributed_rerank.data.pictures import DAMAGE, Picture, UnreadableImage, orientation_of
 from distributed_rerank.errors import BadInput
 
 __all__ = ["MAX_PIXELS", "UnreadableImage", "decode", "read_bytes", "read_content", "read_image", "to_rgb"]
 
 MAX_PIXELS = 100_000_000
+MAX_SIDE = 100_000
+"""Pixels: rows are resized before columns, and all of them are held in between."""
+LARGE = 2**24
+"""Pixels; pictures with more are decoded one at a time and never held as a whole."""
 MAX_BYTES = 200_000_000
 """Of a file, checked before it is read."""
 OUTAGE = "the store does not answer"
 """How the reason begins where the store was at fault and not the image."""
 MAX_SCANS = 100
 """Of a progressive JPEG, as libtiff has it; encoders write a dozen, and each costs a pass over the picture."""
+_one_at_a_time = threading.Lock()
+_TRIM: Callable[[int], object] = getattr(ctypes.CDLL(None), "malloc_trim", lambda pad: None)
+"""Gives freed memory back to the system, where glibc manages it."""
 HAS_AVIF = "avif" in features.modules and features.check_module("avif")
 """Pillow decodes it from 11.3 on."""
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", *(("AVIF",) if HAS_AVIF else ()))
-_STRIP_ROWS = 256
-_ORIENTATION_TAG = 0x0112
-_UPRIGHT = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-# What Pillow's parsers raise on damaged files. MemoryError and our own assertions are not among them.
-DAMAGE = (
-    OSError,
-    SyntaxError,
-    ValueError,
-    TypeError,
-    LookupError,
-    EOFError,
-    ArithmeticError,
-    struct.error,
-    zlib.error,
-)
 
 
-class UnreadableImage(Exception):
-    """An image that cannot be used; `reason` is one line for the rejects table."""
-
-    def __init__(self, reason: str) -> None:
-        super().__init__(reason)
-        self.reason = reason
+def whole(picture: Image.Image | Picture) -> Image.Image:
+    """A picture of any size as Pillow's."""
+    return picture.whole() if isinstance(picture, Picture) else picture
 
 
-def read_image(ref: ImageRef, max_pixels: int = MAX_PIXELS, schemes: frozenset[str] = locations.SCHEMES) -> Image.Image:
-    """The picture of `ref` as mode RGB, cut to its box; whatever is wrong with the file: UnreadableImage."""
-    return decode(read_content(ref, schemes), ref.box, max_pixels)
+def read_image(
+    ref: ImageRef,
+    max_pixels: int = MAX_PIXELS,
+    schemes: frozenset[str] = locations.SCHEMES,
+    then: Callable[[Any], Any] = whole,
+) -> Any:
+    """The picture of `ref` as mode RGB, cut to its box, or what `then` makes of it, as in `decode`.
+
+    Whatever is wrong with the file: UnreadableImage.
+    """
+    return decode(read_content(ref, schemes), ref.box, max_pixels, then)
 
 
 def read_content(ref: ImageRef, schemes: frozenset[str] = locations.SCHEMES) -> bytes:
@@ -87,28 +79,64 @@ def read_content(ref: ImageRef, schemes: frozenset[str] = locations.SCHEMES) -> 
         raise UnreadableImage(str(error)) from error
 
 
-def decode(content: bytes, box: Box | None = None, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """The first frame in a file's bytes, upright (EXIF), as mode RGB, cut to `box`.
+def decode(
+    content: bytes, box: Box | None = None, max_pixels: int = MAX_PIXELS, then: Callable[[Any], Any] = whole
+) -> Any:
+    """The first frame in a file's bytes, upright (EXIF), as mode RGB, cut to `box`; or what `then` makes of it.
 
     Transparent parts become white; 16-bit grey is scaled, not clipped. `box` (left, top, right, bottom)
-    counts pixels of the upright picture, as an annotator sees it, and is clipped to it. Raises
-    UnreadableImage.
+    counts pixels of the upright picture, as an annotator sees it, and is clipped to it. `then` gets a Pillow image or,
+    where there are more than `LARGE` pixels, a `Picture`, good until `then` returns, one at a time in a process. Raises
+    UnreadableImage, also where there is not enough memory for that many.
     """
     if not content:
         raise UnreadableImage("empty file (0 bytes)")
+    image = None
     try:
-        with Image.open(io.BytesIO(content), formats=FORMATS) as image:
-            if image.width * image.height > max_pixels:
-                size = f"{image.width} x {image.height}"
-                raise UnreadableImage(f"{size} pixels exceed the limit of {max_pixels} (decompression bomb?)")
-            # In compressed data 0xFF is never followed by the byte of a scan's marker.
-            n_scans = content.count(b"\xff\xda") if image.format == "JPEG" else 0
-            if n_scans > MAX_SCANS:
-                raise UnreadableImage(
-                    f"{n_scans} scans of a JPEG exceed the limit of {MAX_SCANS} (decompression bomb?)"
-                )
-            image.load()
-            return _crop(to_rgb(image), box)
+        with _explained(content):
+            image = Image.open(io.BytesIO(content), formats=FORMATS)
+        with image:
+            _check_size(image, content, max_pixels)
+            if image.width * image.height <= LARGE:
+                return then(_loaded(image, content, box))
+            with _one_at_a_time:
+                try:
+                    return then(_loaded(image, content, box))
+                finally:
+                    image.close()
+                    # Else each thread keeps some of what it has freed, up to a picture's worth.
+                    _TRIM(0)
+    except MemoryError:
+        if image is None or image.width * image.height <= LARGE:
+            raise  # no fault of this image
+        raise UnreadableImage("needs more memory than there is") from None
+
+
+def _loaded(image: Image.Image, content: bytes, box: Box | None) -> Image.Image | Picture:
+    with _explained(content):
+        image.load()
+        picture = Picture(image, orientation_of(image), box)
+        return picture if image.width * image.height > LARGE else picture.whole()
+
+
+def _check_size(image: Image.Image, content: bytes, max_pixels: int) -> None:
+    """Raises UnreadableImage for what the header shows to be too much work."""
+    size = f"{image.width} x {image.height}"
+    if image.width * image.height > max_pixels:
+        raise UnreadableImage(f"{size} pixels exceed the limit of {max_pixels} (decompression bomb?)")
+    if max(image.size) > MAX_SIDE:
+        raise UnreadableImage(f"a side of {size} pixels exceeds the limit of {MAX_SIDE}")
+    # In compressed data 0xFF is never followed by the byte of a scan's marker.
+    n_scans = content.count(b"\xff\xda") if image.format == "JPEG" else 0
+    if n_scans > MAX_SCANS:
+        raise UnreadableImage(f"{n_scans} scans of a JPEG exceed the limit of {MAX_SCANS} (decompression bomb?)")
+
+
+@contextmanager
+def _explained(content: bytes) -> Iterator[None]:
+    """Inside, what Pillow raises on a file becomes UnreadableImage."""
+    try:
+        yield
     except UnidentifiedImageError:
         if content[4:12] in (b"ftypavif", b"ftypavis") and not HAS_AVIF:
             raise UnreadableImage("AVIF, which this Pillow cannot decode; install Pillow 11.3 or later") from None
@@ -117,63 +145,11 @@ def decode(content: bytes, box: Box | None = None, max_pixels: int = MAX_PIXELS)
         raise UnreadableImage(_line("too many pixels", error)) from error
     except DAMAGE as error:
         raise UnreadableImage(_line("damaged or truncated", error)) from error
-    except MemoryError:
-        raise UnreadableImage("needs more memory than there is") from None
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
     """A picture upright (EXIF), as mode RGB. Raises UnreadableImage for pixels without a known range."""
-    return _to_rgb(_upright(image))
-
-
-def _upright(image: Image.Image) -> Image.Image:
-    try:
-        orientation = image.getexif().get(_ORIENTATION_TAG)
-    except DAMAGE:
-        return image  # broken metadata beside good pixels: cameras write it, and viewers ignore it
-    method = _UPRIGHT.get(orientation) if isinstance(orientation, int) else None
-    return image if method is None else image.transpose(method)
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode == "F":
-        raise UnreadableImage("floating-point pixels have no known range; store 8 or 16 bits")
-    if image.mode == "I" or image.mode.startswith("I;16"):
-        return _to_8_bits(image).convert("RGB")
-    return _on_white(image) if image.has_transparency_data else image.convert("RGB")
-
-
-def _on_white(image: Image.Image) -> Image.Image:
-    """The image over white; by strips, since a whole one would be held three times, at four bytes a pixel."""
-    whole = Image.new("RGB", image.size)
-    for top in range(0, image.height, _STRIP_ROWS):
-        strip = image.crop((0, top, image.width, min(top + _STRIP_ROWS, image.height))).convert("RGBA")
-        white = Image.new("RGBA", strip.size, "white")
-        whole.paste(Image.alpha_composite(white, strip).convert("RGB"), (0, top))
-    return whole
-
-
-def _to_8_bits(image: Image.Image) -> Image.Image:
-    """Grey of 16 bits by v / 257, rounded. Mode I has 32 bits; what fits in 16 is taken for 16-bit grey."""
-    values = np.asarray(image).astype(np.int64)
-    if values.min(initial=0) < 0:
-        raise UnreadableImage("negative pixel values; store unsigned 8 or 16 bits")
-    scale = 257 if values.max(initial=0) < 1 << 16 else 16_843_009
-    return Image.fromarray(((values + scale // 2) // scale).astype(np.uint8))
-
-
-def _crop(image: Image.Image, box: Box | None) -> Image.Image:
-    if box is None:
-        return image
-    left, top, right, bottom = (
-        max(box[0], 0),
-        max(box[1], 0),
-        min(box[2], image.width),
-        min(box[3], image.height),
-    )
-    if left >= right or top >= bottom:
-        raise UnreadableImage(f"box {box} lies outside the image of {image.width} x {image.height}")
-    return image.crop((left, top, right, bottom))
+    return Picture(image, orientation_of(image)).whole()
 
 
 def _line(what: str, error: BaseException) -> str:

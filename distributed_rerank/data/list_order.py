@@ -5,6 +5,8 @@ from jaxtyping import Float32, Int32
 
 _MOST = 0.9
 """Share of the lists that must agree: some lists of a shuffled file fall by chance, nine of ten do not."""
+_LONG = 5
+"""A list of so many values is in order by chance once in 60 times."""
 
 
 class ListOrder:
@@ -19,6 +21,7 @@ class ListOrder:
         # it, the value of the query with itself, and the smallest and largest of its other values.
         self._last = np.full(n_items, np.nan, np.float32)
         self._rises, self._falls = np.zeros(n_items, bool), np.zeros(n_items, bool)
+        self._n_values = np.zeros(n_items, np.int32)
         self._own = np.full(n_items, np.nan, np.float32)
         self._low, self._high = np.full(n_items, np.nan, np.float32), np.full(n_items, np.nan, np.float32)
 
@@ -39,12 +42,25 @@ class ListOrder:
         self._rises[query[value > before]] = True
         self._falls[query[value < before]] = True
         self._last[query[ends]] = value[ends]
+        self._n_values[query[starts]] += (ends - starts + 1).astype(np.int32)
         is_own = item == query
         self._own[query[is_own]] = value[is_own]
         others = np.where(is_own, np.float32(np.nan), value)
         found = query[starts]
         self._low[found] = np.fmin(self._low[found], np.fmin.reduceat(others, starts))
         self._high[found] = np.fmax(self._high[found], np.fmax.reduceat(others, starts))
+
+    def odd_one(self) -> int | None:
+        """The query of a list that falls in a file where the other lists grow, or the reverse; None where all agree.
+
+        Only files count in which almost every long list is in one of both orders, so shuffled ones do not.
+        """
+        is_long = self._n_values >= _LONG
+        grow, fall = is_long & self._rises & ~self._falls, is_long & self._falls & ~self._rises
+        n_grow, n_fall = int(grow.sum()), int(fall.sum())
+        if min(n_grow, n_fall) == 0 or n_grow + n_fall < _MOST * is_long.sum():
+            return None
+        return int(np.argmax(fall if n_fall <= n_grow else grow))
 
     def is_turned(self) -> bool:
         """Whether the values of most lists are largest where the best candidate is."""

@@ -188,8 +188,10 @@ def _read_local(path: str, max_bytes: int | None) -> bytes:
         _check_regular(os.stat(path), max_bytes)
         # Without waiting, should it have become a pipe since.
         with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
-            _check_regular(os.fstat(file.fileno()), max_bytes)
-            content = file.read() if max_bytes is None else file.read(max_bytes + 1)
+            found = os.fstat(file.fileno())
+            _check_regular(found, max_bytes)
+            # Memory is taken for as much as is asked for, so not for `max_bytes`.
+            content = file.read() if max_bytes is None else file.read(found.st_size + 1)
     except ValueError as error:  # a NUL, or what no file name can hold
         raise OSError(f"no path of a file ({error})") from error
     _check_size(len(content), max_bytes)

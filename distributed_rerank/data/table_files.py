@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from distributed_rerank.data import locations
-from distributed_rerank.data.csv_files import as_utf8, csv_batches, layout_of
+from distributed_rerank.data.csv_files import as_utf8, csv_batches, layout_of, other_separator
 from distributed_rerank.errors import BadInput
 
 HEAD = 1 << 16
@@ -76,6 +76,8 @@ class TableFile:
     ) -> Iterator[pa.Table]:
         """The columns that `choose` takes of the header, as strings; the separator is the one that `known` fit best."""
         layout = layout_of(self.head, known)
+        if len(known & set(layout.header)) < 2 and (other := other_separator(self.head, known)):
+            raise BadInput(f"{self.location}: {other!r} separates its columns; write one of , ; | and tabs")
         columns = choose(layout.header)
         yield pa.table({name: pa.array([], pa.string()) for name in columns})
         if not columns:

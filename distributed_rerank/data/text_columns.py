@@ -23,10 +23,13 @@ pc: Any = pyarrow.compute  # type checkers do not see its functions, which are m
 
 _NO_VALUE = (
     "nan", "-nan", "nat", "null", "none", "<na>", "n/a", "#n/a", "#na", "#n/a n/a", "\\n",
-    "1.#ind", "-1.#ind", "1.#qnan", "-1.#qnan",
+    "1.#ind", "-1.#ind", "1.#qnan", "-1.#qnan", "n.a.", "nil", "undefined", "(null)", "<null>",
+    "#name?", "#ref!", "#value!", "#div/0!", "#null!", "#num!",
 )  # fmt: skip
 _NO_VALUE_EXACT = "NA"
 """In this spelling alone: R and pandas write it so, and `na` is a syllable."""
+_UNSEEN = r"[\pZ\pC]+"
+"""Spaces, and characters without any shape, such as the zero-width space."""
 _INDEX_COLUMN = re.compile(r"|Unnamed: \d+(_level_\d+)?|__index_level_\d+__|index|level_\d+")
 _EXACT_INTEGERS = {16: 1 << 11, 32: 1 << 24, 64: 1 << 53}
 """From here on neighbouring whole numbers are the same float, by the float's bits."""
@@ -67,9 +70,10 @@ def are_words_for_no_value(texts: pa.Array) -> Bool[np.ndarray, " row"]:
 def as_names(texts: pa.Array, name: str, float_bits: int = 64) -> pa.Array:
     """The texts of a column of names without the `.0` of a float column; see the head of this module.
 
-    Raises BadInput for two names that are one number (`7` and `7.0`), naming a row of each, and for a float column with
-    whole numbers of a size that floats cannot tell apart.
+    Raises BadInput for two names that are one number (`7` and `7.0`) or look the same, naming a row of each, and for a
+    float column with whole numbers of a size that floats cannot tell apart.
     """
+    _refuse_lookalikes(texts, name)
     is_whole = _are_whole_floats(texts)
     n_whole = int(is_whole.sum())
     if not n_whole:
@@ -86,6 +90,30 @@ def as_names(texts: pa.Array, name: str, float_bits: int = 64) -> pa.Array:
             "on lose their last digits, so different names may have become one; write the column as integers or text"
         )
     return _without_points(texts)
+
+
+def _refuse_lookalikes(texts: pa.Array, name: str) -> None:
+    """Raise BadInput for two different texts that nobody can tell apart.
+
+    They differ by spaces at an end, by characters without a shape, or in how an accent is composed.
+    """
+    is_plain = pc.equal(pc.ascii_trim_whitespace(texts), texts)
+    is_plain = pc.and_(is_plain, pc.equal(pc.binary_length(texts), pc.utf8_length(texts)))
+    odd = texts.filter(pc.invert(is_plain)).unique()
+    if not len(odd):
+        return
+    shown = pc.utf8_normalize(pc.replace_substring_regex(odd, f"^{_UNSEEN}|{_UNSEEN}$|\\p{{Cf}}+", ""), "NFC")
+    # Names that stay as they are differ from each other.
+    changed = shown.filter(pc.not_equal(shown, odd))
+    concerned = pc.is_in(shown, value_set=changed)
+    seen: dict[str, str] = {}
+    plain = texts.filter(pc.is_in(texts, value_set=changed)).unique()
+    looks = pa.concat_arrays([plain, shown.filter(concerned)]).to_pylist()
+    for text, look in zip(pa.concat_arrays([plain, odd.filter(concerned)]).to_pylist(), looks, strict=True):
+        other = seen.setdefault(look, text)
+        if other != text:
+            places = " and ".join(f"{one!a} ({_first_place(one, {'': texts})})" for one in (other, text))
+            raise BadInput(f"{name} {places} look the same; write one of them in all rows")
 
 
 def refuse_equal_numbers(columns: Mapping[str, pa.Array], name: str) -> None:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from distributed_rerank.config.extractor import Interpolation
 from distributed_rerank.config.training import Augmentation
+from distributed_rerank.data.pictures import Picture
 from distributed_rerank.errors import BadInput
 
 _MODES = {name: Image.Resampling[name.upper()] for name in ("nearest", "bilinear", "bicubic", "lanczos")}
@@ -52,7 +53,7 @@ class InferenceTransform:
         if not 0 < self.crop_pct <= 1:
             raise BadInput(f"crop_pct={self.crop_pct} is not in (0, 1]; 0.875 is usual")
 
-    def __call__(self, image: Image.Image) -> UInt8[Tensor, "3 height width"]:
+    def __call__(self, image: Image.Image | Picture) -> UInt8[Tensor, "3 height width"]:
         """The tensor of an RGB picture, channels first."""
         if self.resize == "square":
             return _to_tensor(_squash(image, self.size, self.interpolation))
@@ -74,7 +75,7 @@ class TrainingTransform:
     def __post_init__(self) -> None:
         _check_size_and_interpolation(self.size, self.interpolation)
 
-    def __call__(self, image: Image.Image, generator: torch.Generator) -> UInt8[Tensor, "3 height width"]:
+    def __call__(self, image: Image.Image | Picture, generator: torch.Generator) -> UInt8[Tensor, "3 height width"]:
         """The tensor of an RGB picture; the same state of `generator` gives the same bytes.
 
         Always draws the same count of numbers, so that the next picture's draw does not depend on this one's
@@ -107,9 +108,9 @@ class TrainingTransform:
         return image
 
 
-def _squash(image: Image.Image, size: tuple[int, int], interpolation: str) -> Image.Image:
+def _squash(image: Image.Image | Picture, size: tuple[int, int], interpolation: str) -> Image.Image:
     height, width = size
-    return image if image.size == (width, height) else image.resize((width, height), _MODES[interpolation])
+    return image.resize((width, height), _MODES[interpolation])
 
 
 def _size_before_crop(source: tuple[int, int], size: tuple[int, int], crop_pct: float) -> tuple[int, int]:
@@ -128,7 +129,7 @@ def _size_before_crop(source: tuple[int, int], size: tuple[int, int], crop_pct: 
 
 
 def _resize_centre(
-    image: Image.Image, whole: tuple[int, int], size: tuple[int, int], interpolation: str
+    image: Image.Image | Picture, whole: tuple[int, int], size: tuple[int, int], interpolation: str
 ) -> Image.Image:
     """The centre of the resized picture without the rest of it: a thin picture would become too large for memory."""
     height, width = size

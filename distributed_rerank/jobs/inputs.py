@@ -177,7 +177,8 @@ def read_table(job: CatalogueJob, purpose: Any = "images") -> Any:
 def check_exists(location: str) -> None:
     """Raises BadInput for a local table that is no file."""
     if scheme_of(location) is None and not Path(location).is_file():
-        raise BadInput(f"--catalogue {location} does not exist; check the path")
+        what = "is a folder; name the table in it" if Path(location).is_dir() else "does not exist; check the path"
+        raise BadInput(f"--catalogue {location} {what}")
 
 
 def check_model(config: RerankerConfig) -> None:

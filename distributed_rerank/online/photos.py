@@ -52,9 +52,9 @@ def pixels_of(
     if isinstance(photo, str | Path):
         photo = ImageRef("", str(photo))
     if isinstance(photo, ImageRef):
-        return transform(images.read_image(photo, max_pixels))
+        return images.read_image(photo, max_pixels, then=transform)
     if isinstance(photo, bytes):
-        return transform(images.decode(photo, max_pixels=max_pixels))
+        return images.decode(photo, max_pixels=max_pixels, then=transform)
     if isinstance(photo, Image.Image):
         return transform(images.to_rgb(photo))
     raise BadInput(f"{type(photo).__name__} is no photo; give a path, the bytes of a file, or a Pillow image")

@@ -5,6 +5,7 @@ features are kept in memory where nothing that is trained comes before them: the
 """
 
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -62,17 +63,17 @@ class DecodedImages:
 
     def _read(self, items: Tensor, augment: TrainingTransform | None, seeds: list[int]) -> Tensor:
         def one(ref_and_seed: tuple) -> Tensor:
-            ref = ref_and_seed[0]
+            ref, seed = ref_and_seed
+            generator = torch.Generator().manual_seed(seed)
             try:
-                image = read_image(ref)
+                return read_image(
+                    ref, then=self.transform if augment is None else partial(augment, generator=generator)
+                )
             except UnreadableImage as error:
                 raise BadInput(
                     f"image {ref.id!r} ({ref.path}) could be read before and cannot now: {error.reason}; restore it, "
                     "delete it or remove its row, then start again"
                 ) from None
-            if augment is None:
-                return self.transform(image)
-            return augment(image, torch.Generator().manual_seed(ref_and_seed[1]))
 
         wanted = list(zip(self.catalogue.images(items.numpy()), seeds, strict=True))
         pixels = torch.stack(list(self.pool.map(one, wanted) if self.pool else map(one, wanted)))

@@ -364,24 +364,14 @@ def test_hub_that_is_away_is_told_at_once_and_once_a_minute(monkeypatch: pytest.
     locations._hub_answers.cache_clear()
 
 
-def test_image_that_needs_more_memory_than_there_is_is_a_reject(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(image: Image.Image) -> Image.Image:
+def test_image_that_needs_more_memory_than_there_is_is_a_reject_only_where_it_is_large(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fail(*_: object) -> None:
         raise MemoryError
 
-    monkeypatch.setattr(images, "_to_rgb", fail)
+    monkeypatch.setattr(images, "_loaded", fail)
+    with pytest.raises(MemoryError):
+        images.decode(_bytes(_photo()))
+    monkeypatch.setattr(images, "LARGE", 900)
     assert _reason(_bytes(_photo())) == "needs more memory than there is"
-
-
-@pytest.mark.parametrize("mode", ["RGBA", "LA", "PA", "P"])
-def test_transparent_image_over_white_by_strips_is_the_whole_one(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    generator = np.random.default_rng(3)
-    image = Image.fromarray(generator.integers(0, 256, (41, 17, 4), np.uint8), "RGBA")
-    if mode == "P":
-        image = image.convert("RGB").convert("P")
-        image.info["transparency"] = bytes(generator.integers(0, 256, 256, np.uint8))
-    elif mode != "RGBA":
-        image = image.convert(mode)
-    colours = image.convert("RGBA")
-    expected = Image.alpha_composite(Image.new("RGBA", colours.size, "white"), colours).convert("RGB")
-    monkeypatch.setattr(images, "_STRIP_ROWS", 8)
-    assert images._to_rgb(image).tobytes() == expected.tobytes()

@@ -54,3 +54,31 @@ def test_query_itself_decides_before_the_order_of_rows(lists: tuple, batch: int)
 def test_lists_of_one_value_say_nothing() -> None:
     assert not is_turned(np.array([0, 0, 1]), np.array([2, 3, 2]), np.array([0.5, 0.5, 0.1]), 10)
     assert not ListOrder(3).is_turned()
+
+
+def odd_one(query: np.ndarray, item: np.ndarray, value: np.ndarray, batch: int) -> int | None:
+    order = ListOrder(int(max(query.max(), item.max())) + 1)
+    for start in range(0, len(query), batch):
+        rows = slice(start, start + batch)
+        order.add(query[rows].astype(np.int32), item[rows].astype(np.int32), value[rows].astype(np.float32))
+    return order.odd_one()
+
+
+@pytest.mark.parametrize("batch", [1, 7, 10, 1000])
+@pytest.mark.parametrize("others", [[31], [4, 20, 31], [*range(4, 50, 2)]])
+def test_lists_that_run_the_other_way_are_found(lists: tuple, batch: int, others: list[int]) -> None:
+    query, item, value = lists
+    assert odd_one(query, item, value, batch) is None
+    mixed = np.where(np.isin(query, others), -value, value)
+    assert odd_one(query, item, mixed, batch) == others[0]
+    assert odd_one(query, item, -mixed, batch) == others[0]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_shuffled_and_short_lists_are_not_odd(lists: tuple, seed: int) -> None:
+    query, item, value = lists
+    order = np.argsort(query + np.random.default_rng(seed).random(len(query)))  # shuffled within each query
+    assert odd_one(query, item[order], value[order], 64) is None
+    short = np.tile(np.arange(10), 50) < 4
+    mixed = np.where(query % 2, value, -value)
+    assert odd_one(query[short], item[short], mixed[short], 64) is None

@@ -221,7 +221,21 @@ def test_decimal_commas_are_named(refuse: Refuse) -> None:
     )
 
 
-WORDS = ["NULL", "\\N", "<NA>", "nan", "NaN", "None", "NA", "N/A", "null"]
+WORDS = [
+    "NULL",
+    "\\N",
+    "<NA>",
+    "nan",
+    "NaN",
+    "None",
+    "NA",
+    "N/A",
+    "null",
+    "n.a.",
+    "(null)",
+    "#NAME?",
+    "#REF!",
+]
 
 
 @pytest.mark.parametrize("word", WORDS)
@@ -235,6 +249,56 @@ def test_word_for_no_value_is_no_label(word: str, form: str, refuse: Refuse, tmp
     assert (
         f"no label in validation rows ({word!r} stands for no value); give one or remove the rows (rows 3, 4)" in line
     )
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [("x ", "x"), ("x", " x"), ("x\u200b", "x"), ("x\xa0", "x"), ("x\t", "x"), ("x\u200b1", "x1"), ("e\u0301", "\xe9"),
+     ("x ", "x  "), ("\u65e5\u672c", "\u65e5\u672c ")],
+)  # fmt: skip
+def test_names_that_look_the_same_are_refused_with_both_rows(first: str, second: str, refuse: Refuse) -> None:
+    line = refuse(relabelled(first, second, "y", "y"), RIGHT_FIRST)
+    assert "look the same; write one of them in all rows" in line
+    assert (
+        f"label {second!a} (row 2) and {first!a} (row 1)" in line or f"{first!a} (row 1) and {second!a} (row 2)" in line
+    )
+    ids = HEAD + "".join(f"{id},{row}.jpg,x,{ROLES}\n" for row, id in enumerate((first, second, "c", "d")))
+    assert "id " in (line := refuse(ids, RIGHT_FIRST))
+    assert "look the same" in line
+
+
+@pytest.mark.parametrize(
+    ("first", "second"), [("x", "X"), ("a b", "a  b"), ("m\xb2", "m2"), ("\xe9", "\xe8"), ("o", "\u043e")]
+)
+def test_names_that_differ_to_the_eye_or_by_their_letters_stay_two(first: str, second: str, measure: Measure) -> None:
+    found = measure(relabelled(first, second, first, second), RIGHT_FIRST)
+    assert figures(found)[0] == 0
+
+
+@pytest.mark.parametrize("separator", [":", "~", "^", " ", "\x01", "::", " , "])
+def test_other_separators_are_named(separator: str, refuse: Refuse) -> None:
+    expected = f"{separator!r} separates its columns; write one of , ; | and tabs"
+    assert expected in refuse(FOUR.replace(",", separator), RIGHT_FIRST)
+    assert expected in refuse(FOUR, RIGHT_FIRST.replace(",", separator))
+
+
+def test_a_folder_instead_of_a_table_is_told_so(refuse: Refuse, tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    assert "is a folder; name the table in it" in refuse(tmp_path / "folder", RIGHT_FIRST)
+    assert "holds no Parquet files of candidates" in refuse(FOUR, tmp_path / "folder")
+
+
+def test_one_list_of_similarities_among_distances_is_refused(refuse: Refuse, measure: Measure) -> None:
+    ids = [f"p{number}" for number in range(8)]
+    table = HEAD + "".join(f"{id},{id}.jpg,{number % 2},{ROLES}\n" for number, id in enumerate(ids))
+    lists = [(query, item, 1 + rank) for query in ids for rank, item in enumerate(i for i in ids if i != query)]
+    turned = [(query, item, 9 - value if query == "p3" else value) for query, item, value in lists]
+    head = "query_id,gallery_id,distance\n"
+    measure(table, head + "".join(f"{q},{i},{v}\n" for q, i, v in lists))
+    line = refuse(table, head + "".join(f"{q},{i},{v}\n" for q, i, v in turned))
+    assert "the distance of query 'p3' runs the other way than that of the others" in line
+    ranked = "".join(f"{q},{i},{v},{v}\n" for q, i, v in turned)
+    measure(table, head.replace("\n", ",rank\n") + ranked)
 
 
 def test_word_for_no_value_is_no_id_path_or_sequence(refuse: Refuse, measure: Measure) -> None:
