@@ -97,3 +97,14 @@ def test_quantile_is_that_of_scipy() -> None:
         for probability in (0.5, 0.9, 0.975, 0.9995):
             expected = scipy.stats.t.ppf(probability, freedom)
             assert student_t_quantile(probability, freedom) == pytest.approx(expected, abs=1e-5)
+
+
+def test_many_queries_of_few_labels_are_beyond_it() -> None:
+    """The stated limit: queries of three labels, asked as if they were of many, vary more than the interval says."""
+    covered = []
+    for seed in range(25):
+        lists, values, label = draw(30, 12, seed)
+        others, truth, _ = draw(3, 120, seed + 1000)
+        (found,) = expected_values(sample_of(lists, values, label), signals_of(torch.from_numpy(others)))
+        covered.append(found.low <= truth.mean() <= found.high)
+    assert 0.3 < np.mean(covered) < 0.9, covered
