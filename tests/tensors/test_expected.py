@@ -10,7 +10,9 @@ from distributed_rerank.tensors.expected import LabelledSample, drift, expected_
 from distributed_rerank.tensors.statistics import student_t_quantile
 
 
-def draw(n_labels: int, n_images: int, seed: int, shift: float = 0.0, unseen: float = 0.5) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def draw(
+    n_labels: int, n_images: int, seed: int, shift: float = 0.0, unseen: float = 0.5
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Final lists of queries, whether their first place is right, and labels; labels differ in how hard they are.
 
     With `shift` all first candidates are further away and as much less often right: the curve is the same. `unseen` is
@@ -20,7 +22,9 @@ def draw(n_labels: int, n_images: int, seed: int, shift: float = 0.0, unseen: fl
     label = np.repeat(np.arange(n_labels), n_images)
     hard = state.normal(size=n_labels)[label] * 0.7
     first = state.normal(size=len(label)) + hard + shift
-    is_right = state.random(len(label)) < 1 / (1 + np.exp(1.5 * first - 1.5 + unseen * state.normal(size=n_labels)[label]))
+    is_right = state.random(len(label)) < 1 / (
+        1 + np.exp(1.5 * first - 1.5 + unseen * state.normal(size=n_labels)[label])
+    )
     behind = np.sort(np.abs(state.normal(size=(len(label), 4))), axis=1)
     return np.concatenate([first[:, None], first[:, None] + behind], axis=1), is_right.astype(float), label
 
