@@ -98,8 +98,7 @@ def write_tables(catalogue: Catalogue, other: Catalogue | None, folder: Path) ->
     if other is not None:
         picked = [ref.path for ref in other.images(np.sort(state.permutation(len(other))[:N_OTHERS]))]
         others = pd.DataFrame({"id": picked, "path": picked, "label": "of the other catalogue"})
-        queries["with others"] = pd.concat([queries["plain"], others])
-        queries["with others"] = queries["with others"].assign(id="others:" + queries["with others"]["id"])
+        queries["with others"] = pd.concat([queries["plain"], others.assign(id="other:" + others["id"])])
     tables = {"gallery": gallery, "half": gallery.iloc[np.sort(state.permutation(len(gallery))[: len(gallery) // 2])]}
     tables |= queries
     for name, part in tables.items():
@@ -112,7 +111,7 @@ def by_planted(arguments: argparse.Namespace, folder: Path, extractor: Extractor
     catalogue = read_catalogue(arguments.catalogue, purpose="evaluation").restrict("validation")
     other = None if arguments.other is None else read_catalogue(arguments.other).restrict("validation")
     tables = write_tables(catalogue, other, folder)
-    everything = pd.concat([part for name, part in tables.items() if name != "half"])
+    everything = pd.concat(list(tables.values())).drop_duplicates("id")
     everything.to_csv(folder / "all.csv", index=False)
     embed(read_catalogue(str(folder / "all.csv")), extractor, folder / "embeddings")
     model, chain = load_model_and_chain(RerankerConfig(model=str(arguments.model)))

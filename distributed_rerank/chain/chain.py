@@ -244,7 +244,8 @@ def require(is_right: bool, message: str) -> None:
 
 def is_inductive(step: ChainStep) -> bool:
     """Whether the chain step asks the gallery's lists alone. Reciprocal neighbours need the query in those lists."""
-    return not isinstance(step, KReciprocalStep) and getattr(step, "kind", "direct") == "direct"
+    is_reciprocal = isinstance(step, NeighbourhoodStep) and step.kind != "direct"
+    return not (is_reciprocal or isinstance(step, KReciprocalStep))
 
 
 def kind_of(step: ChainStep) -> str:

@@ -53,7 +53,7 @@ def diagnose(measured: Evaluation, sources: baselines.Sources, config: MeasureCo
         figures["distances"]["reranked"] = distance_histograms(ranked.final, queries, top_n)
     if ranked.after:
         figures["thresholds"] = by_probability(ranked.final, queries, top_n, ranked.chain)
-    figures["suspects"] = labels_to_check(ranked)
+    figures["suspects"] = labels_to_check(ranked, queries)
     figures["ship_or_wait"] = ship_or_wait(ranked, queries, measured, figures["suspects"], config)
     figures["cost"] = total_cost(ranked.scored, sources.model)
     if ranked.after:

@@ -24,20 +24,21 @@ DEPTH = 10
 _BLOCK_ROWS = 4096
 
 
-def labels_to_check(ranked: Ranked) -> list[dict[str, Any]]:
+def labels_to_check(ranked: Ranked, labelled: LabelledQueries) -> list[dict[str, Any]]:
     """At most `N_LABELS_TO_CHECK` queries whose label may be wrong, the most probable first; ties by distance, item.
 
     Each with the nearest candidate of the label that its neighbours agree on, in the final ranking, and `precision`,
-    the estimated share of wrong labels down to this one. An image is in one pair at most. Training's suspects.parquet
-    is another list: pairs of the train split under a distance threshold.
+    the estimated share of wrong labels down to this one. An image is in one pair at most. Queries whose label no other
+    image has are not judged. Training's suspects.parquet is another list: pairs of the train split under a distance
+    threshold.
     """
     catalogue, names = ranked.catalogue, ranked.catalogue.label_names
     labels = torch.from_numpy(catalogue.labels)
-    own, other, candidates, distances, places = _neighbours_of_another_label(ranked, labels)
+    own, other, candidates, distances, places = _neighbours_of_another_label(ranked, labelled.rows, labels)
     precision = precision_of_suspects(own, other)
     pairs: list[dict[str, Any]] = []
     taken: set[int] = set()
-    queries = ranked.query_items.tolist()
+    queries = labelled.query_items.tolist()
     for row in np.lexsort((queries, distances.numpy(), -precision.numpy())).tolist():
         query, candidate = queries[row], int(candidates[row])
         if len(pairs) == N_LABELS_TO_CHECK:
@@ -59,13 +60,15 @@ def labels_to_check(ranked: Ranked) -> list[dict[str, Any]]:
     return pairs
 
 
-def _neighbours_of_another_label(ranked: Ranked, labels: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Of each query: evidence of its label and of the strongest other, and that label's nearest candidate.
+def _neighbours_of_another_label(
+    ranked: Ranked, query_rows: Tensor, labels: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Of each query of these rows: evidence of its label and of the strongest other, and the nearest candidate of that.
 
     Candidate (-1 = none), distance and place of this; all `[query]`.
     """
     parts = []
-    for rows in torch.arange(len(ranked.query_items)).split(_BLOCK_ROWS):
+    for rows in query_rows.split(_BLOCK_ROWS):
         lists = ranked.final[rows].first(DEPTH)
         found = probabilities(ranked.chain, lists.distances) if ranked.after else None
         weights = torch.ones_like(lists.distances) if found is None else found

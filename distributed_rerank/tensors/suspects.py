@@ -24,6 +24,9 @@ def evidence_of_labels(
     Labels below 0 are unknown and count for nothing; without any other known label the last column is -1. Of equally
     strong labels the one with the nearest neighbour is taken.
     """
+    if not weights.shape[1]:
+        nothing = torch.zeros(len(own_labels), dtype=torch.float64)
+        return nothing, nothing, torch.full_like(own_labels, -1)
     is_known = candidate_labels >= 0
     weights = torch.where(is_known, weights.double(), 0.0)
     is_own = (candidate_labels == own_labels[:, None]) & is_known
@@ -33,8 +36,6 @@ def evidence_of_labels(
         is_same = candidate_labels == candidate_labels[:, column : column + 1]
         totals[:, column] = torch.where(is_same, weights, 0.0).sum(dim=1)
     others = torch.where(is_own | ~is_known, -1.0, totals)
-    if not weights.shape[1]:
-        return *(torch.zeros(len(own_labels)).double() for _ in range(2)), torch.full_like(own_labels, -1)  # type: ignore
     strongest, place = others.max(dim=1)
     label = torch.where(strongest >= 0, candidate_labels.gather(1, place[:, None])[:, 0], -1)
     return torch.where(is_own, weights, 0.0).sum(dim=1), strongest.clamp(min=0), label

@@ -77,7 +77,11 @@ def find_suspect_pairs(lists: CandidateLists, catalogue: Catalogue) -> tuple[pa.
 
 
 def _precision_of_labels(lists: CandidateLists, labels: Tensor) -> Tensor:
-    """Of each item: the estimated share of wrong labels among those at least as suspect; 0 without a list."""
+    """Of each item: the estimated share of wrong labels among those at least as suspect.
+
+    0 without a list, and for the only image of its label, which has no neighbour to agree with.
+    """
+    lists = lists[(torch.bincount(labels.clamp(min=0))[labels[lists.query_items]] > 1).nonzero()[:, 0]]
     known = torch.where(lists.items >= 0, labels[lists.items], -1)
     own, other, _ = evidence_of_labels(torch.ones(known.shape), known, labels[lists.query_items])
     found = torch.zeros(len(labels), dtype=torch.float64)

@@ -59,6 +59,17 @@ def test_few_labels_quick_has_mean_worst_and_number_of_steps(tmp_path: Path) -> 
     assert 0 <= rows["4 labels: draws with a step"]["ours"] <= 2
 
 
+def test_label_free_quick_has_coverage_alarms_and_planted_queries(tmp_path: Path) -> None:
+    rows = run_quick("label_free.py", tmp_path)
+    for name in ("false alarms", "CMC@1: intervals that cover", "precision@10: intervals that cover"):
+        assert 0 <= rows[name]["ours"] <= 100
+    planted = [name for name in rows if ": CMC@1 [" in name]
+    assert [name.partition(":")[0] for name in planted] == [
+        "plain", "blurred", "with others", "plain, half of the gallery"
+    ]  # fmt: skip
+    assert all(0 <= rows[name]["theirs"] <= 1 for name in planted)
+
+
 def test_never_harm_quick_counts_catalogues_of_each_kind(tmp_path: Path) -> None:
     rows = run_quick("never_harm.py", tmp_path)
     assert len(rows) == 12

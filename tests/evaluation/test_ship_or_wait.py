@@ -41,7 +41,7 @@ def ranked_by_truth(catalogue: Catalogue, wrong: dict[int, int]) -> tuple[Catalo
 def test_planted_wrong_labels_come_first_and_each_image_once(catalogue: Catalogue) -> None:
     wrong = {5: 100, 50: 8, 120: 3}
     labelled, ranked = ranked_by_truth(catalogue, wrong)
-    pairs = labels_to_check(ranked)
+    pairs = labels_to_check(ranked, count_relevant(labelled, ranked.query_items))
     assert {pair["query_id"] for pair in pairs[:3]} == {str(labelled.ids[item]) for item in wrong}
     for pair in pairs[:3]:
         item = int(labelled.items_of([pair["query_id"]])[0])
@@ -60,7 +60,7 @@ def test_figures_with_other_labels_are_those_of_the_true_catalogue(catalogue: Ca
     labelled, ranked = ranked_by_truth(catalogue, {5: 100, 50: 8, 120: 3})
     queries = count_relevant(labelled, ranked.query_items)
     measured = measure(labelled, ranked.query_items, ranked.before, {}, n_resamples=50)
-    found = ship_or_wait(ranked, queries, measured, labels_to_check(ranked), MeasureConfig())
+    found = ship_or_wait(ranked, queries, measured, labels_to_check(ranked, queries), MeasureConfig())
     assert measured.metrics["first_stage"]["cmc@1"] < 1
     changed = found["if_suspects_are_wrong"]
     assert (changed["n_labels"], changed["cmc@1"]["mean"], changed["map@10"]["mean"]) == (3, 1.0, 1.0)
@@ -86,3 +86,14 @@ def test_more_queries_are_asked_for_where_the_gain_may_be_chance(catalogue: Cata
     words = ship_or_wait_in_words(measured.metrics | {"ship_or_wait": {"more_queries": found}})
     assert f"some {found['cmc@1']:,} more labelled queries" in words[0]
     assert not np.isclose(float(change.mean()), 0)
+
+
+def test_the_only_image_of_a_label_is_no_suspect(catalogue: Catalogue) -> None:
+    """Its neighbours have other labels, whatever it shows."""
+    texts = catalogue.table["label"].to_numpy().copy()
+    texts[5] = "a label of its own"
+    lonely = replace(catalogue, table=catalogue.table.assign(label=texts))
+    lists = planted_ranking(catalogue, {}, width=3)
+    ranked = rank(FirstStage(lonely, lists, None, []), ScoredLists(lists), Chain(), has_model=False)
+    pairs = labels_to_check(ranked, count_relevant(lonely, ranked.query_items))
+    assert str(lonely.ids[5]) not in {pair["query_id"] for pair in pairs}

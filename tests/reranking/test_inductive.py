@@ -9,6 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from distributed_rerank.chain.chain import (
+    AdaptStep,
     AlphaQEStep,
     Chain,
     ChainStep,
@@ -63,6 +64,7 @@ def test_queries_outside_the_gallery_get_the_same_answers_alone_and_among_others
     many = answers(catalogue_of(tmp_path / "many", is_query, ~is_query), config, step, tmp_path / "a")
     few = answers(catalogue_of(tmp_path / "few", alone, ~is_query), config, step, tmp_path / "b")
     assert few["query_id"].nunique() == 4
+    assert (many.groupby("query_id").size() == K).all(), "no candidate is lost"
     pd.testing.assert_frame_equal(few, many[many["query_id"].isin(few["query_id"])].reset_index(drop=True))
 
 
@@ -98,6 +100,8 @@ def test_only_reciprocal_neighbours_of_outside_queries_need_joint_lists(tmp_path
     outside = catalogue_of(tmp_path / "outside", is_query, ~is_query)
     inside = catalogue_of(tmp_path / "inside", is_query, np.ones(N, bool))
     for step, is_joint in ((DIRECT, False), (EXPANSION, False), (RECIPROCAL, True), (KReciprocalStep(), True)):
-        assert needs_joint_lists(Chain((step,)), outside) == is_joint
-        assert not needs_joint_lists(Chain((step,)), inside)
+        # A map of the embeddings before the search looks at one image at a time, whatever its kind is.
+        for before in ((), (AdaptStep(),), (AdaptStep(kind="discriminate"),)):
+            assert needs_joint_lists(Chain((*before, step)), outside) == is_joint
+            assert not needs_joint_lists(Chain((*before, step)), inside)
     assert not needs_joint_lists(Chain((PairwiseStep(top_n=5),)), outside)
