@@ -226,6 +226,7 @@ def smaller(command: str) -> str:
     command = replaced(command)
     job = re.match(r"distributed-rerank (\S+)", command)
     added = SMALLER.get(job[1], "") if job else ""
+    added = added.replace("--num-workers 0", "" if "$SETTINGS" in command else "--num-workers 0")
     return f"{command.removesuffix('&')} {added} {'&' if command.endswith('&') else ''}" if added else command
 
 
