@@ -46,7 +46,7 @@ NOT_RUN = {
 PROGRAMS = {".", "export", "make", "bash", "curl", "ray", "aws", ".venv/bin/pip"}
 """What commands may begin with, beside `distributed-rerank`."""
 SMALLER = {
-    "train": "--num-workers 0 --steps-per-epoch 2 --lists-per-step 4 --n-negatives 2 --views 1",
+    "train": "--num-workers 0 --steps-per-epoch 2 --lists-per-step 4 --n-negatives 2",
     **dict.fromkeys(("embed", "evaluate", "rerank", "scheduled-evaluation"), "--num-workers 0"),
     "serve": "--num-workers 0 --port $PORT",
 }
@@ -72,7 +72,7 @@ import pandas
 from distributed_rerank import Reranker
 ids = photos = pandas.read_csv("photos.csv")["path"].tolist()
 ids_from_the_vector_database, distances = ids[1:11], [0.01 * place for place in range(10)]
-found = pandas.read_parquet("out/own/reranked")
+found = pandas.read_parquet("out/own/reranked/reranked.parquet")
 found = found.drop(columns="distance").rename(columns={"first_stage_distance": "distance"})
 found[["query_id", "gallery_id", "distance"]].to_csv("lists.csv", index=False)
 """
@@ -226,6 +226,7 @@ def smaller(command: str) -> str:
     command = replaced(command)
     job = re.match(r"distributed-rerank (\S+)", command)
     added = SMALLER.get(job[1], "") if job else ""
+    added = added.replace("--num-workers 0", "" if "$SETTINGS" in command else "--num-workers 0")
     return f"{command.removesuffix('&')} {added} {'&' if command.endswith('&') else ''}" if added else command
 
 

@@ -51,6 +51,9 @@ class Trainer(DataParallelTrainer):
         unused = {"DatasetsCallback", "PlacementGroupCleanerCallback"}
         return [c for c in super()._create_default_callbacks() if type(c).__name__ not in unused]
 
+    def _register_sigint_handler(self, controller: Any) -> None:
+        """Ctrl-C stays KeyboardInterrupt: Ray's handler ends the process with exit code 1 and without a word."""
+
 
 def join_workers(timeout: timedelta) -> TrainingWorker:
     """This worker of Ray's, in one process group with the others (NCCL on GPUs, else gloo)."""

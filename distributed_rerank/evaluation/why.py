@@ -24,10 +24,10 @@ def explainer_of(model: PairwiseModel | None) -> Explain | None:
 
     def explain(query: ImageRef, candidate: ImageRef, distance: float) -> Why | None:
         try:
-            pixels = [model.transform(read_image(ref)) for ref in (query, candidate)]
+            left, right = (model.transform(read_image(ref)) for ref in (query, candidate))
         except UnreadableImage:
             return None
-        return why(model, *pixels, distance, candidate.id)
+        return why(model, left, right, distance, candidate.id)
 
     return explain
 

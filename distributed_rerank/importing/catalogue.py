@@ -194,6 +194,6 @@ def log_summary(imported: Imported, folder: Path, out: Path) -> None:
     if len(imported.unreadable) > 3:
         logger.warning("and %d more photos that cannot be read", len(imported.unreadable) - 3)
     logger.info(
-        "%s is written; next: distributed-rerank train --catalogue %s --out runs/model --extractor "
-        "vit_small_patch16_224.dino, then evaluate with the same options and --model runs/model", out, out,
+        "%s is written; next: distributed-rerank train --catalogue %s --extractor mobilenetv2_100 --out runs/model, "
+        "then evaluate with the same --catalogue and --extractor, --model runs/model and another --out", out, out,
     )  # fmt: skip

@@ -13,6 +13,7 @@ from torch import Tensor
 from torchvision.transforms.functional import to_pil_image
 
 from distributed_rerank import svg
+from distributed_rerank.report.formatting import MINUS
 
 SIDE, GAP, QUALITY = 220, 48, 80
 COLOURS = ("#2f6feb", "#d9480f", "#2b8a3e", "#9c36b5", "#b08800", "#c2255c")
@@ -44,10 +45,11 @@ class Why:
         n, step = len(self.places), self.without_places - self.logit
         carries = step > 2 * abs(self.without_others - self.logit)
         end = "these places carry the match" if carries else "the match does not hang on these places alone"
-        return (
+        words = (
             f"The model's logit (large = different) is {self.logit:.2f} as it is, {self.without_places:.2f} without "
             f"these {n} places of the query, {self.without_others:.2f} without as many others: {end}."
         )
+        return words.replace("-", MINUS)
 
 
 def drawn(why: Why) -> Markup:

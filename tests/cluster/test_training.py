@@ -138,11 +138,7 @@ def test_killed_worker_is_replaced_and_the_weights_are_the_same(
 def test_killed_driver_and_the_same_command_again_give_the_same_weights(tmp_path: Path, ray_cluster: str) -> None:
     """Beside another Ray on the machine. A healthy training logs nothing of Ray's, and each line with its time."""
     expected = training_run.fit(build_task(tmp_path / "expected", epochs=25), tmp_path / "alone")
-    command = [sys.executable, "-c", DRIVER, str(tmp_path)]
-    tests = str(Path(__file__).resolve().parents[1])
-    paths = os.pathsep.join([tests, str(Path(tests).parent), os.environ.get("PYTHONPATH", "")])
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-    environment |= {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
+    command, environment = driver_of(tmp_path)
     driver = subprocess.Popen(command, env=environment, start_new_session=True)
     wait_for_checkpoints(tmp_path / "run", 3)
     driver.kill()
@@ -156,6 +152,28 @@ def test_killed_driver_and_the_same_command_again_give_the_same_weights(tmp_path
     state = load_latest(tmp_path / "run" / training.CHECKPOINTS)
     assert state is not None
     assert_same_weights(state, expected)
+
+
+@pytest.mark.slow
+def test_ctrl_c_interrupts_a_training(tmp_path: Path) -> None:
+    """Ray Train's own handler would end the process with exit code 1."""
+    command, environment = driver_of(tmp_path)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # as from a terminal
+    driver = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+    signal.signal(signal.SIGINT, before)
+    wait_for_checkpoints(tmp_path / "run", 2)
+    driver.send_signal(signal.SIGINT)
+    said = driver.communicate(timeout=120)[1]
+    assert driver.returncode != 0
+    assert "KeyboardInterrupt" in said, said
+
+
+def driver_of(folder: Path) -> tuple[list[str], dict[str, str]]:
+    """The command that trains in `folder` with a Ray of its own, and its environment."""
+    tests = str(Path(__file__).resolve().parents[1])
+    paths = os.pathsep.join([tests, str(Path(tests).parent), os.environ.get("PYTHONPATH", "")])
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    return [sys.executable, "-c", DRIVER, str(folder)], environment | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
 
 
 def wait_for_checkpoints(folder: Path, number: int) -> None:
