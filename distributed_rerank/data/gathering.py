@@ -280,7 +280,7 @@ class _Gathering:
                 f"itself is the worst candidate; {self._other_way}; if the name is right, write the best candidate of "
                 "each query first or add a rank column"
             )
-        if (query := self._order.odd_one()) is not None:
+        if self._order is not None and (query := self._order.odd_one()) is not None:
             raise BadInput(
                 f"{self._source}: from the first row to the last, the {self._value} of query "
                 f"{self._catalogue.ids[query]!r} runs the other way than that of the others; distances must be small, "

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from distributed_rerank.chain.chain import kind_of
-from distributed_rerank.evaluation.measure import Evaluation, LabelledQueries, measure_ranking
+from distributed_rerank.evaluation.measure import Evaluation, LabelledQueries, Wanted, measure_ranking
 from distributed_rerank.evaluation.ranked import Ranked
 from distributed_rerank.tensors import metrics, statistics
 from distributed_rerank.tensors.metrics import PerQuery
@@ -38,10 +38,10 @@ def values_by_step(ranked: Ranked, queries: LabelledQueries, measured: Evaluatio
     """Name of each chain step and the compared metrics of the queries after it."""
     chain, is_scored = ranked.chain, ranked.pairwise is not None
     if chain.adapt is not None:
-        yield "adapt", measure_ranking(queries, ranked.searched, (1, 10)).compared
+        yield "adapt", measure_ranking(queries, ranked.searched, Wanted((1, 10))).compared
     if is_scored and chain.neighbourhood:
         assert ranked.pairwise is not None, "pairs were scored"
-        yield "pairwise", measure_ranking(queries, ranked.pairwise, (1, 10)).compared
+        yield "pairwise", measure_ranking(queries, ranked.pairwise, Wanted((1, 10))).compared
     last = " and ".join(map(kind_of, chain.neighbourhood)) or ("pairwise" if is_scored else "")
     if last and measured.after is not None:
         yield last, measured.after

@@ -13,7 +13,14 @@ from torch import Tensor
 
 from distributed_rerank.chain.probability import probabilities
 from distributed_rerank.config.evaluation import MeasureConfig
-from distributed_rerank.evaluation.measure import COMPARED, Evaluation, LabelledQueries, count_relevant, measure_ranking
+from distributed_rerank.evaluation.measure import (
+    COMPARED,
+    Evaluation,
+    LabelledQueries,
+    Wanted,
+    count_relevant,
+    measure_ranking,
+)
 from distributed_rerank.evaluation.ranked import Ranked
 from distributed_rerank.tensors import statistics
 from distributed_rerank.tensors.suspects import PROBABLE, evidence_of_labels, precision_of_suspects
@@ -119,7 +126,7 @@ def _with_other_labels(ranked: Ranked, pairs: Sequence[dict[str, Any]], config: 
     texts[items] = [pair["gallery_label"] for pair in pairs]
     relabelled = replace(catalogue, table=catalogue.table.assign(label=texts))
     queries = count_relevant(relabelled, ranked.query_items)
-    values = measure_ranking(queries, ranked.final, config.ks).values
+    values = measure_ranking(queries, ranked.final, Wanted(config.ks)).values
     keys = [key for key in COMPARED if key in values]
     intervals = statistics.bootstrap(
         torch.stack([values[key] for key in keys], dim=1), queries.labels, seed=config.resampling_seed

@@ -94,7 +94,7 @@ def step_rows(metrics: Mapping[str, Any], timings: Mapping[str, Any]) -> list[di
     """One row for each chain step: its name in words, its figures and its seconds (None = not measured)."""
     rows = []
     for entry in metrics.get("steps") or []:
-        names = [STEPS.get(name, name) for name in entry["step"].split(" and ")]
+        names: list[str] = [STEPS.get(name) or name for name in entry["step"].split(" and ")]
         rows.append(entry | {"name": ", ".join(names), "seconds": timings.get(SECONDS.get(entry["step"], "rank"))})
     return rows
 
