@@ -1,6 +1,6 @@
 """How time and peak memory grow with queries, images, top_n and workers, and what exact search can hold.
 
-    python benchmarks/scale.py [--parts score workers search mining evaluation] [--quick] [--json FILE]
+    python benchmarks/scale.py [--parts driver-memory logits score workers ...] [--quick] [--json FILE]
 
 Each point is a process of its own, so that its peak memory is its own. Time is that of the stage, from image files to
 its finished folder, without the start of Python. `ours` is the larger point, `theirs` the smaller one it is held
