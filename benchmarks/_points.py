@@ -239,7 +239,8 @@ def driver_memory(folder: Path, n_images: int, n_queries: int = 1000, dim: int =
     with staged(answer, "score_plan"):
         lists = read_candidates(folder / "out" / "candidates", catalogue)
         plan = scoring_plan.make_plan(lists, top_n=top_n, queries_per_block=16, images_per_batch=16, tapers=True)
-    return answer | {"images": n_images, "blocks": len(plan.blocks), "peak_mb": max(peaks_of(answer))}
+    seconds = sum(value for name, value in answer.items() if name.endswith("_s"))
+    return answer | {"seconds": seconds, "images": n_images, "blocks": len(plan.blocks)}
 
 
 @dataclass(frozen=True)
@@ -284,11 +285,6 @@ def memory_mb(field: str) -> float:
     """VmRSS, what this process holds, or VmHWM, the most that it held."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(field)) * 1024 / 1e6
-
-
-def peaks_of(answer: Answer) -> list[float]:
-    """The peaks of the stages."""
-    return [answer[f"{name}_mb"] for name in ("catalogue", "embed", "evaluate", "score_plan")]
 
 
 def labelled(labels: np.ndarray) -> Catalogue:

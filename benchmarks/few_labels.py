@@ -93,11 +93,7 @@ def measure(data: Data, items: np.ndarray, seed: int, folder: Path) -> tuple[flo
     load_state(model, of_runs[-1]["best"]["model"])
     plain = evidence_on(data, model, data.embeddings)
     adapter = task.start.adapter
-    mapped = (
-        data.embeddings
-        if adapter is None
-        else Embeddings(data.embeddings.ids, adapter(np.asarray(data.embeddings.matrix)))
-    )
+    mapped = data.embeddings if adapter is None else Embeddings(data.embeddings.ids, adapter(data.embeddings.matrix[:]))
     before = try_chain(plain, Chain()).figures()["map@10"]
     after = try_chain(evidence_on(data, model, mapped), Chain(chain.steps)).figures()["map@10"]
     rise = chain.chosen_on["decisions"][0]["gain"]["objective"] if chain.chosen_on["decisions"] else None

@@ -1,6 +1,6 @@
 """How time and peak memory grow with queries, images, top_n and workers, and what exact search can hold.
 
-    python benchmarks/scale.py [--parts score workers search mining evaluation] [--quick] [--json FILE]
+    python benchmarks/scale.py [--parts driver-memory logits score workers ...] [--quick] [--json FILE]
 
 Each point is a process of its own, so that its peak memory is its own. Time is that of the stage, from image files to
 its finished folder, without the start of Python. `ours` is the larger point, `theirs` the smaller one it is held
@@ -169,11 +169,9 @@ def memory_rows(is_quick: bool) -> list[Row]:
 
 def logit_rows(is_quick: bool) -> list[Row]:
     """Lists and logits in files to metrics: 10^8 pairs against a quarter of them."""
-    few, many = (
-        point("evaluate_logits", n_queries=n, depth=100) for n in ((250, 1000) if is_quick else (250_000, 10**6))
-    )
-    rows = growth("logits", few, many, "queries/s")
-    return [*rows, Row("logits: peak memory", "MB", many.peak_mb)]
+    sizes, depth = ((1000, 4000), 20) if is_quick else ((250_000, 1_000_000), 100)
+    few, many = (point("evaluate_logits", n_queries=n_queries, depth=depth) for n_queries in sizes)
+    return growth("logits", few, many, "queries/s")
 
 
 PARTS = {

@@ -101,7 +101,8 @@ def search_adapted(
             "or --extractor", config.candidates,
         )  # fmt: skip
         return first
-    mapped = first.embeddings.mapped(chain.adapter, folder / artifacts.SCRATCH / "adapted.parquet")
+    # A .tmp file is not copied to a bucket with unfinished work.
+    mapped = first.embeddings.mapped(chain.adapter, folder / artifacts.SCRATCH / "adapted.tmp")
     if config.candidates is not None:
         distances = distances_of(first.lists, first.catalogue, mapped)
         return replace(first, embeddings=mapped, lists=first.lists.with_distances(distances))

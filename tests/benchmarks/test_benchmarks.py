@@ -143,3 +143,12 @@ def test_serve_quick_loses_no_request_with_a_killed_replica(tmp_path: Path) -> N
     assert rows["answers unlike Reranker.rank's"]["ours"] == 0
     assert rows["exit code after Ctrl-C"]["ours"] == 0
     assert 0 < rows["p50"]["ours"] <= rows["p99"]["ours"] <= rows["slowest"]["ours"]
+
+
+def test_scale_quick_tells_the_drivers_memory_and_that_of_logits(tmp_path: Path) -> None:
+    rows = run_quick("scale.py", tmp_path, "--parts", "driver-memory", "logits")
+    assert rows["driver, 8,000 images: evaluate"]["ours"] >= rows["driver, 8,000 images: held"]["ours"]
+    assert {f"driver: growth of {name} beyond the catalogue" for name in ("embed", "evaluate", "score_plan")} <= set(
+        rows
+    )
+    assert rows["logits x 4: time"]["ours"] > 0
