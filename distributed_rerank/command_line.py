@@ -71,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise
         sys.stderr.write(f"error: {line}\n")
         sys.exit(2)
-    except (MemoryError, RuntimeError) as error:
+    except Exception as error:
         if (line := _memory_problem(error)) is None:
             raise
         sys.stderr.write(f"error: {line}\n")

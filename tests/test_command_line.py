@@ -1,6 +1,7 @@
 """The command line: one-line messages on any terminal, defaults, help, exit codes, and what is imported when."""
 
 import dataclasses
+import errno
 import os
 import subprocess
 import sys
@@ -266,3 +267,41 @@ def test_tyro_can_omit_prefixes_as_the_option_table_assumes() -> None:
     assert tyro.conf.OmitArgPrefixes is not None
     job = command_line.parse("scheduled-evaluation", ["--catalogue", "x", "--history", "h.parquet", "--runs", "r"])
     assert (str(job.schedule.history), job.schedule.metric) == ("h.parquet", "map@10")
+
+
+class OutOfMemoryError(Exception):
+    """As torch and Ray name theirs."""
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:132] DefaultCPUAllocator: can't allocate memory: you tried ..."),
+        RuntimeError("std::bad_alloc"),
+        OSError(errno.ENOMEM, "Cannot allocate memory"),
+        OutOfMemoryError("a worker was ended"),
+    ],
+)
+def test_refused_memory_is_one_line_and_exit_code_2(
+    error: Exception, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(words: object) -> None:
+        raise error
+
+    monkeypatch.setattr(command_line, "run", fail)
+    with pytest.raises(SystemExit) as stop:
+        command_line.main(["embed"])
+    assert stop.value.code == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert line.startswith("error: there is not enough memory; lower --images-per-batch")
+    assert "the same command goes on" in line
+
+
+def test_another_error_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(words: object) -> None:
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+    monkeypatch.setattr(command_line, "run", fail)
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        command_line.main(["embed"])

@@ -1,12 +1,16 @@
 """jobs/submit.py: a truthful exit code for every end of a job, on a real Ray with a token."""
 
+import os
 import shlex
+import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from job_files import EXTRACTOR, bytes_of, wait_until
 from ray.job_submission import JobDetails, JobStatus, JobType
 from ray_head import Head, ask, started_head
 
@@ -94,6 +98,59 @@ def test_submit_ends_as_the_job_does_and_attaches_to_a_known_id(
     assert "attached" in outputs[0][1]
     assert "error: --submission-id bad runs 'python say.py no 3'; give another id" in outputs[1][1]
     assert "error: --address http://127.0.0.1:9 does not answer" in outputs[2][1]
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.timeout(560)
+def test_night_killed_on_the_cluster_goes_on_by_the_same_trigger(
+    head: Head,
+    catalogue_path: Path,
+    models: dict[str, Path],
+    run_job: Callable,
+    start_job: Callable[..., subprocess.Popen[str]],
+    tmp_path: Path,
+) -> None:
+    def night(folder: Path) -> list[object]:
+        places = ["--history", folder / "history.parquet", "--runs", folder / "runs", "--run-id", "1"]
+        small = [*EXTRACTOR, "--model", models["concat"], "--queries-per-block", "1", "--pairs-per-batch", "1"]
+        return ["--catalogue", catalogue_path, *places, *small, "--chain", "replace", "--top-n", "30"]
+
+    def trigger() -> subprocess.Popen[str]:
+        job = [sys.executable, "-m", "distributed_rerank", "scheduled-evaluation", *night(killed), "--num-workers", "1"]
+        given = ["--address", head.address, "--submission-id", "night", "--driver-cpus", 1]
+        return start_job("submit", *given, "--", *job, **head.environment)
+
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert run_job("scheduled_evaluation", *night(whole)).code == 0
+    first = trigger()
+    blocks = "runs/.1.*/**/blocks/pair_distances/block-*"
+    assert wait_until(lambda: first.poll() is not None or any(killed.glob(blocks)), 250)
+    for pid in drivers_of(killed):
+        os.kill(pid, signal.SIGKILL)
+    said = first.communicate(timeout=200)
+    assert first.returncode == 1, said
+    assert not (killed / "history.parquet").exists()
+    second = trigger()
+    said = second.communicate(timeout=250)
+    assert second.returncode == 0, said
+    assert "night ended without an answer (FAILED): started again" in said[1]
+    assert (killed / "history.parquet").read_bytes() == (whole / "history.parquet").read_bytes()
+    assert bytes_of(killed / "runs" / "1") == bytes_of(whole / "runs" / "1")
+
+
+def drivers_of(folder: Path) -> list[int]:
+    """Processes of the night that writes below `folder`, on the cluster's side; at least one."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        try:
+            words = (entry / "cmdline").read_bytes() if entry.name.isdigit() else b""
+        except OSError:
+            continue
+        if b"scheduled-evaluation" in words and f"{folder}/runs".encode() in words and b"submit" not in words:
+            found.append(int(entry.name))
+    assert found
+    return found
 
 
 def wait_until_running(head: Head, submission_id: str) -> None:
