@@ -85,21 +85,24 @@ def rerank(
         scored = ranking_run.score_first_stage(searched, chain, model, config.n_items, work, staging.path, executors)
         after = _reranked(first.catalogue, first.lists, scored, chain, searched)
         table = _rows(first.catalogue, after, first.lists, scored, chain)
-        things = _things_table(first.catalogue, after, chain)
         rejects = all_rejects(first.rejects, scored.rejects)
         tables.write_table(
             staging.path / "rejects.parquet", pa.Table.from_pandas(rejects, preserve_index=False), "rejects"
         )
-        with artifacts.atomic_path(staging.path / "reranked.parquet") as temporary:
-            pq.write_table(table, temporary)
-        if things is not None:
-            with artifacts.atomic_path(staging.path / "items.parquet") as temporary:
-                pq.write_table(things, temporary)
+        _write(staging.path, table, _things_table(first.catalogue, after, chain))
         with artifacts.atomic_path(staging.path / "label_next.csv") as temporary:
             _label_next(first.catalogue, after, chain).to_csv(temporary, index=False)
         artifacts.write_json(staging.path / "timings.json", {"seconds": timings})
         staging.finish({"chain": chain.describe(), "n_rejected": len(rejects)}, rows=len(table))
     return table
+
+
+def _write(folder: Path, table: pa.Table, things: pa.Table | None) -> None:
+    """reranked.parquet, and items.parquet where there are things."""
+    for name, part in (("reranked.parquet", table), ("items.parquet", things)):
+        if part is not None:
+            with artifacts.atomic_path(folder / name) as temporary:
+                pq.write_table(part, temporary)
 
 
 def _reranked(
