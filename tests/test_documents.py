@@ -231,7 +231,7 @@ def smaller(command: str) -> str:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(560)
+@pytest.mark.timeout(900)
 def test_commands_run_in_order_and_leave_what_the_text_says(tmp_path: Path) -> None:
     prepare(tmp_path)
     begin = [
@@ -242,7 +242,7 @@ def test_commands_run_in_order_and_leave_what_the_text_says(tmp_path: Path) -> N
     ]
     lines = [line for path in DOCUMENTS for line in script(path.name)]
     done = subprocess.run(
-        ["bash"], input="\n".join([*begin, *lines]), cwd=tmp_path, capture_output=True, text=True, timeout=540,
+        ["bash"], input="\n".join([*begin, *lines]), cwd=tmp_path, capture_output=True, text=True, timeout=880,
         env=environment_of_jobs() | {"PORT": str(free_ports(1)[0])},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-4000:]
