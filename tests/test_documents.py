@@ -6,6 +6,7 @@ A reader's files are small ones here (`prepare`), and SMALLER makes each job qui
 import re
 import shlex
 import shutil
+import socket
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -188,6 +189,12 @@ def prepare(folder: Path) -> None:
             (folder / path.name).symlink_to(path)
     (folder / ".venv" / "bin").mkdir(parents=True)
     (folder / ".venv" / "bin" / "activate").touch()
+    for name, words in {"python": "", "distributed-rerank": "-m distributed_rerank"}.items():
+        program = folder / ".venv" / "bin" / name
+        program.write_text(
+            f'#!/bin/sh\nPYTHONPATH="{ROOT}:$PYTHONPATH" exec {shlex.quote(sys.executable)} {words} "$@"\n'
+        )
+        program.chmod(0o755)
     table = write_demo_catalogue(folder / "out" / "demo" / "catalogue", n_designs=16, size=64)
     (folder / "out" / "demo" / "extractor").mkdir()
     network = timm.create_model("test_resnet", norm_layer="groupnorm1")
@@ -231,22 +238,20 @@ def smaller(command: str) -> str:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(560)
+@pytest.mark.timeout(900)
 def test_commands_run_in_order_and_leave_what_the_text_says(tmp_path: Path) -> None:
     prepare(tmp_path)
-    begin = [
-        "set -eu",
-        f'python() {{ {shlex.quote(sys.executable)} "$@"; }}',
-        f'distributed-rerank() {{ PYTHONPATH="{ROOT}:$PYTHONPATH" python -m distributed_rerank "$@"; }}',
-        "trap 'kill $(jobs -p) 2>kill.log || true' EXIT",
-    ]
+    begin = ["set -eu", "PATH=$PWD/.venv/bin:$PATH", "trap 'kill $(jobs -p) || true; wait' EXIT"]
+    port = free_ports(1)[0]
     lines = [line for path in DOCUMENTS for line in script(path.name)]
     done = subprocess.run(
-        ["bash"], input="\n".join([*begin, *lines]), cwd=tmp_path, capture_output=True, text=True, timeout=540,
-        env=environment_of_jobs() | {"PORT": str(free_ports(1)[0])},
+        ["bash"], input="\n".join([*begin, *lines]), cwd=tmp_path, capture_output=True, text=True, timeout=880,
+        env=environment_of_jobs() | {"PORT": str(port)},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-4000:]
     assert '"relevance_score":' in done.stdout
+    with socket.socket() as asked:
+        assert asked.connect_ex(("127.0.0.1", port)), "the service still runs"
     files = "runs/evaluation/report.html out/own/evaluation/metrics.json out/own/reranked/reranked.parquet "
     files += "runs/own_step/metrics.json runs/vlm/metrics.json runs/comparison/comparison.md out/nightly/history.html"
     for file in files.split():

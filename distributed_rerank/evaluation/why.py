@@ -13,7 +13,7 @@ from distributed_rerank.models.token_siamese import TokenSiamese
 from distributed_rerank.report.why import COLOURS, Why, mutual
 
 Explain = Callable[[ImageRef, ImageRef, float], Why | None]
-N_OTHERS = 4
+N_OTHERS = 3
 """Sets of other places that are taken away, each as large as that of the matching ones."""
 
 
@@ -42,16 +42,17 @@ def why(
 ) -> Why:
     """Matching places by the tokens of the last depth; those of the query become its mean colour, and so do others."""
     device = next(model.parameters()).device
-    encoded = model.encode(torch.stack([query, candidate]).to(device))
-    tokens = model.token_vectors(encoded)[:, -1].cpu()
+    (encoded,) = model.encode(candidate[None].to(device))
+    whole = model.encode(query[None].to(device))
+    tokens = model.token_vectors(torch.cat([whole, encoded[None]]))[:, -1].cpu()
     places = mutual(tokens[0] @ tokens[1].T, len(COLOURS))
     grid, n_cells = model.config.grid, model.config.grid**2
     others = torch.randperm(n_cells, generator=torch.Generator().manual_seed(0))
     others = others[~torch.isin(others, places[:, 0])]
     n = len(places)
     sets = [places[:, 0], *(others.roll(n * turn)[:n] for turn in range(N_OTHERS))]
-    changed = torch.stack([query, *(_without(query, cells, grid) for cells in sets)]).to(device)
-    logits = _logits(model, model.encode(changed), encoded[1:], distance)
+    changed = torch.stack([_without(query, cells, grid) for cells in sets]).to(device)
+    logits = _logits(model, torch.cat([whole, model.encode(changed)]), encoded, distance)
     found = [float(value) for value in logits]
     has_both = 0 < n <= len(others)
     return Why(
@@ -62,7 +63,7 @@ def why(
 
 def _logits(model: TokenSiamese, queries: Tensor, candidate: Tensor, distance: float) -> Float32[Tensor, " query"]:
     distances = torch.full((len(queries),), distance, device=queries.device)
-    return model(queries, candidate.expand(len(queries), -1), distances).cpu()
+    return model(queries, candidate.expand_as(queries), distances).cpu()
 
 
 def _without(pixels: UInt8[Tensor, "3 height width"], cells: Int64[Tensor, " cell"], grid: int) -> Tensor:
