@@ -107,7 +107,8 @@ def node_fault(jobs: Jobs, stage: str, how: str) -> Fault:
     folder = jobs.root / f"{how}-{stage}"
     with two_nodes() as nodes:
         began = time.monotonic()
-        process = jobs.start(stage, folder, True, **nodes.environment)
+        # More than fit on the head, so that some are on the second node; what is left holds fewer.
+        process = jobs.start(stage, folder, True, ["--num-workers", "4"], **nodes.environment)
         until(
             process,
             lambda: done(stage, folder) >= middle(stage) and workers_of(stage, nodes.pids_of_second()),

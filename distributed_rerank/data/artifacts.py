@@ -169,8 +169,9 @@ class Staging:
             "reused": sum(store.reused for store in self._stores.values()),
         }
         shutil.rmtree(self.path / SCRATCH, ignore_errors=True)
-        for damaged in list(self.path.rglob("*.damaged")):
-            _remove(damaged)
+        # A kill between the end of an inner stage and the release of its lock leaves the lock's file.
+        for left in [*self.path.rglob("*.damaged"), *self.path.rglob(".*.lock")]:
+            _remove(left)
         content = {"rows": rows, **(manifest_extra or {}), "blocks": blocks, "fingerprint": self.fingerprint}
         # What no worker computed, this process did, on its CPU.
         content["computed_with"] = begun.join(self._earlier(), begun.recall(self.path)) or {"device": "cpu"}

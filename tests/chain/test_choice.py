@@ -130,6 +130,21 @@ def test_a_model_that_errs_on_first_places_orders_the_others() -> None:
     assert after.figures()["map@10"] > before.figures()["map@10"] + 0.02
 
 
+def test_where_no_first_place_has_changed_the_first_candidate_is_pinned() -> None:
+    known = replace(evidence(0.6, 1.0), logits=None)
+    # Every list begins with a right candidate that is much nearer than the rest: CMC@1 is 1 and says nothing of others.
+    is_wrong = known.labels[known.lists.items] != known.labels[:, None]
+    order = torch.arange(is_wrong.shape[1]).expand(is_wrong.shape).clone()
+    order.scatter_(1, is_wrong.to(torch.uint8).argmin(dim=1, keepdim=True), -1)
+    items = known.lists.items.gather(1, order.argsort(dim=1))
+    distances = known.lists.distances.clone()
+    distances[:, 0] = 0.0
+    known = replace(known, lists=replace(known.lists, items=items, distances=distances))
+    assert try_chain(known, Chain()).figures()["cmc@1"] == 1.0
+    (step,) = choose(known).steps
+    assert step.pinned == 1  # pyright: ignore[reportAttributeAccessIssue]
+
+
 def test_choice_leaves_a_pairwise_model_of_noise_out() -> None:
     chain = choose(evidence(1.0, None))
     assert chain.pairwise is None

@@ -417,3 +417,13 @@ def test_block_found_and_written_anew_counts_as_computed(tmp_path: Path) -> None
     store.write(0, pa.table({"x": [2]}))
     store.write(1, pa.table({"x": [3]}))
     assert (store.reused, store.computed) == (0, 2)
+
+
+def test_lock_that_a_kill_left_inside_is_not_published(tmp_path: Path) -> None:
+    fingerprint = {"seed": 1}
+    with artifacts.stage(tmp_path / "out", fingerprint) as staging:
+        (staging.path / "inner").mkdir()
+        (staging.path / ".inner.0123456789abcdef.lock").write_text("killed")
+        (staging.path / "inner" / "kept.txt").write_text("kept")
+        staging.finish()
+    assert sorted(path.name for path in (tmp_path / "out").rglob("*")) == ["inner", "kept.txt", "manifest.json"]
