@@ -14,6 +14,7 @@ import huggingface_hub
 import safetensors
 import safetensors.torch
 import timm
+import torch
 from torch import nn
 
 from distributed_rerank.config.extractor import ExtractorConfig
@@ -43,9 +44,11 @@ MODELS: Mapping[str, type[PairwiseModel]] = {
 
 
 def build_model(config: PairwiseConfig) -> PairwiseModel:
-    """The untrained model of `config`."""
+    """The untrained model of `config`: each time the same weights, also of a model that draws its own."""
     kind: Any = model_class(pairwise_name(config))
-    return kind(config)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return kind(config)
 
 
 def model_class(name: str) -> type[PairwiseModel]:
