@@ -9,11 +9,11 @@ import time
 from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import ray
-from ray.exceptions import RayError, RayTaskError
+from ray.exceptions import ActorUnavailableError, RayError, RayTaskError
 
 from distributed_rerank.cluster.session import Session
 from distributed_rerank.errors import BadInput, Outage
@@ -59,6 +59,15 @@ class Workers:
     """The class of the objects and its arguments; in a list, or Ray would fetch them for every call."""
 
 
+@dataclass(frozen=True)
+class _Call:
+    """A call, and how often a node was lost with it."""
+
+    key: Any
+    arguments: tuple[Any, ...]
+    n_lost: int = 0
+
+
 @contextmanager
 def start_workers(session: Session, worker_class: type, *arguments: Any) -> Iterator[Workers]:
     """`session.num_workers` actors of a plain class, each made with `arguments`; killed when the block is left.
@@ -97,35 +106,43 @@ def fan_out(
     raised here as itself; any other error of a call as Ray's RayTaskError.
 
     A worker that takes `_SLOWER` times as long as the slowest call so far (one that is stopped) is replaced, and its
-    calls run again.
+    calls run again; so do those of a worker that Ray cannot reach any more, its node being gone.
     """
-    todo = iter(calls)
+    todo = (_Call(key, arguments) for key, arguments in calls)
+    lost: deque[_Call] = deque()
     idle = deque(workers.actors * in_flight)
-    pending: dict[ray.ObjectRef, tuple[Key, Any, list[ray.ObjectRef]]] = {}
+    pending: dict[ray.ObjectRef, tuple[_Call, Any, list[ray.ObjectRef]]] = {}
     patience = Patience()
-    finished: tuple[Key, list[ray.ObjectRef]] | None = None
+    finished: tuple[_Call, list[ray.ObjectRef]] | None = None
     while True:
         # Before a result is handed over, its worker gets the next call.
-        while idle and (call := next(todo, None)) is not None:
-            actor, (key, arguments) = idle.popleft(), call
+        while idle and (call := lost.popleft() if lost else next(todo, None)) is not None:
+            actor = idle.popleft()
             remote = actor.call.options(num_returns=2) if leaves_first else actor.call
-            returned = remote.remote(workers.made_from, method, *arguments)
+            returned = remote.remote(workers.made_from, method, *call.arguments)
             *left, result = returned if leaves_first else [returned]
-            pending[result] = key, actor, left
+            pending[result] = call, actor, left
             patience.starts(actor)
         if finished is not None:
-            key, references = finished
-            with plain_errors():
-                value = ray.get(references[-1])
-            yield key, (*references[:-1], value) if leaves_first else value
+            call, references = finished
+            finished = None
+            try:
+                with plain_errors():
+                    value = ray.get(references[-1])
+            except ActorUnavailableError:
+                if call.n_lost == _RETRIES:
+                    raise
+                lost.append(replace(call, n_lost=call.n_lost + 1))
+                continue
+            yield call.key, (*references[:-1], value) if leaves_first else value
         if not pending:
             return
         while not (ready := ray.wait(list(pending), num_returns=1, timeout=patience.check_s())[0]):
             _replace_late(patience.late({actor for _, actor, _ in pending.values()}))
-        key, actor, left = pending.pop(ready[0])
+        call, actor, left = pending.pop(ready[0])
         patience.ends(actor)
         idle.append(actor)
-        finished = key, [*left, ready[0]]
+        finished = call, [*left, ready[0]]
 
 
 class Patience:
