@@ -156,7 +156,8 @@ def test_curves_are_those_of_the_tables() -> None:
     text = (ROOT / "docs" / "worth.md").read_text(encoding="utf-8")
     pictures = drawn(text)
     assert {name: (ROOT / "docs" / "curves" / f"{name}.svg").read_text("utf-8") for name in pictures} == pictures
-    assert drawn(text.replace("| 10 | 3.0 | 0 |", "| 10 | 4.0 | 0 |"))["train_labels"] != pictures["train_labels"]
+    other = re.sub(r"^\| 10 \| [0-9.]+ \| 0 \|$", "| 10 | 99.0 | 0 |", text, flags=re.M)
+    assert drawn(other)["train_labels"] != pictures["train_labels"]
 
 
 def words_of(path: Path) -> list[str]:
