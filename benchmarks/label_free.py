@@ -21,7 +21,7 @@ import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
 from _catalogue import add_catalogue_flags, extractor_of, generate_quick_catalogue, parse_with_catalogue
-from _measuring import Row, add_common_flags, describe_machine, finish
+from _measuring import Row, add_common_flags, against, describe_machine, finish
 from PIL import Image, ImageFilter
 
 from distributed_rerank import (
@@ -71,9 +71,9 @@ def by_halves(evaluation: Path, n_draws: int) -> list[Row]:
         for number, found in enumerate(expected_values(known, drawn.signals)):
             is_covered[draw, number] = found.low <= float(drawn.values[:, number].mean()) <= found.high
             widths[draw, number] = found.high - found.low
-    rows = [Row("false alarms", "%", 100 * alarms.mean(), 100 * FALSE_ALARMS)]
+    rows = [against("false alarms", "%", 100 * alarms.mean(), 100 * FALSE_ALARMS)]
     for number, name in enumerate(METRICS):
-        rows.append(Row(f"{name}: intervals that cover", "%", 100 * is_covered[:, number].mean(), 90.0))
+        rows.append(against(f"{name}: intervals that cover", "%", 100 * is_covered[:, number].mean(), 90.0))
         rows.append(Row(f"{name}: width", "", widths[:, number].mean()))
     return rows
 

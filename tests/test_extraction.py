@@ -166,10 +166,10 @@ def test_embed_reads_rejects_again_once_and_never_its_own(tmp_path: Path, monkey
     catalogue = make_catalogue(tmp_path / "images", 8, broken=(1, 4))
     reads: list[str] = []
 
-    def counting(read: Callable[[ImageRef], Any]) -> Callable[[ImageRef], Any]:
-        def counted(ref: ImageRef) -> Any:
+    def counting(read: Callable[..., Any]) -> Callable[..., Any]:
+        def counted(ref: ImageRef, **options: Any) -> Any:
             reads.append(ref.id)
-            return read(ref)
+            return read(ref, **options)
 
         return counted
 

@@ -16,6 +16,8 @@ from distributed_rerank.errors import BadInput
 logger = logging.getLogger(__name__)
 
 EXIT_REGRESSION = 3
+NO_AGENT, AGENT_S = "No available agent", 60.0
+"""What a head says whose agents have not started yet, and the seconds that they get."""
 
 
 def main(job: SubmitJob) -> int:
@@ -55,14 +57,17 @@ def submit(client: JobSubmissionClient, job: SubmitJob) -> str:
     runtime_env: dict[str, Any] = {"env_vars": variables}
     if job.working_dir:
         runtime_env["working_dir"] = job.working_dir
-    client.submit_job(
-        entrypoint=entrypoint,
-        submission_id=name,
-        runtime_env=runtime_env,
-        entrypoint_num_cpus=job.driver_cpus,
-        entrypoint_num_gpus=job.driver_gpus,
-    )
-    return name
+    words: dict[str, Any] = {"entrypoint": entrypoint, "submission_id": name, "runtime_env": runtime_env}
+    words |= {"entrypoint_num_cpus": job.driver_cpus, "entrypoint_num_gpus": job.driver_gpus}
+    deadline = time.monotonic() + AGENT_S
+    while True:
+        try:
+            client.submit_job(**words)
+            return name
+        except RuntimeError as error:
+            if NO_AGENT not in str(error) or time.monotonic() > deadline:
+                raise
+        time.sleep(1)
 
 
 def _is_answer(known: JobDetails) -> bool:

@@ -1,5 +1,7 @@
 """The loss of a training step, or of one worker's part of it, from the logits of its pairs."""
 
+import inspect
+
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
@@ -79,8 +81,16 @@ def own_loss(
     is_present: Bool[Tensor, "list candidate"],
     is_positive: Bool[Tensor, "list candidate"],
 ) -> Float[Tensor, ""]:
-    """The sum of what a loss of the user's gives for each list. Raises BadInput where it is not one number a list."""
-    values = load_own(name)(table, is_positive, is_present)
+    """The sum of what a loss of the user's gives for each list.
+
+    Raises BadInput where it takes other arguments, and where it gives something else than one number a list.
+    """
+    loss = load_own(name)
+    try:
+        inspect.signature(loss).bind(table, is_positive, is_present)
+    except TypeError as error:
+        raise BadInput(f"--loss {name} must take (logits, is_positive, is_present): {error}") from None
+    values = loss(table, is_positive, is_present)
     if not isinstance(values, Tensor) or values.shape != table.shape[:1] or not values.is_floating_point():
         shape = tuple(getattr(values, "shape", ()))
         raise BadInput(f"--loss {name} must return one number for each of {len(table)} lists, not {shape}")

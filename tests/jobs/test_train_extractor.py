@@ -13,7 +13,7 @@ from distributed_rerank.models.extractor import build_extractor
 from distributed_rerank.models.saving import load_model
 
 SMALL = ["--epochs", "2", "--n-labels", "4", "--n-instances", "3", "--n-items", "10", "--top-n", "8",
-         "--warmup-steps", "1", "--backbone-lr", "0.001", "--num-workers", "1"]  # fmt: skip
+         "--warmup-steps", "1", "--backbone-lr", "0.001", "--num-workers", "1", "--patience", "0"]  # fmt: skip
 
 
 @pytest.mark.ray

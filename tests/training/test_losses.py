@@ -1,12 +1,15 @@
 """The losses of a step: the definitions, whole or summed over shares, and what a teacher adds."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from distributed_rerank.config.training import TrainingConfig
-from distributed_rerank.training.losses import step_loss, teacher_loss
+from distributed_rerank.errors import BadInput
+from distributed_rerank.training.losses import own_loss, step_loss, teacher_loss
 from distributed_rerank.training.plan import TrainingStep, share_of
 
 
@@ -56,3 +59,26 @@ def test_teacher_loss_is_the_divergence_over_what_is_known_and_nothing_where_too
     assert table.grad.isfinite().all()
     assert not table.grad[1:].any()
     assert table.grad[0, 1] == 0
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ("(logits, is_positive, is_present): return logits.sum(dim=1)", ""),
+        ("(logits, is_positive, is_present): return logits.sum()", r"one number for each of 4 lists, not \(\)"),
+        ("(logits, is_positive, is_present): return logits", r"one number for each of 4 lists, not \(4, 3\)"),
+        ("(logits): return logits.sum(dim=1)", "must take .logits, is_positive, is_present.: too many positional"),
+    ],
+)
+def test_loss_of_ones_own_is_one_number_a_list(
+    body: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = f"own_{abs(hash(body))}"
+    (tmp_path / f"{name}.py").write_text(f"def loss{body}\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    table, everything = torch.arange(12.0).view(4, 3), torch.ones(4, 3, dtype=torch.bool)
+    if not message:
+        assert float(own_loss(f"{name}:loss", table, everything, everything)) == 66.0
+        return
+    with pytest.raises(BadInput, match=message):
+        own_loss(f"{name}:loss", table, everything, everything)
