@@ -71,7 +71,8 @@ def test_submitted_commands_run_on_a_cluster_and_give_the_bytes_of_a_local_run(
     given = ["--catalogue", f"{s3.bucket}/photos/df.csv"]
     assert run_job("embed", *given, "--out", tmp_path / "embeddings", *EXTRACTOR).code == 0
     assert run_job("evaluate", *given, "--embeddings", tmp_path / "embeddings", "--out", tmp_path / "local").code == 0
-    assert set(bytes_of(fetch(f"{s3.bucket}/runs/report", tmp_path / "report"))) == set(bytes_of(tmp_path / "local"))
+    report = set(bytes_of(fetch(f"{s3.bucket}/runs/report", tmp_path / "report")))
+    assert report == {*bytes_of(tmp_path / "local"), "reranked.parquet"}, "with a model there are re-ranked lists"
     found = fetch(f"{s3.bucket}/runs/evaluation", tmp_path / "fetched")
     assert bytes_of(found) == bytes_of(tmp_path / "local")
     history = pd.read_parquet(fetch(f"{s3.bucket}/nightly/history.parquet", tmp_path / "history.parquet"))
