@@ -53,23 +53,27 @@ from _measuring import ROOT, descendants, describe_machine, say
 SMALL_DISK, FILE_LIMIT = "300k", 20_000
 
 
-def worker_fault(jobs: Jobs, stage: str, number: signal.Signals) -> Fault:
-    """A signal to one computing process of a job on Ray."""
-    folder = jobs.root / f"{number.name}-worker-{stage}"
-    began = time.monotonic()
+def computing(jobs: Jobs, stage: str, folder: Path, n_blocks: int) -> tuple[subprocess.Popen[str], int, int]:
+    """A job on Ray that has done so many blocks, the process id of a worker of it, and how many blocks are done."""
     process = jobs.start(stage, folder, on_ray=True)
     found: list[int] = []
     # A process of Ray Data has its title only while it computes.
     until(
         process,
         lambda: (
-            (done(stage, folder) >= middle(stage) and found.extend(workers_of(stage, descendants(process.pid))))
-            or found
+            (done(stage, folder) >= n_blocks and found.extend(workers_of(stage, descendants(process.pid)))) or found
         ),
-        "its middle",
+        f"{n_blocks} blocks",
     )
-    os.kill(found[0], number)
-    before = done(stage, folder)
+    return process, found[0], done(stage, folder)
+
+
+def worker_fault(jobs: Jobs, stage: str, number: signal.Signals) -> Fault:
+    """A signal to one computing process of a job on Ray."""
+    folder = jobs.root / f"{number.name}-worker-{stage}"
+    began = time.monotonic()
+    process, worker, before = computing(jobs, stage, folder, middle(stage))
+    os.kill(worker, number)
     finish(process)
     extra = time.monotonic() - began - jobs.seconds[stage, True]
     name = "kill -9" if number == signal.SIGKILL else f"SIGSTOP (replaced after {PATIENCE_S:.0f} s instead of 120)"
@@ -83,18 +87,11 @@ def slow_worker(jobs: Jobs, stage: str) -> Fault:
     """One computing process stands still for most of the time: half a second of every 0.6."""
     folder = jobs.root / f"slow-worker-{stage}"
     began = time.monotonic()
-    process = jobs.start(stage, folder, on_ray=True)
-    found: list[int] = []
-    until(
-        process,
-        lambda: (done(stage, folder) >= 4 and found.extend(workers_of(stage, descendants(process.pid)))) or found,
-        "its beginning",
-    )
-    before = done(stage, folder)
-    while process.poll() is None and Path(f"/proc/{found[0]}/fd").exists():
+    process, worker, before = computing(jobs, stage, folder, 4)
+    while process.poll() is None and Path(f"/proc/{worker}/fd").exists():
         for number, pause_s in ((signal.SIGSTOP, 0.5), (signal.SIGCONT, 0.1)):
             with suppress(ProcessLookupError):
-                os.kill(found[0], number)
+                os.kill(worker, number)
             time.sleep(pause_s)
     finish(process)
     extra = time.monotonic() - began - jobs.seconds[stage, True]

@@ -8,6 +8,7 @@ import csv
 import io
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence, Set
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -83,13 +84,12 @@ def csv_batches(
     are not UTF-8.
     """
     n_read = 0
-    try:
+    # What the fast reader refuses the careful one goes on with, or says what is wrong.
+    with suppress(_NeedsCare, pa.ArrowInvalid, UnicodeDecodeError):
         for table in _plain_batches(open_file, layout, columns, rows):
             yield table
             n_read += len(table)
         return
-    except (_NeedsCare, pa.ArrowInvalid, UnicodeDecodeError):
-        pass  # the careful reader goes on, or says what is wrong
     yield from _careful_batches(open_file, layout, columns, rows, source, skip=n_read)
 
 

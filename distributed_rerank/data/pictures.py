@@ -1,4 +1,4 @@
-"""Decoded pictures as mode RGB, upright; of large ones only a strip at a time (layer 2).
+"""Decoded pictures as mode RGB, upright; of large ones only a strip at a time.
 
 Pillow holds an RGB picture at four bytes a pixel, and a copy for each step. So a large picture is kept as its file has
 it, and what is wanted of it is turned, converted and made smaller strip by strip. The bytes are those of the whole

@@ -1,4 +1,4 @@
-"""Columns of many texts in Arrow's memory: a text is a Python object only while somebody holds it (layer 2)."""
+"""Columns of many texts in Arrow's memory: a text is a Python object only while somebody holds it."""
 
 import bisect
 import json

@@ -1,4 +1,4 @@
-"""Embeddings in Parquet files whose values lie in one piece: some rows are read without reading the others (layer 2).
+"""Embeddings in Parquet files whose values lie in one piece: some rows are read without reading the others.
 
 `write_vectors` makes one uncompressed page of each row group's embeddings. Any Parquet reader reads such a file; here
 the place of a row's values is computed from the file's metadata, and whoever needs some rows maps them for a moment.

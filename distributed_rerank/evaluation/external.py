@@ -13,6 +13,7 @@ from distributed_rerank.data.candidate_files import read_candidates
 from distributed_rerank.data.catalogue import Catalogue
 from distributed_rerank.errors import BadInput
 from distributed_rerank.tensors.candidate_lists import CandidateLists
+from distributed_rerank.tensors.pair_values import PairValues
 
 logger = logging.getLogger(__name__)
 
@@ -26,22 +27,15 @@ def scores_of(
     that no list has (`unused`). Raises BadInput as `read_candidates` does.
     """
     given = read_candidates(path, catalogue)
-    n_items = len(catalogue)
-    # [pair]: query * n_items + candidate, ascending, of the scores; the candidates are looked up among them.
-    is_given = given.items >= 0
-    keys, order = (given.query_items[:, None] * n_items + given.items)[is_given].sort()
-    values = given.distances[is_given][order]
-    wanted = lists.query_items[:, None] * n_items + lists.items
-    is_there = lists.items >= 0
-    place = torch.searchsorted(keys, wanted).clamp(max=max(len(keys) - 1, 0))
-    is_scored = is_there & (keys[place] == wanted) if len(keys) else torch.zeros_like(is_there)
-    found = torch.where(is_scored, values[place], torch.nan) if len(keys) else torch.full(wanted.shape, torch.nan)
+    known = PairValues.of_lists(given, given.distances, len(catalogue))
+    found = known.look_up(lists.query_items[:, None].expand_as(lists.items), lists.items)
+    is_there, is_scored = lists.items >= 0, found.isfinite()
     counts = {
         "unscored": int((is_there & ~is_scored).sum()),
         "queries_unscored": int((~is_scored.any(dim=1) & is_there.any(dim=1)).sum()),
-        "unused": len(keys) - int(is_scored.sum()),
+        "unused": len(known) - int(is_scored.sum()),
     }
-    return found.float(), counts
+    return found, counts
 
 
 def rerank_by_scores(

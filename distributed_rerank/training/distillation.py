@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from jaxtyping import Float32
 
 from distributed_rerank.chain.chain import PairwiseStep, read_chain
@@ -27,7 +26,8 @@ from distributed_rerank.runtime.devices import tensor_of
 from distributed_rerank.scoring.score import ScoreExecutors
 from distributed_rerank.scoring.stage import score_candidates
 from distributed_rerank.tensors.candidate_lists import CandidateLists
-from distributed_rerank.training.plan import TeacherLogits, is_list_loss
+from distributed_rerank.tensors.pair_values import PairValues
+from distributed_rerank.training.plan import is_list_loss
 
 logger = logging.getLogger(__name__)
 
@@ -61,17 +61,16 @@ class TableTeacher:
         """The file's content."""
         return {"scores": file_digest(self.path)}
 
-    def logits(self, catalogue: Catalogue, lists: CandidateLists) -> TeacherLogits:
+    def logits(self, catalogue: Catalogue, lists: CandidateLists) -> PairValues:
         """The distances (or negated scores) of all its pairs. Raises BadInput where it has no pair of these lists."""
         given = read_candidates(self.path, catalogue)
-        is_given = given.items >= 0
-        keys, order = (given.query_items[:, None] * len(catalogue) + given.items)[is_given].sort()
-        wanted = (lists.query_items[:, None] * len(catalogue) + lists.items)[lists.items >= 0]
-        n_known = int(torch.isin(wanted, keys).sum())
+        found = PairValues.of_lists(given, given.distances, len(catalogue))
+        queries = lists.query_items[:, None].expand_as(lists.items)
+        n_known, n_mined = int(found.look_up(queries, lists.items).isfinite().sum()), int((lists.items >= 0).sum())
         if not n_known:
-            raise BadInput(f"--teacher {self.path} scores none of the {len(wanted):,} mined pairs; score train's lists")
-        logger.info("the teacher's table has scores of %d of %d mined pairs", n_known, len(wanted))
-        return TeacherLogits(keys, given.distances[is_given][order].float(), len(catalogue))
+            raise BadInput(f"--teacher {self.path} scores none of the {n_mined:,} mined pairs; score train's lists")
+        logger.info("the teacher's table has scores of %d of %d mined pairs", n_known, n_mined)
+        return found
 
 
 def read_teacher(place: str | Path) -> Teacher | TableTeacher:
@@ -103,7 +102,7 @@ def score_by_teacher(
     folder: Path,
     work: WorkConfig,
     executors: ScoreExecutors | None,
-) -> TeacherLogits:
+) -> PairValues:
     """The teacher's logits of all pairs of the lists, kept in `folder`. Raises BadInput where there is no pair."""
     if isinstance(teacher, TableTeacher):
         return teacher.logits(catalogue, lists)
@@ -112,11 +111,8 @@ def score_by_teacher(
     top_n = lists.items.shape[1]
     scored = score_candidates(catalogue, lists, teacher.model, top_n, folder, work=work, executors=executors)
     assert scored.logits is not None, "the teacher's pairs are scored"
-    # [pair]: the pairs that are there, row by row; then sorted by key.
-    is_scored = scored.logits.isfinite()
-    query = lists.query_items[:, None].expand_as(lists.items)[is_scored]
-    logits = teacher.fuse(scored.logits[is_scored].numpy(), lists.distances[is_scored].numpy())
-    keys, order = (query * len(catalogue) + lists.items[is_scored]).sort()
-    if len(keys) == 0:
+    logits = tensor_of(teacher.fuse(scored.logits.numpy(), lists.distances.numpy()))
+    found = PairValues.of_lists(lists, logits, len(catalogue), scored.logits.isfinite())
+    if not len(found):
         raise BadInput("the teacher has no pair to score; give images that have candidates")
-    return TeacherLogits(keys, tensor_of(logits)[order], len(catalogue))
+    return found

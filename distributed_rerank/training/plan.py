@@ -7,11 +7,11 @@ trains on the pairs of an uninterrupted one.
 
 import hashlib
 from collections.abc import Iterable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Float32, Int64
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from distributed_rerank.config.training import TrainingConfig
@@ -64,23 +64,6 @@ class TrainingStep:
         """The columns by name, without teacher_logits where there is no teacher."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         return {name: value for name, value in values.items() if value is not None}
-
-
-@dataclass(frozen=True)
-class TeacherLogits:
-    """A teacher's logits by pair of items."""
-
-    keys: Int64[Tensor, " pair"]
-    """query item x number of items + gallery item, ascending."""
-    logits: Float32[Tensor, " pair"]
-    n_items: int
-
-    def add_to(self, step: TrainingStep) -> TrainingStep:
-        """The step with the teacher's logits of its pairs, NaN where there is none."""
-        wanted = step.query_items * self.n_items + step.gallery_items
-        place = torch.searchsorted(self.keys, wanted).clamp(max=len(self.keys) - 1)
-        logits: Float[Tensor, " pair"] = torch.where(self.keys[place] == wanted, self.logits[place], torch.nan)
-        return replace(step, teacher_logits=logits)
 
 
 def is_list_loss(loss: str) -> bool:

@@ -4,7 +4,7 @@ All are values: any process that gets a `TrainingTask` can take part in it.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,9 @@ from distributed_rerank.data.catalogue import Catalogue
 from distributed_rerank.runtime.devices import tensor_of
 from distributed_rerank.tensors import metrics
 from distributed_rerank.tensors.candidate_lists import CandidateLists, concatenate
+from distributed_rerank.tensors.pair_values import PairValues
 from distributed_rerank.tensors.things import count_relevant_things
-from distributed_rerank.training.plan import TeacherLogits, TrainingStep, plan_batches, plan_lists, reorder
+from distributed_rerank.training.plan import TrainingStep, plan_batches, plan_lists, reorder
 from distributed_rerank.training.services import ServiceRun
 
 
@@ -52,7 +53,7 @@ class TrainingTask:
     """The half (0, 1, -1 = none) of each item, where a model's projections are cross-fitted (`encodings`)."""
     tracked: tuple[ServiceRun, ...] = ()
     """Where the figures go beside the log."""
-    teacher: TeacherLogits | None = None
+    teacher: PairValues | None = None
     """What a slow model says of the mined pairs."""
     start: Chain = field(default_factory=Chain)
     """What the chain begins with: a map of the embeddings, or nothing. Lists and embeddings are those after it."""
@@ -95,7 +96,10 @@ def plan_epoch(
         return plan_batches(run.anchors.query_items.numpy(), labels, task.embeddings, task.config, epoch)
     anchors = run.anchors if order is None else reorder(run.anchors, order)
     steps = plan_lists(anchors, labels, task.catalogue.sequences, task.embeddings, task.config, epoch)
-    return steps if task.teacher is None else [task.teacher.add_to(step) for step in steps]
+    if task.teacher is None:
+        return steps
+    known = task.teacher
+    return [replace(step, teacher_logits=known.look_up(step.query_items, step.gallery_items)) for step in steps]
 
 
 def join_lists(parts: list[CandidateLists]) -> CandidateLists:

@@ -6,16 +6,17 @@ import os
 import secrets
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from job_files import descendants, kill_by_pid
+from ray_head import free_ports
 
 from distributed_rerank.cluster.growth import wanted_bundles
 from distributed_rerank.config.cluster import ClusterConfig
@@ -40,18 +41,9 @@ def test_what_is_asked_for(config: ClusterConfig, present: dict, expected: list)
     assert wanted_bundles(config, present) == expected
 
 
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[dict[str, str]]:
-    """The environment that reaches a cluster of a head without CPUs and up to 2 workers of 4 CPUs, which come on
-    request."""
-    folder = Path(tempfile.mkdtemp(prefix="rerank-test-", dir="/tmp"))
-    ports = []
-    for _ in range(5):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            ports.append(free.getsockname()[1])
-    port, dashboard, agent, grpc, client = ports
-    config = {
+def autoscaling_config(port: int) -> dict[str, Any]:
+    """Up to 2 workers of 4 CPUs on request, by Ray's fake provider; the head listens on `port`."""
+    return {
         "cluster_name": "fake",
         "max_workers": 2,
         "idle_timeout_minutes": 0.1,
@@ -81,7 +73,15 @@ def cluster() -> Iterator[dict[str, str]]:
         **{f"{part}_commands": [] for part in ("setup", "head_setup", "worker_setup", "initialization")},
         **{name: [] for name in ("head_start_ray_commands", "worker_start_ray_commands", "cluster_synced_files")},
     }
-    (folder / "cluster.json").write_text(json.dumps(config))
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[dict[str, str]]:
+    """The environment that reaches a cluster of a head without CPUs and up to 2 workers of 4 CPUs, which come on
+    request."""
+    folder = Path(tempfile.mkdtemp(prefix="rerank-test-", dir="/tmp"))
+    port, dashboard, agent, grpc, client = free_ports(5)
+    (folder / "cluster.json").write_text(json.dumps(autoscaling_config(port)))
     own = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32), "RAY_USAGE_STATS_ENABLED": "0"}
     own |= {"RAY_FAKE_CLUSTER": "1", "RAY_enable_autoscaler_v2": "1", "AUTOSCALER_UPDATE_INTERVAL_S": "1"}
     own |= dict.fromkeys(("RAY_CLOUD_INSTANCE_ID", "RAY_OVERRIDE_NODE_ID_FOR_TESTING"), HEAD)

@@ -18,8 +18,8 @@ from distributed_rerank.config.work import WorkConfig
 from distributed_rerank.errors import BadInput
 from distributed_rerank.models.distance_siamese import DistanceSiamese
 from distributed_rerank.models.saving import save_model
+from distributed_rerank.tensors.pair_values import PairValues
 from distributed_rerank.training.distillation import Teacher, check_teachable, read_teacher, score_by_teacher
-from distributed_rerank.training.plan import TeacherLogits, TrainingStep
 from distributed_rerank.training.run import fit
 from distributed_rerank.training.stage import train
 from distributed_rerank.training.task import TrainingTask, plan_epoch
@@ -36,23 +36,14 @@ def task(tmp_path_factory: pytest.TempPathFactory) -> TrainingTask:
 
 
 @pytest.fixture(scope="module")
-def taught(task: TrainingTask, tmp_path_factory: pytest.TempPathFactory) -> TeacherLogits:
+def taught(task: TrainingTask, tmp_path_factory: pytest.TempPathFactory) -> PairValues:
     folder = tmp_path_factory.mktemp("teacher")
     teacher, lists = Teacher(DistanceSiamese(RANDOM)), task.runs[0].anchors
     return score_by_teacher(teacher, task.catalogue, lists, folder / "l", WorkConfig(), None)
 
 
-def test_logits_of_a_step_are_those_of_its_pairs_and_nan_for_others() -> None:
-    teacher = TeacherLogits(torch.tensor([2, 13, 31]), torch.tensor([0.5, -1.0, 2.0]), 10)
-    step = TrainingStep(
-        torch.tensor([3, 0, 1]), torch.tensor([1, 3, 3]), torch.tensor([False, True, True]), torch.tensor([0, 0, 0]),
-        torch.ones(3),
-    )  # fmt: skip
-    assert teacher.add_to(step).columns()["teacher_logits"].nan_to_num(9.0).tolist() == [2.0, 9.0, -1.0]
-
-
 def test_all_pairs_of_the_lists_are_scored_and_every_planned_step_has_its_part(
-    task: TrainingTask, taught: TeacherLogits
+    task: TrainingTask, taught: PairValues
 ) -> None:
     assert len(taught.keys) == (task.runs[0].anchors.items >= 0).sum()
     steps = plan_epoch(replace(task, teacher=taught), task.runs[0], 0)
@@ -63,12 +54,12 @@ def test_all_pairs_of_the_lists_are_scored_and_every_planned_step_has_its_part(
 
 
 def test_student_follows_a_teacher_that_contradicts_the_labels(
-    task: TrainingTask, taught: TeacherLogits, tmp_path: Path
+    task: TrainingTask, taught: PairValues, tmp_path: Path
 ) -> None:
-    contrary = replace(taught, logits=-2 * (taught.logits - taught.logits.mean()) / taught.logits.std())
+    contrary = replace(taught, values=-2 * (taught.values - taught.values.mean()) / taught.values.std())
     lists = task.runs[0].anchors
     place = torch.searchsorted(taught.keys, lists.query_items[:, None] * taught.n_items + lists.items)
-    wanted = contrary.logits[place]
+    wanted = contrary.values[place]
     agreement = {}
     for share in (0.0, 1.0):
         config = replace(task.config, teacher_share=share)
@@ -112,20 +103,20 @@ def test_teacher_without_lists_is_refused(changes: dict[str, Any]) -> None:
         check_teachable(replace(SMALL, **changes))
 
 
-def test_table_of_scores_teaches_as_its_model_would(task: TrainingTask, taught: TeacherLogits, tmp_path: Path) -> None:
+def test_table_of_scores_teaches_as_its_model_would(task: TrainingTask, taught: PairValues, tmp_path: Path) -> None:
     """The teacher's logits, written as a table of another system's distances and read again."""
     ids, n_items = task.catalogue.ids, len(task.catalogue)
     order = torch.randperm(len(taught.keys), generator=torch.Generator().manual_seed(0)).tolist()
     rows = [
         (ids[int(key) // n_items], ids[int(key) % n_items], float(logit))
-        for key, logit in zip(taught.keys, taught.logits, strict=True)
+        for key, logit in zip(taught.keys, taught.values, strict=True)
     ]
     table = pd.DataFrame([rows[place] for place in order], columns=["query_id", "gallery_id", "distance"])
     table.to_csv(tmp_path / "vlm.csv", index=False)
     teacher = read_teacher(tmp_path / "vlm.csv")
     found = score_by_teacher(teacher, task.catalogue, task.runs[0].anchors, tmp_path / "l", WorkConfig(), None)
     assert torch.equal(found.keys, taught.keys)
-    assert torch.equal(found.logits, taught.logits)
+    assert torch.equal(found.values, taught.values)
     before = teacher.fingerprint()
     table.assign(query_id=ids[0], gallery_id=ids[0]).head(1).to_csv(tmp_path / "vlm.csv", index=False)
     assert teacher.fingerprint() != before
