@@ -224,7 +224,7 @@ def log_choice(chosen: Trial, decisions: Sequence[dict[str, Any]]) -> None:
     """One line for each chain step tried and one for the outcome."""
     log_decisions(decisions)
     if not chosen.chain.steps:
-        logger.info("no step improves the set-aside labels surely enough: the chain is the first stage alone")
+        logger.info("no step improves the order on the set-aside labels surely enough: that of the search stays")
     else:
         logger.info("chosen chain: %s", chosen.chain.describe())
 
