@@ -29,6 +29,7 @@ from distributed_rerank.models.saving import load_model
 from distributed_rerank.reranking.rerank import rerank
 from distributed_rerank.reranking.run import load_model_and_chain
 from distributed_rerank.retrieval import retrieve
+from distributed_rerank.runtime.devices import pick_device
 from distributed_rerank.scoring import score as scoring
 from distributed_rerank.scoring.rounds import ScoredBlock, Scoring
 from distributed_rerank.scoring.stage import score_candidates
@@ -222,7 +223,7 @@ def test_embedding_begun_in_bfloat16_is_not_continued_in_float32(
             )
         embed(catalogue, config, tmp_path / "finished", work=WORK)
     monkeypatch.setattr(precision, "bf16_support", lambda device: None)
-    words = r"begun with precision=bfloat16 on cpu, a worker of this run computes with precision=float32 on cpu"
+    words = r"begun with precision=bfloat16 on \w+, a worker of this run computes with precision=float32 on \w+"
     with pytest.raises(BadInput, match=words) as refused:
         embed(catalogue, config, tmp_path / "out", work=WORK)
     assert not (tmp_path / "out").exists()
@@ -235,7 +236,7 @@ def test_embedding_begun_in_bfloat16_is_not_continued_in_float32(
     embed(catalogue, config, tmp_path / "finished", work=WORK)
     assert read_manifest(tmp_path / "finished")["computed_with"]["precision"] == "bfloat16"
     grown = make_catalogue(tmp_path / "photos", 12)
-    with pytest.raises(BadInput, match=r"finished was made with precision=bfloat16 on cpu.*pass --overwrite"):
+    with pytest.raises(BadInput, match=r"finished was made with precision=bfloat16 on \w+.*pass --overwrite"):
         embed(grown, config, tmp_path / "finished", work=WORK)
     assert len(embed(grown, config, tmp_path / "finished", work=WORK, overwrite=True).ids) == 12
 
@@ -253,7 +254,7 @@ def test_scoring_on_workers_of_two_kinds_is_refused_before_a_block_is_mixed_in(
                 worker.setattr(precision, "bf16_support", lambda device, support=support: support)
                 yield from scoring.score_blocks(replace(run, numbers=part))
 
-    with pytest.raises(BadInput, match=r"begun with precision=float32 on cpu, a worker .*precision=bfloat16 on cpu"):
+    with pytest.raises(BadInput, match=r"begun with precision=float32 on \w+, a worker .*precision=bfloat16 on \w+"):
         score_candidates(
             catalogue,
             lists,
@@ -281,12 +282,12 @@ def test_training_begun_in_bfloat16_is_not_continued_in_float32(
         with pytest.raises(KeyboardInterrupt):
             train(catalogue, tokens, TRAINING, tmp_path / "out", fit=stops)
     monkeypatch.setattr(precision, "bf16_support", lambda device: None)
-    with pytest.raises(BadInput, match=r"precision=auto \(bfloat16\) on cpu, .*precision=auto \(float32\) on cpu"):
+    with pytest.raises(BadInput, match=r"precision=auto \(bfloat16\) on \w+, .*precision=auto \(float32\) on \w+"):
         train(catalogue, tokens, TRAINING, tmp_path / "out")
     monkeypatch.setattr(precision, "bf16_support", lambda device: "AVX-512 BF16")
     train(catalogue, tokens, TRAINING, tmp_path / "out")
     assert read_manifest(tmp_path / "out")["computed_with"] == {
-        "device": "cpu", "precision": "bfloat16", "auto_precision": "bfloat16",
+        "device": pick_device().type, "precision": "bfloat16", "auto_precision": "bfloat16",
     }  # fmt: skip
 
 

@@ -109,7 +109,8 @@ def _on_gpus(
         fn_constructor_kwargs={"extractor": extractor, "work": work},
         batch_size=1,
         batch_format="pyarrow",
-        num_cpus=session.cpus_per_worker,
+        # One CPU is what Ray takes beside a GPU; saying so makes it warn.
+        num_cpus=None if session.cpus_per_worker == 1 else session.cpus_per_worker,
         num_gpus=1,
         compute=ray.data.ActorPoolStrategy(size=embedders),
     )

@@ -17,6 +17,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from distributed_rerank import __version__
 from distributed_rerank.chain.chain import Chain
 from distributed_rerank.chain.probability import probabilities
 from distributed_rerank.data import artifacts, tables
@@ -157,7 +158,8 @@ def command_of(words: Sequence[str]) -> str:
 
 def _environment() -> dict[str, str]:
     """When, by which command and with what this process makes the report."""
-    versions = {name: importlib.metadata.version(name) for name in ("distributed_rerank", "timm")}
+    # The package itself may run from a folder that is not installed: a cluster's working directory.
+    versions = {"distributed_rerank": __version__, "timm": importlib.metadata.version("timm")}
     return {
         "date": time.strftime("%Y-%m-%d %H:%M %Z"),
         "command": command_of(sys.argv),

@@ -2,6 +2,7 @@
 
 import ctypes
 import functools
+import os
 import platform
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -20,6 +21,28 @@ def pick_device() -> torch.device:
         return torch.device("cpu")
     torch.backends.cudnn.allow_tf32 = False  # or float32 convolutions would round their factors to 10 bits
     return torch.device("cuda")
+
+
+@contextmanager
+def one_order_of_sums(device: torch.device) -> Iterator[None]:
+    """Inside the block a GPU adds gradients up in one order, so that training twice gives the same bits.
+
+    Where torch has no such kernel it says so and takes the usual one. A CPU needs none of it.
+    """
+    if device.type == "cpu":
+        yield
+        return
+    # Read when the first matrix product is computed: without it products of several streams share their memory.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    filled = torch.utils.deterministic  # pyright: ignore[reportAttributeAccessIssue]
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    fills, filled.fill_uninitialized_memory = filled.fill_uninitialized_memory, False
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        filled.fill_uninitialized_memory = fills
 
 
 @contextmanager

@@ -22,7 +22,7 @@ from distributed_rerank.errors import BadInput
 from distributed_rerank.models.distance_siamese import DistanceSiamese
 from distributed_rerank.models.pairwise import PairwiseModel
 from distributed_rerank.models.saving import load_model
-from distributed_rerank.runtime.devices import keep_freed_memory, pick_device, torch_threads
+from distributed_rerank.runtime.devices import keep_freed_memory, one_order_of_sums, pick_device, torch_threads
 from distributed_rerank.training import tracking
 from distributed_rerank.training.encodings import FittedModel, encode_images, fit_start
 from distributed_rerank.training.epoch import train_epoch
@@ -96,7 +96,7 @@ def train_all(
     """
     state: State = restored or {"finished": [], "current": None}
     keep_freed_memory()
-    with torch_threads(task.config.threads):
+    with torch_threads(task.config.threads), one_order_of_sums(torch.device(worker.device)):
         inputs = prepare_inputs(task, folder, worker)
         for number in range(len(state["finished"]), len(task.runs)):
             finished = state["finished"]

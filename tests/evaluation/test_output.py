@@ -1,8 +1,11 @@
 """What a report says of itself."""
 
+import importlib.metadata
+
 import pytest
 
-from distributed_rerank.evaluation.output import command_of
+from distributed_rerank import __version__
+from distributed_rerank.evaluation.output import _environment, command_of
 
 
 @pytest.mark.parametrize(
@@ -27,3 +30,16 @@ def test_command_does_not_show_a_secret(secret: list[str]) -> None:
     found = command_of(["jobs/scheduled_evaluation.py", *secret, "--runs", "r"])
     assert "key" not in found
     assert found.endswith("--runs r")
+
+
+def test_a_folder_that_is_not_installed_writes_its_report(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a cluster, whose workers get the project as a working directory."""
+    known = importlib.metadata.version
+
+    def version(name: str) -> str:
+        if name == "distributed_rerank":
+            raise importlib.metadata.PackageNotFoundError(name)
+        return known(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    assert _environment()["distributed_rerank"] == __version__

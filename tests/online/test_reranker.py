@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from bits import assert_same
 from online.examples import BROKEN, KINDS, N_IMAGES, TOP_N, save_example, write_lists, write_photos
 from PIL import Image
 
@@ -67,10 +68,8 @@ def test_order_and_bits_are_those_of_the_batch_job(kind: str, rule: str, photos:
     for query, matches in zip(queries, found, strict=True):
         rows = table[table["query_id"] == query]
         assert [match.id for match in matches] == rows["gallery_id"].tolist()
-        distances = np.array([match.distance for match in matches], np.float32)
-        assert distances.tobytes() == rows["distance"].to_numpy().tobytes()
-        probabilities = np.array([match.probability for match in matches], np.float32)
-        np.testing.assert_array_equal(probabilities, rows["probability"].to_numpy())
+        assert_same([match.distance for match in matches], rows["distance"])
+        assert_same([match.probability for match in matches], rows["probability"])
         n_reordered += rows["first_stage_rank"].tolist() != sorted(rows["first_stage_rank"])
     assert n_reordered > 20
 
@@ -94,7 +93,7 @@ def test_order_and_bits_are_those_of_the_command(token: Path, photos: Path, tmp_
         )
         expected = table[table["query_id"] == query]
         assert [match.id for match in matches] == expected["gallery_id"].tolist()
-        np.testing.assert_array_equal([np.float32(match.distance) for match in matches], expected["distance"])
+        assert_same([match.distance for match in matches], expected["distance"])
 
 
 def test_distances_are_computed_where_none_are_given(token: Path, photos: Path, tmp_path: Path) -> None:
@@ -119,7 +118,7 @@ def test_distances_are_computed_where_none_are_given(token: Path, photos: Path, 
         others = [f"id {n:02d}" for n in readable if n != query]
         matches = reranker.rank(photos.parent / f"{query}.png", others, top_k=None)
         assert [match.id for match in matches] == rows["gallery_id"].tolist()
-        np.testing.assert_array_equal([np.float32(match.distance) for match in matches], rows["distance"])
+        assert_same([match.distance for match in matches], rows["distance"])
 
 
 def test_a_photo_is_the_same_in_every_form(token: Path, photos: Path) -> None:

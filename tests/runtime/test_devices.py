@@ -1,12 +1,13 @@
 """InferenceThreads compute the same bits in order, whatever their number, and leave the caller's threads alone."""
 
+import os
 import platform
 import threading
 
 import pytest
 import torch
 
-from distributed_rerank.runtime.devices import InferenceThreads, keep_freed_memory, torch_threads
+from distributed_rerank.runtime.devices import InferenceThreads, keep_freed_memory, one_order_of_sums, torch_threads
 
 LAYER = torch.nn.Sequential(torch.nn.Linear(64, 256), torch.nn.GELU(), torch.nn.Linear(256, 8)).requires_grad_(False)
 PARTS = torch.randn(9, 33, 64, generator=torch.Generator().manual_seed(0)).unbind()
@@ -52,3 +53,14 @@ def test_freed_memory_is_kept():
         torch.ones(5_000_000)
     pages = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
     assert pages < 20 * 20_000_000 / 4096 / 10, f"{pages} pages were fresh"
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_only_a_gpu_is_told_to_sum_in_one_order_and_only_inside_the_block(device: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")
+    with one_order_of_sums(torch.device(device)):
+        assert torch.are_deterministic_algorithms_enabled() == (device == "cuda")
+        assert torch.utils.deterministic.fill_uninitialized_memory == (device == "cpu")  # pyright: ignore
+    assert not torch.are_deterministic_algorithms_enabled()
+    assert torch.utils.deterministic.fill_uninitialized_memory  # pyright: ignore
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":16:8", "the user's own word holds"

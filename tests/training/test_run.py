@@ -18,6 +18,7 @@ from distributed_rerank.errors import BadInput
 from distributed_rerank.models import precision as precision_module
 from distributed_rerank.models.distance_siamese import DistanceSiamese
 from distributed_rerank.models.saving import load_model
+from distributed_rerank.runtime.devices import pick_device
 from distributed_rerank.tensors.hardware import bf16_support
 from distributed_rerank.training.run import fit, is_over, note_device, results, train_all
 from distributed_rerank.training.state import save_epoch
@@ -84,7 +85,7 @@ def test_training_stopped_and_resumed_equals_an_uninterrupted_one(
             raise KilledError
 
     with pytest.raises(KilledError):
-        train_all(task, tmp_path, TrainingWorker(), None, report)
+        train_all(task, tmp_path, TrainingWorker(device=str(pick_device())), None, report)
     assert is_equal(fit(task, tmp_path), trained)
 
 

@@ -13,6 +13,7 @@ from training_examples import TOKENS, build_task
 
 from distributed_rerank.config.training import TrainingConfig
 from distributed_rerank.errors import BadInput
+from distributed_rerank.runtime.devices import pick_device
 from distributed_rerank.tensors.candidate_lists import CandidateLists
 from distributed_rerank.training.plan import reorder
 from distributed_rerank.training.run import fit, train_all
@@ -35,7 +36,11 @@ def states(task: TrainingTask, tmp_path_factory: pytest.TempPathFactory) -> list
     found: list[dict[str, Any]] = []
     folder = tmp_path_factory.mktemp("whole")
     train_all(
-        task, folder, TrainingWorker(), None, lambda state, figures: found.append(copy.deepcopy(state["current"]))
+        task,
+        folder,
+        TrainingWorker(device=str(pick_device())),
+        None,
+        lambda state, figures: found.append(copy.deepcopy(state["current"])),
     )
     return found
 
