@@ -6,7 +6,21 @@ from typing import Literal
 from distributed_rerank.errors import BadInput
 
 Layout = Literal[
-    "auto", "folders", "oml", "imagefolder", "coco", "cvat", "fiftyone", "sop", "inshop", "cub", "cars", "market1501"
+    "auto",
+    "folders",
+    "oml",
+    "imagefolder",
+    "coco",
+    "cvat",
+    "fiftyone",
+    "sop",
+    "inshop",
+    "cub",
+    "cars",
+    "market1501",
+    "roxford",
+    "rparis",
+    "mieb",
 ]
 
 

@@ -158,6 +158,9 @@ class MeasuringJob(RankingJob, LabelledJob):
     measure: OmitArgPrefixes[MeasureConfig] = field(default_factory=MeasureConfig)
     split: str = "validation"
     """Queries and gallery are the rows of this split."""
+    judgements: str | None = None
+    """What answers each query, in place of the labels: TREC qrels, BEIR's table, or CSV or Parquet with query_id,
+    gallery_id and relevance (above 0: relevant; below 0: left out of the lists, as the junk of ROxford)."""
 
 
 @dataclass(frozen=True, kw_only=True)

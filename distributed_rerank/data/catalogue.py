@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import chain
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -20,6 +21,7 @@ from distributed_rerank.data import catalogue_checks, locations
 from distributed_rerank.data.catalogue_checks import BOX as BOX_COLUMNS
 from distributed_rerank.data.catalogue_columns import load_table, normalise
 from distributed_rerank.data.files import text_digest
+from distributed_rerank.data.judgements import Judgements
 from distributed_rerank.data.locations import ImageRoots
 from distributed_rerank.data.text_columns import as_objects, refuse_equal_numbers
 from distributed_rerank.data.texts import Texts, as_column, json_of_columns
@@ -70,6 +72,8 @@ class Catalogue:
     source: str
     roots: ImageRoots = ImageRoots()
     """Where its images may lie."""
+    judgements: Judgements | None = None
+    """What answers each query, in place of the labels."""
 
     def __len__(self) -> int:
         return len(self.table)
@@ -135,6 +139,10 @@ class Catalogue:
         """Items marked `is_gallery`, ascending."""
         return np.flatnonzero(self.table["is_gallery"].to_numpy(dtype=bool)).astype(np.int64)
 
+    def roles(self) -> tuple[Texts, Texts]:
+        """The ids of the queries and of the gallery, ascending."""
+        return Texts(self.ids[self.query_items]), Texts(self.ids[self.gallery_items])
+
     def restrict(self, split: str) -> "Catalogue":
         """The rows of one split, numbered anew. Raises BadInput where there are none."""
         items = np.flatnonzero((self.table["split"] == split).to_numpy(dtype=bool))
@@ -186,7 +194,8 @@ class Catalogue:
         The order of rows and columns in the user's file, its format and its other columns do not matter.
         """
         present = [name for name in _DIGEST_COLUMNS if name in self.table]
-        return text_digest(json_of_columns((name, self.table[name]) for name in present))
+        pieces = json_of_columns((name, self.table[name]) for name in present)
+        return text_digest(pieces if self.judgements is None else chain(pieces, [self.judgements.digest()]))
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """How many gallery items are relevant to each query, from the catalogue alone, before any image is read."""
 
 import numpy as np
-from jaxtyping import Int64
+from jaxtyping import Bool, Int64
 
 from distributed_rerank.data.catalogue import Catalogue
 from distributed_rerank.errors import BadInput
@@ -12,7 +12,12 @@ _GALLERY_PER_BLOCK = 1 << 16
 
 
 def count_relevant(catalogue: Catalogue) -> Int64[np.ndarray, " query"]:
-    """Gallery items of each query's label, without itself and its own sequence; queries in item order."""
+    """Gallery items of each query's label, without itself and its own sequence; queries in item order.
+
+    Where the catalogue has judgements, those with a grade above 0.
+    """
+    if catalogue.judgements is not None:
+        return count_judged(catalogue)[catalogue.query_items]
     queries, gallery = catalogue.query_items, catalogue.gallery_items
     labels, sequences = catalogue.labels, catalogue.sequences
     n_sequences = int(sequences.max(initial=-1)) + 1
@@ -27,8 +32,25 @@ def count_relevant(catalogue: Catalogue) -> Int64[np.ndarray, " query"]:
         same_label += _count(labels[part], labels[queries])
         in_sequence += _count(pairs(part[sequences[part] >= 0]), pairs(queries))
     # Of these, the items of the query's own sequence; the query itself is one of them where it has a sequence.
-    own = np.where(sequences[queries] >= 0, in_sequence, _are_gallery(catalogue, queries))
+    own = np.where(sequences[queries] >= 0, in_sequence, _are_gallery(catalogue)[queries])
     return np.where(labels[queries] >= 0, same_label - own, 0)
+
+
+def count_judged(catalogue: Catalogue) -> Int64[np.ndarray, " item"]:
+    """Gallery items with a grade above 0 for each item, without itself and its own sequence; 0 for others."""
+    assert catalogue.judgements is not None, "the catalogue has no judgements"
+    queries, candidates, grades = catalogue.judgements.pairs(catalogue.ids)
+    sequences = catalogue.sequences
+    is_own = (queries == candidates) | ((sequences[queries] >= 0) & (sequences[queries] == sequences[candidates]))
+    return np.bincount(queries[(grades > 0) & _are_gallery(catalogue)[candidates] & ~is_own], minlength=len(catalogue))
+
+
+def are_relevant(catalogue: Catalogue, query_item: int, items: Int64[np.ndarray, " item"]) -> Bool[np.ndarray, " item"]:
+    """Whether each of these items answers the query: by the judgements where there are some, else by the labels."""
+    if catalogue.judgements is None:
+        return catalogue.labels[items] == catalogue.labels[query_item]
+    queries, candidates, grades = catalogue.judgements.pairs(catalogue.ids)
+    return np.isin(items, candidates[(queries == query_item) & (grades > 0)])
 
 
 def check_measurable(catalogue: Catalogue) -> None:
@@ -39,8 +61,12 @@ def check_measurable(catalogue: Catalogue) -> None:
             raise BadInput(f"{catalogue.source}: no row of this split has {role}; set it or choose another --split")
     if count_relevant(catalogue).any():
         return
+    if catalogue.judgements is not None:
+        raise BadInput(
+            f"{catalogue.source}: no judged query has a relevant gallery item; check --judgements and --split"
+        )
     labels = catalogue.labels
-    others = _count(labels[gallery], labels[queries]) - _are_gallery(catalogue, queries)
+    others = _count(labels[gallery], labels[queries]) - _are_gallery(catalogue)[queries]
     n_hidden = int((others[labels[queries] >= 0] > 0).sum())
     cause = f"{len(queries) - n_hidden} have no other gallery item of their label; check label and is_gallery"
     if n_hidden == len(queries):
@@ -53,8 +79,8 @@ def check_measurable(catalogue: Catalogue) -> None:
     )
 
 
-def _are_gallery(catalogue: Catalogue, items: np.ndarray) -> np.ndarray:
-    return catalogue.table["is_gallery"].to_numpy(dtype=bool)[items]
+def _are_gallery(catalogue: Catalogue) -> np.ndarray:
+    return catalogue.table["is_gallery"].to_numpy(dtype=bool)
 
 
 def _count(of: np.ndarray, wanted: np.ndarray) -> Int64[np.ndarray, " wanted"]:

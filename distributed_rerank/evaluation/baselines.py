@@ -30,6 +30,7 @@ from distributed_rerank.models.maxsim import maxsim_of
 from distributed_rerank.models.pairwise import PairwiseModel
 from distributed_rerank.models.token_siamese import TokenSiamese
 from distributed_rerank.reranking import run as ranking_run
+from distributed_rerank.reranking.first_stage import without_junk
 from distributed_rerank.reranking.lists import only_gallery
 from distributed_rerank.retrieval import SearchSide
 from distributed_rerank.scoring.stage import ScoredLists, score_candidates
@@ -223,7 +224,8 @@ class Sources:
         blocks = list(enumerate(sharding.blocks(len(queries.items), self.work.queries_per_search_block)))
         by_block = dict(search(blocks, queries, gallery, self.n_items, self.work))
         assert len(by_block) == len(blocks), "a block of queries never came back"
-        return concatenate([by_block[number].lists for number in sorted(by_block)])
+        found = concatenate([by_block[number].lists for number in sorted(by_block)])
+        return without_junk(found, self.ranked.catalogue)
 
     def _lists_of_all(self, is_pairwise: bool) -> CandidateLists:
         """The lists of all items, by the first stage or after the pairwise step."""
@@ -245,7 +247,7 @@ class Sources:
         readable = ranking_run.without_rejected(
             ScoredLists(lists, rejects=ranked.scored.rejects), ranked.first.catalogue
         )
-        return readable.lists
+        return without_junk(readable.lists, ranked.first.catalogue)
 
 
 def _expanded(matrix: Tensor, items: Int64[Tensor, " item"], lists: CandidateLists) -> Tensor:

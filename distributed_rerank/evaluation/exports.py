@@ -13,10 +13,12 @@ from distributed_rerank.data import artifacts, tables
 from distributed_rerank.data.candidates import candidates_table
 from distributed_rerank.data.catalogue import Catalogue
 from distributed_rerank.data.exports import write_qrels, write_trec_run
+from distributed_rerank.data.judgements import Judgements
 from distributed_rerank.errors import BadInput
 from distributed_rerank.report.formatting import count_of, fraction, interval, metric_name, signed
 from distributed_rerank.report.verdict import verdict
 from distributed_rerank.reranking.external_candidates import external_candidates
+from distributed_rerank.reranking.first_stage import without_junk
 from distributed_rerank.tensors import sharding
 
 QUERIES_PER_BATCH = 1 << 12
@@ -60,7 +62,13 @@ def export_trec(folder: Path, catalogue: Catalogue, out: Path, candidates: Path 
 def relevant_ids(
     catalogue: Catalogue, queries: Sequence[str], n_relevant: Sequence[int]
 ) -> Iterator[tuple[str, list[str]]]:
-    """Each query with its relevant ids in id order: gallery items of its label but not of its sequence, nor itself."""
+    """Each query with its relevant ids in id order: gallery items of its label but not of its sequence, nor itself.
+
+    Where the catalogue has judgements, those with a grade above 0.
+    """
+    if catalogue.judgements is not None:
+        yield from _judged_ids(catalogue, catalogue.judgements, queries)
+        return
     gallery, labels, sequences = catalogue.gallery_items, catalogue.labels, catalogue.sequences
     by_label = gallery[np.argsort(labels[gallery], kind="stable")]
     ordered = labels[by_label]
@@ -73,6 +81,14 @@ def relevant_ids(
         yield query, relevant
 
 
+def _judged_ids(
+    catalogue: Catalogue, judgements: Judgements, queries: Sequence[str]
+) -> Iterator[tuple[str, list[str]]]:
+    asked, candidates, grades = judgements.pairs(catalogue.ids)
+    for query, item in zip(queries, catalogue.items_of(queries).tolist(), strict=True):
+        yield query, catalogue.ids[np.sort(candidates[(asked == item) & (grades > 0)])].tolist()
+
+
 def _first_stage(folder: Path, candidates: Path | None) -> Path:
     own = folder / "candidates"
     if candidates is None and not own.is_dir():
@@ -82,7 +98,7 @@ def _first_stage(folder: Path, candidates: Path | None) -> Path:
 
 def _batches(path: Path, rejected: Set[str], catalogue: Catalogue, queries: Sequence[str]) -> Iterator[pa.Table]:
     """The measured lists at `path` as candidates tables of some queries each, by query id and rank."""
-    lists = external_candidates(catalogue, path, rejected)
+    lists = without_junk(external_candidates(catalogue, path, rejected), catalogue)
     wanted = torch.from_numpy(catalogue.items_of(queries))
     rows = torch.isin(lists.query_items, wanted).nonzero()[:, 0]
     for start, stop in sharding.blocks(len(rows), QUERIES_PER_BATCH):

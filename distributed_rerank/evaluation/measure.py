@@ -15,10 +15,13 @@ from jaxtyping import Bool, Int64
 from torch import Tensor
 
 from distributed_rerank.data.catalogue import Catalogue
+from distributed_rerank.data.relevance import count_judged
 from distributed_rerank.errors import BadInput
+from distributed_rerank.reranking.first_stage import judged_pairs
 from distributed_rerank.tensors import metrics, oml_metrics, statistics
 from distributed_rerank.tensors.candidate_lists import Ranking
 from distributed_rerank.tensors.metrics import PerQuery
+from distributed_rerank.tensors.pair_values import PairValues
 
 Key = TypeVar("Key")
 OwnMetric = Callable[[Bool[Tensor, "query k"], Int64[Tensor, " query"]], Tensor]
@@ -53,6 +56,8 @@ class LabelledQueries:
     labels: Int64[Tensor, " query"]
     n_relevant: Int64[Tensor, " query"]
     item_labels: Int64[Tensor, " item"]
+    judged: PairValues | None
+    """Grades that say what is relevant, in place of the labels."""
     rows_without: Int64[Tensor, " other"]
     """Rows of the queries without a relevant item. OML counts them, and nobody else does."""
 
@@ -74,7 +79,10 @@ class LabelledQueries:
 
     def relevance(self, ranking: Ranking) -> Bool[Tensor, "query k"]:
         """Whether each candidate of the labelled queries is relevant."""
-        return metrics.relevance(ranking[self.rows].items, self.labels, self.item_labels)
+        items = ranking[self.rows].items
+        if self.judged is not None:
+            return self.judged.look_up(self.query_items[:, None].expand_as(items), items) > 0
+        return metrics.relevance(items, self.labels, self.item_labels)
 
 
 @dataclass(frozen=True)
@@ -119,17 +127,20 @@ class Wanted:
 
 def count_relevant(catalogue: Catalogue, query_items: Int64[Tensor, " query"]) -> LabelledQueries:
     """Count relevant gallery items per query. Queries with none are dropped and counted."""
-    labels = torch.from_numpy(catalogue.labels)
+    labels, judged = torch.from_numpy(catalogue.labels), judged_pairs(catalogue)
     sequences = torch.from_numpy(catalogue.sequences)
     gallery = torch.from_numpy(catalogue.gallery_items)
-    own = query_items, labels[query_items], sequences[query_items]
-    # The gallery some items at a time: sorting it at once would need many times its memory.
-    n_relevant = torch.zeros_like(query_items)
-    for part in gallery.split(max(_GALLERY_PER_BLOCK, len(query_items))):
-        n_relevant += metrics.count_relevant(*own, part, labels[part], sequences[part])
-    rows = n_relevant.nonzero().squeeze(1)
+    if judged is not None:
+        n_relevant = torch.from_numpy(count_judged(catalogue))[query_items]
+    else:
+        own = query_items, labels[query_items], sequences[query_items]
+        # The gallery some items at a time: sorting it at once would need many times its memory.
+        n_relevant = torch.zeros_like(query_items)
+        for part in gallery.split(max(_GALLERY_PER_BLOCK, len(query_items))):
+            n_relevant += metrics.count_relevant(*own, part, labels[part], sequences[part])
+    rows, without = n_relevant.nonzero().squeeze(1), (n_relevant == 0).nonzero().squeeze(1)
     kept = query_items[rows]
-    return LabelledQueries(kept, rows, labels[kept], n_relevant[rows], labels, (n_relevant == 0).nonzero().squeeze(1))
+    return LabelledQueries(kept, rows, labels[kept], n_relevant[rows], labels, judged, without)
 
 
 def measure(

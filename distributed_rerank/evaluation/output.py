@@ -23,6 +23,7 @@ from distributed_rerank.chain.probability import probabilities
 from distributed_rerank.data import artifacts, tables
 from distributed_rerank.data.candidates import candidates_table
 from distributed_rerank.data.catalogue import Catalogue, ImageRef
+from distributed_rerank.data.relevance import are_relevant
 from distributed_rerank.evaluation.why import Explain
 from distributed_rerank.report.page import build_report
 from distributed_rerank.report.query_examples import SHOWN_CANDIDATES, Candidate, Strip, choose_queries
@@ -49,6 +50,8 @@ class Result:
     searched: Ranking
     """The candidates that the model looked at, with their first-stage distances."""
     explain: Explain | None = None
+    places: pd.DataFrame | None = None
+    """Of `embedding_map`."""
 
 
 def write(
@@ -71,6 +74,7 @@ def write(
         rejects,
         timings,
         _suspect_images(result),
+        result.places,
     )
 
 
@@ -106,7 +110,7 @@ def _strip(result: Result, row: int) -> Strip:
         lists = ranking[torch.tensor([row])]
         items = lists.items[0, :SHOWN_CANDIDATES]
         items = items[items >= 0].numpy()
-        is_relevant = catalogue.labels[items] == catalogue.labels[item]
+        is_relevant = are_relevant(catalogue, item, items)
         words = nearness(lists.distances[0, : len(items)], chain)
         return [Candidate(*cells) for cells in zip(catalogue.images(items), is_relevant.tolist(), words, strict=True)]
 

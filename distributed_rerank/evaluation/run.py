@@ -22,6 +22,7 @@ from distributed_rerank.data.same_bytes import count_same_bytes
 from distributed_rerank.evaluation import output as evaluation_output
 from distributed_rerank.evaluation.baselines import Sources
 from distributed_rerank.evaluation.diagnostics import diagnose
+from distributed_rerank.evaluation.embedding_map import embedding_map
 from distributed_rerank.evaluation.embedding_metrics import check_fmrs
 from distributed_rerank.evaluation.measure import measure
 from distributed_rerank.evaluation.output import Result
@@ -141,5 +142,6 @@ def _measure(sources: Sources, config: MeasureConfig) -> tuple[Result, dict[str,
     result = Result(
         metrics, table, ranked.first.catalogue, ranked.query_items, ranked.before, after, ranked.chain, ranked.searched,
         explainer_of(sources.model) if ranked.chain.pairwise is not None else None,
+        embedding_map(ranked, measured.per_query),
     )  # fmt: skip
     return result, extra.timings

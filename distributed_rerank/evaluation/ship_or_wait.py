@@ -36,9 +36,11 @@ def labels_to_check(ranked: Ranked, labelled: LabelledQueries) -> list[dict[str,
 
     Each with the nearest candidate of the label that its neighbours agree on, in the final ranking, and `precision`,
     the estimated share of wrong labels down to this one. An image is in one pair at most. Queries whose label no other
-    image has are not judged. Training's suspects.parquet is another list: pairs of the train split under a distance
-    threshold.
+    image has are not judged; with judgements in place of labels no query is. Training's suspects.parquet is another
+    list: pairs of the train split under a distance threshold.
     """
+    if labelled.judged is not None:
+        return []
     catalogue, names = ranked.catalogue, ranked.catalogue.label_names
     labels = torch.from_numpy(catalogue.labels)
     own, other, candidates, distances, places = _neighbours_of_another_label(ranked, labelled.rows, labels)

@@ -20,11 +20,13 @@ from distributed_rerank.tensors.things import count_relevant_things
 def thing_figures(ranked: Ranked, *, ks: Sequence[int], seed: int, n_resamples: int = 2000) -> dict[str, Any]:
     """The figures by thing for metrics.json: first stage, after re-ranking, and the gains; {} without a column `item`.
 
+    Judgements are of photos: with them there are no figures by thing.
+
     A query's relevant things have its label and a photo in the gallery that is neither itself nor of its sequence.
     `against_best_photo` is the gain of combining photos, where the chain does.
     """
     catalogue = ranked.catalogue
-    if catalogue.things is None:
+    if catalogue.things is None or catalogue.judgements is not None:
         return {}
     things, labels, sequences = map(torch.from_numpy, (catalogue.things, catalogue.labels, catalogue.sequences))
     gallery = torch.from_numpy(catalogue.gallery_items)

@@ -4,9 +4,10 @@ import logging
 import os
 import random
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from statistics import median
 
@@ -14,12 +15,14 @@ import pandas as pd
 from PIL import Image
 
 from distributed_rerank.config.importing import ImportConfig
-from distributed_rerank.data.catalogue import Catalogue, read_catalogue
+from distributed_rerank.data.catalogue import Catalogue, Purpose, read_catalogue
 from distributed_rerank.data.files import atomic_path
 from distributed_rerank.data.images import DAMAGE, FORMATS
+from distributed_rerank.data.judgements import COLUMNS, read_judgements
 from distributed_rerank.errors import BadInput
 from distributed_rerank.importing import annotations, protocols
-from distributed_rerank.importing.rows import Row, first_file
+from distributed_rerank.importing.judged import read_mieb, read_revisited
+from distributed_rerank.importing.rows import Judged, Row, first_file
 
 logger = logging.getLogger(__name__)
 
@@ -36,12 +39,20 @@ READERS: Mapping[str, Callable[[Path, str | None], list[Row]]] = {
     "cars": lambda folder, _: protocols.read_cars(folder),
     "market1501": lambda folder, _: protocols.read_market1501(folder),
 }
+JUDGED_READERS: Mapping[str, Callable[[Path], Judged]] = {
+    "roxford": partial(read_revisited, name="roxford5k"),
+    "rparis": partial(read_revisited, name="rparis6k"),
+    "mieb": read_mieb,
+}
 _SIGNS: Mapping[str, tuple[str, ...]] = {
     "sop": ("Ebay_train.txt", "*/Ebay_train.txt"),
     "inshop": ("list_eval_partition.txt", "*/list_eval_partition.txt", "*/*/list_eval_partition.txt"),
     "cub": ("image_class_labels.txt", "*/image_class_labels.txt"),
     "cars": ("cars_annos.mat", "*/cars_annos.mat"),
     "market1501": ("bounding_box_train/*.jpg", "*/bounding_box_train/*.jpg"),
+    "roxford": ("gnd_roxford5k.pkl", "*/gnd_roxford5k.pkl", "*/*/gnd_roxford5k.pkl"),
+    "rparis": ("gnd_rparis6k.pkl", "*/gnd_rparis6k.pkl", "*/*/gnd_rparis6k.pkl"),
+    "mieb": ("qrels/*.parquet",),
     "oml": ("df.csv",),
     "imagefolder": annotations.METADATA,
     "cvat": ("annotations.xml",),
@@ -59,6 +70,8 @@ class Imported:
     has_own_split: bool
     unreadable: Sequence[str]
     """Photos that were left out, with the reason."""
+    judgements: Sequence[Path] = ()
+    """Files that say what answers each query, where labels do not."""
 
     def counts(self) -> dict[str, int]:
         """Photos and labels of both splits, by the names of `protocols.COUNTS`."""
@@ -82,7 +95,8 @@ def import_folder(folder: Path, out: Path, config: ImportConfig) -> Imported:
     if out.suffix not in (".csv", ".parquet"):
         raise BadInput(f"--out {out} must end in .csv or .parquet")
     layout = find_layout(folder) if config.layout == "auto" else config.layout
-    rows = READERS[layout](folder, config.label_field)
+    judged = JUDGED_READERS[layout](folder) if layout in JUDGED_READERS else None
+    rows = READERS[layout](folder, config.label_field) if judged is None else judged.rows
     rows, unreadable = _without_unreadable(rows)
     if not rows:
         raise BadInput(f"{folder} ({layout}) has no readable photo with a label; first: {(unreadable or ['none'])[0]}")
@@ -92,9 +106,22 @@ def import_folder(folder: Path, out: Path, config: ImportConfig) -> Imported:
     with atomic_path(out) as temporary:
         table = _table(rows, out.parent)
         table.to_csv(temporary, index=False) if out.suffix == ".csv" else table.to_parquet(temporary, index=False)
-    for purpose in ("training", "evaluation"):
-        catalogue = read_catalogue(str(out), purpose=purpose)
-    return Imported(catalogue, layout, has_own_split, unreadable)
+    purposes: tuple[Purpose, ...] = ("training", "evaluation") if judged is None else ("evaluation",)
+    catalogue = [read_catalogue(str(out), purpose=purpose) for purpose in purposes][-1]
+    files = [] if judged is None else list(_write_judgements(judged, catalogue, out))
+    return Imported(catalogue, layout, has_own_split, unreadable, files)
+
+
+def _write_judgements(judged: Judged, catalogue: Catalogue, out: Path) -> Iterator[Path]:
+    """A table for each protocol beside `out`, of the photos that the catalogue has, and check it as evaluation does."""
+    for name, grades in judged.grades.items():
+        file = out.with_name(f"{out.stem}.{name}.csv")
+        table = pd.DataFrame(grades, columns=list(COLUMNS))
+        is_there = table[list(COLUMNS[:2])].isin(catalogue.ids.tolist()).all(axis=1)
+        with atomic_path(file) as temporary:
+            table[is_there].to_csv(temporary, index=False)
+        read_judgements(str(file), *catalogue.roles())
+        yield file
 
 
 def find_layout(folder: Path) -> str:
@@ -161,6 +188,8 @@ def _table(rows: Sequence[Row], folder: Path) -> pd.DataFrame:
             "is_gallery": [row.split == "validation" and row.is_gallery for row in rows],
         }
     )
+    if any(row.id is not None for row in rows):
+        table["id"] = [row.id for row in rows]
     for name in ("category", "sequence"):
         values = [getattr(row, name) for row in rows]
         if any(value is not None for value in values):
@@ -186,13 +215,22 @@ def log_summary(imported: Imported, folder: Path, out: Path) -> None:
         *counts.values(), "the protocol's own split" if imported.has_own_split else "no label is in both",
     )  # fmt: skip
     published = protocols.COUNTS.get(imported.layout)
-    if published is not None and counts != published:
-        named = ", ".join(f"{name} {counts[name]} instead of {n}" for name, n in published.items() if counts[name] != n)
+    named = ", ".join(
+        f"{name} {counts[name]} instead of {n}" for name, n in (published or {}).items() if counts[name] != n
+    )
+    if named:
         logger.warning("the published protocol has other counts: %s; is the archive complete?", named)
     for reason in imported.unreadable[:3]:
         logger.warning("left out: %s", reason)
     if len(imported.unreadable) > 3:
         logger.warning("and %d more photos that cannot be read", len(imported.unreadable) - 3)
+    if imported.judgements:
+        logger.info(
+            "%s and %s are written; next: distributed-rerank evaluate --catalogue %s --judgements %s --extractor "
+            "mobilenetv2_100 --out runs/evaluation, with the --model of another catalogue", out,
+            ", ".join(file.name for file in imported.judgements), out, imported.judgements[-1],
+        )  # fmt: skip
+        return
     logger.info(
         "%s is written; next: distributed-rerank train --catalogue %s --extractor mobilenetv2_100 --out runs/model, "
         "then evaluate with the same --catalogue and --extractor, --model runs/model and another --out", out, out,

@@ -28,6 +28,8 @@ COUNTS: Mapping[str, Mapping[str, int]] = {
     "cub": {"train": 5_864, "train labels": 100, "queries": 5_924, "gallery": 5_924, "validation labels": 100},
     "cars": {"train": 8_054, "train labels": 98, "queries": 8_131, "gallery": 8_131, "validation labels": 98},
     "market1501": {"train": 12_936, "train labels": 751, "queries": 3_368, "gallery": 15_913, "validation labels": 751},
+    "roxford": {"queries": 70, "gallery": 4_993},
+    "rparis": {"queries": 70, "gallery": 6_322},
 }
 """Of the published protocol. Market-1501's validation labels are 750 persons and 0000, the distractors."""
 _MARKET = re.compile(r"(-1|\d{4})_c(\d)s(\d)_")

@@ -1,6 +1,6 @@
 """What every reader of a folder returns: rows of a catalogue, with or without a split of their own."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +23,20 @@ class Row:
     sequence: str | None = None
     box: tuple[float, float, float, float] | None = None
     """Left, top, right, bottom in pixels."""
+    id: str | None = None
+    """Where the path is not to be the id."""
+
+
+Grades = Sequence[tuple[str, str, int]]
+"""Id of a query, id of a gallery item, and the grade: 1 relevant, -1 neither relevant nor not."""
+
+
+@dataclass(frozen=True)
+class Judged:
+    """The photos of a data set whose answers are listed pair by pair, and these lists by the name of the protocol."""
+
+    rows: list[Row]
+    grades: Mapping[str, Grades]
 
 
 def images_below(folder: Path) -> Iterator[Path]:

@@ -1,6 +1,7 @@
 """Read and check what a job gets, before torch, timm or ray is imported: files that are absent, broken tables."""
 
 import re
+from dataclasses import replace
 from functools import singledispatch
 from importlib.util import find_spec
 from pathlib import Path
@@ -137,6 +138,10 @@ def _(job: MeasuringJob) -> Inputs:
         raise BadInput(f"--baseline {baseline} is no folder; give one that `evaluate` wrote")
     table = read_table(job, purpose="evaluation")
     catalogue = table.restrict(job.split)
+    if job.judgements is not None:
+        from distributed_rerank.data.judgements import read_judgements
+
+        catalogue = replace(catalogue, judgements=read_judgements(job.judgements, *catalogue.roles()))
     from distributed_rerank.data.relevance import check_measurable
 
     check_measurable(catalogue)

@@ -55,13 +55,15 @@ def build_report(
     rejects: pd.DataFrame | None = None,
     timings: Mapping[str, Any] | None = None,
     suspects: Sequence[tuple[ImageRef, ImageRef]] = (),
+    places: pd.DataFrame | None = None,
 ) -> Path:
     """Write the report to the file `out` and return it.
 
     `metrics`, `per_query` and `timings` are the content of metrics.json, per_query.parquet and timings.json. The report
-    shows the `strips` of the queries that `choose_queries(per_query)` names, in its order, and the images of
-    `suspects`, the first pairs of `metrics["suspects"]`; images are read here and embedded as thumbnails. The same
-    arguments give the same bytes. Without `metrics["reranked"]` the report is about the first stage alone.
+    shows the `strips` of the queries that `choose_queries(per_query)` names, in its order, the images of `suspects`,
+    the first pairs of `metrics["suspects"]`, and `places`, the map of the embeddings. Images are read here and embedded
+    as thumbnails. The same arguments give the same bytes. Without `metrics["reranked"]` the report is about the first
+    stage alone.
     """
     timings = timings or {}
     both = bool(metrics.get("reranked"))
@@ -77,6 +79,7 @@ def build_report(
         "baselines": baseline_rows(metrics, timings),
         "adaptive": adaptive_part(metrics),
         "distances": [*([_rank_changes(per_query)] if both else []), *distance_plots(metrics)],
+        "map": None if places is None else _map(places),
         "suspects": list(zip(metrics["suspects"], suspects, strict=False)) if suspects else [],
         "ship_or_wait": ship_or_wait_in_words(metrics),
         "categories": _categories(metrics, both),
@@ -133,6 +136,18 @@ def _rank_changes(per_query: pd.DataFrame) -> dict[str, Any]:
     )
     picture = plots.histogram(counts, f"Queries by rank change of the first correct candidate: {description}")
     return {"title": "Rank changes", "picture": picture, "caption": caption}
+
+
+def _map(places: pd.DataFrame) -> dict[str, str]:
+    n_missed = int(np.count_nonzero(~places["is_right"].to_numpy()))
+    what = f"{count_of(len(places))} queries of {count_of(len(places['label'].unique()))} labels"
+    caption = (
+        f"{what}, near each other where their embeddings are, as far as a plane can show it: along the two directions "
+        f"in which labels differ most. {count_of(n_missed)} have something else in the first place; where they lie "
+        "among others, two labels look alike to the extractor. Point at a dot for its label and id."
+    )
+    picture = plots.scatter(places, f"Map of {what}; {n_missed} have something else in the first place")
+    return {"title": "Map of the queries", "picture": picture, "caption": caption}
 
 
 def _categories(metrics: Mapping[str, Any], both: bool) -> list[dict[str, Any]]:

@@ -103,11 +103,16 @@ def _room_for_labels(places: Sequence[float], labels: Sequence[str]) -> set[int]
 
 
 def distances(histograms: Mapping[str, Any], description: str) -> Markup:
-    """Distances of correct candidates (filled) and wrong ones (line), each as shares of their own number."""
+    """Distances of correct candidates (filled) and wrong ones (line), each as shares of their own number.
+
+    The ends of the axis are numbers, or words where distances are fused ones that fall below zero.
+    """
     edges = [float(edge) for edge in histograms["edges"]]
     shares = {name: _shares(histograms[name]) for name in ("relevant", "other")}
     highest = max(max(column) for column in shares.values()) or 1.0
     frame = svg.Frame((edges[0], edges[-1]), (0.0, highest), WIDTH, HEIGHT, 8, 8, TOP + 20, BOTTOM)
+    # A fused distance has a scale of its own, whose numbers tell nothing.
+    ends = [f"{edge:.3g}" for edge in (edges[0], edges[-1])] if edges[0] >= 0 else ["nearer", "farther"]
     parts = []
     for name, kind in (("relevant", "better"), ("other", "wrong")):
         # a step for each bin, from the axis up and back to it: every edge twice, every share twice
@@ -118,8 +123,8 @@ def distances(histograms: Mapping[str, Any], description: str) -> Markup:
         [
             *parts,
             frame.level(0.0, class_="axis"),
-            svg.text(8, HEIGHT - 23, f"{edges[0]:.3g}"),
-            svg.text(WIDTH - 8, HEIGHT - 23, f"{edges[-1]:.3g}", "end"),
+            svg.text(8, HEIGHT - 23, ends[0]),
+            svg.text(WIDTH - 8, HEIGHT - 23, ends[1], "end"),
             svg.text(WIDTH / 2, HEIGHT - 5, "distance", "middle", class_="muted"),
             svg.element("rect", class_="better", x=8, y=4, width=14, height=12),
             svg.text(28, 14, "correct"),
@@ -128,6 +133,32 @@ def distances(histograms: Mapping[str, Any], description: str) -> Markup:
         ],
         description,
     )
+
+
+def scatter(places: pd.DataFrame, description: str) -> Markup:
+    """A dot for each row's `x` and `y`, ringed where `is_right` is False, its `label` and `query_id` on pointing at it.
+
+    Both axes have the same scale.
+    """
+    xs, ys = places["x"].to_numpy(), places["y"].to_numpy()
+    height = WIDTH
+    half = max(float(np.ptp(xs)), float(np.ptp(ys)), 1e-9) / 2
+    middles = (float(xs.max() + xs.min()) / 2, float(ys.max() + ys.min()) / 2)
+    x_range, y_range = ((middle - half, middle + half) for middle in middles)
+    frame = svg.Frame(x_range, y_range, WIDTH, height, 8, 8, 28, 8)
+    parts = [
+        svg.element("circle", class_="right", cx=14, cy=10, r=4),
+        svg.text(24, 14, "right thing first"),
+        svg.element("circle", class_="missed", cx=154, cy=10, r=4),
+        svg.text(164, 14, "something else first"),
+    ]
+    # The missed ones last, so that no other dot hides them.
+    rows = places.sort_values("is_right", ascending=False, kind="stable").to_dict("records")
+    for row in rows:
+        name = svg.element("title", f"{row['label']}: {row['query_id']}")
+        kind = "right" if row["is_right"] else "missed"
+        parts.append(svg.element("circle", name, class_=kind, cx=frame.x(row["x"]), cy=frame.y(row["y"]), r=4))
+    return svg.picture(parts, WIDTH, height, description, class_="plot")
 
 
 def overlap(histograms: Mapping[str, Any]) -> float:

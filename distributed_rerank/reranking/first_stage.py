@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from distributed_rerank import extraction, retrieval
 from distributed_rerank.chain.chain import Chain
@@ -29,6 +30,7 @@ from distributed_rerank.reranking.known_distances import (
 )
 from distributed_rerank.runtime.progress import timed
 from distributed_rerank.tensors.candidate_lists import CandidateLists
+from distributed_rerank.tensors.pair_values import PairValues
 
 
 @dataclass(frozen=True)
@@ -101,7 +103,25 @@ def first_stage(
             lists = retrieval.retrieve(
                 readable, embeddings, config.n_items, folder / "candidates", work=work, executors=executors
             )
+    lists = without_junk(lists, readable)
     return FirstStage(readable, lists, embeddings, rejects, config.candidates is not None, n_without_list)
+
+
+def judged_pairs(catalogue: Catalogue) -> PairValues | None:
+    """The grades of the catalogue's judgements by pairs of items."""
+    if catalogue.judgements is None:
+        return None
+    queries, candidates, grades = map(torch.from_numpy, map(np.array, catalogue.judgements.pairs(catalogue.ids)))
+    keys, order = (queries * len(catalogue) + candidates).sort()
+    return PairValues(keys, grades[order], len(catalogue))
+
+
+def without_junk(lists: CandidateLists, catalogue: Catalogue) -> CandidateLists:
+    """The lists without candidates that are judged to count as neither relevant nor not (a grade below 0)."""
+    judged = judged_pairs(catalogue)
+    if judged is None or not bool((judged.values < 0).any()):
+        return lists
+    return lists.without(judged.look_up(lists.query_items[:, None].expand_as(lists.items), lists.items) < 0)[0]
 
 
 def write_lists(lists: CandidateLists, catalogue: Catalogue, folder: Path) -> None:

@@ -24,7 +24,7 @@ from distributed_rerank.errors import BadInput
 from distributed_rerank.executors import Executors
 from distributed_rerank.models.pairwise import PairwiseModel
 from distributed_rerank.models.saving import load_model, local_folder
-from distributed_rerank.reranking.first_stage import FirstStage
+from distributed_rerank.reranking.first_stage import FirstStage, without_junk
 from distributed_rerank.reranking.known_distances import distances_of
 from distributed_rerank.reranking.lists import LazyRanking, only_gallery
 from distributed_rerank.scoring.stage import ScoredLists, score_candidates
@@ -109,7 +109,7 @@ def search_adapted(
     lists = retrieval.retrieve(
         first.catalogue, mapped, config.n_items, folder / "adapted_candidates", work=work, executors=executors
     )
-    return replace(first, embeddings=mapped, lists=lists)
+    return replace(first, embeddings=mapped, lists=without_junk(lists, first.catalogue))
 
 
 def lists_for(

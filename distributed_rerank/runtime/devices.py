@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -34,7 +34,7 @@ def one_order_of_sums(device: torch.device) -> Iterator[None]:
         return
     # Read when the first matrix product is computed: without it products of several streams share their memory.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    filled = torch.utils.deterministic  # pyright: ignore[reportAttributeAccessIssue]
+    filled: Any = torch.utils.deterministic  # type checkers do not see its setting
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     fills, filled.fill_uninitialized_memory = filled.fill_uninitialized_memory, False
     torch.use_deterministic_algorithms(True, warn_only=True)

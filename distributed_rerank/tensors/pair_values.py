@@ -38,7 +38,7 @@ class PairValues:
         self, query_items: Int64[Tensor, "*pairs"], candidates: Int64[Tensor, "*pairs"]
     ) -> Float32[Tensor, "*pairs"]:
         """The value of each of these pairs; NaN where there is none, and for a candidate below 0."""
-        wanted = query_items * self.n_items + candidates
+        wanted = query_items.long() * self.n_items + candidates
         if not len(self):
             return torch.full(wanted.shape, torch.nan)
         place = torch.searchsorted(self.keys, wanted).clamp(max=len(self) - 1)

@@ -3,10 +3,11 @@
 import xml.etree.ElementTree as ET
 
 import numpy as np
+import pandas as pd
 import pytest
 from report_examples import made_up_queries
 
-from distributed_rerank.report.plots import Point, curve, distances, histogram, overlap, rank_changes
+from distributed_rerank.report.plots import Point, curve, distances, histogram, overlap, rank_changes, scatter
 
 SVG = "{http://www.w3.org/2000/svg}"
 
@@ -54,3 +55,25 @@ def test_distances_fill_the_frame_and_overlap_is_the_shared_area() -> None:
     assert relevant[:, 0].tolist() == other[:, 0].tolist() == [8, 8, 190, 190, 372, 372]
     heights = bottom - np.array([relevant[1, 1], relevant[3, 1], other[3, 1]])
     assert heights / heights[2] == pytest.approx([0.75, 0.25, 1.0], abs=0.01)
+
+
+def test_a_fused_distance_below_zero_has_no_number_on_its_axis() -> None:
+    counts = {"relevant": [3, 1], "other": [0, 4]}
+    plain, fused = (distances({"edges": [low, 0.5, 1.0], **counts}, "words") for low in (0.25, -0.25))
+    assert ">0.25<" in plain
+    assert "nearer" not in plain
+    assert "nearer" in fused
+    assert "-0.25" not in fused
+
+
+def test_map_has_a_dot_for_each_query_the_missed_ones_last_and_no_label_that_runs() -> None:
+    places = pd.DataFrame(
+        {
+            "query_id": ["a", "b", "c"], "label": ["x", "<script>", "y"], "x": [0.0, 2.0, 1.0], "y": [0.0, 0.0, 1.0],
+            "is_right": [False, True, True],
+        }
+    )  # fmt: skip
+    picture = scatter(places, "three")
+    assert picture.count("<title>") == 3
+    assert picture.index("x: a") > max(picture.index("y: c"), picture.index("b</title>"))
+    assert "<script>" not in picture
