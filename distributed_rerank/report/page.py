@@ -84,7 +84,7 @@ def build_report(
         "ship_or_wait": ship_or_wait_in_words(metrics),
         "categories": _categories(metrics, both),
         "things": {"against_best_photo": None, **metrics["items"]} if "items" in metrics else None,
-        "thresholds": metrics.get("thresholds") or [],
+        "thresholds": [row for row in metrics.get("thresholds") or [] if row["n_accepted"]],
         "labels": _label_rows(per_query, both),
         "n_labels": per_query["label"].nunique(),
         "header": header_rows(config, environment),

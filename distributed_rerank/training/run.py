@@ -35,7 +35,6 @@ from distributed_rerank.training.images import (
     TrainingImages,
 )
 from distributed_rerank.training.plan import plan_digest, seed_of
-from distributed_rerank.training.services import Part
 from distributed_rerank.training.state import (
     TrainingState,
     build_optimizer,
@@ -171,8 +170,7 @@ def train_run(
         keep_start(task, run, state, images, inputs.worker)
     trackers: list[tracking.Tracker] = []
     if inputs.worker.rank == 0:
-        events = tracking.TensorBoardTracker(inputs.folder / "tensorboard" / run.name, state.step)
-        trackers = [events, *(Part(tracked, run.name) for tracked in task.tracked)]
+        trackers = tracking.trackers_of(inputs.folder, run.name, state.step, task.tracked)
     while not is_over(state.history, task.config):
         run_epoch(task, run, state, images, inputs.worker, trackers)
         report(state.to_dict(), state.history[-1])

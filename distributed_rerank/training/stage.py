@@ -85,11 +85,11 @@ def train(
     """Trains a pairwise model on the train split and chooses its chain; returns the chain.
 
     `out` gets config.json and model.safetensors (`models.saving`), chain.json, training.json (config and history),
-    README.md (the model card), trained_on.json, mining.json, suspects.parquet, curves.svg and tensorboard/. A complete
-    folder with the same fingerprint is left as it is. `model_config` is the config of one of the pairwise models. A
-    `teacher` scores the mined pairs before training. Embeddings are read from and added to `embeddings_folder` if there
-    is one; any other table of embeddings is taken as it is. `evidence` says which labels the extractor has seen
-    (`seen_labels`): without labels that it has not seen, the chain is the first stage.
+    README.md (the model card), trained_on.json, mining.json, suspects.parquet, curves.svg and, where TensorBoard is
+    installed, tensorboard/. A complete folder with the same fingerprint is left as it is. `model_config` is the config
+    of one of the pairwise models. A `teacher` scores the mined pairs before training. Embeddings are read from and
+    added to `embeddings_folder` if there is one; any other table of embeddings is taken as it is. `evidence` says which
+    labels the extractor has seen (`seen_labels`): without labels that it has not seen, the chain is the first stage.
 
     Raises BadInput for a catalogue that cannot be trained on, a folder made otherwise, a tracker not installed.
     """

@@ -1,19 +1,21 @@
 """How a training run can be watched: TensorBoard files, and a picture at the end; `services` has MLflow and W&B.
 
-TensorBoard's event files are always written, for they need no server and no account. Only one worker tracks.
+TensorBoard's event files need no server and no account: they are written wherever `tensorboard` is installed. Only one
+worker tracks.
 """
 
 import logging
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from itertools import cycle
 from pathlib import Path
 
 from markupsafe import Markup
 
 from distributed_rerank import svg
-from distributed_rerank.training.services import Part
+from distributed_rerank.training.services import Part, ServiceRun
 
 logger = logging.getLogger(__name__)
 
@@ -52,6 +54,13 @@ class TensorBoardTracker:
 
 
 Tracker = TensorBoardTracker | Part
+
+
+def trackers_of(folder: Path, run: str, first_step: int, services: Sequence[ServiceRun]) -> list[Tracker]:
+    """What follows a run: TensorBoard where it is installed, under `folder`/tensorboard, and the services asked for."""
+    has_tensorboard = find_spec("tensorboard") is not None
+    events = [TensorBoardTracker(folder / "tensorboard" / run, first_step)] if has_tensorboard else []
+    return [*events, *(Part(service, run) for service in services)]
 
 
 def has_its_checksums(path: Path) -> bool:

@@ -1,5 +1,6 @@
 """Training in one process: it learns, it repeats, it resumes, and it freezes the layers it was told to freeze."""
 
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -20,6 +21,7 @@ from distributed_rerank.models.distance_siamese import DistanceSiamese
 from distributed_rerank.models.saving import load_model
 from distributed_rerank.runtime.devices import pick_device
 from distributed_rerank.tensors.hardware import bf16_support
+from distributed_rerank.training import tracking
 from distributed_rerank.training.run import fit, is_over, note_device, results, train_all
 from distributed_rerank.training.state import save_epoch
 from distributed_rerank.training.task import TrainingTask, TrainingWorker
@@ -202,3 +204,11 @@ def test_workers_of_two_kinds_are_all_refused_so_that_none_waits_for_the_others(
     else:
         assert all("some workers compute with precision=" in error for error in errors)
         assert begun.recall(tmp_path / "run") == {}
+
+
+def test_training_needs_no_tensorboard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
+    monkeypatch.setattr(tracking, "find_spec", lambda name: None)
+    task = build_task(tmp_path / "task", epochs=1)
+    assert fit(replace(task, runs=task.runs[:1]), tmp_path / "run")["current"]["history"]
+    assert not list((tmp_path / "run").rglob("events.*"))
