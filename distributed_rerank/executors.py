@@ -4,7 +4,7 @@ from typing import Protocol, runtime_checkable
 
 from distributed_rerank.extraction import EmbedExecutors
 from distributed_rerank.retrieval import SearchExecutors
-from distributed_rerank.scoring.score import ScoreExecutors
+from distributed_rerank.scoring.rounds import ScoreExecutors
 
 
 @runtime_checkable

@@ -18,7 +18,8 @@ from distributed_rerank.data import decoding, tables
 from distributed_rerank.data.artifacts import read_manifest
 from distributed_rerank.data.catalogue import ImageRef
 from distributed_rerank.data.embeddings import Embeddings
-from distributed_rerank.data.images import OUTAGE, UnreadableImage, read_image
+from distributed_rerank.data.images import UnreadableImage, read_image
+from distributed_rerank.data.rejects import OUTAGE
 from distributed_rerank.data.tables import embeddings_table, matrix_of
 from distributed_rerank.errors import BadInput
 from distributed_rerank.extraction import EmbeddedBlock, ImageBlock, embed

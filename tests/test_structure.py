@@ -103,3 +103,17 @@ def test_only_cluster_imports_ray_or_collectives(path: Path) -> None:
         names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
         banned = [n for n in names if n.split(".")[0] == "ray" or n.startswith("torch.distributed")]
         assert not banned, f"{path.name} imports {banned}"
+
+
+def test_no_chain_of_imports_is_longer_than_it_is_today() -> None:
+    """Whoever reads a module has to know fewer than these; a longer chain wants a cut, not a larger number."""
+    graph = {_dotted(path): _imported(path) - {_dotted(path), ""} for path in MODULES}
+    graph.pop("")  # the face imports lazily
+    lengths: dict[str, int] = {}
+
+    def length(module: str) -> int:
+        if module not in lengths:
+            lengths[module] = 1 + max((length(other) for other in graph[module] if other in graph), default=0)
+        return lengths[module]
+
+    assert max(map(length, graph)) <= 18

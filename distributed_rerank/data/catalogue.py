@@ -30,7 +30,6 @@ from distributed_rerank.errors import BadInput
 pc: Any = pyarrow.compute  # type checkers do not see its functions, which are made at import
 
 Purpose = Literal["images", "evaluation", "training"]
-Box = tuple[int, int, int, int]
 _INTEGER = re.compile(r"-?[0-9]{1,18}")
 _DIGEST_COLUMNS = (
     "id",
@@ -52,7 +51,7 @@ class ImageRef:
 
     id: str
     path: str
-    box: Box | None = None
+    box: tuple[int, int, int, int] | None = None
     roots: ImageRoots = field(default=ImageRoots(), compare=False)
     """Where images may lie."""
 

@@ -18,9 +18,10 @@ from typing import Any
 from PIL import Image, UnidentifiedImageError, features
 
 from distributed_rerank.data import locations
-from distributed_rerank.data.catalogue import Box, ImageRef
+from distributed_rerank.data.catalogue import ImageRef
 from distributed_rerank.data.locations import StoreUnreachable, read_bytes
-from distributed_rerank.data.pictures import DAMAGE, Picture, UnreadableImage, orientation_of
+from distributed_rerank.data.pictures import DAMAGE, Box, Picture, UnreadableImage, orientation_of
+from distributed_rerank.data.rejects import OUTAGE
 from distributed_rerank.errors import BadInput
 
 __all__ = ["MAX_PIXELS", "UnreadableImage", "decode", "read_bytes", "read_content", "read_image", "to_rgb"]
@@ -32,8 +33,6 @@ LARGE = 2**24
 """Pixels; pictures with more are decoded one at a time and never held as a whole."""
 MAX_BYTES = 200_000_000
 """Of a file, checked before it is read."""
-OUTAGE = "the store does not answer"
-"""How the reason begins where the store was at fault and not the image."""
 MAX_SCANS = 100
 """Of a progressive JPEG, as libtiff has it; encoders write a dozen, and each costs a pass over the picture."""
 _one_at_a_time = threading.Lock()

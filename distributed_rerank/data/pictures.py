@@ -14,8 +14,8 @@ from collections.abc import Callable, Iterator
 import numpy as np
 from PIL import Image
 
-from distributed_rerank.data.catalogue import Box
-
+Box = tuple[int, int, int, int]
+"""Left, top, right, bottom in pixels."""
 _STRIP_PIXELS = 2**20
 BILINEAR = Image.Resampling.BILINEAR
 _ORIENTATION_TAG = 0x0112

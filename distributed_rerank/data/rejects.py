@@ -9,11 +9,12 @@ import pandas as pd
 import pyarrow as pa
 
 from distributed_rerank.data import tables
-from distributed_rerank.data.images import OUTAGE
 from distributed_rerank.errors import BadInput
 
 logger = logging.getLogger(__name__)
 
+OUTAGE = "the store does not answer"
+"""How the reason begins where the store was at fault and not the image."""
 DEFAULT_SHARE = 0.01
 """Of the images that may be unreadable."""
 FEW = 5

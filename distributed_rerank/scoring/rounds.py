@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -209,3 +209,12 @@ class Round:
     def _row_of(self, items: Tensor) -> Tensor:
         """The row of each item; -1 = it has none."""
         return self._rows[places_of(self._items, items)]
+
+
+@runtime_checkable
+class ScoreExecutors(Protocol):
+    """Score the blocks of a plan, in this process or elsewhere."""
+
+    def score_blocks(self, scoring: Scoring) -> Iterator[tuple[int, ScoredBlock]]:
+        """The scored blocks by number, in any order."""
+        ...

@@ -7,7 +7,6 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
-from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -27,15 +26,6 @@ from distributed_rerank.tensors import sharding
 _THREADS_ON_GPU = 4
 """While some read images or gather encodings on the CPU, another keeps the GPU at work. On an H100 two to six score the
 same 12,300 pairs/s; eight do less."""
-
-
-@runtime_checkable
-class ScoreExecutors(Protocol):
-    """Score the blocks of a plan, in this process or elsewhere."""
-
-    def score_blocks(self, scoring: Scoring) -> Iterator[tuple[int, ScoredBlock]]:
-        """The scored blocks by number, in any order."""
-        ...
 
 
 def score_blocks(scoring: Scoring) -> Iterator[tuple[int, ScoredBlock]]:

@@ -25,8 +25,8 @@ from distributed_rerank.models.pairwise import PairwiseModel
 from distributed_rerank.runtime.progress import Progress
 from distributed_rerank.scoring import plan as scoring_plan
 from distributed_rerank.scoring.plan import ScoreBlock, ScorePlan
-from distributed_rerank.scoring.rounds import ScoredBlock, Scoring
-from distributed_rerank.scoring.score import ScoreExecutors, score_blocks
+from distributed_rerank.scoring.rounds import ScoredBlock, ScoreExecutors, Scoring
+from distributed_rerank.scoring.score import score_blocks
 from distributed_rerank.tensors import sharding
 from distributed_rerank.tensors.candidate_lists import CandidateLists
 

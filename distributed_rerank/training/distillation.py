@@ -23,7 +23,7 @@ from distributed_rerank.models.pairwise import PairwiseModel
 from distributed_rerank.models.saving import load_model, local_folder
 from distributed_rerank.models.weights import digest_of_state
 from distributed_rerank.runtime.devices import tensor_of
-from distributed_rerank.scoring.score import ScoreExecutors
+from distributed_rerank.scoring.rounds import ScoreExecutors
 from distributed_rerank.scoring.stage import score_candidates
 from distributed_rerank.tensors.candidate_lists import CandidateLists
 from distributed_rerank.tensors.pair_values import PairValues

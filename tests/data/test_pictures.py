@@ -12,8 +12,9 @@ from PIL import Image
 
 from distributed_rerank.config.training import Augmentation
 from distributed_rerank.data import images, pictures
-from distributed_rerank.data.catalogue import Box, ImageRef
+from distributed_rerank.data.catalogue import ImageRef
 from distributed_rerank.data.decoding import decode
+from distributed_rerank.data.pictures import Box
 from distributed_rerank.data.transforms import InferenceTransform, TrainingTransform
 
 MODES = ["RGB", "RGBA", "LA", "L", "1", "P", "PA", "CMYK", "I;16", "I"]

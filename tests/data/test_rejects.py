@@ -4,8 +4,7 @@ import logging
 
 import pytest
 
-from distributed_rerank.data.images import OUTAGE
-from distributed_rerank.data.rejects import Reject, check_rejects
+from distributed_rerank.data.rejects import OUTAGE, Reject, check_rejects
 from distributed_rerank.errors import BadInput
 
 
