@@ -8,13 +8,14 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute
-from jaxtyping import Int64
+from jaxtyping import Int, Int32, Int64
 
 pc: Any = pyarrow.compute  # type checkers do not see its functions, which are made at import
 
 ROWS = 1 << 16
 """Texts that are looked at together."""
 _ROWS_OF_SHELF = 1 << 12
+_INTEGER = "^-?[0-9]{1,18}$"
 
 
 class Texts(Sequence[str]):
@@ -48,7 +49,7 @@ class Texts(Sequence[str]):
     def __arrow_array__(self, type: pa.DataType | None = None) -> pa.Array:
         return self.column if type is None else self.column.cast(type)
 
-    def take(self, places: Int64[np.ndarray, " text"]) -> pa.Array:
+    def take(self, places: Int[np.ndarray, " text"]) -> pa.Array:
         """The texts at these places as an Arrow column of strings."""
         return self.column.take(pa.array(places)).cast(pa.string())
 
@@ -97,6 +98,34 @@ def as_column(texts: Any) -> pa.Array:
     return texts.cast(pa.large_string())
 
 
+def ordered_codes(texts: Any, by_value: bool = False) -> pa.DictionaryArray:
+    """These texts as int32 codes into the distinct ones that occur, which are in code-point order; null stays null.
+
+    With `by_value` they are in the order of their values where all are integers. Texts that are coded so already are
+    returned as they are.
+    """
+    column = pa.array(texts, from_pandas=True)
+    if isinstance(column, pa.ChunkedArray):
+        column = column.chunk(0) if column.num_chunks == 1 else column.unify_dictionaries().combine_chunks()
+    if not pa.types.is_dictionary(column.type):
+        column = column.cast(pa.large_string()).dictionary_encode()
+    used = column.indices.unique().drop_null()
+    names = column.dictionary.take(used)
+    order = pc.array_sort_indices(names)
+    if by_value and pc.all(pc.match_substring_regex(names, _INTEGER)).as_py() is not False:
+        order = order.take(pc.array_sort_indices(names.take(order).cast(pa.int64())))
+    places = used.take(order)
+    if places.equals(pa.array(np.arange(len(column.dictionary), dtype=np.int32))):
+        return column
+    return pa.DictionaryArray.from_arrays(pc.index_in(column.indices, value_set=places), names.take(order))
+
+
+def codes_of(column: pa.DictionaryArray) -> Int32[np.ndarray, " text"]:
+    """The codes of a column, on its memory where none is null; -1 = null."""
+    codes = column.indices if not column.null_count else column.indices.fill_null(-1)
+    return codes.to_numpy(zero_copy_only=False)
+
+
 def parts_of(column: Any, rows: int | None = None) -> Iterator[Any]:
     """The column in parts of so many rows, by default `ROWS`."""
     rows = rows or ROWS
@@ -107,6 +136,8 @@ def json_of_parts(parts: Iterable[Any]) -> Iterator[str]:
     """The JSON list of a column that comes in parts, none of them empty, as json.dumps writes it without blanks."""
     yield "["
     for number, part in enumerate(parts):
+        if pa.types.is_dictionary(part.type):
+            part = part.cast(part.type.value_type)
         yield ("," if number else "") + json.dumps(part.to_pylist(), separators=(",", ":"), allow_nan=False)[1:-1]
     yield "]"
 

@@ -11,11 +11,12 @@ from typing import Any, TypeVar
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Bool, Int64
+from jaxtyping import Bool, Int32, Int64
 from torch import Tensor
 
 from distributed_rerank.data.catalogue import Catalogue
 from distributed_rerank.errors import BadInput
+from distributed_rerank.runtime.devices import tensor_of
 from distributed_rerank.tensors import metrics, oml_metrics, statistics
 from distributed_rerank.tensors.candidate_lists import Ranking
 from distributed_rerank.tensors.metrics import PerQuery
@@ -26,7 +27,7 @@ OwnMetric = Callable[[Bool[Tensor, "query k"], Int64[Tensor, " query"]], Tensor]
 
 QUERIES_PER_BLOCK = 1 << 13
 _GALLERY_PER_BLOCK = 1 << 16
-"""Gallery items that are counted at a time, as long as they are more than the queries."""
+"""Items whose gallery items are counted at a time, as long as they are more than the queries."""
 COMPARED = ("cmc@1", "map@10")
 """Metrics by which categories and baselines are compared, as far as they are measured."""
 
@@ -52,7 +53,7 @@ class LabelledQueries:
     """Their rows in the rankings of all queries."""
     labels: Int64[Tensor, " query"]
     n_relevant: Int64[Tensor, " query"]
-    item_labels: Int64[Tensor, " item"]
+    item_labels: Int32[Tensor, " item"]
     rows_without: Int64[Tensor, " other"]
     """Rows of the queries without a relevant item. OML counts them, and nobody else does."""
 
@@ -119,17 +120,16 @@ class Wanted:
 
 def count_relevant(catalogue: Catalogue, query_items: Int64[Tensor, " query"]) -> LabelledQueries:
     """Count relevant gallery items per query. Queries with none are dropped and counted."""
-    labels = torch.from_numpy(catalogue.labels)
-    sequences = torch.from_numpy(catalogue.sequences)
-    gallery = torch.from_numpy(catalogue.gallery_items)
-    own = query_items, labels[query_items], sequences[query_items]
+    labels, sequences = tensor_of(catalogue.labels), tensor_of(catalogue.sequences)
+    own = query_items, labels[query_items].long(), sequences[query_items].long()
     # The gallery some items at a time: sorting it at once would need many times its memory.
     n_relevant = torch.zeros_like(query_items)
-    for part in gallery.split(max(_GALLERY_PER_BLOCK, len(query_items))):
-        n_relevant += metrics.count_relevant(*own, part, labels[part], sequences[part])
-    rows = n_relevant.nonzero().squeeze(1)
+    for items in catalogue.gallery_blocks(max(_GALLERY_PER_BLOCK, len(query_items))):
+        part = torch.from_numpy(items)
+        n_relevant += metrics.count_relevant(*own, part, labels[part].long(), sequences[part].long())
+    rows, without = n_relevant.nonzero().squeeze(1), (n_relevant == 0).nonzero().squeeze(1)
     kept = query_items[rows]
-    return LabelledQueries(kept, rows, labels[kept], n_relevant[rows], labels, (n_relevant == 0).nonzero().squeeze(1))
+    return LabelledQueries(kept, rows, labels[kept].long(), n_relevant[rows], labels, without)
 
 
 def measure(
@@ -162,7 +162,7 @@ def measure(
     resampling = {"seed": seed, "n_resamples": n_resamples}
     figures: dict[str, Any] = {
         "n_queries": len(queries.rows),
-        "n_gallery": len(catalogue.gallery_items),
+        "n_gallery": catalogue.n_gallery,
         "n_without_relevant": queries.n_without_relevant,
         "first_stage": first.means,
         "oml": {"first_stage": first.oml},
@@ -291,11 +291,10 @@ def _per_query_table(
 ) -> pd.DataFrame:
     """The table per_query.parquet: one row per labelled query."""
     items = queries.query_items.numpy()
-    names = np.asarray(catalogue.label_names, dtype=object)
     categories = catalogue.categories
     columns: dict[str, Any] = {
         "query_id": catalogue.ids[items],
-        "label": names[queries.labels.numpy()].astype(str),
+        "label": catalogue.label_names[queries.labels.numpy()].astype(str),
         "category": None if categories is None else categories[items],
         "n_relevant": queries.n_relevant.numpy(),
         "first_hit_before": _rank_or_null(first),
