@@ -24,7 +24,9 @@ from distributed_rerank.data.catalogue import Catalogue
 from distributed_rerank.data.embeddings import Embeddings
 from distributed_rerank.data.vectors import StoredVectors
 from distributed_rerank.errors import BadInput
+from distributed_rerank.runtime import logs
 from distributed_rerank.runtime.devices import InferenceThreads, pick_device, tensor_of
+from distributed_rerank.runtime.profiling import traced
 from distributed_rerank.runtime.progress import progress
 from distributed_rerank.tensors import sharding
 from distributed_rerank.tensors.candidate_lists import CandidateLists, concatenate
@@ -144,7 +146,8 @@ class Searcher:
         """The nearest items of each query by (distance, item), never itself nor its own sequence."""
         n_rows = -(-len(queries.items) // self._n_threads)
         parts = [queries.part(start, stop) for start, stop in sharding.blocks(len(queries.items), max(1, n_rows))]
-        lists = concatenate(self._threads.map(self._search_part, parts or [queries]))
+        with traced("search"):
+            lists = concatenate(self._threads.map(self._search_part, parts or [queries]))
         return SearchedBlock(lists, ComputedWith(self._device.type))
 
     def _search_part(self, queries: SearchSide) -> CandidateLists:
@@ -195,7 +198,9 @@ def search_blocks(
     """
     searcher = Searcher(lambda: tiles_of(gallery, work.tile_size), n_items, work.threads_per_worker, device)
     for number, (start, stop) in blocks:
-        yield number, searcher.search(queries.part(start, stop))
+        with logs.about(block=number):
+            found = searcher.search(queries.part(start, stop))
+        yield number, found
 
 
 def tiles_of(gallery: Side, tile_size: int) -> Iterator[SearchSide]:
