@@ -21,7 +21,15 @@ from distributed_rerank.data.catalogue_columns import as_series, load_table, nor
 from distributed_rerank.data.files import text_digest
 from distributed_rerank.data.locations import ImageRoots
 from distributed_rerank.data.text_columns import as_objects, refuse_equal_numbers
-from distributed_rerank.data.texts import Texts, as_column, codes_of, json_of_columns, ordered_codes
+from distributed_rerank.data.texts import (
+    Texts,
+    as_column,
+    codes_of,
+    give_back_memory,
+    json_of_columns,
+    known_codes,
+    ordered_codes,
+)
 from distributed_rerank.errors import BadInput
 from distributed_rerank.tensors import sharding
 
@@ -105,7 +113,8 @@ class Catalogue:
         return codes_of(self._codes("sequence"))
 
     def _codes(self, column: str) -> pa.DictionaryArray:
-        return ordered_codes(self.table[column], by_value=column == "label")
+        known = known_codes(self.table[column])
+        return ordered_codes(self.table[column], by_value=column == "label") if known is None else known
 
     @cached_property
     def things(self) -> Int64[np.ndarray, " item"] | None:
@@ -158,10 +167,11 @@ class Catalogue:
 
     def restrict(self, split: str) -> "Catalogue":
         """The rows of one split, numbered anew. Raises BadInput where there are none."""
-        items = np.flatnonzero((self.table["split"] == split).to_numpy(dtype=bool))
-        if len(items) == 0:
+        column = self._codes("split")
+        is_own = codes_of(column) == column.dictionary.index(split).as_py()
+        if not is_own.any():
             raise BadInput(f"{self.source}: no row has split {split!r}; set it in the table or choose another split")
-        return self.take(items)
+        return self if is_own.all() else self.take(np.flatnonzero(is_own))
 
     def take(self, items: np.ndarray) -> "Catalogue":
         """The rows of these items, in id order whatever the order given, numbered anew; no item twice."""
@@ -265,7 +275,9 @@ def read_catalogue(
         catalogue_checks.check_shared_labels(table, allow_shared_labels, problems)
     problems.raise_if_any()
     problems.log_words_for_no_value()
-    return Catalogue(_finished(table), uri, roots)
+    table = _with_codes(_sorted_by_id(table))
+    give_back_memory()
+    return Catalogue(table, uri, roots)
 
 
 def read_query_gallery(
@@ -296,7 +308,9 @@ def read_query_gallery(
     _refuse_spellings(tables[0], tables[1], query_uri, gallery_uri)
     union = _union(tables[0], tables[1], f"{query_uri} and {gallery_uri}")
     roots = locations.make_roots([locations.folder_of(uri) for uri in (query_uri, gallery_uri)], image_roots)
-    return Catalogue(_finished(union), f"{query_uri} and {gallery_uri}", roots)
+    union = _with_codes(_sorted_by_id(union))
+    give_back_memory()
+    return Catalogue(union, f"{query_uri} and {gallery_uri}", roots)
 
 
 def _refuse_spellings(queries: pd.DataFrame, gallery: pd.DataFrame, query_uri: str, gallery_uri: str) -> None:
@@ -333,13 +347,6 @@ def _sorted_by_id(table: pd.DataFrame) -> pd.DataFrame:
     if pc.all(pc.greater_equal(ids[1:], ids[:-1])).as_py() is not False:
         return table.reset_index(drop=True)
     return table.take(pc.array_sort_indices(ids).to_numpy()).reset_index(drop=True)
-
-
-def _finished(table: pd.DataFrame) -> pd.DataFrame:
-    """The table as a catalogue holds it; what its making has left in Arrow's memory goes back to the system."""
-    table = _with_codes(_sorted_by_id(table))
-    pa.default_memory_pool().release_unused()
-    return table
 
 
 def _with_codes(table: pd.DataFrame) -> pd.DataFrame:
