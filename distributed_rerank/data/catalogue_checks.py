@@ -104,7 +104,7 @@ def check_things(table: pd.DataFrame, problems: Problems) -> None:
     """All photos of one `item` have one label."""
     if "item" not in table or "label" in problems.absent:
         return
-    pairs = set(zip(table["item"], table["label"], strict=True))
+    pairs = set(zip(*(as_column(table[name]).to_pylist() for name in ("item", "label")), strict=True))
     n_labels = Counter(item for item, label in pairs if item is not None and label is not None)
     mixed = sorted(item for item, number in n_labels.items() if number > 1)
     if mixed:

@@ -133,11 +133,13 @@ def test_items_are_text_and_a_photo_without_one_is_its_own(tmp_path: Path) -> No
     assert read_catalogue(_csv(tmp_path, "path\na\n")).things is None
 
 
-def test_item_of_two_labels_is_refused_by_name(tmp_path: Path) -> None:
+def test_item_of_two_labels_is_refused_by_name_and_an_empty_one_is_none(tmp_path: Path) -> None:
     text = (
-        "label,path,split,is_query,is_gallery,item\nv,c,validation,1,1,x\nw,d,validation,1,1,x\nw,e,validation,1,1,y\n"
+        "label,path,split,is_query,is_gallery,item\nv,c,validation,1,1,x\nw,d,validation,1,1,{}\nv,e,validation,1,1,\n"
     )
-    assert "items with photos of different labels: 'x'" in _one_line(tmp_path, text)
+    text += "w,f,validation,1,1,\n"
+    assert "items with photos of different labels: 'x'" in _one_line(tmp_path, text.format("x"))
+    assert read_catalogue(_csv(tmp_path, text.format("y")), purpose="evaluation").things is not None
 
 
 def test_boxes_enter_the_default_id_and_may_be_empty(tmp_path: Path) -> None:
