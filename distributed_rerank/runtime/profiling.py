@@ -9,8 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
-import torch
-from torch.profiler import profile, supported_activities
+from torch.profiler import _ExperimentalConfig, profile, supported_activities
 
 from distributed_rerank.runtime import logs
 
@@ -32,7 +31,7 @@ def traced(kind: Literal["embed", "search", "score", "train"]) -> Iterator[None]
         return
     try:
         _traced.add(kind)
-        every_thread = torch._C._profiler._ExperimentalConfig(profile_all_threads=True)
+        every_thread = _ExperimentalConfig(profile_all_threads=True)
         with profile(activities=supported_activities(), experimental_config=every_thread) as trace:
             yield
         path = Path(folder) / f"{kind}-{socket.gethostname()}-{os.getpid()}.json"
