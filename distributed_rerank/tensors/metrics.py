@@ -22,7 +22,7 @@ _Keys = tuple[Int64[Tensor, " query"], Int64[Tensor, " gallery"]]
 
 
 def relevance(
-    candidate_items: Int64[Tensor, "query k"],
+    candidate_items: Int[Tensor, "query k"],
     query_labels: Int64[Tensor, " query"],
     item_labels: Int[Tensor, " item"],
 ) -> Bool[Tensor, "query k"]:
