@@ -136,7 +136,7 @@ def time_training(
     steps: list[TrainingStep] = []
     while len(steps) < n_steps + 1:
         items, epoch = np.arange(len(catalogue)), len(steps)
-        steps += plan_batches(items, catalogue.labels, torch.from_numpy(embeddings), config, epoch)
+        steps += plan_batches(items, catalogue.labels.astype(np.int64), torch.from_numpy(embeddings), config, epoch)
     state = TrainingState(model, build_optimizer(model, config))
     images = DecodedImages(catalogue, model.transform, config)
     with torch_threads(threads):

@@ -8,7 +8,7 @@ import pandas as pd
 import torch
 
 from distributed_rerank.data import tables
-from distributed_rerank.data.candidates import candidates_table, pairs_table
+from distributed_rerank.data.candidates import candidates_table
 from distributed_rerank.data.texts import Texts
 from distributed_rerank.tensors import sharding
 from distributed_rerank.tensors.candidate_lists import CandidateLists
@@ -21,10 +21,7 @@ QUERIES_PER_BLOCK = 10_000
 
 
 def write_planted(folder: Path, n_queries: int, depth: int) -> tuple[Path, Path]:
-    """A catalogue whose images are queries and gallery, and the lists of all; returns both files.
-
-    pair_distances.parquet beside them has `planted_logits` of all pairs.
-    """
+    """A catalogue whose images are queries and gallery, and the lists of all; returns both files."""
     ids = Texts([f"images/{number:07d}.jpg" for number in range(n_queries)])
     label = np.arange(n_queries) // IMAGES_PER_LABEL
     columns = {"label": label, "path": ids.tolist(), "split": "validation", "is_query": True, "is_gallery": True}
@@ -32,8 +29,6 @@ def write_planted(folder: Path, n_queries: int, depth: int) -> tuple[Path, Path]
     table.to_csv(folder / "df.csv", index=False)
     batches = (candidates_table(lists, ids) for lists in _planted_lists(n_queries, depth))
     tables.write_batches(folder / "candidates.parquet", batches, "candidates")
-    pairs = (pairs_table(lists, planted_logits(lists), ids) for lists in _planted_lists(n_queries, depth))
-    tables.write_batches(folder / "pair_distances.parquet", pairs, "pair_distances")
     return folder / "df.csv", folder / "candidates.parquet"
 
 

@@ -11,13 +11,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import torch
 from _measuring import PeakMemory
-from _planted import QUERIES_PER_BLOCK, write_planted
+from _planted import planted_logits, write_planted
 from PIL import Image
 
 from distributed_rerank import retrieval
@@ -30,23 +31,22 @@ from distributed_rerank.config.extractor import ExtractorConfig
 from distributed_rerank.config.pairwise import ConcatSiameseConfig
 from distributed_rerank.config.training import TrainingConfig
 from distributed_rerank.config.work import WorkConfig
-from distributed_rerank.data import tables
 from distributed_rerank.data.artifacts import read_manifest
 from distributed_rerank.data.begun import ComputedWith
 from distributed_rerank.data.candidate_files import read_candidates
-from distributed_rerank.data.candidates import aligned_logits, candidates_table
 from distributed_rerank.data.catalogue import Catalogue, read_catalogue
 from distributed_rerank.data.decoding import decode
 from distributed_rerank.evaluation import measure as evaluation
 from distributed_rerank.evaluation.run import evaluate
+from distributed_rerank.executors import Executors
 from distributed_rerank.extraction import EmbeddedBlock, ImageBlock, embed
 from distributed_rerank.models.concat_siamese import ConcatSiamese
 from distributed_rerank.reranking import run as ranking_run
-from distributed_rerank.reranking.external_candidates import external_candidates
 from distributed_rerank.reranking.lists import LazyRanking
 from distributed_rerank.retrieval import SearchSide
 from distributed_rerank.runtime.devices import InferenceThreads
 from distributed_rerank.scoring import plan as scoring_plan
+from distributed_rerank.scoring.rounds import ScoredBlock, Scoring
 from distributed_rerank.scoring.stage import ScoredLists, score_candidates
 from distributed_rerank.tensors import sharding
 from distributed_rerank.tensors.candidate_lists import CandidateLists, concatenate
@@ -216,16 +216,17 @@ def driver_memory(folder: Path, n_images: int, n_queries: int = 1000, dim: int =
     """The driver's peak memory in MB and seconds of each stage, from a table to the report; embeddings are made up.
 
     Every image is in the gallery. Workers' part of `embed` is replaced by noise around a centre of each label; all else
-    is the real job, in one process. `held_mb` is what the process holds once it has read the catalogue.
+    is the real job, in one process. `held_mb` is what the process holds once it has read the catalogue, `table_mb` the
+    table's own bytes.
     """
     answer: Answer = {}
     with staged(answer, "catalogue"):
         catalogue = read_catalogue(str(write_made_up(folder, n_images, n_queries)), purpose="evaluation")
         catalogue = catalogue.restrict("validation")
-        held = [catalogue.labels, catalogue.sequences, catalogue.query_items, catalogue.gallery_items]
+        held = [catalogue.labels, catalogue.sequences, catalogue.query_items]
         assert all(len(column) for column in held), "its columns as numbers belong to the catalogue"
     answer["held_mb"] = memory_mb("VmRSS")
-    answer["table_mb"] = catalogue.table.memory_usage(index=False, deep=True).sum() / 1e6
+    answer["table_mb"] = table_mb(catalogue.table)
     with staged(answer, "embed"):
         embed(
             catalogue,
@@ -287,6 +288,20 @@ def memory_mb(field: str) -> float:
     return next(int(line.split()[1]) for line in lines if line.startswith(field)) * 1024 / 1e6
 
 
+def table_mb(table: pd.DataFrame) -> float:
+    """MB of a table's columns; memory that they share counts once, as `id` and `written_path` often do."""
+    sizes: dict[Any, int] = {}
+    for name in table:
+        if table[name].dtype == bool:
+            sizes[name] = table[name].to_numpy().nbytes
+            continue
+        column = pa.array(table[name], from_pandas=True)
+        for chunk in column.chunks if isinstance(column, pa.ChunkedArray) else [column]:
+            buffers = [*chunk.buffers(), *(chunk.dictionary.buffers() if pa.types.is_dictionary(chunk.type) else ())]
+            sizes |= {buffer.address: buffer.size for buffer in buffers if buffer is not None}
+    return sum(sizes.values()) / 1e6
+
+
 def labelled(labels: np.ndarray) -> Catalogue:
     """A catalogue of images that nobody opens."""
     ids = [f"{number:08d}" for number in range(len(labels))]
@@ -305,22 +320,41 @@ def evaluate_lists(folder: Path, n_queries: int, depth: int) -> Answer:
 
 
 def evaluate_logits(folder: Path, n_queries: int, depth: int) -> Answer:
-    """Lists and planted logits from files, re-ranked for every top_n of the curve, measured, and written to a file."""
+    """The evaluation of planted lists in a file with a model, from the catalogue's table to the report, no baselines.
+
+    The workers' part of scoring is replaced by planted logits; all else is the real job, in one process: the plan, the
+    scored blocks and their table, re-ranking for every top_n of the curve, the metrics, the re-ranked lists.
+    """
     table, candidates = write_planted(folder, n_queries, depth)
     started = time.perf_counter()
     catalogue = read_catalogue(str(table), purpose="evaluation").restrict("validation")
-    lists = external_candidates(catalogue, candidates, set())
-    pairs = tables.read_batches(folder / "pair_distances.parquet", "pair_distances", 1 << 18)
-    scored = ScoredLists(lists, aligned_logits(pairs, catalogue, lists))
-    queries, chain = torch.from_numpy(catalogue.query_items), Chain((PairwiseStep(top_n=depth, rule="replace"),))
-    rankings = ranking_run.rankings(chain, scored, catalogue, None, queries)
-    measured = evaluation.measure(catalogue, queries, LazyRanking(queries, lists.of_queries), rankings)
-    gain = measured.metrics["difference"]["map@10"]
+    found = evaluate(
+        catalogue,
+        FirstStageConfig(candidates=candidates),
+        folder / "out",
+        model=make_model("test_resnet", 32),
+        chain=Chain((PairwiseStep(top_n=depth, rule="replace"),)),
+        measure=MeasureConfig(baselines=False),
+        work=WorkConfig(queries_per_block=1000),
+        executors=cast(Executors, MadeUpLogits()),
+    )
+    gain = found["difference"]["map@10"]
     assert gain["ci95"][0] > 0, f"the planted gain was not found: {gain}"
-    blocks = torch.arange(len(queries)).split(QUERIES_PER_BLOCK)
-    batches = (candidates_table(rankings[depth][rows], catalogue.ids) for rows in blocks)
-    tables.write_batches(folder / "reranked.parquet", batches, "candidates")
-    return {"seconds": time.perf_counter() - started, "queries": n_queries}
+    seconds = json.loads((folder / "out" / "timings.json").read_text())["seconds"]
+    named = {f"{name}_s": seconds[name] for name in ("retrieve", "score", "rank", "measure", "report")}
+    return named | {"seconds": time.perf_counter() - started, "queries": n_queries}
+
+
+@dataclass(frozen=True)
+class MadeUpLogits:
+    """In place of workers that score: planted logits, a block at a time."""
+
+    def score_blocks(self, scoring: Scoring) -> Iterator[tuple[int, ScoredBlock]]:
+        """The logits of the run's blocks."""
+        for number in scoring.numbers:
+            lists = scoring.plan.blocks[number].lists
+            logits = planted_logits(lists).masked_fill(lists.items < 0, torch.nan)
+            yield number, ScoredBlock(logits, [], frozenset({ComputedWith("cpu")}))
 
 
 POINTS = {

@@ -106,7 +106,7 @@ def evidence_on(data: Data, model: object, embeddings: Embeddings) -> Evidence:
     part = data.validation
     x, items = torch.from_numpy(embeddings.matrix[embeddings.rows_of(part.ids)]), torch.arange(len(part))
     lists = nearest(x, x, query_items=items, gallery_items=items, n_items=min(N_ITEMS, len(part) - 1))
-    labels, logits = torch.from_numpy(part.labels), torch.full((len(part), TOP_N), torch.nan)
+    labels, logits = torch.from_numpy(part.labels.astype(np.int64)), torch.full((len(part), TOP_N), torch.nan)
     with torch.no_grad():
         blocks = data.features["validation"].split(256)
         encoded = torch.cat([model.encode_features(block) for block in blocks])  # pyright: ignore

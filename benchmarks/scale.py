@@ -139,16 +139,12 @@ def evaluation_rows(is_quick: bool) -> list[Row]:
     """Figures of lists that are there already: no image is read."""
     small, depth = (1000, 20) if is_quick else (100_000, 100)
     large = 4 * small if is_quick else 10 * small
-    rows = []
-    for kind, name in (
-        ("evaluate_lists", "evaluation of given lists, from their file to the report"),
-        ("evaluate_logits", "evaluation of given lists and logits, from a file to a file"),
-    ):
-        few, many = (point(kind, n_queries=n_queries, depth=depth) for n_queries in (small, large))
-        size = f"{large:,} x {depth} against {small:,} x {depth}"
-        rows.append(against(f"{name}, {size}: time", "s", many.answer["seconds"], few.answer["seconds"]))
-        rows.append(against(f"{name}, {size}: peak memory", "MB", many.peak_mb, few.peak_mb))
-    return rows
+    few, many = (point("evaluate_lists", n_queries=n_queries, depth=depth) for n_queries in (small, large))
+    name = f"evaluation of given lists, from their file to the report, {large:,} x {depth} against {small:,} x {depth}"
+    return [
+        against(f"{name}: time", "s", many.answer["seconds"], few.answer["seconds"]),
+        against(f"{name}: peak memory", "MB", many.peak_mb, few.peak_mb),
+    ]
 
 
 def memory_rows(is_quick: bool) -> list[Row]:

@@ -68,7 +68,9 @@ def tuned(catalogue: Catalogue, x: Tensor, shrinkage: float) -> Tensor:
     train = torch.from_numpy(np.flatnonzero(catalogue.table["split"] == "train"))
     mean = x[train].double().mean(dim=0)
     own = x[train].double() - mean
-    _, label, counts = torch.from_numpy(catalogue.labels)[train].unique(return_inverse=True, return_counts=True)
+    _, label, counts = torch.from_numpy(catalogue.labels.astype(np.int64))[train].unique(
+        return_inverse=True, return_counts=True
+    )
     means = own.new_zeros(len(counts), own.shape[1]).index_add_(0, label, own) / counts[:, None]
     covariance = torch.cov((own - means[label]).T)
     level = covariance.diagonal().mean() * torch.eye(len(covariance))
@@ -81,7 +83,7 @@ def measure(name: str, catalogue: Catalogue, x: Tensor) -> Row:
     found = []
     for split in ("train", "validation"):
         rows = torch.from_numpy(np.flatnonzero(catalogue.table["split"] == split))
-        labels = torch.from_numpy(catalogue.labels)[rows]
+        labels = torch.from_numpy(catalogue.labels.astype(np.int64))[rows]
         found.append(mean_average_precision(x[rows], labels, torch.full_like(labels, -1), torch.arange(len(rows))))
     embeddings = Embeddings(catalogue.ids, x.numpy())
     used = pick_labels(catalogue, None, EvidenceConfig(), lambda images: embeddings)

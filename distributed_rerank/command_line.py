@@ -112,10 +112,18 @@ def run(words: Sequence[str]) -> int | None:
         sys.stdout.write(short_help(name))
         return 0
     job = parse(name, argv)
+    observe(name, job)
     with importlib.import_module("distributed_rerank.jobs.storage").local_job(job) as job:
         inputs = importlib.import_module("distributed_rerank.jobs.inputs").read_inputs(job)
         importlib.import_module("distributed_rerank.jobs.plan").tell(job, inputs)
         return importlib.import_module(f"distributed_rerank.jobs.{name.replace('-', '_')}").main(job, *inputs)
+
+
+def observe(name: str, job: Any) -> None:
+    """Let this process and its workers log and trace as the job asks for."""
+    if (config := getattr(job, "observe", None)) is not None:
+        folder = None if config.profile is None else str(config.profile.absolute())
+        logs.observe(job=name, log_format=config.log_format, profile=folder)
 
 
 def overview() -> str:

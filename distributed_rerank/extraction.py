@@ -31,8 +31,10 @@ from distributed_rerank.data.rejects import Reject, check_rejects, reject_table,
 from distributed_rerank.data.vectors import LAYOUT, write_vectors
 from distributed_rerank.errors import BadInput
 from distributed_rerank.models.extractor import Extractor, build_extractor, weights_digest
+from distributed_rerank.runtime import logs
 from distributed_rerank.runtime.devices import InferenceThreads, pick_device
 from distributed_rerank.runtime.gpu import Copier, MicroBatch
+from distributed_rerank.runtime.profiling import traced
 from distributed_rerank.runtime.progress import progress
 from distributed_rerank.tensors import sharding
 
@@ -85,7 +87,8 @@ class Embedder:
             return self._extractor(self._to_device(pixels[rows])).cpu().numpy()
 
         rows = [slice(*part) for part in sharding.blocks(len(pixels), self._batch.size)]
-        parts = self._threads.map(partial(self._batch.run, embed_rows), rows)
+        with traced("embed"):
+            parts = self._threads.map(partial(self._batch.run, embed_rows), rows)
         return np.concatenate(
             [np.empty((0, self._extractor.dim), np.float32), *(row for part in parts for row in part)]
         )
@@ -106,9 +109,10 @@ def embed_blocks(
     threads = work.decode_threads_for(embedder.device.type == "cuda")
     for number, images in blocks:
         refs = list(images)
-        decoded = decode(refs, extractor.transform, threads=threads)
+        with logs.about(block=number):
+            decoded = decode(refs, extractor.transform, threads=threads)
+            embeddings = embedder.embed(decoded.pixels)
         ids = [refs[position].id for position in decoded.kept]
-        embeddings = embedder.embed(decoded.pixels)
         check_finite(ids, embeddings)
         yield number, EmbeddedBlock(ids, embeddings, decoded.rejects, embedder.computed_with)
 

@@ -24,7 +24,9 @@ from distributed_rerank.data.catalogue import Catalogue
 from distributed_rerank.data.embeddings import Embeddings
 from distributed_rerank.data.vectors import StoredVectors
 from distributed_rerank.errors import BadInput
+from distributed_rerank.runtime import logs
 from distributed_rerank.runtime.devices import InferenceThreads, pick_device, tensor_of
+from distributed_rerank.runtime.profiling import traced
 from distributed_rerank.runtime.progress import progress
 from distributed_rerank.tensors import sharding
 from distributed_rerank.tensors.candidate_lists import CandidateLists, concatenate
@@ -57,23 +59,28 @@ class StoredSide:
     """A `SearchSide` of which a part is made when it is asked for: beside the embeddings' file it is numbers."""
 
     embeddings: StoredVectors | np.ndarray
-    items: Int64[np.ndarray, " item"]
-    rows_of: Int32[np.ndarray, " _"]
+    items: Int64[np.ndarray, " item"] | range
+    rows_of: Int32[np.ndarray, " _"] | range
     """The row of each item of the catalogue in `embeddings`."""
-    sequences_of: Int64[np.ndarray, " _"]
+    sequences_of: Int32[np.ndarray, " _"]
     """The sequence of each item of the catalogue; -1 = none."""
 
     def part(self, start: int, stop: int) -> SearchSide:
         """The rows start to stop, in memory."""
-        items = self.items[start:stop]
-        return SearchSide(self.embeddings[self.rows_of[items]], items, self.sequences_of[items])
+        rows, items, sequences = self._numbers(start, stop)
+        return SearchSide(self.embeddings[rows], items, sequences)
 
     def cut(self, start: int, stop: int) -> "SearchSide | Cut":
         """The rows start to stop to send to who reads them: without embeddings, where these lie in a file."""
-        items = self.items[start:stop]
         if isinstance(self.embeddings, np.ndarray):
             return self.part(start, stop)
-        return Cut(self.embeddings, self.rows_of[items], items, self.sequences_of[items])
+        return Cut(self.embeddings, *self._numbers(start, stop))
+
+    def _numbers(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Rows in `embeddings`, items and sequences of the rows start to stop."""
+        items = np.asarray(self.items[start:stop], np.int64)
+        rows = items.astype(np.int32) if isinstance(self.rows_of, range) else self.rows_of[items]
+        return rows, items, self.sequences_of[items].astype(np.int64)
 
 
 @dataclass(frozen=True)
@@ -139,7 +146,8 @@ class Searcher:
         """The nearest items of each query by (distance, item), never itself nor its own sequence."""
         n_rows = -(-len(queries.items) // self._n_threads)
         parts = [queries.part(start, stop) for start, stop in sharding.blocks(len(queries.items), max(1, n_rows))]
-        lists = concatenate(self._threads.map(self._search_part, parts or [queries]))
+        with traced("search"):
+            lists = concatenate(self._threads.map(self._search_part, parts or [queries]))
         return SearchedBlock(lists, ComputedWith(self._device.type))
 
     def _search_part(self, queries: SearchSide) -> CandidateLists:
@@ -190,7 +198,9 @@ def search_blocks(
     """
     searcher = Searcher(lambda: tiles_of(gallery, work.tile_size), n_items, work.threads_per_worker, device)
     for number, (start, stop) in blocks:
-        yield number, searcher.search(queries.part(start, stop))
+        with logs.about(block=number):
+            found = searcher.search(queries.part(start, stop))
+        yield number, found
 
 
 def tiles_of(gallery: Side, tile_size: int) -> Iterator[SearchSide]:
@@ -255,11 +265,14 @@ def _sides(catalogue: Catalogue, embeddings: Embeddings) -> tuple[StoredSide, St
     """Queries and gallery, as far as they have an embedding."""
     rows = embeddings.rows_of(catalogue.ids)
     has_all, sides = not len(rows) or rows.min() >= 0, []
-    for items, role in ((catalogue.query_items, "query"), (catalogue.gallery_items, "gallery item")):
-        items = items if has_all else items[rows[items] >= 0]
+    # Where all items have a row and nobody else, or all are in the gallery, a range says as much as an array.
+    row_of = range(len(rows)) if has_all and len(embeddings) == len(rows) else rows
+    gallery = range(len(catalogue)) if has_all and catalogue.is_gallery.all() else catalogue.gallery_items
+    for given, role in ((catalogue.query_items, "query"), (gallery, "gallery item")):
+        items = given if isinstance(given, range) or has_all else given[rows[given] >= 0]
         if len(items) == 0:
             raise BadInput(
                 f"{catalogue.source}: no {role} has an embedding; mark some rows or embed this catalogue first"
             )
-        sides.append(StoredSide(embeddings.matrix, items, rows, catalogue.sequences))
+        sides.append(StoredSide(embeddings.matrix, items, row_of, catalogue.sequences))
     return sides[0], sides[1]

@@ -33,6 +33,7 @@ from distributed_rerank.data.rejects import Reject
 from distributed_rerank.errors import BadInput, Outage
 from distributed_rerank.extraction import EmbeddedBlock, Embedder, ImageBlock, check_finite
 from distributed_rerank.models.extractor import build_extractor
+from distributed_rerank.runtime import logs
 from distributed_rerank.runtime.devices import tensor_of
 
 _TRIES = 3
@@ -83,7 +84,7 @@ def _on_cpus(
 ) -> Any:
     """Tasks that decode and embed: Ray keeps their processes, and so the extractor, for the next blocks."""
     return rows.map_batches(
-        functools.partial(_decode_and_embed, decode=decode, extractor=extractor, work=work),
+        functools.partial(_decode_and_embed, decode=decode, extractor=extractor, work=work, about=logs.now_about()),
         batch_size=1,
         batch_format="pyarrow",
         num_cpus=session.cpus_per_worker,
@@ -106,7 +107,7 @@ def _on_gpus(
     # Without this operator Ray Data may fuse both sides, and the embedding actors would decode.
     return decoded.repartition(target_num_rows_per_block=1).map_batches(
         _EmbedRow,
-        fn_constructor_kwargs={"extractor": extractor, "work": work},
+        fn_constructor_kwargs={"extractor": extractor, "work": work, "about": logs.now_about()},
         batch_size=1,
         batch_format="pyarrow",
         # One CPU is what Ray takes beside a GPU; saying so makes it warn.
@@ -137,8 +138,9 @@ class _EmbedRow:
     A BadInput is returned as its message: raised, Ray Data would log its trace and count it as an actor that died.
     """
 
-    def __init__(self, extractor: list[ray.ObjectRef], work: WorkConfig) -> None:
-        self._refusal, self._computed_with = "", "{}"
+    def __init__(self, extractor: list[ray.ObjectRef], work: WorkConfig, about: dict[str, Any]) -> None:
+        logs.configure_worker()
+        self._about, self._refusal, self._computed_with = about, "", "{}"
         try:
             self._embedder = Embedder(ray.get(extractor[0]), work)
             self._computed_with = json.dumps(dataclasses.asdict(self._embedder.computed_with))
@@ -150,7 +152,8 @@ class _EmbedRow:
         if not refusal:
             shape = row["shape"][0].as_py()
             pixels = np.frombuffer(row["pixels"][0].as_buffer(), np.uint8).reshape(shape)
-            embeddings = self._embedder.embed(tensor_of(pixels))
+            with logs.about(**self._about, block=row["block"][0].as_py()):
+                embeddings = self._embedder.embed(tensor_of(pixels))
             try:
                 check_finite(row["ids"][0].as_py(), embeddings)
             except BadInput as error:
@@ -160,12 +163,14 @@ class _EmbedRow:
         return pa.table({**columns, "shape": [list(embeddings.shape)], "embeddings": as_binary(embeddings)})
 
 
-def _decode_and_embed(row: pa.Table, *, decode: Decode, extractor: list[ray.ObjectRef], work: WorkConfig) -> pa.Table:
+def _decode_and_embed(
+    row: pa.Table, *, decode: Decode, extractor: list[ray.ObjectRef], work: WorkConfig, about: dict[str, Any]
+) -> pa.Table:
     """Both halves in one task; the process keeps the extractor of the last call."""
     key = (extractor[0].hex(), work)
     if key not in _EMBED_ROW:
         _EMBED_ROW.clear()
-        _EMBED_ROW[key] = _EmbedRow(extractor, work)
+        _EMBED_ROW[key] = _EmbedRow(extractor, work, about)
     return _EMBED_ROW[key](decode(row))
 
 

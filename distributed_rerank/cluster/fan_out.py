@@ -41,12 +41,13 @@ class _Host:
         logs.configure_worker()
         self._object: Any = None
 
-    def call(self, made_from: list[ray.ObjectRef], method: str, *arguments: Any) -> Any:
+    def call(self, made_from: list[ray.ObjectRef], about: dict[str, Any], method: str, *arguments: Any) -> Any:
         if self._object is None:
             worker_class, own_arguments = ray.get(made_from[0])
             fetched = [ray.get(a) if isinstance(a, ray.ObjectRef) else a for a in own_arguments]
             self._object = worker_class(*fetched)
-        return getattr(self._object, method)(*arguments)
+        with logs.about(**about):
+            return getattr(self._object, method)(*arguments)
 
 
 @dataclass(frozen=True)
@@ -119,7 +120,8 @@ def fan_out(
         while idle and (call := lost.popleft() if lost else next(todo, None)) is not None:
             actor = idle.popleft()
             remote = actor.call.options(num_returns=2) if leaves_first else actor.call
-            returned = remote.remote(workers.made_from, method, *call.arguments)
+            about = logs.now_about() | ({} if call.key is None else {"block": call.key})
+            returned = remote.remote(workers.made_from, about, method, *call.arguments)
             *left, result = returned if leaves_first else [returned]
             pending[result] = call, actor, left
             patience.starts(actor)

@@ -192,7 +192,8 @@ def _remove_left_behind() -> None:
 def _attach() -> Iterator[None]:
     address = os.environ["RAY_ADDRESS"]
     try:
-        ray.init(logging_level=logging.WARNING)
+        observed = {logs.OBSERVED: os.environ[logs.OBSERVED]} if logs.OBSERVED in os.environ else {}
+        ray.init(logging_level=logging.WARNING, runtime_env={"env_vars": observed} if observed else None)
     except (ConnectionError, AuthenticationError) as error:
         reason = str(error).strip().splitlines()[0]
         raise BadInput(

@@ -77,7 +77,7 @@ def all_reduce(tensor: Tensor) -> Tensor:
     return summed
 
 
-def train_worker(task: TrainingTask, folder: Path, timeout: timedelta) -> str | None:
+def train_worker(task: TrainingTask, folder: Path, timeout: timedelta, about: dict[str, Any]) -> str | None:
     """Trains as one of Ray's workers.
 
     Returns the message of a BadInput, and that of a full disk: raised, they would count as failures and be retried.
@@ -88,7 +88,8 @@ def train_worker(task: TrainingTask, folder: Path, timeout: timedelta) -> str | 
     last = broadcast_from_rank_zero(latest(folder / CHECKPOINTS) if worker.rank == 0 else None)
     restored = None if last is None else read_state(last)
     try:
-        train_all(task, folder, worker, restored, functools.partial(report, worker, folder))
+        with logs.about(**about):
+            train_all(task, folder, worker, restored, functools.partial(report, worker, folder))
     except BadInput as error:
         return str(error)
     except OSError as error:
@@ -119,7 +120,7 @@ def fit(task: TrainingTask, folder: Path, *, session: Session, retry: RetryConfi
     shutil.rmtree(folder / _OF_RAY, ignore_errors=True)
     trainer = Trainer(
         # Bound to the function and not `train_loop_config`, which the controller reads, importing all that is in it.
-        functools.partial(train_worker, task, folder, timedelta(seconds=retry.timeout_s)),
+        functools.partial(train_worker, task, folder, timedelta(seconds=retry.timeout_s), logs.now_about()),
         backend_config=OwnProcessGroupConfig(),
         scaling_config=ScalingConfig(
             num_workers=retry.workers(session.num_workers),

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from distributed_rerank.errors import BadInput
 
@@ -33,6 +34,18 @@ class ClusterConfig:
             raise BadInput(f"object_store_gb={self.object_store_gb} is too small for image blocks; give 0.1 or more")
         if self.wait_s is not None and self.wait_s < 0:
             raise BadInput(f"wait_s={self.wait_s} is negative; give 0 or more seconds")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ObserveConfig:
+    """What a run tells of itself while it works. It changes no bit."""
+
+    log_format: Literal["text", "json"] = "text"
+    """json: each log line of driver and workers is an object with time, level, job, stage, block (its number, or those
+    of one call) and message."""
+    profile: Path | None = None
+    """Folder for Chrome traces (Perfetto) of a block on each kind of worker: embed, search, score, train. On a cluster
+    it is one on each node."""
 
 
 @dataclass(frozen=True, kw_only=True)

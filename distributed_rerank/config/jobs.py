@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 from tyro.conf import OmitArgPrefixes, Positional, arg
 
-from distributed_rerank.config.cluster import ClusterConfig, RetryConfig
+from distributed_rerank.config.cluster import ClusterConfig, ObserveConfig, RetryConfig
 from distributed_rerank.config.evaluation import FirstStageConfig, MeasureConfig, RerankerConfig
 from distributed_rerank.config.extractor import ExtractorConfig
 from distributed_rerank.config.importing import ImportConfig
@@ -27,6 +27,7 @@ class ClusterJob:
     """A job that may run on Ray."""
 
     cluster: OmitArgPrefixes[ClusterConfig] = field(default_factory=ClusterConfig)
+    observe: OmitArgPrefixes[ObserveConfig] = field(default_factory=ObserveConfig)
 
 
 @dataclass(frozen=True, kw_only=True)

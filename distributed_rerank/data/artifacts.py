@@ -11,6 +11,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -26,6 +27,7 @@ from distributed_rerank.data.files import file_digest as file_digest
 from distributed_rerank.data.files import write_json as write_json
 from distributed_rerank.data.manifests import MANIFEST, SCHEMA_VERSION, check_folder, read_manifest, write_manifest
 from distributed_rerank.errors import BadInput
+from distributed_rerank.runtime import logs
 
 logger = logging.getLogger(__name__)
 
@@ -117,13 +119,16 @@ class Staging:
         self._lock = lock
         self._overwrite = overwrite
         self._remembered: set[ComputedWith] = set()
+        self._told = ExitStack()
 
     def __enter__(self) -> "Staging":
+        self._told.enter_context(logs.about(stage=self.fingerprint["stage"]))
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._told.close()
         self.close()
 
     def close(self) -> None:

@@ -15,8 +15,9 @@ from distributed_rerank.data.texts import Texts
 from distributed_rerank.errors import BadInput
 from distributed_rerank.tensors.candidate_lists import CandidateLists, places_of
 
-_PAIRS = 1 << 16
-"""Logits that are placed at a time."""
+_PAIRS, _MOST_PAIRS = 1 << 16, 1 << 20
+"""Logits that are placed at a time: as many as the catalogue has items, within these bounds. A look-up of many ids
+passes over the whole catalogue, so fewer at a time would cost pairs times items."""
 
 
 def candidates_table(lists: CandidateLists, ids: Texts) -> pa.Table:
@@ -57,7 +58,7 @@ def aligned_logits(
     n, width = len(catalogue) + 1, lists.items.shape[1]
     logits = torch.full(lists.items.shape, torch.nan)
     query_items, by_query = lists.query_items.sort()
-    for pairs in regrouped(tables_of_pairs, _PAIRS):
+    for pairs in regrouped(tables_of_pairs, min(max(_PAIRS, n), _MOST_PAIRS)):
         queries, gallery = (torch.from_numpy(catalogue.items_of(pairs[name])) for name in ("query_id", "gallery_id"))
         rows = places_of(query_items, queries.unique())
         rows = by_query[rows[rows >= 0]]

@@ -4,7 +4,6 @@ A catalogue is sorted by id in code-point order; a row's position is its *item* 
 images are item numbers of one catalogue, and "ties by item" is therefore "ties by id". Files carry ids only.
 """
 
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -15,22 +14,30 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.compute
-from jaxtyping import Int64
+from jaxtyping import Bool, Int32, Int64
 
 from distributed_rerank.data import catalogue_checks, locations
 from distributed_rerank.data.catalogue_checks import BOX as BOX_COLUMNS
-from distributed_rerank.data.catalogue_columns import load_table, normalise
+from distributed_rerank.data.catalogue_columns import as_series, load_table, normalise
 from distributed_rerank.data.files import text_digest
 from distributed_rerank.data.judgements import Judgements
 from distributed_rerank.data.locations import ImageRoots
 from distributed_rerank.data.text_columns import as_objects, refuse_equal_numbers
-from distributed_rerank.data.texts import Texts, as_column, json_of_columns
+from distributed_rerank.data.texts import (
+    Texts,
+    as_column,
+    codes_of,
+    give_back_memory,
+    json_of_columns,
+    known_codes,
+    ordered_codes,
+)
 from distributed_rerank.errors import BadInput
+from distributed_rerank.tensors import sharding
 
 pc: Any = pyarrow.compute  # type checkers do not see its functions, which are made at import
 
 Purpose = Literal["images", "evaluation", "training"]
-_INTEGER = re.compile(r"-?[0-9]{1,18}")
 _DIGEST_COLUMNS = (
     "id",
     "written_path",
@@ -43,6 +50,8 @@ _DIGEST_COLUMNS = (
     "item",
     *BOX_COLUMNS,
 )
+_REPEATED = ("label", "split", "category", "sequence", "item")
+"""Columns in which a text may be that of many rows: the table holds each text once, and a number a row."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +73,8 @@ class Catalogue:
     None), `split` ("train", "validation" or ""), `is_query`, `is_gallery` (bool; always False in train rows,
     as in OML), and the optional `category`, `sequence`, `item` (text or None) and `x_1, y_1, x_2, y_2` (float,
     NaN = no box). Names are text, as `text_columns` reads them: `01` and `1` are two labels. Columns of text are
-    Arrow's: no cell is a Python object before somebody asks for it.
+    Arrow's: no cell is a Python object before somebody asks for it. Those that `read_catalogue` has read hold a
+    repeated text once, and `labels` and `sequences` are the table's own memory.
     """
 
     table: pd.DataFrame
@@ -89,20 +99,25 @@ class Catalogue:
         return as_column(self.table[column])
 
     @cached_property
-    def labels(self) -> Int64[np.ndarray, " item"]:
-        """Codes into `label_names`; -1 = no label."""
-        return _codes(self.texts("label"), self.label_names)
+    def labels(self) -> Int32[np.ndarray, " item"]:
+        """Codes into `label_names`; -1 = no label. Read-only."""
+        return codes_of(self._codes("label"))
 
     @cached_property
-    def label_names(self) -> list[str]:
+    def label_names(self) -> Texts:
         """The labels present: by value where all are integers, else in code-point order; so are `1` and `01`."""
-        names = _names(self.texts("label"))
-        return sorted(names, key=int) if all(map(_INTEGER.fullmatch, names)) else names
+        return Texts(self._codes("label").dictionary)
 
     @cached_property
-    def sequences(self) -> Int64[np.ndarray, " item"]:
-        """Codes of the sequences in this catalogue; -1 = none."""
-        return _codes(self.texts("sequence"))
+    def sequences(self) -> Int32[np.ndarray, " item"]:
+        """Codes of the sequences in this catalogue; -1 = none. Read-only."""
+        if "sequence" not in self.table:
+            return np.broadcast_to(np.int32(-1), len(self))  # one number, however many items
+        return codes_of(self._codes("sequence"))
+
+    def _codes(self, column: str) -> pa.DictionaryArray:
+        known = known_codes(self.table[column])
+        return ordered_codes(self.table[column], by_value=column == "label") if known is None else known
 
     @cached_property
     def things(self) -> Int64[np.ndarray, " item"] | None:
@@ -112,7 +127,7 @@ class Catalogue:
         """
         if "item" not in self.table:
             return None
-        codes = _codes(self.texts("item"))
+        codes = codes_of(self._codes("item")).astype(np.int64)
         alone = codes < 0
         return np.where(alone, codes.max(initial=-1) + np.cumsum(alone), codes)
 
@@ -133,10 +148,25 @@ class Catalogue:
         """Items marked `is_query`, ascending."""
         return np.flatnonzero(self.table["is_query"].to_numpy(dtype=bool)).astype(np.int64)
 
-    @cached_property
+    @property
+    def is_gallery(self) -> Bool[np.ndarray, " item"]:
+        """Whether each item is marked `is_gallery`: the table's own memory."""
+        return self.table["is_gallery"].to_numpy(dtype=bool)
+
+    @property
+    def n_gallery(self) -> int:
+        """How many gallery items there are."""
+        return int(self.is_gallery.sum())
+
+    @property
     def gallery_items(self) -> Int64[np.ndarray, " gallery"]:
-        """Items marked `is_gallery`, ascending."""
-        return np.flatnonzero(self.table["is_gallery"].to_numpy(dtype=bool)).astype(np.int64)
+        """Items marked `is_gallery`, ascending; made anew each time, for they may be all items."""
+        return np.flatnonzero(self.is_gallery).astype(np.int64)
+
+    def gallery_blocks(self, size: int) -> Iterator[Int64[np.ndarray, " gallery"]]:
+        """The gallery items among each `size` items, ascending."""
+        for start, stop in sharding.blocks(len(self), size):
+            yield start + np.flatnonzero(self.is_gallery[start:stop])
 
     def roles(self) -> tuple[Texts, Texts]:
         """The ids of the queries and of the gallery, ascending."""
@@ -144,10 +174,11 @@ class Catalogue:
 
     def restrict(self, split: str) -> "Catalogue":
         """The rows of one split, numbered anew. Raises BadInput where there are none."""
-        items = np.flatnonzero((self.table["split"] == split).to_numpy(dtype=bool))
-        if len(items) == 0:
+        column = self._codes("split")
+        is_own = codes_of(column) == column.dictionary.index(split).as_py()
+        if not is_own.any():
             raise BadInput(f"{self.source}: no row has split {split!r}; set it in the table or choose another split")
-        return self.take(items)
+        return self if is_own.all() else self.take(np.flatnonzero(is_own))
 
     def take(self, items: np.ndarray) -> "Catalogue":
         """The rows of these items, in id order whatever the order given, numbered anew; no item twice."""
@@ -155,7 +186,7 @@ class Catalogue:
         assert np.all(items[1:] > items[:-1]), "an item is taken twice"
         if len(items) == len(self):
             return self
-        return replace(self, table=self.table.iloc[items].reset_index(drop=True))
+        return replace(self, table=_with_codes(self.table.iloc[items].reset_index(drop=True)))
 
     def as_query_and_gallery(self) -> "Catalogue":
         """The same rows, each both query and gallery item: how training images search among themselves."""
@@ -217,20 +248,6 @@ class ImageRefs(Sequence[ImageRef]):
         return iter(self.catalogue.images(self.items))
 
 
-def _names(texts: pa.Array) -> list[str]:
-    """The distinct texts in code-point order."""
-    return sorted(texts.unique().drop_null().to_pylist())
-
-
-def _codes(texts: pa.Array, names: Sequence[str] | None = None) -> Int64[np.ndarray, " item"]:
-    """The place of each text among the names, by default in code-point order; -1 = null."""
-    distinct = texts.dictionary_encode()
-    places = {name: place for place, name in enumerate(_names(texts) if names is None else names)}
-    # One more entry at the end, for null.
-    codes = np.array([*(places[name] for name in distinct.dictionary.to_pylist()), -1], np.int64)
-    return codes[distinct.indices.fill_null(len(codes) - 1).to_numpy(zero_copy_only=False)]
-
-
 def read_catalogue(
     uri: str,
     *,
@@ -266,7 +283,9 @@ def read_catalogue(
         catalogue_checks.check_shared_labels(table, allow_shared_labels, problems)
     problems.raise_if_any()
     problems.log_words_for_no_value()
-    return Catalogue(_sorted_by_id(table), uri, roots)
+    table = _with_codes(_sorted_by_id(table))
+    give_back_memory()
+    return Catalogue(table, uri, roots)
 
 
 def read_query_gallery(
@@ -297,7 +316,9 @@ def read_query_gallery(
     _refuse_spellings(tables[0], tables[1], query_uri, gallery_uri)
     union = _union(tables[0], tables[1], f"{query_uri} and {gallery_uri}")
     roots = locations.make_roots([locations.folder_of(uri) for uri in (query_uri, gallery_uri)], image_roots)
-    return Catalogue(_sorted_by_id(union), f"{query_uri} and {gallery_uri}", roots)
+    union = _with_codes(_sorted_by_id(union))
+    give_back_memory()
+    return Catalogue(union, f"{query_uri} and {gallery_uri}", roots)
 
 
 def _refuse_spellings(queries: pd.DataFrame, gallery: pd.DataFrame, query_uri: str, gallery_uri: str) -> None:
@@ -334,3 +355,9 @@ def _sorted_by_id(table: pd.DataFrame) -> pd.DataFrame:
     if pc.all(pc.greater_equal(ids[1:], ids[:-1])).as_py() is not False:
         return table.reset_index(drop=True)
     return table.take(pc.array_sort_indices(ids).to_numpy()).reset_index(drop=True)
+
+
+def _with_codes(table: pd.DataFrame) -> pd.DataFrame:
+    """The table with each text of the columns `_REPEATED` held once."""
+    present = [name for name in _REPEATED if name in table]
+    return table.assign(**{name: as_series(ordered_codes(table[name], by_value=name == "label")) for name in present})

@@ -104,7 +104,7 @@ def check_things(table: pd.DataFrame, problems: Problems) -> None:
     """All photos of one `item` have one label."""
     if "item" not in table or "label" in problems.absent:
         return
-    pairs = set(zip(table["item"], table["label"], strict=True))
+    pairs = set(zip(*(as_column(table[name]).to_pylist() for name in ("item", "label")), strict=True))
     n_labels = Counter(item for item, label in pairs if item is not None and label is not None)
     mixed = sorted(item for item, number in n_labels.items() if number > 1)
     if mixed:
@@ -115,9 +115,10 @@ def check_shared_labels(table: pd.DataFrame, is_allowed: bool, problems: Problem
     """No label in two splits, unless that `is_allowed`: then a warning tells how many."""
     if problems.absent & {"split", "label"} or not set(table["split"].unique()) <= set(SPLITS):
         return  # what is wrong with the splits is told, and they may mean something else
-    labels = {split: set(table.loc[table["split"] == split, "label"].dropna().unique()) for split in SPLITS}
+    column, of_split = as_column(table["label"]), as_column(table["split"])
+    labels = {split: column.filter(pc.equal(of_split, split)).unique().drop_null() for split in SPLITS}
     for split, other in itertools.combinations(SPLITS, 2):
-        shared = sorted(labels[split] & labels[other])
+        shared = sorted(labels[split].filter(pc.is_in(labels[split], value_set=labels[other])).to_pylist())
         if shared:
             found = f"{len(shared)} of {len(labels[other])} {other} labels are {split} labels too: {some(shared)}"
             tell_shared(found, is_allowed, problems)

@@ -42,7 +42,7 @@ def gather_lists(
     conversion: Conversion | None = None,
     queries_per_block: int = QUERIES_PER_BLOCK,
 ) -> CandidateLists:
-    """The candidate lists in the rows of all `batches`: queries in item order, each list best first.
+    """The candidate lists in the rows of all `batches`: queries in item order, each list best first; int32 items.
 
     Columns are `query_id, gallery_id` and `distance` (small = same) or `score` (large = same; distance = -score), with
     or without `rank`; an index column that pandas wrote is ignored. A list is ordered by (rank, distance, item),
@@ -176,7 +176,7 @@ class _Gathering:
         queries = np.flatnonzero(self._is_named)
         # [query, longest list], filled block by block.
         shape = (len(queries), int(counts.max(initial=0)))
-        items, distances = np.empty(shape, np.int64), np.empty(shape, np.float32)
+        items, distances = np.empty(shape, np.int32), np.empty(shape, np.float32)
         for start, stop in sharding.blocks(len(queries), queries_per_block):
             block = slice(start, stop)
             self._lay_out(queries[block], counts[queries[block]], items[block], distances[block])
@@ -197,7 +197,7 @@ class _Gathering:
         items[row, column], distances[row, column] = rows.item, rows.distance
         # In sorted rows [query, longest list] a repeated item stands next to itself; -1 may repeat.
         ids = self._catalogue.ids
-        ordered = np.sort(items.astype(np.int32), axis=1)
+        ordered = np.sort(items, axis=1)
         twice = (ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)
         if twice.any():
             row, column = np.argwhere(twice)[0]

@@ -8,7 +8,6 @@ that Pillow itself refuses images above twice `PIL.Image.MAX_IMAGE_PIXELS` (179 
 `max_pixels` says.
 """
 
-import ctypes
 import io
 import threading
 from collections.abc import Callable, Iterator
@@ -22,6 +21,7 @@ from distributed_rerank.data.catalogue import ImageRef
 from distributed_rerank.data.locations import StoreUnreachable, read_bytes
 from distributed_rerank.data.pictures import DAMAGE, Box, Picture, UnreadableImage, orientation_of
 from distributed_rerank.data.rejects import OUTAGE
+from distributed_rerank.data.texts import TRIM
 from distributed_rerank.errors import BadInput
 
 __all__ = ["MAX_PIXELS", "UnreadableImage", "decode", "read_bytes", "read_content", "read_image", "to_rgb"]
@@ -36,8 +36,6 @@ MAX_BYTES = 200_000_000
 MAX_SCANS = 100
 """Of a progressive JPEG, as libtiff has it; encoders write a dozen, and each costs a pass over the picture."""
 _one_at_a_time = threading.Lock()
-_TRIM: Callable[[int], object] = getattr(ctypes.CDLL(None), "malloc_trim", lambda pad: None)
-"""Gives freed memory back to the system, where glibc manages it."""
 HAS_AVIF = "avif" in features.modules and features.check_module("avif")
 """Pillow decodes it from 11.3 on."""
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", *(("AVIF",) if HAS_AVIF else ()))
@@ -104,7 +102,7 @@ def decode(
                 finally:
                     image.close()
                     # Else each thread keeps some of what it has freed, up to a picture's worth.
-                    _TRIM(0)
+                    TRIM(0)
     except MemoryError:
         if image is None or image.width * image.height <= LARGE:
             raise  # no fault of this image

@@ -5,10 +5,9 @@ from jaxtyping import Bool, Int64
 
 from distributed_rerank.data.catalogue import Catalogue
 from distributed_rerank.errors import BadInput
-from distributed_rerank.tensors import sharding
 
 _GALLERY_PER_BLOCK = 1 << 16
-"""Gallery items that are counted at a time, as long as they are more than the queries."""
+"""Items whose gallery items are counted at a time, as long as they are more than the queries."""
 
 
 def count_relevant(catalogue: Catalogue) -> Int64[np.ndarray, " query"]:
@@ -18,21 +17,19 @@ def count_relevant(catalogue: Catalogue) -> Int64[np.ndarray, " query"]:
     """
     if catalogue.judgements is not None:
         return count_judged(catalogue)[catalogue.query_items]
-    queries, gallery = catalogue.query_items, catalogue.gallery_items
-    labels, sequences = catalogue.labels, catalogue.sequences
+    queries, labels, sequences = catalogue.query_items, catalogue.labels, catalogue.sequences
     n_sequences = int(sequences.max(initial=-1)) + 1
 
     def pairs(items: np.ndarray) -> np.ndarray:
-        return labels[items] * n_sequences + sequences[items]
+        return labels[items].astype(np.int64) * n_sequences + sequences[items]
 
     same_label, in_sequence = np.zeros(len(queries), np.int64), np.zeros(len(queries), np.int64)
     # The gallery some items at a time: sorting it at once would need many times its memory.
-    for start, stop in sharding.blocks(len(gallery), max(_GALLERY_PER_BLOCK, len(queries))):
-        part = gallery[start:stop]
+    for part in catalogue.gallery_blocks(max(_GALLERY_PER_BLOCK, len(queries))):
         same_label += _count(labels[part], labels[queries])
         in_sequence += _count(pairs(part[sequences[part] >= 0]), pairs(queries))
     # Of these, the items of the query's own sequence; the query itself is one of them where it has a sequence.
-    own = np.where(sequences[queries] >= 0, in_sequence, _are_gallery(catalogue)[queries])
+    own = np.where(sequences[queries] >= 0, in_sequence, _are_gallery(catalogue, queries))
     return np.where(labels[queries] >= 0, same_label - own, 0)
 
 
@@ -42,7 +39,7 @@ def count_judged(catalogue: Catalogue) -> Int64[np.ndarray, " item"]:
     queries, candidates, grades = catalogue.judgements.pairs(catalogue.ids)
     sequences = catalogue.sequences
     is_own = (queries == candidates) | ((sequences[queries] >= 0) & (sequences[queries] == sequences[candidates]))
-    return np.bincount(queries[(grades > 0) & _are_gallery(catalogue)[candidates] & ~is_own], minlength=len(catalogue))
+    return np.bincount(queries[(grades > 0) & catalogue.is_gallery[candidates] & ~is_own], minlength=len(catalogue))
 
 
 def are_relevant(catalogue: Catalogue, query_item: int, items: Int64[np.ndarray, " item"]) -> Bool[np.ndarray, " item"]:
@@ -55,9 +52,9 @@ def are_relevant(catalogue: Catalogue, query_item: int, items: Int64[np.ndarray,
 
 def check_measurable(catalogue: Catalogue) -> None:
     """Raises BadInput, with the cause, where no query has a relevant gallery item."""
-    queries, gallery = catalogue.query_items, catalogue.gallery_items
-    for role, items in (("is_query", queries), ("is_gallery", gallery)):
-        if not len(items):
+    queries = catalogue.query_items
+    for role, number in (("is_query", len(queries)), ("is_gallery", catalogue.n_gallery)):
+        if not number:
             raise BadInput(f"{catalogue.source}: no row of this split has {role}; set it or choose another --split")
     if count_relevant(catalogue).any():
         return
@@ -66,7 +63,7 @@ def check_measurable(catalogue: Catalogue) -> None:
             f"{catalogue.source}: no judged query has a relevant gallery item; check --judgements and --split"
         )
     labels = catalogue.labels
-    others = _count(labels[gallery], labels[queries]) - _are_gallery(catalogue)[queries]
+    others = _count(labels[catalogue.is_gallery], labels[queries]) - _are_gallery(catalogue, queries)
     n_hidden = int((others[labels[queries] >= 0] > 0).sum())
     cause = f"{len(queries) - n_hidden} have no other gallery item of their label; check label and is_gallery"
     if n_hidden == len(queries):
@@ -79,8 +76,8 @@ def check_measurable(catalogue: Catalogue) -> None:
     )
 
 
-def _are_gallery(catalogue: Catalogue) -> np.ndarray:
-    return catalogue.table["is_gallery"].to_numpy(dtype=bool)
+def _are_gallery(catalogue: Catalogue, items: np.ndarray) -> np.ndarray:
+    return catalogue.is_gallery[items]
 
 
 def _count(of: np.ndarray, wanted: np.ndarray) -> Int64[np.ndarray, " wanted"]:

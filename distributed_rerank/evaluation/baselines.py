@@ -210,10 +210,10 @@ class Sources:
         if of_gallery:
             lists = self._lists_of_all(is_pairwise).of_queries(gallery_items)
             gallery = _expanded(matrix, gallery_items, only_gallery(lists, ranked.catalogue))
+        sides = ((queries, ranked.query_items.numpy()), (gallery, ranked.catalogue.gallery_items))
         sequences = catalogue.sequences
         return self._search(
-            SearchSide(queries.numpy(), ranked.query_items.numpy(), sequences[ranked.query_items.numpy()]),
-            SearchSide(gallery.numpy(), ranked.catalogue.gallery_items, sequences[ranked.catalogue.gallery_items]),
+            *(SearchSide(vectors.numpy(), items, sequences[items].astype(np.int64)) for vectors, items in sides)
         )
 
     def _search(self, queries: SearchSide, gallery: SearchSide) -> CandidateLists:
@@ -233,10 +233,10 @@ class Sources:
         if is_pairwise:
             if not ranked.covers_all_items:
                 raise Skipped("needs the pairs of gallery items, which this chain does not score")
-            return ranked.pairwise_lists()
+            return ranked.pairwise_lists().long()
         if self.all_lists is None:
             self.all_lists = ranked.scored.lists if ranked.covers_all_items else self._retrieve_all()
-        return self.all_lists
+        return self.all_lists.long()
 
     def _retrieve_all(self) -> CandidateLists:
         ranked = self.ranked

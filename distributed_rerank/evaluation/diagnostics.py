@@ -25,11 +25,13 @@ from distributed_rerank.evaluation.ship_or_wait import labels_to_check, ship_or_
 from distributed_rerank.evaluation.thresholds import by_probability
 from distributed_rerank.models.pairwise import PairwiseModel
 from distributed_rerank.scoring.stage import ScoredLists
+from distributed_rerank.tensors import sharding
 from distributed_rerank.tensors.candidate_lists import Ranking
 
 SHOWN_TOP_N = 50
 """Candidates whose distances are counted where nothing was re-ranked."""
 N_BINS = 30
+_QUERIES_PER_COUNT = 1 << 14
 
 
 @dataclass
@@ -132,11 +134,13 @@ def cost_by_top_n(
     is_used = torch.zeros(n_items, dtype=torch.bool)
     n_pairs, start, costs = 0, 0, []
     for top_n in top_ns:
-        # the candidates that this top_n adds to the one before
-        is_pair = scored.logits[:, start:top_n].isfinite()
-        n_pairs += int(is_pair.sum())
-        is_used[scored.lists.items[:, start : start + is_pair.shape[1]][is_pair]] = True
-        is_used[scored.lists.query_items[is_pair.any(dim=1)]] = True
+        # The candidates that this top_n adds to the one before, those of some queries at a time.
+        for first, last in sharding.blocks(len(scored.logits), _QUERIES_PER_COUNT):
+            is_pair = scored.logits[first:last, start:top_n].isfinite()
+            part = scored.lists[first:last]
+            n_pairs += int(is_pair.sum())
+            is_used[part.items[:, start : start + is_pair.shape[1]][is_pair]] = True
+            is_used[part.query_items[is_pair.any(dim=1)]] = True
         n_images = int(is_used.sum())
         gflop = round(cost["gflop_per_pair"] * n_pairs, 6)
         costs.append(

@@ -24,7 +24,7 @@ def embedding_map(ranked: Ranked, per_query: pd.DataFrame) -> pd.DataFrame | Non
     catalogue = ranked.first.catalogue
     items = catalogue.items_of(shown["query_id"].tolist())
     vectors = embeddings.matrix[embeddings.rows_of(catalogue.ids)[items]]
-    places = label_plane(torch.from_numpy(np.array(vectors)), torch.from_numpy(catalogue.labels[items]))
+    places = label_plane(torch.from_numpy(np.array(vectors)), torch.from_numpy(catalogue.labels[items]).long())
     side = "after" if ranked.after else "before"
     hit = shown[f"first_hit_{side}"].fillna(0).to_numpy()
     return shown[["query_id", "label"]].assign(x=places[:, 0].numpy(), y=places[:, 1].numpy(), is_right=hit == 1)

@@ -10,6 +10,7 @@ from torch import Tensor
 from distributed_rerank.data.catalogue import Catalogue
 from distributed_rerank.data.embeddings import Embeddings
 from distributed_rerank.errors import BadInput
+from distributed_rerank.runtime.devices import tensor_of
 from distributed_rerank.tensors import oml_metrics, sharding
 
 MOST_PAIRS = 200_000_000
@@ -21,7 +22,7 @@ def check_fmrs(catalogue: Catalogue, has_embeddings: bool) -> None:
     """Raises BadInput where fnmr@fmr cannot be measured: without embeddings, or for more pairs than `MOST_PAIRS`."""
     if not has_embeddings:
         raise BadInput("--fmrs needs embeddings: give --embeddings or --extractor, or leave --fmrs out")
-    n_pairs = len(catalogue.query_items) * len(catalogue.gallery_items)
+    n_pairs = len(catalogue.query_items) * catalogue.n_gallery
     if n_pairs > MOST_PAIRS:
         raise BadInput(f"--fmrs needs all {n_pairs:,} distances, above {MOST_PAIRS:,}; leave --fmrs out")
 
@@ -56,7 +57,7 @@ def embedding_metrics(
 
 def _distances(catalogue: Catalogue, matrix: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     """Distances of positive and of negative pairs, some queries at a time."""
-    labels, sequences = torch.from_numpy(catalogue.labels), torch.from_numpy(catalogue.sequences)
+    labels, sequences = (tensor_of(codes) for codes in (catalogue.labels, catalogue.sequences))
     gallery = torch.from_numpy(catalogue.gallery_items)
     for queries in torch.from_numpy(catalogue.query_items).split(QUERIES_PER_BLOCK):
         # [query, gallery]

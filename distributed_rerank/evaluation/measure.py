@@ -11,13 +11,14 @@ from typing import Any, TypeVar
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Bool, Int64
+from jaxtyping import Bool, Int32, Int64
 from torch import Tensor
 
 from distributed_rerank.data.catalogue import Catalogue
 from distributed_rerank.data.relevance import count_judged
 from distributed_rerank.errors import BadInput
 from distributed_rerank.reranking.first_stage import judged_pairs
+from distributed_rerank.runtime.devices import tensor_of
 from distributed_rerank.tensors import metrics, oml_metrics, statistics
 from distributed_rerank.tensors.candidate_lists import Ranking
 from distributed_rerank.tensors.metrics import PerQuery
@@ -29,7 +30,7 @@ OwnMetric = Callable[[Bool[Tensor, "query k"], Int64[Tensor, " query"]], Tensor]
 
 QUERIES_PER_BLOCK = 1 << 13
 _GALLERY_PER_BLOCK = 1 << 16
-"""Gallery items that are counted at a time, as long as they are more than the queries."""
+"""Items whose gallery items are counted at a time, as long as they are more than the queries."""
 COMPARED = ("cmc@1", "map@10")
 """Metrics by which categories and baselines are compared, as far as they are measured."""
 
@@ -55,7 +56,7 @@ class LabelledQueries:
     """Their rows in the rankings of all queries."""
     labels: Int64[Tensor, " query"]
     n_relevant: Int64[Tensor, " query"]
-    item_labels: Int64[Tensor, " item"]
+    item_labels: Int32[Tensor, " item"]
     judged: PairValues | None
     """Grades that say what is relevant, in place of the labels."""
     rows_without: Int64[Tensor, " other"]
@@ -127,20 +128,20 @@ class Wanted:
 
 def count_relevant(catalogue: Catalogue, query_items: Int64[Tensor, " query"]) -> LabelledQueries:
     """Count relevant gallery items per query. Queries with none are dropped and counted."""
-    labels, judged = torch.from_numpy(catalogue.labels), judged_pairs(catalogue)
-    sequences = torch.from_numpy(catalogue.sequences)
-    gallery = torch.from_numpy(catalogue.gallery_items)
+    labels, sequences = tensor_of(catalogue.labels), tensor_of(catalogue.sequences)
+    judged = judged_pairs(catalogue)
     if judged is not None:
         n_relevant = torch.from_numpy(count_judged(catalogue))[query_items]
     else:
-        own = query_items, labels[query_items], sequences[query_items]
+        own = query_items, labels[query_items].long(), sequences[query_items].long()
         # The gallery some items at a time: sorting it at once would need many times its memory.
         n_relevant = torch.zeros_like(query_items)
-        for part in gallery.split(max(_GALLERY_PER_BLOCK, len(query_items))):
-            n_relevant += metrics.count_relevant(*own, part, labels[part], sequences[part])
+        for items in catalogue.gallery_blocks(max(_GALLERY_PER_BLOCK, len(query_items))):
+            part = torch.from_numpy(items)
+            n_relevant += metrics.count_relevant(*own, part, labels[part].long(), sequences[part].long())
     rows, without = n_relevant.nonzero().squeeze(1), (n_relevant == 0).nonzero().squeeze(1)
     kept = query_items[rows]
-    return LabelledQueries(kept, rows, labels[kept], n_relevant[rows], labels, judged, without)
+    return LabelledQueries(kept, rows, labels[kept].long(), n_relevant[rows], labels, judged, without)
 
 
 def measure(
@@ -173,7 +174,7 @@ def measure(
     resampling = {"seed": seed, "n_resamples": n_resamples}
     figures: dict[str, Any] = {
         "n_queries": len(queries.rows),
-        "n_gallery": len(catalogue.gallery_items),
+        "n_gallery": catalogue.n_gallery,
         "n_without_relevant": queries.n_without_relevant,
         "first_stage": first.means,
         "oml": {"first_stage": first.oml},
@@ -302,11 +303,10 @@ def _per_query_table(
 ) -> pd.DataFrame:
     """The table per_query.parquet: one row per labelled query."""
     items = queries.query_items.numpy()
-    names = np.asarray(catalogue.label_names, dtype=object)
     categories = catalogue.categories
     columns: dict[str, Any] = {
         "query_id": catalogue.ids[items],
-        "label": names[queries.labels.numpy()].astype(str),
+        "label": catalogue.label_names[queries.labels.numpy()].astype(str),
         "category": None if categories is None else categories[items],
         "n_relevant": queries.n_relevant.numpy(),
         "first_hit_before": _rank_or_null(first),

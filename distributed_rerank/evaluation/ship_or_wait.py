@@ -22,6 +22,7 @@ from distributed_rerank.evaluation.measure import (
     measure_ranking,
 )
 from distributed_rerank.evaluation.ranked import Ranked
+from distributed_rerank.runtime.devices import tensor_of
 from distributed_rerank.tensors import statistics
 from distributed_rerank.tensors.suspects import PROBABLE, evidence_of_labels, precision_of_suspects
 
@@ -42,7 +43,7 @@ def labels_to_check(ranked: Ranked, labelled: LabelledQueries) -> list[dict[str,
     if labelled.judged is not None:
         return []
     catalogue, names = ranked.catalogue, ranked.catalogue.label_names
-    labels = torch.from_numpy(catalogue.labels)
+    labels = tensor_of(catalogue.labels)
     own, other, candidates, distances, places = _neighbours_of_another_label(ranked, labelled.rows, labels)
     precision = precision_of_suspects(own, other)
     pairs: list[dict[str, Any]] = []
@@ -81,8 +82,8 @@ def _neighbours_of_another_label(
         lists = ranked.final[rows].first(DEPTH)
         found = probabilities(ranked.chain, lists.distances) if ranked.after else None
         weights = torch.ones_like(lists.distances) if found is None else found
-        known = torch.where(lists.items >= 0, labels[lists.items], -1)
-        own, other, label = evidence_of_labels(weights, known, labels[ranked.query_items[rows]])
+        known = torch.where(lists.items >= 0, labels[lists.items], -1).long()
+        own, other, label = evidence_of_labels(weights, known, labels[ranked.query_items[rows]].long())
         is_that = (known == label[:, None]) & (known >= 0)
         place = is_that.to(torch.uint8).argmax(dim=1) if is_that.shape[1] else torch.zeros_like(label)
         has_one = is_that.any(dim=1)

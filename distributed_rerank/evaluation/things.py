@@ -11,6 +11,7 @@ from distributed_rerank.chain.chain import Chain
 from distributed_rerank.chain.views import things_of
 from distributed_rerank.evaluation.measure import QUERIES_PER_BLOCK
 from distributed_rerank.evaluation.ranked import Ranked
+from distributed_rerank.runtime.devices import tensor_of
 from distributed_rerank.tensors import metrics, statistics
 from distributed_rerank.tensors.candidate_lists import Ranking
 from distributed_rerank.tensors.metrics import PerQuery
@@ -28,7 +29,8 @@ def thing_figures(ranked: Ranked, *, ks: Sequence[int], seed: int, n_resamples: 
     catalogue = ranked.catalogue
     if catalogue.things is None or catalogue.judgements is not None:
         return {}
-    things, labels, sequences = map(torch.from_numpy, (catalogue.things, catalogue.labels, catalogue.sequences))
+    things = torch.from_numpy(catalogue.things)
+    labels, sequences = (tensor_of(codes).long() for codes in (catalogue.labels, catalogue.sequences))
     gallery = torch.from_numpy(catalogue.gallery_items)
     n_relevant = count_relevant_things(ranked.query_items, gallery, labels, sequences, things)
     rows = n_relevant.nonzero().squeeze(1)

@@ -81,7 +81,7 @@ class Imported:
             "train": int((split == "train").sum()),
             "train labels": len(set(labels[split == "train"])),
             "queries": len(self.catalogue.query_items),
-            "gallery": len(self.catalogue.gallery_items),
+            "gallery": self.catalogue.n_gallery,
             "validation labels": len(set(labels[split == "validation"])),
         }
 

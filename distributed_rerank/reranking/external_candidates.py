@@ -6,7 +6,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from distributed_rerank.config.evaluation import MissingLists
 from distributed_rerank.data.candidate_files import read_candidates
@@ -14,6 +13,7 @@ from distributed_rerank.data.catalogue import Catalogue
 from distributed_rerank.data.catalogue_checks import some
 from distributed_rerank.data.distance_kinds import Conversion
 from distributed_rerank.errors import BadInput
+from distributed_rerank.runtime.devices import tensor_of
 from distributed_rerank.tensors import sharding
 from distributed_rerank.tensors.candidate_lists import CandidateLists
 
@@ -83,9 +83,7 @@ def drop_unusable(lists: CandidateLists, catalogue: Catalogue) -> int:
 
     Candidates behind a removed one move up.
     """
-    is_gallery = torch.zeros(len(catalogue), dtype=torch.bool)
-    is_gallery[torch.from_numpy(catalogue.gallery_items)] = True
-    sequences, n_gone = torch.from_numpy(catalogue.sequences), 0
+    is_gallery, sequences, n_gone = tensor_of(catalogue.is_gallery), tensor_of(catalogue.sequences), 0
     for start, stop in sharding.blocks(len(lists), QUERIES_PER_BLOCK):
         part = lists[start:stop]
         # [query, k]: an item -1 takes the last entry of either table; `is_there` leaves it out again.

@@ -8,6 +8,7 @@ from jaxtyping import Int64
 from torch import Tensor
 
 from distributed_rerank.data.catalogue import Catalogue
+from distributed_rerank.runtime.devices import tensor_of
 from distributed_rerank.tensors.candidate_lists import CandidateLists
 
 
@@ -27,7 +28,7 @@ class LazyRanking:
 def only_gallery(lists: CandidateLists, catalogue: Catalogue) -> CandidateLists:
     """The lists without what is no gallery item."""
     is_gallery = torch.zeros(len(catalogue) + 1, dtype=torch.bool)  # the last entry belongs to item -1
-    is_gallery[torch.from_numpy(catalogue.gallery_items)] = True
+    is_gallery[:-1] = tensor_of(catalogue.is_gallery)
     is_kept = is_gallery[lists.items]
     if bool((is_kept | (lists.items < 0)).all()):
         return lists

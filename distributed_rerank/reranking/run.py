@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -27,6 +26,7 @@ from distributed_rerank.models.saving import load_model, local_folder
 from distributed_rerank.reranking.first_stage import FirstStage, without_junk
 from distributed_rerank.reranking.known_distances import distances_of
 from distributed_rerank.reranking.lists import LazyRanking, only_gallery
+from distributed_rerank.runtime.devices import tensor_of
 from distributed_rerank.scoring.stage import ScoredLists, score_candidates
 from distributed_rerank.tensors.candidate_lists import CandidateLists, Ranking, concatenate, places_of
 
@@ -72,12 +72,12 @@ def load_model_and_chain(config: RerankerConfig) -> tuple[PairwiseModel | None, 
 
 def is_one_against_rest(catalogue: Catalogue) -> bool:
     """Whether every item is both query and gallery item, so that the queries' lists are those of all items."""
-    return len(catalogue.query_items) == len(catalogue.gallery_items) == len(catalogue)
+    return len(catalogue.query_items) == catalogue.n_gallery == len(catalogue)
 
 
 def needs_joint_lists(chain: Chain, catalogue: Catalogue) -> bool:
     """Whether queries have to be each other's candidates: for reciprocal neighbours of queries outside the gallery."""
-    is_outside = len(np.setdiff1d(catalogue.query_items, catalogue.gallery_items)) > 0
+    is_outside = not catalogue.is_gallery[catalogue.query_items].all()
     return bool(chain.neighbourhood) and is_outside and not chain.is_inductive
 
 
@@ -237,7 +237,7 @@ def _rerank(
     matrix = None
     if embeddings is not None:
         matrix = torch.from_numpy(embeddings.matrix[embeddings.rows_of(catalogue.ids)])
-    sequences = torch.from_numpy(catalogue.sequences)
+    sequences = tensor_of(catalogue.sequences).long()
     gallery = None if needs_joint_lists(chain, catalogue) else torch.from_numpy(catalogue.gallery_items)
     reranked = chain_apply.apply(
         replace(chain, steps=chain.neighbourhood), everything, None, matrix, sequences, gallery

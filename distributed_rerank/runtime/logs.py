@@ -1,20 +1,66 @@
-"""Log lines of driver and workers in one format: time and level on every line, on standard error."""
+"""Log lines of driver and workers in one format, on standard error: text with time and level, or JSON objects."""
 
+import functools
+import json
 import logging
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
 
 PACKAGE = "distributed_rerank"
+OBSERVED = "DISTRIBUTED_RERANK_OBSERVED"
+"""The environment variable by which a driver tells its workers what `observe` was given, as JSON."""
+
+_about: ContextVar[dict[str, Any]] = ContextVar("about")
+
+
+def observe(**settings: str | None) -> None:
+    """Keep these settings for this process and the workers that it starts: `job`, `log_format`, `profile`."""
+    os.environ[OBSERVED] = json.dumps(settings)
+
+
+def observed() -> dict[str, str | None]:
+    """What `observe` was given, here or in the driver; {} where nothing was."""
+    return _read(os.environ.get(OBSERVED, "{}"))
+
+
+_read = functools.cache(json.loads)
+
+
+@contextmanager
+def about(**what: Any) -> Iterator[None]:
+    """Log lines within say what they are about, beside what the block around says: `stage`, `block`."""
+    token = _about.set(now_about() | what)
+    try:
+        yield
+    finally:
+        _about.reset(token)
+
+
+def now_about() -> dict[str, Any]:
+    """What log lines are about here, to be sent to a worker with its work."""
+    return _about.get({})
 
 
 class LineFormatter(logging.Formatter):
-    """Time and level before every line of a message, tables included."""
+    """Time and level before every line of a message, tables included; or a message as one line of JSON."""
 
     def __init__(self) -> None:
         super().__init__("%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S")
 
     def format(self, record: logging.LogRecord) -> str:
-        """The lines of the message, a traceback's as well, each with the same prefix."""
-        first, *others = super().format(record).split("\n")
+        """The lines of the message, a traceback's as well, each with the same prefix; in JSON one object."""
+        text = super().format(record)
         prefix = f"{record.asctime} {record.levelname}"
+        if observed().get("log_format") == "json":
+            moment = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
+            line = {"time": f"{moment}.{int(record.msecs):03d}Z", "level": record.levelname, "logger": record.name}
+            line |= {"job": observed().get("job"), "stage": None, "block": None} | now_about()
+            return json.dumps(line | {"message": text.removeprefix(f"{prefix} ")}, default=str)
+        first, *others = text.split("\n")
         return "\n".join([first, *(f"{prefix} {line}".rstrip() for line in others)])
 
 

@@ -10,24 +10,36 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Int64
+from jaxtyping import Int, Int64
 from torch import Tensor
 
 from distributed_rerank.tensors import sharding
 from distributed_rerank.tensors.candidate_lists import CandidateLists
+
+_QUERIES_PER_HASH = 1 << 14
+"""Whose candidates are hashed together."""
 
 
 @dataclass(frozen=True)
 class ScoreBlock:
     """Some queries with their first candidates."""
 
-    lists: CandidateLists
+    everything: CandidateLists
+    """The lists of all queries, one in memory for all blocks."""
+    rows: Int64[np.ndarray, " query"]
+    """Those of the block."""
     batches: Int64[np.ndarray, " batch"]
     """The image batches that hold the block's images, ascending."""
 
+    @property
+    def lists(self) -> CandidateLists:
+        """The block's lists, copied each time."""
+        return self.everything[torch.from_numpy(self.rows)]
+
     def images(self) -> Int64[Tensor, " image"]:
         """The distinct items of the block, ascending."""
-        items = torch.cat([self.lists.query_items, self.lists.items.flatten()]).unique()
+        lists = self.lists
+        items = torch.cat([lists.query_items, lists.items.flatten()]).unique()
         return items[items >= 0]
 
 
@@ -76,30 +88,35 @@ def make_plan(
     order = by_common_candidates(items)
     order = order[items[order, 0] >= 0] if items.shape[1] else order[:0]
     cut = sharding.tapering_blocks if tapers else sharding.blocks
-    rows_of_blocks = [order[start:stop] for start, stop in cut(len(order), queries_per_block)]
-    used = [np.concatenate([queries[rows], items[rows].ravel()]) for rows in rows_of_blocks]
-    images = _in_order_of_first_use(np.concatenate([np.empty(0, np.int64), *used]))
-    # [image]: the images in ascending order, and which is which batch's.
-    order_of_items = np.argsort(images)
-    ascending, batch_of = images[order_of_items], order_of_items // images_per_batch
-    blocks = []
-    for rows, needed in zip(rows_of_blocks, used, strict=True):
-        batches = np.unique(batch_of[np.searchsorted(ascending, needed[needed >= 0])])
-        blocks.append(ScoreBlock(lists[torch.from_numpy(rows)], batches))
-    return ScorePlan(images, images_per_batch, tuple(blocks))
+    # [item]: the place of each image in the order of first use; -1 = not used yet.
+    place_of = np.full(max(queries.max(initial=-1), items.max(initial=-1)) + 1, -1, np.int32)
+    images, blocks, n_images = [np.empty(0, np.int64)], [], 0
+    for start, stop in cut(len(order), queries_per_block):
+        rows = order[start:stop]
+        needed = np.concatenate([queries[rows], items[rows].ravel()])
+        needed = needed[needed >= 0]
+        images.append(_in_order_of_first_use(needed[place_of[needed] < 0]))
+        place_of[images[-1]] = n_images + np.arange(len(images[-1]))
+        n_images += len(images[-1])
+        batches = np.unique(place_of[needed] // images_per_batch).astype(np.int64)
+        blocks.append(ScoreBlock(lists, rows, batches))
+    return ScorePlan(np.concatenate(images), images_per_batch, tuple(blocks))
 
 
-def by_common_candidates(items: Int64[np.ndarray, "query top_n"], n_hashes: int = 4) -> Int64[np.ndarray, " query"]:
+def by_common_candidates(items: Int[np.ndarray, "query top_n"], n_hashes: int = 4) -> Int64[np.ndarray, " query"]:
     """An order of the rows that brings those with common candidates together (MinHash, Broder 1997).
 
     Two rows agree in one hash with the probability of the Jaccard index of their candidates; rows are sorted
     by their hashes, then by position. Block by block fewer images are then needed.
     """
-    keys = []
-    for seed in range(1, n_hashes + 1):
-        hashed = _hash(items, seed)
-        hashed[items < 0] = np.iinfo(np.uint64).max
-        keys.append(hashed.min(axis=1, initial=np.iinfo(np.uint64).max))
+    # [hash, query], some queries at a time.
+    keys = np.empty((n_hashes, len(items)), np.uint64)
+    for start, stop in sharding.blocks(len(items), _QUERIES_PER_HASH):
+        part = items[start:stop]
+        for seed in range(1, n_hashes + 1):
+            hashed = _hash(part, seed)
+            hashed[part < 0] = np.iinfo(np.uint64).max
+            keys[seed - 1, start:stop] = hashed.min(axis=1, initial=np.iinfo(np.uint64).max)
     return np.lexsort(keys[::-1]).astype(np.int64)
 
 
@@ -116,8 +133,8 @@ def pairs_per_batch(gflop_per_pair: float, is_gpu: bool) -> int:
 
 
 def _in_order_of_first_use(items: np.ndarray) -> Int64[np.ndarray, " image"]:
-    """The distinct items, without -1."""
-    distinct, first = np.unique(items[items >= 0], return_index=True)
+    """The distinct items."""
+    distinct, first = np.unique(items, return_index=True)
     return distinct[np.argsort(first)].astype(np.int64)
 
 

@@ -189,8 +189,9 @@ class Round:
                     f"the pairwise model gives no finite logit of {pair} ({(~np.isfinite(of_pairs)).sum()} pairs of "
                     "their block); train it again, or with precision fp32"
                 )
-            placed = torch.full(block.lists.items.shape, torch.nan)
-            placed[self._is_readable(block)] = tensor_of(of_pairs)
+            is_readable = self._is_readable(block)
+            placed = torch.full(is_readable.shape, torch.nan)
+            placed[is_readable] = tensor_of(of_pairs)
             self._scoring.counters.pairs_scored += len(of_pairs)
             rejects = [self._rejects[item] for item in block.images().tolist() if item in self._rejects]
             yield number, ScoredBlock(placed, rejects, computed_with)
@@ -198,17 +199,18 @@ class Round:
     def _pair_task(self, block: ScoreBlock) -> PairTask:
         # [pair]: the query, as a row of the block, and the column of its candidate; ascending.
         query, column = self._is_readable(block).nonzero(as_tuple=True)
-        queries, candidates = block.lists.query_items[query], block.lists.items[query, column]
-        distances = block.lists.distances[query, column]
-        return PairTask(self._row_of(queries).numpy(), self._row_of(candidates).numpy(), distances.numpy())
+        lists = block.lists
+        queries, candidates = self._row_of(lists.query_items[query]), self._row_of(lists.items[query, column])
+        return PairTask(queries.numpy(), candidates.numpy(), lists.distances[query, column].numpy())
 
     def _is_readable(self, block: ScoreBlock) -> Bool[Tensor, "query top_n"]:
         """Which pairs of the block exist and have both images."""
-        return (self._row_of(block.lists.query_items) >= 0)[:, None] & (self._row_of(block.lists.items) >= 0)
+        lists = block.lists
+        return (self._row_of(lists.query_items) >= 0)[:, None] & (self._row_of(lists.items) >= 0)
 
     def _row_of(self, items: Tensor) -> Tensor:
         """The row of each item; -1 = it has none."""
-        return self._rows[places_of(self._items, items)]
+        return self._rows[places_of(self._items, items.long())]
 
 
 @runtime_checkable

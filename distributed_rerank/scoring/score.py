@@ -17,8 +17,10 @@ from distributed_rerank.config.work import WorkConfig
 from distributed_rerank.data.catalogue import ImageRef
 from distributed_rerank.data.decoding import decode
 from distributed_rerank.models.pairwise import PairwiseModel
+from distributed_rerank.runtime import logs
 from distributed_rerank.runtime.devices import InferenceThreads, array_of, pick_device, tensor_of
 from distributed_rerank.runtime.gpu import Copied, Copier, MicroBatch, errors_in_one_line
+from distributed_rerank.runtime.profiling import traced
 from distributed_rerank.scoring import plan as scoring_plan
 from distributed_rerank.scoring.rounds import Encoded, EncodeTask, PairTask, ScoredBlock, Scores, Scoring
 from distributed_rerank.tensors import sharding
@@ -38,7 +40,9 @@ def score_blocks(scoring: Scoring) -> Iterator[tuple[int, ScoredBlock]]:
             this_round.add_encodings(map(scorer.encode, this_round.encode_tasks()))
         with counters.timed("score"):
             for numbers, arguments in this_round.score_calls(blocks_per_call):
-                yield from this_round.scored(numbers, scorer.score(*arguments))
+                with logs.about(block=numbers):
+                    scores = scorer.score(*arguments)
+                yield from this_round.scored(numbers, scores)
             arguments = ()  # or its arrays would stay in memory beside those of the next round
 
 
@@ -82,12 +86,13 @@ class Scorer:
 
         No micro-batch has pairs of two tasks: logits have the same bits whatever is scored in one call.
         """
-        if len(tasks) > 1:  # each thread takes whole tasks
-            logits = self._threads.map(partial(self._score_task, first_rows, arrays), tasks)
-            return Scores(logits, self._computed_with)
-        pairs = self._gather(first_rows, arrays, tasks[0])
-        parts = self._threads.map(partial(self._batch.run, pairs.score), self._micro_batches(tasks[0]))
-        return Scores([self._joined(parts).on_host().numpy()], self._computed_with)
+        with traced("score"):
+            if len(tasks) > 1:  # each thread takes whole tasks
+                logits = self._threads.map(partial(self._score_task, first_rows, arrays), tasks)
+                return Scores(logits, self._computed_with)
+            pairs = self._gather(first_rows, arrays, tasks[0])
+            parts = self._threads.map(partial(self._batch.run, pairs.score), self._micro_batches(tasks[0]))
+            return Scores([self._joined(parts).on_host().numpy()], self._computed_with)
 
     def _score_task(
         self, first_rows: Int64[np.ndarray, " array"], arrays: Sequence[np.ndarray], task: PairTask

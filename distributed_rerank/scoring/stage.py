@@ -88,12 +88,11 @@ def score_candidates(
                     _store(staging, catalogue, number, plan.blocks[number], result)
                     bar.update()
             assert not todo, f"blocks {sorted(todo)} never came back"
-        logits = _join(staging, catalogue, lists.first(top_n), plan)
-        rejects = _write(staging, catalogue, lists.first(top_n), logits)
+        n_pairs, rejects = _write(staging, catalogue, lists.first(top_n), plan)
         check_rejects(rejects, len(plan.items), work.max_rejects, str(staging.path / "rejects.parquet"))
         extra = {"n_rejected": len(rejects), "counts": scoring.counters.counts()}
         extra["seconds"] = scoring.counters.seconds()
-        staging.finish(extra, rows=int(logits.isfinite().sum()))
+        staging.finish(extra, rows=n_pairs)
     return _read(out, catalogue, lists, top_n, plan)
 
 
@@ -117,10 +116,14 @@ def _fingerprint(
     plan: ScorePlan,
 ) -> dict[str, Any]:
     candidates = hashlib.sha256()
-    for array in lists.arrays():
-        candidates.update(np.ascontiguousarray(array).data)
+    queries, items, distances = lists.arrays()
+    candidates.update(queries.data)
+    # Some lists at a time, and items as int64: folders that were made when lists held these stay what they are.
+    for values, kind in ((items, np.int64), (distances, np.float32)):
+        for start, stop in sharding.blocks(len(lists), _QUERIES_PER_TABLE):
+            candidates.update(np.ascontiguousarray(values[start:stop], kind).data)
     settings = {"top_n": top_n, **work.fingerprint_settings("score")}
-    settings["queries_per_block"] = max((len(block.lists) for block in plan.blocks), default=0)
+    settings["queries_per_block"] = max((len(block.rows) for block in plan.blocks), default=0)
     settings["blocks"] = len(plan.blocks)
     return artifacts.make_fingerprint(
         "score",
@@ -159,25 +162,21 @@ def _store(
     staging.blocks("pair_distances").write(number, pairs_table(lists, result.logits, catalogue.ids))
 
 
-def _join(
+def _write(
     staging: artifacts.Staging, catalogue: Catalogue, lists: CandidateLists, plan: ScorePlan
-) -> Float32[Tensor, "query top_n"]:
-    """The logits of all blocks."""
+) -> tuple[int, Sequence[Reject]]:
+    """Both tables of the output, pairs by query id and rank, rejects by id; returns their number, and the rejects."""
     store = staging.blocks("pair_distances")
     assert store.done() == set(range(len(plan.blocks))), "score blocks are missing"
-    return aligned_logits(store.tables(), catalogue, lists)
-
-
-def _write(staging: artifacts.Staging, catalogue: Catalogue, lists: CandidateLists, logits: Tensor) -> Sequence[Reject]:
-    """Both tables of the output, pairs by query id and rank, rejects by id; returns the rejects."""
+    logits = aligned_logits(store.tables(), catalogue, lists)
     parts = sharding.blocks(len(lists), _QUERIES_PER_TABLE)
     pairs = (pairs_table(lists[start:stop], logits[start:stop], catalogue.ids) for start, stop in parts)
-    tables.write_batches(staging.path / "pair_distances.parquet", pairs, "pair_distances")
+    n_pairs = tables.write_batches(staging.path / "pair_distances.parquet", pairs, "pair_distances")
     store = staging.blocks("rejects")
     found = {reject.id: reject for number in store.done() for reject in rejects_of(store.read(number))}
     rejects = [found[id] for id in sorted(found)]
     tables.write_table(staging.path / "rejects.parquet", reject_table(rejects, "score"), "rejects")
-    return rejects
+    return n_pairs, rejects
 
 
 def _read(out: Path, catalogue: Catalogue, lists: CandidateLists, top_n: int, plan: ScorePlan) -> ScoredLists:

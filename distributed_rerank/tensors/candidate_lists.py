@@ -1,12 +1,12 @@
 """Candidate lists: the one form in which search, chain, training and evaluation hand on who is near whom."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Float32, Int64
+from jaxtyping import Bool, Float, Float32, Int, Int64
 from torch import Tensor
 
 
@@ -14,18 +14,19 @@ from torch import Tensor
 class CandidateLists:
     """Candidates of each query, best first; queries and candidates are item numbers of one catalogue.
 
-    A list with fewer than k candidates is filled up with item -1 at distance inf.
+    A list with fewer than k candidates is filled up with item -1 at distance inf. Lists that are kept have int32 items;
+    `of_queries` and `long` give int64 ones, which torch needs for indexing.
     """
 
     query_items: Int64[Tensor, " query"]
-    items: Int64[Tensor, "query k"]
+    items: Int[Tensor, "query k"]
     distances: Float[Tensor, "query k"]
 
     @classmethod
     def from_arrays(
         cls,
         query_items: Int64[np.ndarray, " query"],
-        items: Int64[np.ndarray, "query k"],
+        items: Int[np.ndarray, "query k"],
         distances: Float32[np.ndarray, "query k"],
     ) -> "CandidateLists":
         """Lists on the memory of these arrays."""
@@ -33,7 +34,7 @@ class CandidateLists:
 
     def arrays(
         self,
-    ) -> tuple[Int64[np.ndarray, " query"], Int64[np.ndarray, "query k"], Float32[np.ndarray, "query k"]]:
+    ) -> tuple[Int64[np.ndarray, " query"], Int[np.ndarray, "query k"], Float32[np.ndarray, "query k"]]:
         """Queries, items and distances as arrays on the same memory."""
         return self.query_items.numpy(), self.items.numpy(), self.distances.numpy()
 
@@ -48,6 +49,10 @@ class CandidateLists:
         """The lists in these rows."""
         return CandidateLists(self.query_items[rows], self.items[rows], self.distances[rows])
 
+    def long(self) -> "CandidateLists":
+        """The lists with int64 items."""
+        return replace(self, items=self.items.long())
+
     def first(self, n: int) -> "CandidateLists":
         """The first `n` candidates of each list."""
         return CandidateLists(self.query_items, self.items[:, :n], self.distances[:, :n])
@@ -59,19 +64,19 @@ class CandidateLists:
         return CandidateLists(self.query_items, items, torch.nn.functional.pad(self.distances, more, value=torch.inf))
 
     def of_queries(self, query_items: Int64[Tensor, " wanted"]) -> "CandidateLists":
-        """The lists of these queries, in their order, a query without a list getting an empty one.
+        """The lists of these queries, in their order, a query without a list getting an empty one; int64 items.
 
         The queries of the lists must ascend.
         """
         found = empty_lists(query_items, self.items.shape[1])
         rows = places_of(self.query_items, query_items)
-        found.items[rows >= 0] = self.items[rows[rows >= 0]]
+        found.items[rows >= 0] = self.items[rows[rows >= 0]].long()
         found.distances[rows >= 0] = self.distances[rows[rows >= 0]]
         return found
 
     def with_distances(self, distances: Float32[Tensor, "query k"]) -> "CandidateLists":
         """The same candidates with these distances, by (distance, item)."""
-        by_item = torch.where(self.items >= 0, self.items, torch.iinfo(torch.int64).max).argsort(dim=1)
+        by_item = torch.where(self.items >= 0, self.items, torch.iinfo(self.items.dtype).max).argsort(dim=1)
         order = by_item.gather(1, distances.gather(1, by_item).argsort(dim=1, stable=True))
         return CandidateLists(self.query_items, self.items.gather(1, order), distances.gather(1, order))
 

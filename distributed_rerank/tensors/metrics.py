@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 import torch
-from jaxtyping import Bool, Float64, Int64
+from jaxtyping import Bool, Float64, Int, Int64
 from torch import Tensor
 from torch.nn import functional
 
@@ -22,9 +22,9 @@ _Keys = tuple[Int64[Tensor, " query"], Int64[Tensor, " gallery"]]
 
 
 def relevance(
-    candidate_items: Int64[Tensor, "query k"],
+    candidate_items: Int[Tensor, "query k"],
     query_labels: Int64[Tensor, " query"],
-    item_labels: Int64[Tensor, " item"],
+    item_labels: Int[Tensor, " item"],
 ) -> Bool[Tensor, "query k"]:
     """Whether each candidate has the label of its query; never for missing candidates or without labels (-1)."""
     is_there = candidate_items >= 0

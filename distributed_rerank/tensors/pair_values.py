@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Float, Float32, Int64
+from jaxtyping import Bool, Float, Float32, Int, Int64
 from torch import Tensor
 
 from distributed_rerank.tensors.candidate_lists import CandidateLists
@@ -35,7 +35,7 @@ class PairValues:
         return len(self.keys)
 
     def look_up(
-        self, query_items: Int64[Tensor, "*pairs"], candidates: Int64[Tensor, "*pairs"]
+        self, query_items: Int64[Tensor, "*pairs"], candidates: Int[Tensor, "*pairs"]
     ) -> Float32[Tensor, "*pairs"]:
         """The value of each of these pairs; NaN where there is none, and for a candidate below 0."""
         wanted = query_items.long() * self.n_items + candidates

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from distributed_rerank.config.training import TrainingConfig
 from distributed_rerank.errors import BadInput
+from distributed_rerank.runtime.profiling import traced
 from distributed_rerank.training.images import CachedPairFeatures, DecodedImages, TrainingImages
 from distributed_rerank.training.losses import step_loss
 from distributed_rerank.training.plan import TrainingStep, is_list_loss, seed_of, share_of
@@ -47,8 +48,9 @@ def train_epoch(
                 group["lr"] = group["base_lr"] * factor
             seed = seed_of(config.seed, state.epoch, number, worker.rank)
             n_units = steps[number].n_units(config.loss)
-            own_loss = backward(state, share, items, pixels.to(worker.device), images, n_units, config, seed)
-            loss, norm = all_reduce_and_step(state, own_loss, config, worker)
+            with traced("train"):
+                own_loss = backward(state, share, items, pixels.to(worker.device), images, n_units, config, seed)
+                loss, norm = all_reduce_and_step(state, own_loss, config, worker)
             if not math.isfinite(loss):
                 raise BadInput(f"the loss is {loss} in step {number} of epoch {state.epoch}; lower lr={config.lr}")
             state.step += 1

@@ -35,9 +35,9 @@ DUPLICATE_SHARE = 0.1
 def mining_figures(task: TrainingTask) -> dict[str, Any]:
     """The figures of the lists that the last run, whose weights become the model's, is trained on."""
     run = task.runs[-1]
-    labels = labels_among(run.anchors, task.catalogue.labels)
+    labels = labels_among(run.anchors, task.catalogue.labels.astype(np.int64))
     allowed, dropped = filter_negatives(
-        run.anchors, labels, task.config.filters, task.embeddings, tensor_of(task.catalogue.sequences)
+        run.anchors, labels, task.config.filters, task.embeddings, tensor_of(task.catalogue.sequences).long()
     )
     return asdict(mining_statistics(run.anchors, labels, allowed, dropped))
 
@@ -48,7 +48,7 @@ def find_suspect_pairs(lists: CandidateLists, catalogue: Catalogue) -> tuple[pa.
     A pair of different labels is suspect if its distance is at most the median distance of an image to the nearest one
     of its own label. What its kind is, is judged by the labels of either image's neighbours (`tensors.suspects`).
     """
-    labels = tensor_of(catalogue.labels)
+    labels = tensor_of(catalogue.labels).long()
     is_own = are_positive(lists, labels)
     # [item]: the distance to the nearest image of the own label; inf where none is among the nearest.
     nearest_own = torch.full((len(labels),), torch.inf)
@@ -95,11 +95,10 @@ def suspects_table(
 ) -> pa.Table:
     """One row a pair; a distance to the own label is null where none of it is among the nearest."""
     columns: dict[str, pa.Array] = {}
-    names = np.asarray(catalogue.label_names, dtype=object)
     for prefix, items in zip(("", "other_"), pairs.T.numpy(), strict=True):
         own = nearest_own[torch.from_numpy(items)].numpy()
         columns[f"{prefix}id"] = pa.array(catalogue.ids[items], pa.string())
-        columns[f"{prefix}label"] = pa.array([str(name) for name in names[catalogue.labels[items]]], pa.string())
+        columns[f"{prefix}label"] = catalogue.label_names.take(catalogue.labels[items])
         columns[f"{prefix}own_distance"] = pa.array(own, pa.float32(), mask=~np.isfinite(own))
     columns["distance"] = pa.array(distances.numpy(), pa.float32())
     kinds = np.where(precision.numpy() >= PROBABLE, "mislabel", "look-alike")

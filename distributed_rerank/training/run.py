@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -125,7 +126,7 @@ def prepare_inputs(task: TrainingTask, folder: Path, worker: TrainingWorker) -> 
     model = load_model(task.model_folder)
     note_device(model, folder, worker)
     decoded = DecodedImages(task.catalogue, model.transform, task.config, worker.device)
-    labels, encodings = task.catalogue.labels, folder / "encodings"
+    labels, encodings = task.catalogue.labels.astype(np.int64), folder / "encodings"
     # Encodings are kept where the backbone stays as it is and they are more than the pixels.
     if task.config.backbone_lr > 0 or model.encoding_dtype == torch.uint8:
         start = task.model_folder

@@ -143,9 +143,9 @@ def found_in_embeddings(catalogue: Catalogue, train: Catalogue, embed: Callable[
     of_train = embed(train)
     train = train.take(np.flatnonzero(of_train.rows_of(train.ids) >= 0))
     x = tensor_of(of_train.matrix[of_train.rows_of(train.ids)])
-    labels = tensor_of(train.labels)
+    labels = tensor_of(train.labels).long()
     rows = sample_of(np.flatnonzero(train.labels >= 0))
-    found = mean_average_precision(x, labels, tensor_of(train.sequences), rows)
+    found = mean_average_precision(x, labels, tensor_of(train.sequences).long(), rows)
     if found < SUSPICIOUS_MAP:
         return ""
     others = catalogue.take(np.flatnonzero(catalogue.table["split"].to_numpy() == "validation"))

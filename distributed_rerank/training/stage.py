@@ -223,7 +223,7 @@ def make_task(
     if not holds_model(model_folder):
         keep_model(build_model(model_config), model_folder)
     is_halved = isinstance(load_model(model_folder), FittedModel) and config.backbone_lr == 0
-    side = sides(images.labels, 0.5 if is_halved else config.set_aside, config.seed)
+    side = sides(images.labels.astype(np.int64), 0.5 if is_halved else config.set_aside, config.seed)
     adapted = adapt(images, embeddings, side, config, work, executors)
     first, second = adapted.lists
     if is_halved:
@@ -272,8 +272,8 @@ def adapt(
     everything = tensor_of(own)
     return choose_adaptation(
         own,
-        images.labels,
-        images.sequences,
+        images.labels.astype(np.int64),
+        images.sequences.astype(np.int64),
         side,
         search,
         lambda lists: evidence_from(images, everything, join_lists(list(lists)), None, config.target),

@@ -91,11 +91,11 @@ def plan_epoch(
     task: TrainingTask, run: TrainingRun, epoch: int, order: Int64[Tensor, "anchor kept"] | None = None
 ) -> list[TrainingStep]:
     """The steps of an epoch, the same for every worker; `order` comes from a model that mined again (`validation`)."""
-    labels = task.catalogue.labels
+    labels, sequences = (codes.astype(np.int64) for codes in (task.catalogue.labels, task.catalogue.sequences))
     if task.config.mining != "lists":
         return plan_batches(run.anchors.query_items.numpy(), labels, task.embeddings, task.config, epoch)
     anchors = run.anchors if order is None else reorder(run.anchors, order)
-    steps = plan_lists(anchors, labels, task.catalogue.sequences, task.embeddings, task.config, epoch)
+    steps = plan_lists(anchors, labels, sequences, task.embeddings, task.config, epoch)
     if task.teacher is None:
         return steps
     known = task.teacher
@@ -128,7 +128,7 @@ def evidence_from(
     # [query] ascending item numbers, [query, candidate] item numbers -> places among the queries, -1 = none.
     items = lists.query_items
     local = torch.where(lists.items >= 0, torch.searchsorted(items, lists.items.clamp(min=0)), -1)
-    labels, sequences = tensor_of(catalogue.labels)[items], tensor_of(catalogue.sequences)[items]
+    labels, sequences = (tensor_of(codes)[items].long() for codes in (catalogue.labels, catalogue.sequences))
     everyone = torch.arange(len(items))
     n_relevant = metrics.count_relevant(everyone, labels, sequences, everyone, labels, sequences)
     own_lists = CandidateLists(everyone, local, lists.distances)

@@ -24,7 +24,7 @@ def _triples(table: pa.Table) -> list[tuple]:
 def test_table_and_lists_invert_each_other(catalogue: Catalogue) -> None:
     lists = CandidateLists.from_arrays(
         np.array([3, 4], np.int64),
-        np.array([[2, 0, 1], [1, -1, -1]], np.int64),
+        np.array([[2, 0, 1], [1, -1, -1]], np.int32),
         np.array([[0.5, 0.75, 0.75], [1.0, np.inf, np.inf]], np.float32),
     )
     table = candidates.candidates_table(lists, catalogue.ids)

@@ -4,6 +4,7 @@ from pathlib import Path
 import fsspec
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import pytest
 
 from distributed_rerank.data import locations
@@ -78,7 +79,7 @@ def test_parquet_of_any_column_type_equals_the_csv(tmp_path: Path, dtype: str) -
     csv = read_catalogue(str(tmp_path / "df.csv"), purpose="evaluation")
     parquet = read_catalogue(str(tmp_path / "df.parquet"), purpose="evaluation")
     assert csv.digest() == parquet.digest()
-    assert parquet.label_names == ["3", "11"]
+    assert parquet.label_names.tolist() == ["3", "11"]
     assert parquet.labels.tolist() == [0, 0, 1]
     assert parquet.sequences.tolist() == [-1, 0, 0]
     assert parquet.query_items.tolist() == [1, 2]
@@ -86,11 +87,11 @@ def test_parquet_of_any_column_type_equals_the_csv(tmp_path: Path, dtype: str) -
 
 def test_labels_strings_and_none_at_all(tmp_path: Path) -> None:
     texts = read_catalogue(_csv(tmp_path, "label,path\nzebra,a\nna,b\n10,c\n,d\n"))
-    assert texts.label_names == ["10", "na", "zebra"]
+    assert texts.label_names.tolist() == ["10", "na", "zebra"]
     assert texts.labels.tolist() == [2, 1, 0, -1]
     bare = read_catalogue(_csv(tmp_path, "path\nb\na\n"))
     assert bare.labels.tolist() == [-1, -1]
-    assert bare.label_names == []
+    assert bare.label_names.tolist() == []
     assert bare.categories is None
     assert bare.sequences.tolist() == [-1, -1]
     with pytest.raises(BadInput, match="no row has split 'validation'"):
@@ -132,11 +133,13 @@ def test_items_are_text_and_a_photo_without_one_is_its_own(tmp_path: Path) -> No
     assert read_catalogue(_csv(tmp_path, "path\na\n")).things is None
 
 
-def test_item_of_two_labels_is_refused_by_name(tmp_path: Path) -> None:
+def test_item_of_two_labels_is_refused_by_name_and_an_empty_one_is_none(tmp_path: Path) -> None:
     text = (
-        "label,path,split,is_query,is_gallery,item\nv,c,validation,1,1,x\nw,d,validation,1,1,x\nw,e,validation,1,1,y\n"
+        "label,path,split,is_query,is_gallery,item\nv,c,validation,1,1,x\nw,d,validation,1,1,{}\nv,e,validation,1,1,\n"
     )
-    assert "items with photos of different labels: 'x'" in _one_line(tmp_path, text)
+    text += "w,f,validation,1,1,\n"
+    assert "items with photos of different labels: 'x'" in _one_line(tmp_path, text.format("x"))
+    assert read_catalogue(_csv(tmp_path, text.format("y")), purpose="evaluation").things is not None
 
 
 def test_boxes_enter_the_default_id_and_may_be_empty(tmp_path: Path) -> None:
@@ -299,3 +302,30 @@ def test_read_catalogue_many_rows_takes_seconds(tmp_path: Path) -> None:
     assert len(catalogue.label_names) == n // 3 + 1
     assert catalogue.sequences.max() == n // 2 - 1
     assert time.perf_counter() - start < 10
+
+
+def test_labels_are_the_tables_own_memory_and_a_part_numbers_those_it_has(tmp_path: Path) -> None:
+    cells = ["b", "10", "", "b", "a", "10", "a"]
+    rows = "".join(f"p{number},{cell},train\n" for number, cell in enumerate(cells))
+    catalogue = read_catalogue(_csv(tmp_path, f"path,label,split\n{rows}"))
+    assert [catalogue.label_names[code] if code >= 0 else "" for code in catalogue.labels] == cells
+    assert catalogue.label_names.tolist() == ["10", "a", "b"], "not all are integers, so these are in text order"
+    part = catalogue.take(np.array([1, 4, 5]))
+    assert (part.label_names.tolist(), part.labels.tolist()) == (["10", "a"], [0, 1, 0])
+    held = pa.array(part.table["label"]).indices.to_numpy()
+    assert np.shares_memory(part.labels, held), "labels are a copy"
+    assert part.sequences.tolist() == [-1] * 3
+    assert part.sequences.strides == (0,), "no sequence takes no memory"
+    numbers = read_catalogue(_csv(tmp_path, "path,label\na,10\nb,9\nc,-1\n", "numbers.csv"))
+    assert numbers.label_names.tolist() == ["-1", "9", "10"], "integers are in the order of their values"
+    written = {name: [cell or None for cell in cells] if name == "label" else catalogue.table[name].tolist()
+               for name in catalogue.table}  # fmt: skip
+    assert Catalogue(pd.DataFrame(written), "").digest() == catalogue.digest(), "how a text is held changes no digest"
+
+
+def test_gallery_blocks_hold_every_gallery_item_once(tmp_path: Path) -> None:
+    rows = "".join(f"p{number},1,validation,1,{number % 3 != 1:d}\n" for number in range(10))
+    catalogue = read_catalogue(_csv(tmp_path, f"path,label,split,is_query,is_gallery\n{rows}"))
+    expected = [0, 2, 3, 5, 6, 8, 9]
+    assert np.concatenate(list(catalogue.gallery_blocks(4))).tolist() == expected == catalogue.gallery_items.tolist()
+    assert catalogue.n_gallery == len(expected)

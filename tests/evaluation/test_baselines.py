@@ -136,7 +136,7 @@ def test_k_reciprocal_sees_the_lists_of_gallery_items_too(tmp_path: Path) -> Non
     everyone = retrieve(
         ranked.catalogue.as_query_and_gallery(), ranked.first.embeddings, N_LISTED, tmp_path / "everyone", work=WORK
     )
-    whole = apply_k_reciprocal(KReciprocalStep(), everyone)
+    whole = apply_k_reciprocal(KReciprocalStep(), everyone.long())
     cmc = []
     for query in ranked.query_items.tolist():
         best = next(item for item in whole.items[query].tolist() if item in ranked.catalogue.gallery_items)

@@ -19,6 +19,7 @@ from distributed_rerank.errors import BadInput
 from distributed_rerank.evaluation.run import evaluate
 from distributed_rerank.models.adapter import fit_adapters
 from distributed_rerank.reranking.first_stage import check_depth, first_stage_settings
+from distributed_rerank.runtime.devices import tensor_of
 
 CONFIG = FirstStageConfig(extractor=EXTRACTOR, n_items=5)
 
@@ -119,7 +120,7 @@ def test_a_chain_that_adapts_searches_over_mapped_embeddings(catalogue: Catalogu
     matrix = np.random.default_rng(0).standard_normal((len(catalogue), 6)).astype(np.float32)
     table = tmp_path / "embeddings.parquet"
     write_embeddings(table, catalogue.ids, matrix)
-    (adapter,) = fit_adapters(torch.from_numpy(matrix), torch.from_numpy(catalogue.labels), [("whiten", 0.0)])
+    (adapter,) = fit_adapters(torch.from_numpy(matrix), tensor_of(catalogue.labels).long(), [("whiten", 0.0)])
     assert adapter is not None
     write_embeddings(tmp_path / "mapped.parquet", catalogue.ids, adapter(matrix))
     config = FirstStageConfig(embeddings=table, n_items=5)
@@ -150,7 +151,7 @@ def test_a_chain_that_adapts_searches_over_mapped_embeddings(catalogue: Catalogu
 
 def test_lists_of_another_system_get_the_distances_of_mapped_embeddings(catalogue: Catalogue, tmp_path: Path) -> None:
     matrix = np.random.default_rng(0).standard_normal((len(catalogue), 6)).astype(np.float32)
-    (adapter,) = fit_adapters(torch.from_numpy(matrix), torch.from_numpy(catalogue.labels), [("whiten", 0.0)])
+    (adapter,) = fit_adapters(torch.from_numpy(matrix), tensor_of(catalogue.labels).long(), [("whiten", 0.0)])
     assert adapter is not None
     write_embeddings(tmp_path / "embeddings.parquet", catalogue.ids, matrix)
     n = len(catalogue)

@@ -99,7 +99,7 @@ def test_market_leaves_out_answers_of_the_same_camera_and_junk(tmp_path: Path) -
 def found_by_search(catalogue: Catalogue) -> list[str]:
     """The names of what an exact search returns for the one query, by the catalogue's own rules."""
     query, gallery = torch.from_numpy(catalogue.query_items), torch.from_numpy(catalogue.gallery_items)
-    sequences = torch.from_numpy(catalogue.sequences)
+    sequences = torch.tensor(catalogue.sequences).long()
     lists = nearest(
         torch.zeros(1, 2), torch.rand(len(gallery), 2), query_items=query, gallery_items=gallery,
         query_sequences=sequences[query], gallery_sequences=sequences[gallery], n_items=10,

@@ -1,3 +1,4 @@
+import hashlib
 import re
 import weakref
 from collections.abc import Iterator
@@ -216,6 +217,18 @@ def test_score_model_of_the_caller_is_left_as_it_was(tmp_path: Path) -> None:
     score_candidates(catalogue, make_lists(catalogue, 3), model, 5, tmp_path / "out", work=WORK)
     assert model.training
     assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_score_fingerprint_is_that_of_int64_items_however_they_are_held(tmp_path: Path) -> None:
+    catalogue = make_catalogue(tmp_path / "images", 9)
+    lists = make_lists(catalogue, 6).long()
+    short = replace(lists, items=lists.items.int())
+    parts = (lists.query_items, lists.items[:, :5], lists.distances[:, :5])
+    expected = hashlib.sha256(b"".join(part.numpy().tobytes() for part in parts)).hexdigest()
+    for name, given in (("long", lists), ("short", short)):
+        score_candidates(catalogue, given, concat_model(), 5, tmp_path / name, work=WORK)
+        assert read_manifest(tmp_path / name)["fingerprint"]["candidates"] == expected
+    assert (tmp_path / "long" / NAME).read_bytes() == (tmp_path / "short" / NAME).read_bytes()
 
 
 def test_score_other_candidates_in_the_same_folder_are_refused(tmp_path: Path) -> None:

@@ -43,7 +43,8 @@ def test_fitted_projections_are_those_of_the_trained_labels_when_the_backbone_le
     pixels = DecodedImages(task.catalogue, untrained.transform, task.config).plain(anchors)
     expected: Any = load_model(task.model_folder)
     with torch.no_grad():
-        expected.fit_encoder(expected.local_features(pixels), torch.from_numpy(task.catalogue.labels)[anchors])
+        labels = torch.tensor(task.catalogue.labels).long()[anchors]
+        expected.fit_encoder(expected.local_features(pixels), labels)
     name = "token_projections.1.matrix"
     torch.testing.assert_close(state["model"][name], expected.state_dict()[name], atol=1e-2, rtol=1e-2)
     assert state["history"][-1]["loss"] < state["history"][0]["loss"]

@@ -1,0 +1,60 @@
+"""--log-format json and --profile: the same on the driver and on workers of every kind."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from job_files import EXTRACTOR, SMALL_BLOCKS, bytes_of
+
+EXPECTED = {"embed": "aten::convolution", "search": "aten::index", "score": "aten::convolution"}
+"""An operator of each kind of worker."""
+
+
+def run(*words: object, into: Path) -> list[dict[str, Any]]:
+    """The JSON log lines of a job of its own process; Ray writes the worker's name before its lines."""
+    command = [sys.executable, "-m", "distributed_rerank", *map(str, words), "--out", str(into)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line[line.index('{"time"') :]) for line in done.stderr.splitlines() if '{"time"' in line]
+
+
+def traces_of(folder: Path) -> dict[str, set[str]]:
+    """The operators in the traces of each kind of worker."""
+    found: dict[str, set[str]] = {}
+    for path in folder.glob("*.json"):
+        events = json.loads(path.read_text())["traceEvents"]
+        found.setdefault(path.name.partition("-")[0], set()).update(event.get("name", "") for event in events)
+    return found
+
+
+def watched(folder: Path, n_workers: int) -> list[object]:
+    return [*EXTRACTOR, *SMALL_BLOCKS, "--num-workers", n_workers, "--log-format", "json", "--profile", folder]
+
+
+@pytest.mark.parametrize("n_workers", [0, pytest.param(2, marks=[pytest.mark.ray, pytest.mark.slow])])
+def test_an_evaluation_tells_its_stages_and_blocks_and_traces_one_of_each_kind(
+    catalogue_path: Path, models: dict[str, Path], tmp_path: Path, n_workers: int
+) -> None:
+    words = ("evaluate", "--catalogue", catalogue_path, "--model", models["concat"])
+    lines = run(*words, *watched(tmp_path / "traces", n_workers), into=tmp_path / "watched")
+    assert {line["job"] for line in lines} == {"evaluate"}
+    told = [line for line in lines if line["message"].startswith("trace of a block")]
+    assert {"embed", "retrieve", "score"} <= {line["stage"] for line in told}, "the driver searches for baselines too"
+    assert all(line["block"] is not None for line in told)
+    traces = traces_of(tmp_path / "traces")
+    assert set(traces) == {"embed", "search", "score"}
+    assert all(name in traces[kind] for kind, name in EXPECTED.items())
+    run(*words, *EXTRACTOR, *SMALL_BLOCKS, "--num-workers", 0, into=tmp_path / "unwatched")
+    assert bytes_of(tmp_path / "watched") == bytes_of(tmp_path / "unwatched")
+
+
+@pytest.mark.parametrize("n_workers", [0, pytest.param(2, marks=[pytest.mark.ray, pytest.mark.slow])])
+def test_a_training_traces_a_step(catalogue_path: Path, tmp_path: Path, n_workers: int) -> None:
+    words = ("train", "--catalogue", catalogue_path, "--epochs", 1)
+    lines = run(*words, *watched(tmp_path / "traces", n_workers), into=tmp_path / "model")
+    assert any(line["stage"] == "train" and "train-" in line["message"] for line in lines)
+    assert {"train", "embed"} <= set(traces_of(tmp_path / "traces"))
+    assert any("Backward" in name for name in traces_of(tmp_path / "traces")["train"])
