@@ -26,6 +26,11 @@ logger = logging.getLogger(__name__)
 SPLITS = ("train", "calibration", "validation")
 """calibration: labels that the extractor has not seen; `train` uses them where it knows those of split train."""
 BOX = ("x_1", "y_1", "x_2", "y_2")
+_OTHER_BOXES = (
+    *("x1 y1 x2 y2", "xmin ymin xmax ymax", "left top right bottom", "x y w h", "x y width height", "bbox", "box"),
+    *("left top width height", "bboxx bboxy bboxw bboxh", "bboxx bboxy bboxwidth bboxheight"),
+)
+"""Names of columns with boxes elsewhere, in small letters and without underscores."""
 _REQUIRED = {
     "images": ("path",),
     "evaluation": ("path", "label", "split", "is_query", "is_gallery"),
@@ -174,6 +179,8 @@ def check_columns(columns: pa.Table, names: Sequence[str], purpose: str, problem
     absent = [name for name in _REQUIRED[purpose] if name not in names]
     if any(name in names for name in BOX):
         absent += [name for name in BOX if name not in names]
+    else:
+        tell_other_boxes(names, problems.source)
     problems.absent.update(absent)
     for name in absent:
         lower = {other.lower(): other for other in names}
@@ -182,6 +189,19 @@ def check_columns(columns: pa.Table, names: Sequence[str], purpose: str, problem
         problems.add(f"no column {name!r}, needed for {purpose}; {hint}")
     if "path" in names and len(columns) == 0:
         problems.add("the table has no rows")
+
+
+def tell_other_boxes(names: Sequence[str], source: str) -> None:
+    """Warn of columns that look like boxes under other names than `BOX`: images are read whole."""
+    plain = {name.lower().replace("_", ""): name for name in names}
+    for other in _OTHER_BOXES:
+        if all(word in plain for word in other.split()):
+            found = ", ".join(plain[word] for word in other.split())
+            logger.warning(
+                "%s: BOXES ARE NOT READ FROM %s, whole pictures are: to cut them, name the corners in pixels x_1, y_1 "
+                "(left, top), x_2, y_2 (right, bottom: left + width, top + height)", source, found,
+            )  # fmt: skip
+            return
 
 
 def some(values: Sequence[Any], limit: int = 5) -> str:

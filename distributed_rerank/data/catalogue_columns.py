@@ -195,7 +195,8 @@ def _boxes(columns: pa.Table, texts: dict[str, pa.Array], problems: Problems) ->
     boxes = np.trunc(boxes)
     is_inverted = (boxes[:, 0] >= boxes[:, 2]) | (boxes[:, 1] >= boxes[:, 3])
     problems.add(
-        "inverted or empty box; x_1 < x_2 and y_1 < y_2 are needed (left, top, right, bottom)",
+        "inverted or empty box; x_1 < x_2 and y_1 < y_2 are needed (left, top, right, bottom; to a width add x_1, to a "
+        "height y_1)",
         is_inverted & ~are_shares,
     )
     return boxes

@@ -62,6 +62,13 @@ def read_image(
     return decode(read_content(ref, schemes), ref.box, max_pixels, then)
 
 
+def read_size(ref: ImageRef) -> tuple[int, int]:
+    """Width and height of the whole upright picture, whose pixels are not decoded. Raises as `read_content` does."""
+    content = read_content(ref)
+    with _explained(content), Image.open(io.BytesIO(content), formats=FORMATS) as image:
+        return Picture(image, orientation_of(image)).size
+
+
 def read_content(ref: ImageRef, schemes: frozenset[str] = locations.SCHEMES) -> bytes:
     """The bytes of the file of `ref`. Raises UnreadableImage, and Outage where a store does not answer."""
     problem = ref.roots.problem(ref.path)

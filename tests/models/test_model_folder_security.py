@@ -76,6 +76,18 @@ def test_folder_names_a_network_of_timm_and_no_place(name: Any, tmp_path: Path, 
         load_model(folder)
 
 
+@pytest.mark.parametrize("name", ["os:system", "timm:create_model", "distributed_rerank.errors:BadInput"])
+def test_folder_names_no_code_of_installed_packages(name: str, tmp_path: Path) -> None:
+    words = f"config.json names {name}, which is no module of your own"
+    with pytest.raises(BadInput, match=words):
+        load_model(changed_folder(tmp_path / "extractor", name=name))
+    folder = changed_folder(tmp_path / "model")
+    content = json.loads((folder / "config.json").read_text()) | {"model": name}
+    (folder / "config.json").write_text(json.dumps(content))
+    with pytest.raises(BadInput, match=words):
+        load_model(folder)
+
+
 def test_folder_takes_plain_values_only(tmp_path: Path) -> None:
     with pytest.raises(BadInput, match="takes no argument __class__"):
         load_model(changed_folder(tmp_path / "model", args={"__class__": "x"}))

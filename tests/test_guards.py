@@ -1,0 +1,125 @@
+"""Every guard of SECURITY.md, taken out: the test that stands for it fails."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections import Counter, defaultdict
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+# By test, which must fail without the guard: file of the package, text of the guard, what stands there without it.
+GUARDS = {
+    "data/test_image_roots.py::test_uri_reaches_no_server_of_its_own_choice": [
+        ("data/locations.py", "        _check_host(location, scheme)\n", ""),
+        ("data/locations.py", "scheme not in schemes:", "False:"),
+        ("data/locations.py", ' and ("::" in rest or "?" in rest)', " and False"),
+    ],
+    "data/test_image_roots.py::test_relative_path_must_not_leave_the_folder_of_its_table": [
+        ("data/locations.py", "and leaves and not", "and False and not"),
+    ],
+    "data/test_image_roots.py::test_image_root_holds_for_all_paths_and_through_links": [
+        ("data/locations.py", "        if self.given:\n", "        if False:\n"),
+        ("data/locations.py", "_is_below(os.path.realpath(local), map(", "_is_below(local, map("),
+    ],
+    "data/test_image_roots.py::test_files_that_are_none_are_never_opened": [
+        ("data/locations.py", "if is_local and _is_below(", "if False and _is_below("),
+    ],
+    "data/test_image_roots.py::test_table_in_a_bucket_names_no_local_file": [
+        ("data/locations.py", "if self.folders and all(", "if False and all("),
+    ],
+    "models/test_model_folder_security.py::test_arguments_that_load_something_are_no_settings_of_any_network": [
+        ("models/extractor.py", " - _LOADING_ARGUMENTS", ""),
+    ],
+    "models/test_model_folder_security.py::test_folder_cannot_name_a_checkpoint_to_load": [
+        ("models/extractor.py", "    _check_args(config.network, args)\n", ""),
+    ],
+    "models/test_model_folder_security.py::test_folder_takes_plain_values_only": [
+        ("models/extractor.py", "if not _is_plain(value):", "if False:"),
+    ],
+    "models/test_model_folder_security.py::test_folder_names_a_network_of_timm_and_no_place": [
+        ("models/saving.py", "elif not timm.is_model(", "elif False and not ("),
+    ],
+    "models/test_model_folder_security.py::test_folder_names_no_code_of_installed_packages": [
+        ("models/saving.py", 'refuse_foreign(name, "config.json")', "pass"),
+        ("models/saving.py", 'refuse_foreign(name, str(path / "config.json"))', "pass"),
+    ],
+    "models/test_model_folder_security.py::test_command_line_cannot_either": [
+        ("models/weights.py", "weights_only=True", "weights_only=False"),
+    ],
+    "models/test_model_folder_security.py::test_hub_is_asked_only_with_leave": [
+        ("config/evaluation.py", "and not self.allow_hub", "and False"),
+    ],
+    "report/test_page.py::test_label_that_is_a_script_is_shown_as_text": [
+        ("report/page.py", "autoescape=True", "autoescape=False"),
+    ],
+    "report/test_page.py::test_markup_that_slips_through_runs_no_script_and_fetches_nothing": [
+        ("report/page.py", "with_policy(_template().render(page))", "_template().render(page)"),
+        ("content_policy.py", "default-src 'none'", "default-src *"),
+    ],
+    "jobs/test_serve.py::test_refused_with_one_line_and_the_next_request_is_answered[wrong token]": [
+        ("online/front.py", "if not hmac.compare_digest(", "if False and hmac.compare_digest("),
+    ],
+    "jobs/test_serve.py::test_interrupted_answers_what_is_under_way_and_the_cache_stays": [
+        ("online/front.py", "elif not _is_this_machine(", "elif False and _is_this_machine("),
+    ],
+    "jobs/test_serve.py::test_refused_with_one_line_and_the_next_request_is_answered[a form]": [
+        ("online/front.py", 'if request.content_type != "application/json" or', "if"),
+    ],
+    "jobs/test_serve.py::test_listens_on_this_machine_alone": [
+        ("jobs/serve.py", "(limits.host, limits.port), family", '("", limits.port), family'),
+        ("config/serving.py", 'host: str = "127.0.0.1"', 'host: str = "0.0.0.0"'),
+    ],
+    "jobs/test_serve.py::test_wrong_settings_are_one_line": [
+        ("config/serving.py", "if not self.is_local:", "if False:"),
+    ],
+    "cluster/test_session.py::test_connect_local_starts_a_private_ray_twice_and_leaves_nothing_behind": [
+        ("cluster/session.py", "    _use_own_token()\n", ""),
+        ("cluster/session.py", "_without_metrics_port() if", "nullcontext() if"),
+        ("cluster/session.py", '_temp_dir=str(folder / "ray")', "_temp_dir=folder.as_posix()"),
+    ],
+}  # fmt: skip
+
+
+def _failed(tree: Path, without: list[tuple[str, str, str]], tests: list[str]) -> str:
+    """What pytest says of these tests in a copy of the repository, where texts of files are replaced."""
+    ignored = shutil.ignore_patterns(".git", ".venv", "out", ".pytest_cache")
+    shutil.copytree(ROOT, tree, ignore=ignored, symlinks=True)
+    for name, text, other in without:
+        file = tree / "distributed_rerank" / name
+        content = file.read_text()
+        assert content.count(text) == 1, f"{name} has no guard {text!r}: change the table with the code"
+        file.write_text(content.replace(text, other))
+    names = [f"tests/{test}" for test in tests]
+    command = [sys.executable, "-m", "pytest", "-q", "-rfE", "--tb=no", "-p", "no:cacheprovider", "-n0", *names]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST")}
+    environment |= {"PYTHONPATH": str(tree), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    shutil.rmtree(tree)
+    return done.stdout + done.stderr
+
+
+@pytest.mark.slow
+def test_without_its_guard_a_promise_has_a_test_that_fails(tmp_path: Path) -> None:
+    """In rounds: in each of them every file of tests stands for one guard at most, so that none hides another."""
+    seen: Counter[str] = Counter()
+    rounds: defaultdict[int, list[tuple[str, tuple[str, str, str]]]] = defaultdict(list)
+    for test, guards in GUARDS.items():
+        for guard in guards:
+            test_file = test.partition("::")[0]
+            rounds[seen[test_file]].append((test, guard))
+            seen[test_file] += 1
+    calls: list[tuple[list[Any], list[str]]] = [([], list(GUARDS))]
+    calls += [([guard for _, guard in group], [test for test, _ in group]) for group in rounds.values()]
+    with ThreadPoolExecutor(2) as pool:
+        trees = [tmp_path / f"tree{number}" for number in range(len(calls))]
+        whole, *outputs = pool.map(_failed, trees, *zip(*calls, strict=True))
+    assert re.search(r"^\d+ passed", whole, re.MULTILINE), whole
+    for group, output in zip(rounds.values(), outputs, strict=True):
+        for test, (file, text, _) in group:
+            assert f"FAILED tests/{test}" in output, f"{file} without {text!r}: {test} does not fail\n{output}"
