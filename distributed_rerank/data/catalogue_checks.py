@@ -179,8 +179,6 @@ def check_columns(columns: pa.Table, names: Sequence[str], purpose: str, problem
     absent = [name for name in _REQUIRED[purpose] if name not in names]
     if any(name in names for name in BOX):
         absent += [name for name in BOX if name not in names]
-    else:
-        tell_other_boxes(names, problems.source)
     problems.absent.update(absent)
     for name in absent:
         lower = {other.lower(): other for other in names}
@@ -191,17 +189,20 @@ def check_columns(columns: pa.Table, names: Sequence[str], purpose: str, problem
         problems.add("the table has no rows")
 
 
-def tell_other_boxes(names: Sequence[str], source: str) -> None:
-    """Warn of columns that look like boxes under other names than `BOX`: images are read whole."""
+def tell_unread_columns(names: Sequence[str], known: Sequence[str], source: str) -> None:
+    """Warn of columns that are not read, but look as if they should be: `known` ones in another spelling, and boxes."""
+    for name in names:
+        meant = name.strip("\ufeff \u00a0\t").lower()
+        if meant in known and meant not in names:
+            logger.warning("%s: COLUMN %r IS NOT READ; call it %r where that is meant", source, name, meant)
     plain = {name.lower().replace("_", ""): name for name in names}
-    for other in _OTHER_BOXES:
-        if all(word in plain for word in other.split()):
-            found = ", ".join(plain[word] for word in other.split())
-            logger.warning(
-                "%s: BOXES ARE NOT READ FROM %s, whole pictures are: to cut them, name the corners in pixels x_1, y_1 "
-                "(left, top), x_2, y_2 (right, bottom: left + width, top + height)", source, found,
-            )  # fmt: skip
-            return
+    boxes = next((words.split() for words in _OTHER_BOXES if all(word in plain for word in words.split())), [])
+    if boxes and BOX[0] not in names:
+        logger.warning(
+            "%s: BOXES ARE NOT READ FROM %s, whole pictures are: to cut them, name the corners in pixels x_1, y_1 "
+            "(left, top), x_2, y_2 (right, bottom: left + width, top + height)",
+            source, ", ".join(plain[word] for word in boxes),
+        )  # fmt: skip
 
 
 def some(values: Sequence[Any], limit: int = 5) -> str:
