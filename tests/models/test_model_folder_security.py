@@ -76,7 +76,7 @@ def test_folder_names_a_network_of_timm_and_no_place(name: Any, tmp_path: Path, 
         load_model(folder)
 
 
-@pytest.mark.parametrize("name", ["os:system", "timm:create_model", "distributed_rerank.errors:BadInput"])
+@pytest.mark.parametrize("name", ["os:system", "torch:load", "distributed_rerank.errors:BadInput"])
 def test_folder_names_no_code_of_installed_packages(name: str, tmp_path: Path) -> None:
     words = f"config.json names {name}, which is no module of your own"
     with pytest.raises(BadInput, match=words):
