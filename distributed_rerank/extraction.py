@@ -313,9 +313,11 @@ def _check(embeddings: Embeddings, catalogue: Catalogue, max_rejects: float | No
 def check_complete(embeddings: Embeddings, catalogue: Catalogue, max_rejects: float | None, source: Path) -> Embeddings:
     """The embeddings, as they were read from `source`.
 
-    Raises BadInput for images of the catalogue that have neither an embedding nor a reject row, and for too many
-    rejects.
+    A table of others is told of as `tell_of_no_use` says. Raises BadInput for images of the catalogue that have neither
+    an embedding nor a reject row, and for too many rejects.
     """
+    if isinstance(embeddings.matrix, np.ndarray):  # those on disk are of `embed`, which has told it
+        tell_of_no_use(embeddings)
     known = {reject.id for reject in embeddings.rejects}
     missing = [id for id in catalogue.ids[embeddings.rows_of(catalogue.ids) < 0] if id not in known]
     if missing:

@@ -591,6 +591,21 @@ def test_embeddings_with_float_ids_and_an_index_are_found(form: str, run_job: Ca
     assert figures(json.loads((out / "metrics.json").read_text())) == (1, 1)
 
 
+@pytest.mark.parametrize(
+    ("second", "words"),
+    [([0.0, 0.0], "1 EMBEDDINGS ARE ZERO, first that of 'b'"), ([1.0, 2.0], "ALL 4 IMAGES HAVE THE SAME EMBEDDING"),
+     ([1.0, 2e18], "1 embeddings are not finite or longer than 2^60, first that of 'b'")],
+)  # fmt: skip
+def test_embeddings_of_others_that_tell_nothing_are_told(
+    second: list[float], words: str, run_job: Callable, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    vectors = [[1.0, 2.0], second, [1.0, 2.0], [1.0, 2.0]]
+    pd.DataFrame({"id": list("abcd"), "embedding": vectors}).to_parquet(tmp_path / "theirs.parquet")
+    given = ["--catalogue", written(tmp_path / "df.csv", FOUR), "--embeddings", tmp_path / "theirs.parquet"]
+    outcome = run_job("evaluate", "--no-baselines", *given, "--out", tmp_path / "out")
+    assert (outcome.code, words in caplog.text + outcome.errors) == (2 if "finite" in words else 0, True)
+
+
 def test_same_file_in_gallery_or_train_is_counted(measure: Measure, tmp_path: Path) -> None:
     for id, content in zip("abcdef", (b"1", b"1", b"3", b"1", b"1", b"6"), strict=True):
         (tmp_path / f"{id}.jpg").write_bytes(content)
