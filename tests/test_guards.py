@@ -33,7 +33,7 @@ GUARDS = {
     "data/test_image_roots.py::test_table_in_a_bucket_names_no_local_file": [
         ("data/locations.py", "if self.folders and all(", "if False and all("),
     ],
-    "models/test_model_folder_security.py::test_arguments_that_load_something_are_no_settings_of_any_network": [
+    "models/test_model_folder_security.py::test_class_of_a_later_timm_that_loads_something_is_given_no_checkpoint": [
         ("models/extractor.py", " - _LOADING_ARGUMENTS", ""),
     ],
     "models/test_model_folder_security.py::test_folder_cannot_name_a_checkpoint_to_load": [
@@ -75,7 +75,7 @@ GUARDS = {
         ("jobs/serve.py", "(limits.host, limits.port), family", '("", limits.port), family'),
         ("config/serving.py", 'host: str = "127.0.0.1"', 'host: str = "0.0.0.0"'),
     ],
-    "jobs/test_serve.py::test_wrong_settings_are_one_line": [
+    "jobs/test_serve.py::test_token_is_read_and_checked": [
         ("config/serving.py", "if not self.is_local:", "if False:"),
     ],
     "cluster/test_session.py::test_connect_local_starts_a_private_ray_twice_and_leaves_nothing_behind": [

@@ -272,6 +272,8 @@ def test_token_is_read_and_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     for host in ("localhost", "192.168.0.1.example.org"):
         monkeypatch.delenv("DISTRIBUTED_RERANK_TOKEN", raising=False)
         assert ServeConfig(host=host).is_local is (host == "localhost")
+    with pytest.raises(BadInput, match="is reached by others; give --token-file"):
+        ServeConfig(host="0.0.0.0").token()
 
 
 @pytest.mark.parametrize(

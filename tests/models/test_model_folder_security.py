@@ -110,3 +110,14 @@ def test_arguments_that_load_something_are_no_settings_of_any_network() -> None:
     assert not loading & everything
     assert {"depth", "embed_dim", "pad_type", "norm_layer", "global_pool", "img_size"} <= everything
     assert "depth" in known_arguments("vit_small_patch16_224.dino")
+
+
+def test_class_of_a_later_timm_that_loads_something_is_given_no_checkpoint(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Loading(torch.nn.Module):
+        def __init__(self, checkpoint_path: str, width: int) -> None: ...
+
+    Loading.__module__ = "timm.models.resnet"
+    monkeypatch.setattr(timm.models.resnet, "Loading", Loading, raising=False)
+    found = known_arguments.__wrapped__("resnet10t")
+    assert "width" in found
+    assert "checkpoint_path" not in found
