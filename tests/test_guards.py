@@ -1,14 +1,13 @@
 """Every guard of SECURITY.md, taken out: the test that stands for it fails."""
 
+import multiprocessing
 import os
-import re
 import shutil
-import subprocess
 import sys
 from collections import Counter, defaultdict
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -86,8 +85,22 @@ GUARDS = {
 }  # fmt: skip
 
 
-def _failed(tree: Path, without: list[tuple[str, str, str]], tests: list[str]) -> str:
-    """What pytest says of these tests in a copy of the repository, where texts of files are replaced."""
+class _Failures:
+    """Which tests fail, by their names, and which pass."""
+
+    def __init__(self) -> None:
+        self.failed: set[str] = set()
+        self.passed: set[str] = set()
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.failed and report.when == "call":
+            self.failed.add(report.nodeid)
+        if report.passed and report.when == "call":
+            self.passed.add(report.nodeid)
+
+
+def _tested(tree: Path, without: Sequence[tuple[str, str, str]], tests: Sequence[str]) -> _Failures:
+    """What becomes of these tests in a copy of the repository with texts of files replaced; in a process of its own."""
     ignored = shutil.ignore_patterns(".git", ".venv", "out", ".pytest_cache")
     shutil.copytree(ROOT, tree, ignore=ignored, symlinks=True)
     for name, text, other in without:
@@ -95,16 +108,20 @@ def _failed(tree: Path, without: list[tuple[str, str, str]], tests: list[str]) -
         content = file.read_text()
         assert content.count(text) == 1, f"{name} has no guard {text!r}: change the table with the code"
         file.write_text(content.replace(text, other))
-    names = [f"tests/{test}" for test in tests]
-    command = [sys.executable, "-m", "pytest", "-q", "-rfE", "--tb=no", "-p", "no:cacheprovider", "-n0", *names]
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST")}
-    environment |= {"PYTHONPATH": str(tree), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True, timeout=300, check=False)
-    shutil.rmtree(tree)
-    return done.stdout + done.stderr
+    os.chdir(tree)
+    os.environ["PYTHONPATH"] = str(tree)
+    sys.path.insert(0, str(tree))
+    found = _Failures()
+    options = ["-q", "--tb=no", "-p", "no:cacheprovider", "-n0", f"--rootdir={tree}", "-c", "pyproject.toml"]
+    pytest.main([*options, *(f"tests/{test}" for test in tests)], plugins=[found])
+    import distributed_rerank
+
+    assert Path(distributed_rerank.__file__).is_relative_to(tree), "another package than the copy was tested"
+    return found
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_without_its_guard_a_promise_has_a_test_that_fails(tmp_path: Path) -> None:
     """In rounds: in each of them every file of tests stands for one guard at most, so that none hides another."""
     seen: Counter[str] = Counter()
@@ -114,12 +131,18 @@ def test_without_its_guard_a_promise_has_a_test_that_fails(tmp_path: Path) -> No
             test_file = test.partition("::")[0]
             rounds[seen[test_file]].append((test, guard))
             seen[test_file] += 1
-    calls: list[tuple[list[Any], list[str]]] = [([], list(GUARDS))]
-    calls += [([guard for _, guard in group], [test for test, _ in group]) for group in rounds.values()]
-    with ThreadPoolExecutor(2) as pool:
-        trees = [tmp_path / f"tree{number}" for number in range(len(calls))]
-        whole, *outputs = pool.map(_failed, trees, *zip(*calls, strict=True))
-    assert re.search(r"^\d+ passed", whole, re.MULTILINE), whole
-    for group, output in zip(rounds.values(), outputs, strict=True):
-        for test, (file, text, _) in group:
-            assert f"FAILED tests/{test}" in output, f"{file} without {text!r}: {test} does not fail\n{output}"
+    # What every process needs is imported once.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["pytest", "torch", "timm", "ray", "pandas", "pyarrow.parquet", "aiohttp"])
+    with ProcessPoolExecutor(2, mp_context=context, max_tasks_per_child=1) as pool:
+        whole = pool.submit(_tested, tmp_path / "whole", (), list(GUARDS))
+        found = [
+            pool.submit(_tested, tmp_path / str(number), [guard for _, guard in group], [test for test, _ in group])
+            for number, group in rounds.items()
+        ]
+        assert whole.result().passed, "nothing was tested"
+        assert not whole.result().failed
+        for group, one in zip(rounds.values(), found, strict=True):
+            for test, (file, text, _) in group:
+                has_failed = any(name.startswith(f"tests/{test}") for name in one.result().failed)
+                assert has_failed, f"{file} without {text!r}: {test} does not fail"
