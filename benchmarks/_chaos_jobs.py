@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 from _measuring import ROOT, descendants
 
 from distributed_rerank.config.extractor import ExtractorConfig
@@ -178,3 +179,30 @@ def blocks_of(folder: Path) -> dict[str, int]:
     """The manifests' counts of the blocks of the stage that was disturbed."""
     inner = next((path for path in (folder / "pair_distances", folder / "candidates") if path.is_dir()), folder)
     return json.loads((inner / "manifest.json").read_text())["blocks"]
+
+
+def killed_at_random(
+    start: Callable[[Path], subprocess.Popen[str]], folder: Path, seconds: float, seed: int
+) -> tuple[Path, int, int | None, float]:
+    """Kill a job at random moments, starting it again each time, until it ends by itself, in a folder below `folder`.
+
+    `seconds` is what the job takes undisturbed. Where fewer than three kills hit, all is done again, sooner. Returns
+    the folder, the kills, the exit code and the seconds from the first start.
+    """
+    generator = np.random.default_rng(seed)
+    for number in range(5):
+        kills, began = 0, time.monotonic()
+        while True:
+            process = start(folder / str(number))
+            try:
+                # Later and later, so that there is an end.
+                moment = float(generator.uniform(0.4, 0.9)) * (1 + kills / 3) * 0.6**number
+                process.communicate(timeout=moment * seconds)
+                break
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.communicate()
+                kills += 1
+        if kills >= 3:
+            return folder / str(number), kills, process.returncode, time.monotonic() - began
+    raise AssertionError("the job ended before it was killed three times")

@@ -7,8 +7,7 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-import numpy as np
-from _chaos_jobs import Fault, Jobs, finish, results, start, until
+from _chaos_jobs import Fault, Jobs, finish, killed_at_random, results, start, until
 
 REGRESSION = 3
 NIGHT = "2"
@@ -54,21 +53,14 @@ def killed_nights(jobs: Jobs, is_quick: bool) -> list[Fault]:
 
 
 def _at_random(jobs: Jobs, first: Path, undisturbed: float, expected: Mapping[str, bytes]) -> Fault:
-    folder, generator, kills = jobs.root / "nights-random", np.random.default_rng(5), 0
-    shutil.copytree(first, folder)
-    began = time.monotonic()
-    while True:
-        process = _second(jobs, folder)
-        try:
-            # Later and later, so that there is an end.
-            process.communicate(timeout=float(generator.uniform(0.4, 0.9)) * (1 + kills / 4) * undisturbed)
-            break
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.communicate()
-            kills += 1
-    assert process.returncode == REGRESSION, process.returncode
-    extra = time.monotonic() - began - undisturbed
+    def begin(folder: Path) -> subprocess.Popen[str]:
+        if not folder.exists():
+            shutil.copytree(first, folder)
+        return _second(jobs, folder)
+
+    folder, kills, code, seconds = killed_at_random(begin, jobs.root / "nights-random", undisturbed, seed=5)
+    assert code == REGRESSION, code
+    extra = seconds - undisturbed
     fault = f"one process: kill -9 of a night at {kills} random moments"
     return Fault(fault, "what was in flight", "at most 1 each", extra, _written(folder) == expected)
 

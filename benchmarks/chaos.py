@@ -40,6 +40,7 @@ from _chaos_jobs import (
     done,
     end_with_children,
     finish,
+    killed_at_random,
     middle,
     results,
     start,
@@ -302,22 +303,13 @@ def store_away(jobs: Jobs) -> list[Fault]:
 
 def random_kills(jobs: Jobs, seed: int) -> Fault:
     """kill -9 of the driver at random moments, each time the same command again, until it ends by itself."""
-    folder, generator, kills = jobs.root / "random", np.random.default_rng(seed), 0
-    began = time.monotonic()
-    while True:
-        process = jobs.start("score", folder, False)
-        try:
-            # Later and later, so that there is an end.
-            process.communicate(timeout=float(generator.uniform(0.5, 1.0)) * (1 + kills) * jobs.seconds["score", False])
-            break
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.communicate()
-            kills += 1
-    assert process.returncode == 0
-    extra = time.monotonic() - began - jobs.seconds["score", False]
+    usual = jobs.seconds["score", False]
+    start = partial(jobs.start, "score", on_ray=False)
+    folder, kills, code, seconds = killed_at_random(start, jobs.root / "random", usual, seed)
+    assert code == 0, code
     equal = results(folder / "out") == jobs.expected["score"]
-    return Fault(f"one process: kill -9 at {kills} random moments, score", "what was in flight", "0", extra, equal)
+    fault = f"one process: kill -9 at {kills} random moments, score"
+    return Fault(fault, "what was in flight", "0", seconds - usual, equal)
 
 
 def in_one_process(jobs: Jobs, damages: list[Damaged], times: int, is_quick: bool) -> Iterator[partial[Any]]:

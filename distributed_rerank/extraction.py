@@ -25,6 +25,7 @@ from distributed_rerank.data import artifacts, tables
 from distributed_rerank.data.begun import ComputedWith
 from distributed_rerank.data.catalogue import Catalogue, ImageRef
 from distributed_rerank.data.decoding import decode, readable_ids
+from distributed_rerank.data.doubtful_boxes import tell_of_doubtful_boxes
 from distributed_rerank.data.embeddings import Embeddings, read_embeddings
 from distributed_rerank.data.manifests import MANIFEST
 from distributed_rerank.data.rejects import Reject, check_rejects, reject_table, rejects_of
@@ -293,6 +294,7 @@ def _compute(
     """Embed `refs` and store their blocks; the rejects go first, so that a stored block is a complete one."""
     if not len(refs):
         return
+    tell_of_doubtful_boxes(refs)
     embedded, rejected = staging.blocks("embeddings"), staging.blocks("rejects")
     blocks = dict(plan(refs, work.images_per_block, max(embedded.done() | rejected.done(), default=-1) + 1))
     embed = embed_blocks if executors is None else executors.embed_blocks
@@ -315,9 +317,11 @@ def _check(embeddings: Embeddings, catalogue: Catalogue, max_rejects: float | No
 def check_complete(embeddings: Embeddings, catalogue: Catalogue, max_rejects: float | None, source: Path) -> Embeddings:
     """The embeddings, as they were read from `source`.
 
-    Raises BadInput for images of the catalogue that have neither an embedding nor a reject row, and for too many
-    rejects.
+    A table of others is told of as `tell_of_no_use` says. Raises BadInput for images of the catalogue that have neither
+    an embedding nor a reject row, and for too many rejects.
     """
+    if isinstance(embeddings.matrix, np.ndarray):  # those on disk are of `embed`, which has told it
+        tell_of_no_use(embeddings)
     known = {reject.id for reject in embeddings.rejects}
     missing = [id for id in catalogue.ids[embeddings.rows_of(catalogue.ids) < 0] if id not in known]
     if missing:

@@ -26,6 +26,11 @@ logger = logging.getLogger(__name__)
 SPLITS = ("train", "calibration", "validation")
 """calibration: labels that the extractor has not seen; `train` uses them where it knows those of split train."""
 BOX = ("x_1", "y_1", "x_2", "y_2")
+_OTHER_BOXES = (
+    *("x1 y1 x2 y2", "xmin ymin xmax ymax", "left top right bottom", "x y w h", "x y width height", "bbox", "box"),
+    *("left top width height", "bboxx bboxy bboxw bboxh", "bboxx bboxy bboxwidth bboxheight"),
+)
+"""Names of columns with boxes elsewhere, in small letters and without underscores."""
 _REQUIRED = {
     "images": ("path",),
     "evaluation": ("path", "label", "split", "is_query", "is_gallery"),
@@ -183,6 +188,22 @@ def check_columns(columns: pa.Table, names: Sequence[str], purpose: str, problem
         problems.add(f"no column {name!r}, needed for {purpose}; {hint}")
     if "path" in names and len(columns) == 0:
         problems.add("the table has no rows")
+
+
+def tell_unread_columns(names: Sequence[str], known: Sequence[str], source: str) -> None:
+    """Warn of columns that are not read, but look as if they should be: `known` ones in another spelling, and boxes."""
+    for name in names:
+        meant = name.strip("\ufeff \u00a0\t").lower()
+        if meant in known and meant not in names:
+            logger.warning("%s: COLUMN %r IS NOT READ; call it %r where that is meant", source, name, meant)
+    plain = {name.lower().replace("_", ""): name for name in names}
+    boxes = next((words.split() for words in _OTHER_BOXES if all(word in plain for word in words.split())), [])
+    if boxes and BOX[0] not in names:
+        logger.warning(
+            "%s: BOXES ARE NOT READ FROM %s, whole pictures are: to cut them, name the corners in pixels x_1, y_1 "
+            "(left, top), x_2, y_2 (right, bottom: left + width, top + height)",
+            source, ", ".join(plain[word] for word in boxes),
+        )  # fmt: skip
 
 
 def some(values: Sequence[Any], limit: int = 5) -> str:

@@ -13,7 +13,7 @@ import pyarrow.compute
 from jaxtyping import Bool, Float64
 
 from distributed_rerank.data import locations
-from distributed_rerank.data.catalogue_checks import BOX, SPLITS, Problems, check_columns, some
+from distributed_rerank.data.catalogue_checks import BOX, SPLITS, Problems, check_columns, some, tell_unread_columns
 from distributed_rerank.data.table_files import TableFile
 from distributed_rerank.data.text_columns import (
     are_words_for_no_value,
@@ -30,6 +30,8 @@ KNOWN = ("id", "path", "label", "split", "is_query", "is_gallery", "category", "
 _NAMES = ("id", "label", "category", "sequence", "item")
 _FLAGS = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
 _ROWS_PER_BATCH = 1 << 20
+_MOST_PIXELS = float(1 << 31)
+"""Of a side of any picture."""
 
 
 class RawTable(NamedTuple):
@@ -69,6 +71,7 @@ def load_table(uri: str, schemes: frozenset[str]) -> RawTable:
 def normalise(raw: RawTable, folder: str, purpose: str, problems: Problems) -> pd.DataFrame:
     """The table with the columns of `Catalogue` (unsorted); what cannot be read is noted and left empty."""
     check_columns(raw.columns, raw.names, purpose, problems)
+    tell_unread_columns(raw.names, KNOWN, problems.source)
     texts = {name: _texts(raw.columns, name, problems) for name in KNOWN}
     table = pd.DataFrame(index=pd.RangeIndex(len(raw.columns)))
     is_empty = _is_null(texts["path"])
@@ -174,7 +177,7 @@ def _boxes(columns: pa.Table, texts: dict[str, pa.Array], problems: Problems) ->
         return None
     is_empty = np.stack([_is_null(texts[name]) for name in BOX], axis=1)
     boxes = np.stack([as_numbers(columns[name]) for name in BOX], axis=1)
-    is_number = np.isfinite(boxes)
+    is_number = np.abs(boxes) < _MOST_PIXELS
     is_wrong = ~is_number & ~is_empty
     if is_wrong.any():
         row, side = np.argwhere(is_wrong)[0]
@@ -195,7 +198,8 @@ def _boxes(columns: pa.Table, texts: dict[str, pa.Array], problems: Problems) ->
     boxes = np.trunc(boxes)
     is_inverted = (boxes[:, 0] >= boxes[:, 2]) | (boxes[:, 1] >= boxes[:, 3])
     problems.add(
-        "inverted or empty box; x_1 < x_2 and y_1 < y_2 are needed (left, top, right, bottom)",
+        "inverted or empty box; x_1 < x_2 and y_1 < y_2 are needed (left, top, right, bottom; to a width add x_1, to a "
+        "height y_1)",
         is_inverted & ~are_shares,
     )
     return boxes

@@ -31,6 +31,8 @@ _BOMS = (
 _UTF8_BOM = b"\xef\xbb\xbf"
 _BLOCK = 1 << 22
 _MAX_BAD_ROWS = 10_000
+_MOST_LINES_ABOVE = 20
+"""Comments, `sep=;` and titles that programs write above a header."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,13 @@ def layout_of(head: bytes, known: Set[str]) -> CsvLayout:
         if len(known & set(header)) > n_best:
             best, n_best = CsvLayout(separator, header), len(known & set(header))
     return best
+
+
+def line_of_header(head: bytes, known: Set[str]) -> int | None:
+    """The line, counted from 1, below the first one in which two of the `known` names stand; None: there is none."""
+    lines = head.decode("utf-8", errors="replace").splitlines()[:_MOST_LINES_ABOVE]
+    headers = ((number, set(layout_of(line.encode(), known).header)) for number, line in enumerate(lines[1:], 2))
+    return next((number for number, header in headers if len(known & header) > 1), None)
 
 
 def other_separator(head: bytes, known: Set[str]) -> str | None:

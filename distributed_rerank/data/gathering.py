@@ -273,6 +273,11 @@ class _Gathering:
         if self._no_rank.count:
             raise BadInput(f"{self._source}: some ranks are empty or no numbers; fill them or remove the column")
         self._lookup.raise_if_unknown(self._source)
+        if self._order is not None and self._order.is_flat():
+            logger.warning(
+                "%s: ALL CANDIDATES OF A QUERY HAVE THE SAME %s, in (almost) every list: they stand in the order of "
+                "their ids; write the values or add a rank column", self._source, self._value.upper(),
+            )  # fmt: skip
         if self._order is not None and self._order.is_turned():
             turned = "distances fall" if self._value == "distance" else "scores grow"
             raise BadInput(

@@ -9,10 +9,13 @@ that Pillow itself refuses images above twice `PIL.Image.MAX_IMAGE_PIXELS` (179 
 """
 
 import io
+import os
 import threading
+import unicodedata
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
+from urllib.parse import unquote
 
 from PIL import Image, UnidentifiedImageError, features
 
@@ -59,6 +62,13 @@ def read_image(
     return decode(read_content(ref, schemes), ref.box, max_pixels, then)
 
 
+def read_size(ref: ImageRef) -> tuple[int, int]:
+    """Width and height of the whole upright picture, whose pixels are not decoded. Raises as `read_content` does."""
+    content = read_content(ref)
+    with _explained(content), Image.open(io.BytesIO(content), formats=FORMATS) as image:
+        return Picture(image, orientation_of(image)).size
+
+
 def read_content(ref: ImageRef, schemes: frozenset[str] = locations.SCHEMES) -> bytes:
     """The bytes of the file of `ref`. Raises UnreadableImage, and Outage where a store does not answer."""
     problem = ref.roots.problem(ref.path)
@@ -67,13 +77,23 @@ def read_content(ref: ImageRef, schemes: frozenset[str] = locations.SCHEMES) -> 
     try:
         return read_bytes(ref.path, schemes, MAX_BYTES)
     except FileNotFoundError:
-        raise UnreadableImage("file not found") from None
+        raise UnreadableImage(f"file not found{_other_spelling(ref)}") from None
     except StoreUnreachable as error:
         raise UnreadableImage(_line(OUTAGE, error)) from error
     except OSError as error:
         raise UnreadableImage(_line("cannot be read", error)) from error
     except BadInput as error:
         raise UnreadableImage(str(error)) from error
+
+
+def _other_spelling(ref: ImageRef) -> str:
+    """Names a file that is there under another spelling of a path that is not."""
+    if locations.scheme_of(ref.path) is not None:
+        return ""
+    forms = [ref.path.replace("\\", "/"), unquote(ref.path), ref.path.strip()]
+    forms += [unicodedata.normalize(form, ref.path) for form in ("NFC", "NFD")]
+    there = (form for form in forms if form != ref.path and not ref.roots.problem(form) and os.path.isfile(form))
+    return next((f"; there is {os.path.basename(form)!a}, write the path so" for form in there), "")
 
 
 def decode(

@@ -62,6 +62,11 @@ class ListOrder:
             return None
         return int(np.argmax(fall if n_fall <= n_grow else grow))
 
+    def is_flat(self) -> bool:
+        """Whether most lists of some length have one value alone, so that the values order nothing."""
+        is_long = self._n_values >= _LONG
+        return bool(is_long.any() and (self._low == self._high)[is_long].mean() >= _MOST)
+
     def is_turned(self) -> bool:
         """Whether the values of most lists are largest where the best candidate is."""
         has_own = np.isfinite(self._own) & np.isfinite(self._high)

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from distributed_rerank.data import locations
-from distributed_rerank.data.csv_files import as_utf8, csv_batches, layout_of, other_separator
+from distributed_rerank.data.csv_files import as_utf8, csv_batches, layout_of, line_of_header, other_separator
 from distributed_rerank.errors import BadInput
 
 HEAD = 1 << 16
@@ -78,6 +78,8 @@ class TableFile:
         layout = layout_of(self.head, known)
         if len(known & set(layout.header)) < 2 and (other := other_separator(self.head, known)):
             raise BadInput(f"{self.location}: {other!r} separates its columns; write one of , ; | and tabs")
+        if len(known & set(layout.header)) < 2 and (line := line_of_header(self.head, known)):
+            raise BadInput(f"{self.location}: line {line} looks like the header; remove the lines above it")
         columns = choose(layout.header)
         yield pa.table({name: pa.array([], pa.string()) for name in columns})
         if not columns:

@@ -23,6 +23,8 @@ from distributed_rerank.data.texts import as_column
 from distributed_rerank.data.vectors import write_vectors
 from distributed_rerank.errors import BadInput
 
+_LARGEST_SQUARED = 2.0**120
+"""Longer embeddings would overflow float32 when squared, as `tensors.candidate_pairs` says."""
 SCHEMAS = {
     "candidates": pa.schema(
         {"query_id": pa.string(), "gallery_id": pa.string(), "rank": pa.int32(), "distance": pa.float32()}
@@ -129,7 +131,7 @@ def read_embeddings(path: str | Path) -> tuple[np.ndarray, Float32[np.ndarray, "
     """Ids (object array) and embeddings, in the order stored, from a file, URI or folder.
 
     Ids are text; numbers are read as those of a catalogue. Lists of any float type are accepted where all have one
-    length. Raises BadInput for empty and repeated ids and for values that are not finite.
+    length. Raises BadInput for empty and repeated ids and for embeddings that are not finite or longer than 2^60.
     """
     table = load_parquet(path, "embeddings")
     names = [name for name in table.column_names if not is_index_column(name)]
@@ -149,9 +151,12 @@ def read_embeddings(path: str | Path) -> tuple[np.ndarray, Float32[np.ndarray, "
     repeated = _first_repeated(ids)
     if repeated is not None:
         raise BadInput(f"{path}: id {repeated!r} has two embeddings; keep one")
-    bad = ~np.isfinite(embeddings).all(axis=1)
+    bad = ~(np.einsum("ij,ij->i", embeddings, embeddings, dtype=np.float64) < _LARGEST_SQUARED)  # NaN is none
     if bad.any():
-        raise BadInput(f"{path}: {bad.sum()} embeddings are not finite, first that of {ids[bad][0]!r}; recompute them")
+        raise BadInput(
+            f"{path}: {bad.sum()} embeddings are not finite or longer than 2^60, first that of {ids[bad][0]!r}; "
+            "recompute them"
+        )
     return ids, embeddings
 
 

@@ -95,14 +95,15 @@ def as_names(texts: pa.Array, name: str, float_bits: int = 64) -> pa.Array:
 def _refuse_lookalikes(texts: pa.Array, name: str) -> None:
     """Raise BadInput for two different texts that nobody can tell apart.
 
-    They differ by spaces at an end, by characters without a shape, or in how an accent is composed.
+    They differ by spaces at an end, by kinds of spaces, by characters without a shape, or in how an accent is composed.
     """
     is_plain = pc.equal(pc.ascii_trim_whitespace(texts), texts)
     is_plain = pc.and_(is_plain, pc.equal(pc.binary_length(texts), pc.utf8_length(texts)))
     odd = texts.filter(pc.invert(is_plain)).unique()
     if not len(odd):
         return
-    shown = pc.utf8_normalize(pc.replace_substring_regex(odd, f"^{_UNSEEN}|{_UNSEEN}$|\\p{{Cf}}+", ""), "NFC")
+    shown = pc.replace_substring_regex(odd, f"^{_UNSEEN}|{_UNSEEN}$|\\p{{Cf}}+", "")
+    shown = pc.utf8_normalize(pc.replace_substring_regex(shown, r"\p{Zs}", " "), "NFC")
     # Names that stay as they are differ from each other.
     changed = shown.filter(pc.not_equal(shown, odd))
     concerned = pc.is_in(shown, value_set=changed)

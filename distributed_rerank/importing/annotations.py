@@ -2,6 +2,7 @@
 
 import csv
 import json
+import logging
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -9,6 +10,8 @@ from typing import Any
 
 from distributed_rerank.errors import BadInput
 from distributed_rerank.importing.rows import Row, first_file, images_below, needed
+
+logger = logging.getLogger(__name__)
 
 SPLIT_FOLDERS = frozenset({"train", "training", "val", "valid", "validation", "test", "testing", "images", "data"})
 """First folders that are no labels."""
@@ -23,13 +26,17 @@ def read_folders(folder: Path, field: str | None) -> list[Row]:
     The label is the path below those folders, so that `shoes/red` and `bags/red` stay two; the first part of a longer
     one is the category.
     """
-    rows = []
+    rows, beside = [], []
     for path in images_below(folder):
         parts = list(path.relative_to(folder).parts[:-1])
         while parts and parts[0].lower() in SPLIT_FOLDERS:
             del parts[0]
         if parts:
             rows.append(Row(path, "/".join(parts), category=parts[0] if len(parts) > 1 else None))
+        else:
+            beside.append(path)
+    if rows and beside:
+        logger.warning("left out: %d photos that lie in no folder of a label, first %s", len(beside), beside[0])
     if not rows:
         raise BadInput(
             f"{folder} has no folders with photos in it; put the photos of each thing in a folder of its own"

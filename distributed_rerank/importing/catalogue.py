@@ -165,7 +165,9 @@ def _without_unreadable(rows: Sequence[Row]) -> tuple[list[Row], list[str]]:
 
 
 def _reason(path: Path) -> str | None:
-    """Why a file is no photo; None = its header is good."""
+    """Why a file is no photo; None = its header is good. A pipe is not waited for."""
+    if path.exists() and not path.is_file():
+        return "no regular file"
     try:
         with Image.open(path, formats=FORMATS):
             return None

@@ -129,7 +129,11 @@ def test_uri_reaches_no_server_of_its_own_choice(uri: str, monkeypatch: pytest.M
         monkeypatch.setenv(name, "secret")
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
     monkeypatch.setenv("no_proxy", "127.0.0.1")
-    (tmp_path / "df.csv").write_text(f"id,path\na,{uri.format(host=f'127.0.0.1:{server.server_port}')}\n")
+    location = uri.format(host=f"127.0.0.1:{server.server_port}")
+    (tmp_path / "df.csv").write_text(f"id,path\na,{location}\n")
+    if locations.scheme_of(location) is not None:  # also where the hub is reached, which then would be asked first
+        with pytest.raises(BadInput):
+            locations._allowed_scheme(location, locations.SCHEMES)
     (reason,) = tell(read_catalogue(str(tmp_path / "df.csv"))).values()
     server.shutdown()
     server.server_close()

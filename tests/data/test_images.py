@@ -22,6 +22,7 @@ from PIL import Image, ImageFile, ImageOps
 from distributed_rerank.data import images, locations
 from distributed_rerank.data.catalogue import ImageRef
 from distributed_rerank.data.images import UnreadableImage
+from distributed_rerank.data.locations import ImageRoots
 
 FORMATS = ["JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF"]
 
@@ -190,6 +191,28 @@ def test_jpeg_of_ten_thousand_scans_is_refused_before_it_is_decoded() -> None:
     assert time.process_time() - started < 0.5
     assert images.decode(_progressive_jpeg(200, 200, 100)).size == (200, 200)
     assert _bytes(_photo(400, 300), "JPEG", progressive=True).count(b"\xff\xda") == 10
+
+
+@pytest.mark.parametrize(
+    ("there", "written"),
+    [("a b.png", "a%20b.png"), ("sub/a.png", "sub\\a.png"), ("a.png", "a.png "), ("\xe9.png", "e\u0301.png"),
+     ("e\u0301.png", "\xe9.png")],
+)  # fmt: skip
+def test_file_under_another_spelling_is_named(there: str, written: str, tmp_path: Path) -> None:
+    (tmp_path / there).parent.mkdir(exist_ok=True)
+    (tmp_path / there).write_bytes(_bytes(_photo()))
+    ref = ImageRef("a", f"{tmp_path}/{written}")
+    with pytest.raises(UnreadableImage) as error:
+        images.read_image(ref)
+    assert error.value.reason == f"file not found; there is {Path(there).name!a}, write the path so"
+    outside = ImageRef("a", ref.path, None, ImageRoots((), (str(tmp_path / "root"),)))
+    with pytest.raises(UnreadableImage) as error:
+        images.read_image(outside)
+    assert error.value.reason == "outside --image-root"
+    escape = ImageRef("a", f"{tmp_path}/in/%2e%2e/{there}", None, ImageRoots((f"{tmp_path}/in",)))
+    with pytest.raises(UnreadableImage) as error:
+        images.read_image(escape)
+    assert error.value.reason == "file not found", "what lies outside the root is not told"
 
 
 def test_files_that_are_no_images_say_what_they_are_not(tmp_path: Path) -> None:

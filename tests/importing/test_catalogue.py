@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -173,6 +174,21 @@ def test_omls_table_keeps_its_split(tmp_path: Path) -> None:
     found = imported(tmp_path / "oml")
     assert (found.layout, found.has_own_split) == ("oml", True)
     assert found.counts() == {"train": 6, "train labels": 2, "queries": 3, "gallery": 6, "validation labels": 2}
+
+
+def test_photos_in_no_folder_and_pipes_are_left_out_with_a_word(
+    folders: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    photo(folders / "beside.png")
+    assert len(imported(folders).catalogue) == 25
+    assert f"left out: 1 photos that lie in no folder of a label, first {folders}/beside.png" in caplog.text
+    os.mkfifo(folders / "pipe.png")
+    rows = [{"file_name": str(path.relative_to(folders)), "label": path.parent.name} for path in folders.rglob("?.jpg")]
+    rows.append({"file_name": "pipe.png", "label": "s1"})
+    (folders / "metadata.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    found = imported(folders, layout="imagefolder")
+    assert found.unreadable == [f"{folders}/pipe.png: no regular file"]
+    assert len(found.catalogue) == 24
 
 
 def test_what_cannot_be_read_is_told_in_one_line(tmp_path: Path) -> None:

@@ -254,7 +254,7 @@ def test_word_for_no_value_is_no_label(word: str, form: str, refuse: Refuse, tmp
 @pytest.mark.parametrize(
     ("first", "second"),
     [("x ", "x"), ("x", " x"), ("x\u200b", "x"), ("x\xa0", "x"), ("x\t", "x"), ("x\u200b1", "x1"), ("e\u0301", "\xe9"),
-     ("x ", "x  "), ("\u65e5\u672c", "\u65e5\u672c ")],
+     ("x ", "x  "), ("a\xa0b", "a b"), ("a\u2009b", "a b"), ("\u65e5\u672c", "\u65e5\u672c ")],
 )  # fmt: skip
 def test_names_that_look_the_same_are_refused_with_both_rows(first: str, second: str, refuse: Refuse) -> None:
     line = refuse(relabelled(first, second, "y", "y"), RIGHT_FIRST)
@@ -280,6 +280,39 @@ def test_other_separators_are_named(separator: str, refuse: Refuse) -> None:
     expected = f"{separator!r} separates its columns; write one of , ; | and tabs"
     assert expected in refuse(FOUR.replace(",", separator), RIGHT_FIRST)
     assert expected in refuse(FOUR, RIGHT_FIRST.replace(",", separator))
+
+
+@pytest.mark.parametrize("above", ["sep=;", "# made by hand", "Photos of 2024;;;", "a comment\nof two lines"])
+def test_lines_above_the_header_are_named(above: str, refuse: Refuse) -> None:
+    number = 2 + above.count("\n")
+    expected = f"line {number} looks like the header; remove the lines above it"
+    assert expected in refuse(f"{above}\n{FOUR.replace(',', ';')}", RIGHT_FIRST)
+    assert expected in refuse(FOUR, f"{above}\n{RIGHT_FIRST}")
+
+
+@pytest.mark.parametrize("name", ["Sequence", " sequence", "SEQUENCE ", "\ufeffsequence"])
+def test_column_in_another_spelling_is_told(name: str, measure: Measure) -> None:
+    header, *rows = FOUR.splitlines()
+    sequences = [f"{row},s" for row in rows]
+    assert figures(measure("\n".join([f"{header},{name}", *sequences]), RIGHT_FIRST)) == (1, 1)
+    words = f"COLUMN {name!r} IS NOT READ; call it 'sequence' where that is meant"
+    assert words in measure("\n".join([f"{header},{name}", *sequences]), RIGHT_FIRST)["said"]
+    both = measure("\n".join([f"{header},sequence,{name}", *(f"{row},{row[0]},s" for row in rows)]), RIGHT_FIRST)
+    assert "IS NOT READ" not in both["said"]
+
+
+def test_lists_of_one_value_are_told(measure: Measure) -> None:
+    ids = [f"p{number}" for number in range(7)]
+    table = HEAD + "".join(f"{id},{id}.jpg,{number % 2},{ROLES}\n" for number, id in enumerate(ids))
+    pairs = [(query, item) for query in ids for item in ids if item != query]
+    words = "ALL CANDIDATES OF A QUERY HAVE THE SAME"
+    for value in ("distance", "score"):
+        head = f"query_id,gallery_id,{value}"
+        flat = f"{head}\n" + "".join(f"{query},{item},1\n" for query, item in pairs)
+        assert f"{words} {value.upper()}" in measure(table, flat)["said"]
+        ranked = f"{head},rank\n" + "".join(f"{query},{item},1,{n}\n" for n, (query, item) in enumerate(pairs))
+        assert words not in measure(table, ranked)["said"]
+    assert words not in measure(FOUR, RIGHT_FIRST.replace(".2", ".1"))["said"], "lists of two say little"
 
 
 def test_a_folder_instead_of_a_table_is_told_so(refuse: Refuse, tmp_path: Path) -> None:
@@ -556,6 +589,21 @@ def test_embeddings_with_float_ids_and_an_index_are_found(form: str, run_job: Ca
     )
     assert outcome.code == 0, outcome.errors
     assert figures(json.loads((out / "metrics.json").read_text())) == (1, 1)
+
+
+@pytest.mark.parametrize(
+    ("second", "words"),
+    [([0.0, 0.0], "1 EMBEDDINGS ARE ZERO, first that of 'b'"), ([1.0, 2.0], "ALL 4 IMAGES HAVE THE SAME EMBEDDING"),
+     ([1.0, 2e18], "1 embeddings are not finite or longer than 2^60, first that of 'b'")],
+)  # fmt: skip
+def test_embeddings_of_others_that_tell_nothing_are_told(
+    second: list[float], words: str, run_job: Callable, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    vectors = [[1.0, 2.0], second, [1.0, 2.0], [1.0, 2.0]]
+    pd.DataFrame({"id": list("abcd"), "embedding": vectors}).to_parquet(tmp_path / "theirs.parquet")
+    given = ["--catalogue", written(tmp_path / "df.csv", FOUR), "--embeddings", tmp_path / "theirs.parquet"]
+    outcome = run_job("evaluate", "--no-baselines", *given, "--out", tmp_path / "out")
+    assert (outcome.code, words in caplog.text + outcome.errors) == (2 if "finite" in words else 0, True)
 
 
 def test_same_file_in_gallery_or_train_is_counted(measure: Measure, tmp_path: Path) -> None:

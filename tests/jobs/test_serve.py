@@ -25,6 +25,7 @@ from serving import ROOT, TOKEN, Service, serving
 from distributed_rerank import Reranker
 from distributed_rerank.config.serving import ServeConfig
 from distributed_rerank.errors import BadInput
+from distributed_rerank.jobs.serve import _listen
 from distributed_rerank.online.front import Backend, Front, _is_this_machine
 
 IDS = [f"id {n:02d}" for n in (40, 3, 12, 31, 7, 22, 9, 18, 30, 26, 11, 35)]
@@ -253,6 +254,12 @@ def test_wrong_settings_are_one_line(model: Path, photos: Path, tmp_path: Path) 
             assert len(done.stderr.splitlines()) == 1
 
 
+def test_listens_on_this_machine_alone() -> None:
+    for config, expected in ((ServeConfig(port=0), "127.0.0.1"), (ServeConfig(host="::1", port=0), "::1")):
+        with _listen(config) as listening:
+            assert listening.getsockname()[0] == expected
+
+
 def test_token_is_read_and_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "token"
     file.write_text(f"{TOKEN}\n")
@@ -265,6 +272,8 @@ def test_token_is_read_and_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     for host in ("localhost", "192.168.0.1.example.org"):
         monkeypatch.delenv("DISTRIBUTED_RERANK_TOKEN", raising=False)
         assert ServeConfig(host=host).is_local is (host == "localhost")
+    with pytest.raises(BadInput, match="is reached by others; give --token-file"):
+        ServeConfig(host="0.0.0.0").token()
 
 
 @pytest.mark.parametrize(

@@ -76,6 +76,18 @@ def test_folder_names_a_network_of_timm_and_no_place(name: Any, tmp_path: Path, 
         load_model(folder)
 
 
+@pytest.mark.parametrize("name", ["os:system", "torch:load", "distributed_rerank.errors:BadInput"])
+def test_folder_names_no_code_of_installed_packages(name: str, tmp_path: Path) -> None:
+    words = f"config.json names {name}, which is no module of your own"
+    with pytest.raises(BadInput, match=words):
+        load_model(changed_folder(tmp_path / "extractor", name=name))
+    folder = changed_folder(tmp_path / "model")
+    content = json.loads((folder / "config.json").read_text()) | {"model": name}
+    (folder / "config.json").write_text(json.dumps(content))
+    with pytest.raises(BadInput, match=words):
+        load_model(folder)
+
+
 def test_folder_takes_plain_values_only(tmp_path: Path) -> None:
     with pytest.raises(BadInput, match="takes no argument __class__"):
         load_model(changed_folder(tmp_path / "model", args={"__class__": "x"}))
@@ -98,3 +110,14 @@ def test_arguments_that_load_something_are_no_settings_of_any_network() -> None:
     assert not loading & everything
     assert {"depth", "embed_dim", "pad_type", "norm_layer", "global_pool", "img_size"} <= everything
     assert "depth" in known_arguments("vit_small_patch16_224.dino")
+
+
+def test_class_of_a_later_timm_that_loads_something_is_given_no_checkpoint(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Loading(torch.nn.Module):
+        def __init__(self, checkpoint_path: str, width: int) -> None: ...
+
+    Loading.__module__ = "timm.models.resnet"
+    monkeypatch.setattr(timm.models.resnet, "Loading", Loading, raising=False)
+    found = known_arguments.__wrapped__("resnet10t")
+    assert "width" in found
+    assert "checkpoint_path" not in found
