@@ -32,15 +32,20 @@ def margins(ranked: Ranked, queries: LabelledQueries, top_n: int) -> dict[str, V
 
     gap: the distance from the first candidate to the second. spread: from the first to the last one re-ranked.
     """
-    parts = [ranked.before[block.rows].distances[:, :top_n] for block in queries.blocks()]
-    head = torch.cat(parts).double().numpy()
+    parts = [_margins(ranked.before[block.rows].distances[:, :top_n].double().numpy()) for block in queries.blocks()]
+    gap, spread = (np.concatenate(column) for column in zip(*parts, strict=True))
+    return {"gap": gap, "spread": spread}
+
+
+def _margins(head: Float64[np.ndarray, "query n"]) -> tuple[Values, Values]:
+    """Gap and spread of a block of queries."""
     n_candidates = np.isfinite(head).sum(axis=1)
     if head.shape[1] < 2:
-        return {name: np.full(len(head), np.inf) for name in ("gap", "spread")}
+        return np.full(len(head), np.inf), np.full(len(head), np.inf)
     last = np.take_along_axis(head, (n_candidates - 1).clip(min=0)[:, None], axis=1)[:, 0]
     is_open = n_candidates > 1
     first, second, last = (np.where(is_open, column, 0.0) for column in (head[:, 0], head[:, 1], last))
-    return {"gap": np.where(is_open, second - first, np.inf), "spread": np.where(is_open, last - first, np.inf)}
+    return np.where(is_open, second - first, np.inf), np.where(is_open, last - first, np.inf)
 
 
 def choose_threshold(signals: dict[str, Values], before: Values, after: Values) -> tuple[str, float]:

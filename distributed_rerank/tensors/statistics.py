@@ -292,12 +292,13 @@ def _round_for_exact_sums(values: Float64[Tensor, "row metric"], n_terms: int) -
 
     The error is below n_terms * max|value| * 2^-52 per value: for a million queries 2^-32 of the largest value.
     """
-    largest = float(values.abs().max()) if values.numel() else 0.0
+    # No copy but the answer: of a million queries each copy of all metrics is 0.14 GB.
+    largest = max(float(values.max()), -float(values.min())) if values.numel() else 0.0
     if largest == 0:
         return values
     # A float64 holds 53 bits: with this unit the largest possible sum is below 2^52 units.
     unit = 2.0 ** (math.ceil(math.log2(largest * (n_terms + 1))) - 52)
-    return (values / unit).round() * unit
+    return (values / unit).round_().mul_(unit)
 
 
 def multinomial_draws(

@@ -1,4 +1,4 @@
-"""docs/cluster.md and README.md: what they submit, executed on three nodes with a token and an S3 server."""
+"""docs/cluster.md and README.md: what they submit, executed on a cluster with a token and an S3 server."""
 
 import os
 import re
@@ -55,7 +55,7 @@ def test_submitted_commands_run_on_a_cluster_and_give_the_bytes_of_a_local_run(
     bucket = {**ENVIRONMENT, "AWS_ENDPOINT_URL": s3.address}
     program = f"{sys.executable} -m distributed_rerank"
     paths = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    with started_head(2, **bucket, PYTHONPATH=paths, HOME=str(tmp_path / "head")) as head:
+    with started_head(**bucket, PYTHONPATH=paths, HOME=str(tmp_path / "head")) as head:
         script = "".join(SUBMITTED).replace("s3://my-bucket", s3.bucket).replace("distributed-rerank ", f"{program} ")
         script = script.replace("--extractor vit_small_patch16_224.dino", " ".join(EXTRACTOR))
         script = script.replace("$EXTRACTOR", " ".join(EXTRACTOR)).replace("--driver-gpus", "--driver-cpus")
