@@ -1,5 +1,6 @@
 """Which part of a cluster a job may use, and how much it puts up with."""
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -46,6 +47,10 @@ class ObserveConfig:
     profile: Path | None = None
     """Folder for Chrome traces (Perfetto) of a block on each kind of worker: embed, search, score, train. On a cluster
     it is one on each node."""
+
+    def __post_init__(self) -> None:
+        if self.profile is not None and re.match(r"\w+:/", str(self.profile)):
+            raise BadInput(f"--profile {self.profile}: traces are written on this machine only; give a path")
 
 
 @dataclass(frozen=True, kw_only=True)

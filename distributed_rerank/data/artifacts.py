@@ -122,7 +122,7 @@ class Staging:
         self._told = ExitStack()
 
     def __enter__(self) -> "Staging":
-        self._told.enter_context(logs.about(stage=self.fingerprint["stage"]))
+        self._told.enter_context(logs.about(stage=self.fingerprint.get("stage", self.folder.name)))
         return self
 
     def __exit__(

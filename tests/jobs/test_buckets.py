@@ -14,6 +14,7 @@ from job_files import EXTRACTOR, bytes_of
 from s3_server import Server, put_folder
 
 from distributed_rerank import command_line
+from distributed_rerank.config.cluster import ObserveConfig
 from distributed_rerank.config.jobs import JOBS
 from distributed_rerank.data import object_store
 from distributed_rerank.data.remote_folders import fetch
@@ -136,12 +137,19 @@ def path_fields(kind: type) -> set[str]:
 @pytest.mark.parametrize("job", JOBS)
 def test_every_field_with_a_path_may_be_a_uri_or_is_known_to_be_local(job: str) -> None:
     known = {*storage.INPUTS, *storage.FOLDERS, *storage.FILES, "runs", "history"}
-    assert path_fields(JOBS[job]) - known <= {"scratch", "metrics_file", "folder", "results", "cache", "token_file"}
+    assert path_fields(JOBS[job]) - known <= {
+        "scratch", "metrics_file", "folder", "results", "cache", "token_file", "profile"
+    }  # fmt: skip
 
 
 def test_evaluations_in_a_bucket_are_not_compared_and_one_line_says_so(tmp_path: Path) -> None:
     with pytest.raises(BadInput, match=r"s3:/bucket/a does not exist; .* on this machine"):
         command_line.run(["compare", "s3://bucket/a", "s3://bucket/b", "--out", str(tmp_path / "out")])
+
+
+def test_traces_are_not_written_to_a_bucket() -> None:
+    with pytest.raises(BadInput, match=r"--profile s3:/bucket/traces: traces are written on this machine only"):
+        ObserveConfig(profile=Path("s3://bucket/traces"))
 
 
 def test_table_of_a_folder_is_not_written_to_a_bucket(tmp_path: Path) -> None:

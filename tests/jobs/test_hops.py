@@ -73,7 +73,7 @@ def profile_of_submitted_calls(hops: list[Hop]) -> Callable[[FrameType, str, Any
 
     def profile(frame: FrameType, event: str, argument: Any) -> None:
         is_submission = frame.f_code.co_name == "_remote" and frame.f_code.co_filename.endswith("ray/actor.py")
-        if event == "call" and is_submission and not hops and "score" in (frame.f_locals.get("args") or ())[1:2]:
+        if event == "call" and is_submission and not hops and "score" in (frame.f_locals.get("args") or ())[1:3]:
             hops.extend(hops_to(frame))
 
     return profile

@@ -94,7 +94,7 @@ def test_full_disk_of_a_training_worker_is_its_answer_and_no_failure_to_retry(
     monkeypatch.setattr(on_ray, "join_workers", lambda timeout: TrainingWorker())
     monkeypatch.setattr(on_ray, "broadcast_from_rank_zero", lambda value: value)
     with no_file_beyond(20_000):
-        answer = on_ray.train_worker(task, tmp_path / "run", timedelta(seconds=5))
+        answer = on_ray.train_worker(task, tmp_path / "run", timedelta(seconds=5), {})
     assert answer is not None
     assert answer.startswith(f"{tmp_path}/run/")
     assert "make room there" in answer
