@@ -17,7 +17,7 @@ from distributed_rerank.data import locations
 from distributed_rerank.data.files import text_digest
 from distributed_rerank.data.table_files import TableFile
 from distributed_rerank.data.text_columns import as_numbers, as_texts
-from distributed_rerank.data.texts import Texts
+from distributed_rerank.data.texts import Texts, json_of_columns
 from distributed_rerank.errors import BadInput
 
 pc: Any = pyarrow.compute  # type checkers do not see its functions, which are made at import
@@ -43,7 +43,7 @@ class Judgements:
     def digest(self) -> str:
         """sha256 of the grades, whatever the order of the rows and the form of the file."""
         ordered = self.table.sort_by([(name, "ascending") for name in COLUMNS[:2]])
-        return text_digest("\t".join(map(str, row.values())) + "\n" for row in ordered.to_pylist())
+        return text_digest(json_of_columns((name, ordered[name]) for name in COLUMNS))
 
 
 def read_judgements(

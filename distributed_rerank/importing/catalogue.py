@@ -39,7 +39,7 @@ READERS: Mapping[str, Callable[[Path, str | None], list[Row]]] = {
     "cars": lambda folder, _: protocols.read_cars(folder),
     "market1501": lambda folder, _: protocols.read_market1501(folder),
 }
-JUDGED_READERS: Mapping[str, Callable[[Path], Judged]] = {
+JUDGED_READERS: Mapping[str, Callable[[Path, Path], Judged]] = {
     "roxford": partial(read_revisited, name="roxford5k"),
     "rparis": partial(read_revisited, name="rparis6k"),
     "mieb": read_mieb,
@@ -95,7 +95,7 @@ def import_folder(folder: Path, out: Path, config: ImportConfig) -> Imported:
     if out.suffix not in (".csv", ".parquet"):
         raise BadInput(f"--out {out} must end in .csv or .parquet")
     layout = find_layout(folder) if config.layout == "auto" else config.layout
-    judged = JUDGED_READERS[layout](folder) if layout in JUDGED_READERS else None
+    judged = JUDGED_READERS[layout](folder, out.with_name(f"{out.stem}_images")) if layout in JUDGED_READERS else None
     rows = READERS[layout](folder, config.label_field) if judged is None else judged.rows
     rows, unreadable = _without_unreadable(rows)
     if not rows:

@@ -17,7 +17,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 import pyarrow.parquet as pq
 
 from distributed_rerank.errors import BadInput
@@ -29,6 +28,7 @@ SETUPS: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "hard": (("hard",), ("easy", "junk")),
 }
 """Of each protocol: the parts of the ground truth that are relevant, and those that leave the lists."""
+_IMAGES_AT_A_TIME = 32
 _LANDMARK = re.compile(r"_\d+$")
 _SAFE = frozenset(
     {
@@ -53,8 +53,11 @@ class _Unpickler(pickle.Unpickler):
         return super().find_class(module, name)
 
 
-def read_revisited(folder: Path, name: str) -> Judged:
-    """Revisited Oxford or Paris: gnd_roxford5k.pkl or gnd_rparis6k.pkl, and the photos at any depth."""
+def read_revisited(folder: Path, images: Path, name: str) -> Judged:
+    """Revisited Oxford or Paris: gnd_roxford5k.pkl or gnd_rparis6k.pkl, and the photos at any depth.
+
+    They stay where they are: nothing is written to `images`.
+    """
     file = needed(folder, "Revisited Oxford and Paris", *(f"{depth}gnd_{name}.pkl" for depth in ("", "*/", "*/*/")))
     try:
         found = _Unpickler(io.BytesIO(file.read_bytes()), encoding="latin1").load()  # Python 2 may have written it
@@ -88,17 +91,18 @@ def _grades(
                 yield from ((f"query {stem}", gallery[int(place)], grade) for place in own[part])
 
 
-def read_mieb(folder: Path) -> Judged:
+def read_mieb(folder: Path, images: Path) -> Judged:
     """A task of MIEB from image to image as its Parquet files: corpus/, queries/ (or query/) and qrels/.
 
-    The images are written to `images/` in the folder. A label is a group of photos that answer each other.
+    The images are written to the folder `images`. A label is a group of photos that answer each other.
     """
-    corpus, queries, qrels = _part(folder, "corpus"), _part(folder, "queries", "query"), _part(folder, "qrels")
-    rows = [*_photos(folder, queries, "query"), *_photos(folder, corpus, "corpus")]
+    corpus, queries, qrels = _files(folder, "corpus"), _files(folder, "queries", "query"), _files(folder, "qrels")
+    rows = [*_photos(folder, queries, images, "query"), *_photos(folder, corpus, images, "corpus")]
     known = {row.id for row in rows}
     grades = [
         (f"query {pair['query-id']}", f"corpus {pair['corpus-id']}", 1)
-        for pair in qrels.select(["query-id", "corpus-id", "score"]).to_pylist()
+        for file in qrels
+        for pair in pq.read_table(file, columns=["query-id", "corpus-id", "score"]).to_pylist()
         if pair["score"] > 0
     ]
     lost = next((id for pair in grades for id in pair[:2] if id not in known), None)
@@ -108,20 +112,20 @@ def read_mieb(folder: Path) -> Judged:
     return Judged([replace(row, label=groups.get(row.label, row.label)) for row in rows], {"task": grades})
 
 
-def _part(folder: Path, *names: str) -> pa.Table:
+def _files(folder: Path, *names: str) -> list[Path]:
     for name in names:
         files = sorted((folder / name).glob("*.parquet"))
         if files:
-            return pa.concat_tables([pq.read_table(file) for file in files], promote_options="default")
+            return files
     raise BadInput(f"{folder} has no {names[0]}/*.parquet, which a task of MIEB comes with; download the whole task")
 
 
-def _photos(folder: Path, table: pa.Table, part: str) -> Iterator[Row]:
-    """A row for each image, with its id as label; the image's bytes are written to a file."""
-    home, is_query = folder / "images" / part, part == "query"
+def _photos(folder: Path, files: Sequence[Path], images: Path, part: str) -> Iterator[Row]:
+    """A row for each image, with its id as label; the image's bytes are written to a file. Some are held at a time."""
+    home, is_query = images / part, part == "query"
     home.mkdir(parents=True, exist_ok=True)
-    for number in range(len(table)):
-        row = table.slice(number, 1).to_pylist()[0]
+    batches = (batch for file in files for batch in pq.ParquetFile(file).iter_batches(_IMAGES_AT_A_TIME))
+    for number, row in enumerate(row for batch in batches for row in batch.to_pylist()):
         content = (row.get("image") or {}).get("bytes")
         if content is None:
             raise BadInput(

@@ -116,6 +116,8 @@ def test_task_of_mieb_is_measured_by_its_qrels(tmp_path: Path) -> None:
     (file,) = found.judgements
     assert pd.read_csv(file)["gallery_id"].tolist() == ["corpus a", "corpus 1"]
     labels = found.catalogue.table.set_index("id")["label"]
+    assert {path.parents[1].name for path in map(Path, found.catalogue.table["path"])} == {"df_images"}
+    assert sorted(path.name for path in home.iterdir()) == ["corpus", "qrels", "query"], "the download was changed"
     assert labels["query 1"] == labels["corpus a"] == labels["corpus 1"] != labels["query 2"]
     pd.DataFrame({"id": ["1"], "text": ["a red car"]}).to_parquet(home / "query" / "test-00000-of-00001.parquet")
     with pytest.raises(BadInput, match="query 1 has no image"):
