@@ -34,6 +34,7 @@ logger = logging.getLogger(__name__)
 
 _FOLDER_PREFIX = "rerank-ray-"
 _LOCK = "lock"
+_DISK_LEFT = 2 * 10**9  # bytes of the disk of /tmp that Ray leaves free
 _MIN_LOGICAL_CPUS = 8
 """A small machine declares more CPUs than it has: Ray Data hangs where actors hold every CPU (ray issue
 44687)."""
@@ -122,6 +123,9 @@ def _start_local(config: ClusterConfig, metrics_port: int | None) -> Iterator[No
     _use_own_token()
     # A private Ray of one machine loses no node with notice, so training needs no process that watches for it.
     os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
+    # Ray stops writing to a disk that is 95 % full and says so every 10 s, though a large one has room left then.
+    full = 1 - _DISK_LEFT / shutil.disk_usage(folder).total
+    os.environ.setdefault("RAY_local_fs_capacity_threshold", f"{max(0.95, full):.4f}")
     try:
         with _without_metrics_port() if metrics_port is None else nullcontext():
             _init(

@@ -1,6 +1,5 @@
 """One format for all log lines."""
 
-import logging
 import re
 import subprocess
 import sys
@@ -46,6 +45,6 @@ def test_driver_leaves_a_program_that_logs_in_its_own_way_alone() -> None:
         "import logging\nlogging.basicConfig(format='mine: %(message)s', level=20)\n"
         "from distributed_rerank.runtime import logs\nlogs.configure_driver()\n"
         "logging.getLogger('distributed_rerank.x').info('here')\n"
+        "assert logging.getLogger('distributed_rerank').propagate\n"
     )
     assert lines == ["mine: here"]
-    assert logging.getLogger("distributed_rerank").propagate
