@@ -147,7 +147,7 @@ def write_photos(folder: Path, size: Sizes) -> Path:
 
 def photo_catalogue(work: Path, size: Sizes) -> Any:
     """The catalogue of the photos."""
-    from distributed_rerank.data.catalogue import read_catalogue
+    from distributed_rerank.data.catalogue_files import read_catalogue
 
     return read_catalogue(str(write_photos(work / "photos", size)), purpose="evaluation")
 

@@ -26,7 +26,8 @@ from distributed_rerank.config.extractor import ExtractorConfig
 from distributed_rerank.config.pairwise import ConcatSiameseConfig
 from distributed_rerank.config.training import TrainingConfig
 from distributed_rerank.config.work import WorkConfig
-from distributed_rerank.data.catalogue import Catalogue, read_catalogue
+from distributed_rerank.data.catalogue import Catalogue
+from distributed_rerank.data.catalogue_files import read_catalogue
 from distributed_rerank.data.decoding import decode
 from distributed_rerank.data.gathering import gather_lists
 from distributed_rerank.data.transforms import IMAGENET_MEAN, IMAGENET_STD, Augmentation

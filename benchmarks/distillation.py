@@ -25,7 +25,8 @@ from distributed_rerank.chain.chain import Chain
 from distributed_rerank.config.evaluation import FirstStageConfig, MeasureConfig
 from distributed_rerank.config.pairwise import TokenSiameseConfig
 from distributed_rerank.config.training import TrainingConfig
-from distributed_rerank.data.catalogue import Catalogue, read_catalogue
+from distributed_rerank.data.catalogue import Catalogue
+from distributed_rerank.data.catalogue_files import read_catalogue
 from distributed_rerank.evaluation.run import evaluate
 from distributed_rerank.extraction import embed
 from distributed_rerank.models.saving import load_model

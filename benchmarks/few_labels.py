@@ -27,7 +27,8 @@ from distributed_rerank.chain.evidence import Evidence, try_chain
 from distributed_rerank.config.extractor import ExtractorConfig
 from distributed_rerank.config.pairwise import TokenSiameseConfig
 from distributed_rerank.config.training import TrainingConfig
-from distributed_rerank.data.catalogue import Catalogue, read_catalogue
+from distributed_rerank.data.catalogue import Catalogue
+from distributed_rerank.data.catalogue_files import read_catalogue
 from distributed_rerank.data.embeddings import Embeddings
 from distributed_rerank.extraction import embed
 from distributed_rerank.models.saving import build_model, load_model

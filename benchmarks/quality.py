@@ -29,7 +29,8 @@ from distributed_rerank.config.pairwise import (
     PAIRWISE_CONFIGS,
 )
 from distributed_rerank.config.training import TrainingConfig, defaults_for
-from distributed_rerank.data.catalogue import Catalogue, read_catalogue
+from distributed_rerank.data.catalogue import Catalogue
+from distributed_rerank.data.catalogue_files import read_catalogue
 from distributed_rerank.errors import BadInput
 from distributed_rerank.evaluation.run import evaluate
 from distributed_rerank.extraction import embed

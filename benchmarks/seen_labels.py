@@ -21,7 +21,8 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from distributed_rerank.config.training import EvidenceConfig
-from distributed_rerank.data.catalogue import Catalogue, read_catalogue
+from distributed_rerank.data.catalogue import Catalogue
+from distributed_rerank.data.catalogue_files import read_catalogue
 from distributed_rerank.data.embeddings import Embeddings, read_embeddings
 from distributed_rerank.demo.catalogue import write_demo_catalogue
 from distributed_rerank.training.seen_labels import mean_average_precision, pick_labels

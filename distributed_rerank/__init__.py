@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     )
     from distributed_rerank.config.training import TrainingConfig
     from distributed_rerank.config.work import WorkConfig
-    from distributed_rerank.data.catalogue import read_catalogue
+    from distributed_rerank.data.catalogue_files import read_catalogue
     from distributed_rerank.errors import BadInput
     from distributed_rerank.evaluation.run import evaluate
     from distributed_rerank.extraction import embed

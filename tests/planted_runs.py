@@ -10,7 +10,9 @@ import torch
 
 from distributed_rerank.data import artifacts, tables
 from distributed_rerank.data.candidates import candidates_table
-from distributed_rerank.data.catalogue import Catalogue, read_catalogue
+from distributed_rerank.data.catalogue import Catalogue
+from distributed_rerank.data.catalogue_files import read_catalogue
+from distributed_rerank.data.schemas import SCHEMAS
 from distributed_rerank.evaluation import measure as evaluation
 from distributed_rerank.tensors.candidate_lists import CandidateLists
 
@@ -73,7 +75,7 @@ def write_run(
         artifacts.write_json(staging.path / "metrics.json", measured.metrics)
         per_query = pa.Table.from_pandas(measured.per_query, preserve_index=False)
         tables.write_table(staging.path / "per_query.parquet", per_query, "per_query")
-        tables.write_table(staging.path / "rejects.parquet", tables.SCHEMAS["rejects"].empty_table(), "rejects")
+        tables.write_table(staging.path / "rejects.parquet", SCHEMAS["rejects"].empty_table(), "rejects")
         (staging.path / "candidates").mkdir()
         _write_lists(staging.path / "candidates" / "candidates.parquet", catalogue, before)
         if after is not None:

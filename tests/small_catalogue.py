@@ -7,7 +7,8 @@ from PIL import Image
 
 from distributed_rerank.config.extractor import ExtractorConfig
 from distributed_rerank.config.pairwise import ConcatSiameseConfig, DistanceSiameseConfig
-from distributed_rerank.data.catalogue import Catalogue, read_catalogue
+from distributed_rerank.data.catalogue import Catalogue
+from distributed_rerank.data.catalogue_files import read_catalogue
 from distributed_rerank.models.concat_siamese import ConcatSiamese
 from distributed_rerank.models.distance_siamese import DistanceSiamese
 from distributed_rerank.tensors.candidate_lists import CandidateLists

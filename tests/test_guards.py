@@ -20,17 +20,17 @@ GUARDS = {
         ("data/locations.py", ' and ("::" in rest or "?" in rest)', " and False"),
     ],
     "data/test_image_roots.py::test_relative_path_must_not_leave_the_folder_of_its_table": [
-        ("data/locations.py", "and leaves and not", "and False and not"),
+        ("data/paths.py", "and leaves and not", "and False and not"),
     ],
     "data/test_image_roots.py::test_image_root_holds_for_all_paths_and_through_links": [
-        ("data/locations.py", "        if self.given:\n", "        if False:\n"),
-        ("data/locations.py", "_is_below(os.path.realpath(local), map(", "_is_below(local, map("),
+        ("data/paths.py", "        if self.given:\n", "        if False:\n"),
+        ("data/paths.py", "_is_below(os.path.realpath(local), map(", "_is_below(local, map("),
     ],
     "data/test_image_roots.py::test_files_that_are_none_are_never_opened": [
-        ("data/locations.py", "if is_local and _is_below(", "if False and _is_below("),
+        ("data/paths.py", "if is_local and _is_below(", "if False and _is_below("),
     ],
     "data/test_image_roots.py::test_table_in_a_bucket_names_no_local_file": [
-        ("data/locations.py", "if self.folders and all(", "if False and all("),
+        ("data/paths.py", "if self.folders and all(", "if False and all("),
     ],
     "models/test_model_folder_security.py::test_class_of_a_later_timm_that_loads_something_is_given_no_checkpoint": [
         ("models/extractor.py", " - _LOADING_ARGUMENTS", ""),

@@ -10,7 +10,8 @@ from PIL import Image, ImageDraw
 from distributed_rerank.config.extractor import ExtractorConfig
 from distributed_rerank.config.pairwise import TokenSiameseConfig
 from distributed_rerank.config.training import TrainingConfig
-from distributed_rerank.data.catalogue import Catalogue, read_catalogue
+from distributed_rerank.data.catalogue import Catalogue
+from distributed_rerank.data.catalogue_files import read_catalogue
 from distributed_rerank.extraction import embed
 from distributed_rerank.training.stage import make_task
 from distributed_rerank.training.task import TrainingTask

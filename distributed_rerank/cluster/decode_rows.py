@@ -13,7 +13,7 @@ import pyarrow as pa
 
 from distributed_rerank.data.catalogue import ImageRef
 from distributed_rerank.data.decoding import decode
-from distributed_rerank.data.locations import ImageRoots
+from distributed_rerank.data.paths import ImageRoots
 from distributed_rerank.data.rejects import reject_table
 from distributed_rerank.data.transforms import InferenceTransform
 

@@ -10,7 +10,7 @@ from urllib.parse import unquote
 import pyarrow as pa
 import pyarrow.compute
 
-from distributed_rerank.data import locations, manifests, tables
+from distributed_rerank.data import locations, manifests, paths, tables
 from distributed_rerank.data.catalogue import Catalogue
 from distributed_rerank.data.csv_files import layout_of, regrouped
 from distributed_rerank.data.distance_kinds import Conversion
@@ -51,7 +51,7 @@ def read_candidates(
 
 
 def _batches(path: str | Path, catalogue: Catalogue, schemes: frozenset[str], rows: int) -> Iterator[pa.Table]:
-    is_local = locations.scheme_of(str(path)) is None
+    is_local = paths.scheme_of(str(path)) is None
     if is_local and Path(path).is_dir():
         yield from tables.load_batches(path, "candidates", rows)
         return

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.compute
 from jaxtyping import Bool, Float64
 
-from distributed_rerank.data import locations
+from distributed_rerank.data import paths
 from distributed_rerank.data.catalogue_checks import BOX, SPLITS, Problems, check_columns, some, tell_unread_columns
 from distributed_rerank.data.table_files import TableFile
 from distributed_rerank.data.text_columns import (
@@ -22,6 +22,7 @@ from distributed_rerank.data.text_columns import (
     as_texts,
     float_bits,
 )
+from distributed_rerank.data.texts import as_series
 from distributed_rerank.errors import BadInput
 
 pc: Any = pyarrow.compute  # type checkers do not see its functions, which are made at import
@@ -135,18 +136,13 @@ def _ids(
     return pc.if_else(pa.array(has_box), named, paths)
 
 
-def as_series(texts: pa.Array) -> pd.Series:
-    """A column of texts that stays in Arrow's memory."""
-    return pd.Series(pd.arrays.ArrowExtensionArray(texts))
-
-
 def _joined(folder: str, written: pa.Array) -> pa.Array:
-    """`locations.join` of all paths."""
+    """`paths.join` of all paths."""
     text = pa.large_string()
     joined = pc.binary_join_element_wise(pa.scalar(folder, text), written, pa.scalar("/", text))
     # Absolute paths and URIs are few, or the folder does not matter.
     is_other = pc.or_(pc.starts_with(written, "/"), pc.match_substring(written, "://"))
-    others = [locations.join(folder, path) for path in written.filter(is_other).to_pylist()]
+    others = [paths.join(folder, path) for path in written.filter(is_other).to_pylist()]
     return pc.replace_with_mask(joined, is_other, pa.array(others, text)) if others else joined
 
 

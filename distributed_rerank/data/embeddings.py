@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 from jaxtyping import Float32, Int32
 
-from distributed_rerank.data import locations, manifests, tables
+from distributed_rerank.data import manifests, paths, tables
 from distributed_rerank.data.csv_files import regrouped
 from distributed_rerank.data.files import text_digest
 from distributed_rerank.data.rejects import Reject, rejects_of
@@ -98,7 +98,7 @@ def read_embeddings(folder: str | Path) -> Embeddings:
     A table of another program is read into memory and sorted by id. Raises BadInput for a file of a finished folder
     that is gone or has changed, and as `tables.read_embeddings` does.
     """
-    is_local = locations.scheme_of(str(folder)) is None
+    is_local = paths.scheme_of(str(folder)) is None
     stored = stored_vectors(tables.files_of(Path(folder), "embeddings")) if is_local else None
     manifests.check_files(folder, ["rejects.parquet"])
     rejects = Path(folder) / "rejects.parquet"

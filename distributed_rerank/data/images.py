@@ -19,7 +19,7 @@ from urllib.parse import unquote
 
 from PIL import Image, UnidentifiedImageError, features
 
-from distributed_rerank.data import locations
+from distributed_rerank.data import locations, paths
 from distributed_rerank.data.catalogue import ImageRef
 from distributed_rerank.data.locations import StoreUnreachable, read_bytes
 from distributed_rerank.data.pictures import DAMAGE, Box, Picture, UnreadableImage, orientation_of
@@ -88,7 +88,7 @@ def read_content(ref: ImageRef, schemes: frozenset[str] = locations.SCHEMES) -> 
 
 def _other_spelling(ref: ImageRef) -> str:
     """Names a file that is there under another spelling of a path that is not."""
-    if locations.scheme_of(ref.path) is not None:
+    if paths.scheme_of(ref.path) is not None:
         return ""
     forms = [ref.path.replace("\\", "/"), unquote(ref.path), ref.path.strip()]
     forms += [unicodedata.normalize(form, ref.path) for form in ("NFC", "NFD")]

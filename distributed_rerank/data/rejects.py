@@ -8,7 +8,7 @@ from pathlib import Path
 import pandas as pd
 import pyarrow as pa
 
-from distributed_rerank.data import tables
+from distributed_rerank.data.schemas import SCHEMAS
 from distributed_rerank.errors import BadInput
 
 logger = logging.getLogger(__name__)
@@ -66,7 +66,7 @@ def reject_table(rejects: Sequence[Reject], stage: str) -> pa.Table:
         "stage": [stage] * len(rejects),
         "reason": [reject.reason for reject in rejects],
     }
-    return pa.table(columns, schema=tables.SCHEMAS["rejects"])
+    return pa.table(columns, schema=SCHEMAS["rejects"])
 
 
 def rejects_of(table: pa.Table) -> list[Reject]:

@@ -12,7 +12,7 @@ from stat import S_ISREG
 import numpy as np
 from jaxtyping import Int32, UInt64
 
-from distributed_rerank.data import locations
+from distributed_rerank.data import paths
 from distributed_rerank.data.catalogue import Catalogue
 from distributed_rerank.data.files import bytes_digest, file_digest
 from distributed_rerank.data.texts import parts_of
@@ -95,10 +95,10 @@ def _read(
 
 def _size(path: str) -> int:
     """Bytes of a local file; -1 for what is none."""
-    if locations.scheme_of(path) not in (None, "file"):
+    if paths.scheme_of(path) not in (None, "file"):
         return -1
     try:
-        found = Path(locations.absolute(path)).stat()
+        found = Path(paths.absolute(path)).stat()
     except (OSError, ValueError):
         return -1
     return found.st_size if S_ISREG(found.st_mode) else -1
@@ -106,6 +106,6 @@ def _size(path: str) -> int:
 
 def _digest(path: str) -> str:
     try:
-        return file_digest(locations.absolute(path))
+        return file_digest(paths.absolute(path))
     except OSError:
         return ""

@@ -16,8 +16,9 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from jaxtyping import Float32
 
-from distributed_rerank.data import locations, manifests
+from distributed_rerank.data import locations, manifests, paths
 from distributed_rerank.data.files import atomic_path
+from distributed_rerank.data.schemas import MAY_BE_NULL, SCHEMAS
 from distributed_rerank.data.text_columns import are_words_for_no_value, as_names, as_texts, float_bits, is_index_column
 from distributed_rerank.data.texts import as_column
 from distributed_rerank.data.vectors import write_vectors
@@ -25,37 +26,6 @@ from distributed_rerank.errors import BadInput
 
 _LARGEST_SQUARED = 2.0**120
 """Longer embeddings would overflow float32 when squared, as `tensors.candidate_pairs` says."""
-SCHEMAS = {
-    "candidates": pa.schema(
-        {"query_id": pa.string(), "gallery_id": pa.string(), "rank": pa.int32(), "distance": pa.float32()}
-    ),
-    "pair_distances": pa.schema({"query_id": pa.string(), "gallery_id": pa.string(), "logit": pa.float32()}),
-    "per_query": pa.schema(
-        {
-            "query_id": pa.string(),
-            "label": pa.string(),
-            "category": pa.string(),
-            "n_relevant": pa.int64(),
-            "first_hit_before": pa.int64(),
-            "first_hit_after": pa.int64(),
-        }
-    ),
-    "rejects": pa.schema({"id": pa.string(), "path": pa.string(), "stage": pa.string(), "reason": pa.string()}),
-    "suspects": pa.schema(
-        {
-            "id": pa.string(),
-            "other_id": pa.string(),
-            "label": pa.string(),
-            "other_label": pa.string(),
-            "distance": pa.float32(),
-            "own_distance": pa.float32(),
-            "other_own_distance": pa.float32(),
-            "kind": pa.string(),
-            "precision": pa.float32(),
-        }
-    ),
-}
-_MAY_BE_NULL = {"label", "category", "first_hit_before", "first_hit_after", "own_distance", "other_own_distance"}
 
 
 def conform(table: pa.Table, name: str, source: str = "this table") -> pa.Table:
@@ -77,7 +47,7 @@ def conform(table: pa.Table, name: str, source: str = "this table") -> pa.Table:
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError, pa.ArrowTypeError) as error:
         raise BadInput(f"{source}: not a table of {name}: {error}; needed types: {_line(schema)}") from error
     for column in SCHEMAS[name].names:
-        if column not in _MAY_BE_NULL and table[column].null_count:
+        if column not in MAY_BE_NULL and table[column].null_count:
             raise BadInput(f"{source}: {table[column].null_count} empty cells in column {column!r}; fill them")
     return table
 
@@ -164,7 +134,7 @@ def load_parquet(path: str | Path, name: str) -> pa.Table:
     """All columns of a Parquet file, URI or folder, unchecked; `name` is the table wanted of a folder."""
     text = str(path)
     try:
-        if locations.scheme_of(text) is not None:
+        if paths.scheme_of(text) is not None:
             return pq.read_table(io.BytesIO(locations.read_bytes(text)))
         return pa.concat_tables([pq.ParquetFile(file).read() for file in files_of(Path(path), name)])
     except (OSError, pa.ArrowException) as error:

@@ -169,3 +169,8 @@ def json_of_columns(columns: Iterable[tuple[str, Any]]) -> Iterator[str]:
         yield f"{',' if number else ''}{json.dumps(name)}:"
         yield from json_of_parts(parts_of(pa.array(column, from_pandas=True)))
     yield "}"
+
+
+def as_series(texts: pa.Array) -> pd.Series:
+    """A column of texts that stays in Arrow's memory."""
+    return pd.Series(pd.arrays.ArrowExtensionArray(texts))

@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float32
 
-from distributed_rerank.data.embeddings import Embeddings
 from distributed_rerank.data.files import write_json
 from distributed_rerank.errors import BadInput
 from distributed_rerank.tensors.candidate_lists import CandidateLists
@@ -58,12 +57,6 @@ def spread_of(lists: CandidateLists) -> dict[str, list[float]]:
             quantiles = np.quantile(column.double().numpy(), SPREAD_QUANTILES)
             found[str(rank)] = [float(value) for value in quantiles]
     return found
-
-
-def trained_on(embeddings: Embeddings, extractor: Mapping[str, Any], lists: CandidateLists) -> TrainedOn:
-    """The record of these embeddings and of the L2 distances in the lists."""
-    is_unit = are_normalised(embeddings.blocks())
-    return TrainedOn("l2", is_unit, embeddings.dim, dict(extractor), spread_of(lists))
 
 
 def write_trained_on(record: TrainedOn, folder: Path) -> None:

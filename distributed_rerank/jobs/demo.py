@@ -9,7 +9,7 @@ from distributed_rerank.config.extractor import ExtractorConfig
 from distributed_rerank.config.jobs import DemoJob
 from distributed_rerank.config.pairwise import DistanceSiameseConfig, TokenSiameseConfig
 from distributed_rerank.config.training import EXTRACTOR_DEFAULTS, EvidenceConfig, TrainingConfig
-from distributed_rerank.data.catalogue import read_catalogue
+from distributed_rerank.data.catalogue_files import read_catalogue
 from distributed_rerank.demo.catalogue import write_demo_catalogue
 from distributed_rerank.evaluation.run import evaluate
 from distributed_rerank.jobs.connection import executors_for

@@ -25,7 +25,7 @@ from distributed_rerank.config.jobs import (
     TrainJob,
     VerifyJob,
 )
-from distributed_rerank.data.locations import scheme_of
+from distributed_rerank.data.paths import scheme_of
 from distributed_rerank.errors import BadInput
 
 Inputs = tuple[Any, ...]
@@ -71,7 +71,7 @@ def _(job: CompareJob) -> Inputs:
     if job.catalogue is None:
         return (None,)
     check_exists(job.catalogue)
-    from distributed_rerank.data.catalogue import read_catalogue
+    from distributed_rerank.data.catalogue_files import read_catalogue
 
     table = read_catalogue(job.catalogue, purpose="evaluation", allow_shared_labels=True)
     return (table.restrict(job.split),)
@@ -96,7 +96,7 @@ def _(job: ServeJob) -> Inputs:
     if job.catalogue is None:
         return [], token
     check_exists(job.catalogue)
-    from distributed_rerank.data.catalogue import read_catalogue
+    from distributed_rerank.data.catalogue_files import read_catalogue
 
     return read_catalogue(job.catalogue, image_roots=job.image_root).images(), token
 
@@ -139,7 +139,7 @@ def _(job: MeasuringJob) -> Inputs:
     table = read_table(job, purpose="evaluation")
     catalogue = table.restrict(job.split)
     if job.judgements is not None:
-        from distributed_rerank.data.judgements import read_judgements
+        from distributed_rerank.data.judgement_files import read_judgements
 
         catalogue = replace(catalogue, judgements=read_judgements(job.judgements, *catalogue.roles()))
     from distributed_rerank.data.relevance import check_measurable
@@ -163,7 +163,7 @@ def _(job: RerankJob) -> Inputs:
         raise BadInput(f"--expect-from {job.expect_from} is no folder; give one that `evaluate` wrote")
     if job.query_catalogue is None:
         return (read_table(job).as_query_and_gallery(),)
-    from distributed_rerank.data.catalogue import read_query_gallery
+    from distributed_rerank.data.catalogue_files import read_query_gallery
 
     for table in (job.query_catalogue, job.catalogue):
         check_exists(table)
@@ -173,7 +173,7 @@ def _(job: RerankJob) -> Inputs:
 def read_table(job: CatalogueJob, purpose: Any = "images") -> Any:
     """The catalogue of the job. A missing file is told before pandas is imported."""
     check_exists(job.catalogue)
-    from distributed_rerank.data.catalogue import read_catalogue
+    from distributed_rerank.data.catalogue_files import read_catalogue
 
     is_allowed = isinstance(job, LabelledJob) and job.allow_shared_labels
     return read_catalogue(job.catalogue, purpose=purpose, allow_shared_labels=is_allowed, image_roots=job.image_root)

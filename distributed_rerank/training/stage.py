@@ -31,9 +31,9 @@ from distributed_rerank.config.work import WorkConfig
 from distributed_rerank.data import artifacts, tables
 from distributed_rerank.data.catalogue import Catalogue
 from distributed_rerank.data.embeddings import Embeddings
-from distributed_rerank.data.locations import scheme_of
+from distributed_rerank.data.paths import scheme_of
 from distributed_rerank.data.rejects import Reject, check_rejects, reject_table
-from distributed_rerank.data.trained_on import trained_on, write_trained_on
+from distributed_rerank.data.trained_on import TrainedOn, are_normalised, spread_of, write_trained_on
 from distributed_rerank.executors import Executors
 from distributed_rerank.models.distance_siamese import DistanceSiamese
 from distributed_rerank.models.saving import build_model, load_model, save_extractor, save_model
@@ -131,7 +131,8 @@ def train(
 def write_first_stage(task: TrainingTask, embeddings: Embeddings, extractor: dict[str, Any], folder: Path) -> None:
     """Writes down what the model was trained behind: extractor, kind and spread of the distances."""
     lists = join_lists([run.validation for run in task.runs if run.validation is not None])
-    write_trained_on(trained_on(embeddings, extractor, lists), folder)
+    is_unit = are_normalised(embeddings.blocks())
+    write_trained_on(TrainedOn("l2", is_unit, embeddings.dim, extractor, spread_of(lists)), folder)
 
 
 def folder_of(images: Catalogue) -> str:

@@ -15,7 +15,7 @@ from training_examples import BACKBONE, SMALL, TOKENS
 
 from distributed_rerank.chain.chain import Chain
 from distributed_rerank.config.evaluation import FirstStageConfig
-from distributed_rerank.data.catalogue import read_catalogue
+from distributed_rerank.data.catalogue_files import read_catalogue
 from distributed_rerank.evaluation.run import evaluate
 from distributed_rerank.models.saving import load_model
 from distributed_rerank.training.stage import train

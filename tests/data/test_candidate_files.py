@@ -9,7 +9,8 @@ import pytest
 
 from distributed_rerank.data.candidate_files import read_candidates
 from distributed_rerank.data.candidates import candidates_table
-from distributed_rerank.data.catalogue import Catalogue, read_catalogue
+from distributed_rerank.data.catalogue import Catalogue
+from distributed_rerank.data.catalogue_files import read_catalogue
 from distributed_rerank.data.gathering import gather_lists
 from distributed_rerank.data.tables import load_batches
 from distributed_rerank.errors import BadInput

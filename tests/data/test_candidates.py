@@ -5,8 +5,10 @@ import pyarrow as pa
 import pytest
 
 from distributed_rerank.data import candidates, tables
-from distributed_rerank.data.catalogue import Catalogue, read_catalogue
+from distributed_rerank.data.catalogue import Catalogue
+from distributed_rerank.data.catalogue_files import read_catalogue
 from distributed_rerank.data.gathering import gather_lists
+from distributed_rerank.data.schemas import SCHEMAS
 from distributed_rerank.errors import BadInput
 from distributed_rerank.tensors.candidate_lists import CandidateLists
 
@@ -28,7 +30,7 @@ def test_table_and_lists_invert_each_other(catalogue: Catalogue) -> None:
         np.array([[0.5, 0.75, 0.75], [1.0, np.inf, np.inf]], np.float32),
     )
     table = candidates.candidates_table(lists, catalogue.ids)
-    assert table.schema == tables.SCHEMAS["candidates"]
+    assert table.schema == SCHEMAS["candidates"]
     assert _triples(table) == [("q1", "g2", 1), ("q1", "g1", 2), ("q1", "g10", 3), ("q2", "g10", 1)]
     shuffled = table.take(pa.array([3, 1, 0, 2]))
     back = gather_lists([shuffled], catalogue)
@@ -38,7 +40,7 @@ def test_table_and_lists_invert_each_other(catalogue: Catalogue) -> None:
 
 
 def test_lists_of_no_candidates_are_empty(catalogue: Catalogue) -> None:
-    lists = gather_lists([tables.SCHEMAS["candidates"].empty_table()], catalogue)
+    lists = gather_lists([SCHEMAS["candidates"].empty_table()], catalogue)
     assert lists.items.shape == (0, 0)
     assert candidates.candidates_table(lists, catalogue.ids).num_rows == 0
 

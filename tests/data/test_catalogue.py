@@ -8,7 +8,8 @@ import pyarrow as pa
 import pytest
 
 from distributed_rerank.data import locations
-from distributed_rerank.data.catalogue import Catalogue, ImageRef, read_catalogue, read_query_gallery
+from distributed_rerank.data.catalogue import Catalogue, ImageRef
+from distributed_rerank.data.catalogue_files import read_catalogue, read_query_gallery
 from distributed_rerank.errors import BadInput
 
 TRAIN = "t,a.jpg,train,,\nt,b.jpg,train,,\n"

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from distributed_rerank.data.catalogue import ImageRef, read_catalogue
+from distributed_rerank.data.catalogue import ImageRef
+from distributed_rerank.data.catalogue_files import read_catalogue
 from distributed_rerank.data.doubtful_boxes import tell_of_doubtful_boxes
 
 WIDTH, HEIGHT = 64, 48

@@ -8,9 +8,9 @@ import pytest
 
 from distributed_rerank.data.candidate_files import read_candidates
 from distributed_rerank.data.candidates import candidates_table
-from distributed_rerank.data.catalogue import read_catalogue
+from distributed_rerank.data.catalogue_files import read_catalogue
 from distributed_rerank.data.exports import trec_scores, write_qrels, write_trec_run
-from distributed_rerank.data.tables import SCHEMAS
+from distributed_rerank.data.schemas import SCHEMAS
 
 
 def numbers(texts: list[str]) -> np.ndarray:

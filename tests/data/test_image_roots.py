@@ -8,10 +8,11 @@ import pytest
 from PIL import Image
 
 from distributed_rerank.cluster.decode_rows import _refs, manifest
-from distributed_rerank.data import locations
-from distributed_rerank.data.catalogue import Catalogue, read_catalogue, read_query_gallery
+from distributed_rerank.data import locations, paths
+from distributed_rerank.data.catalogue import Catalogue
+from distributed_rerank.data.catalogue_files import read_catalogue, read_query_gallery
 from distributed_rerank.data.images import UnreadableImage, read_image
-from distributed_rerank.data.locations import ImageRoots, make_roots
+from distributed_rerank.data.paths import ImageRoots, make_roots
 from distributed_rerank.errors import BadInput
 
 
@@ -131,7 +132,7 @@ def test_uri_reaches_no_server_of_its_own_choice(uri: str, monkeypatch: pytest.M
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     location = uri.format(host=f"127.0.0.1:{server.server_port}")
     (tmp_path / "df.csv").write_text(f"id,path\na,{location}\n")
-    if locations.scheme_of(location) is not None:  # also where the hub is reached, which then would be asked first
+    if paths.scheme_of(location) is not None:  # also where the hub is reached, which then would be asked first
         with pytest.raises(BadInput):
             locations._allowed_scheme(location, locations.SCHEMES)
     (reason,) = tell(read_catalogue(str(tmp_path / "df.csv"))).values()
@@ -147,5 +148,5 @@ def test_good_uris_stay_good() -> None:
         "s3://my-bucket.v2/a b?c#d.png", "gs://b_1/x.png", "abfs://c/x.png", "az://c@account.dfs.core.windows.net/x.png",
         "hf://datasets/a/b@main/x.png", "file:///a/b?.png",
     ):  # fmt: skip
-        scheme = locations.scheme_of(location)
+        scheme = paths.scheme_of(location)
         assert locations._allowed_scheme(location, locations.SCHEMES) == scheme

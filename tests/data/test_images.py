@@ -22,7 +22,7 @@ from PIL import Image, ImageFile, ImageOps
 from distributed_rerank.data import images, locations
 from distributed_rerank.data.catalogue import ImageRef
 from distributed_rerank.data.images import UnreadableImage
-from distributed_rerank.data.locations import ImageRoots
+from distributed_rerank.data.paths import ImageRoots
 
 FORMATS = ["JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF"]
 

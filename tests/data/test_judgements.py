@@ -10,7 +10,8 @@ import pytest
 from small_catalogue import EXTRACTOR, make_catalogue
 
 from distributed_rerank.config.evaluation import FirstStageConfig
-from distributed_rerank.data.judgements import Judgements, read_judgements
+from distributed_rerank.data.judgement_files import read_judgements
+from distributed_rerank.data.judgements import Judgements
 from distributed_rerank.data.relevance import are_relevant, count_relevant
 from distributed_rerank.data.texts import Texts
 from distributed_rerank.errors import BadInput

@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 from s3_server import Server
 
-from distributed_rerank.data import locations, object_store
+from distributed_rerank.data import locations, object_store, paths
 from distributed_rerank.errors import BadInput
 
 
@@ -12,7 +12,7 @@ def test_s3_objects_are_read_even_with_spaces_in_their_names(s3: Server) -> None
     object_store.write(table, b"path\na b.png\n")
     object_store.write(f"{s3.bucket}/shop/a b.png", b"picture")
     assert locations.read_bytes(table) == b"path\na b.png\n"
-    assert locations.read_bytes(locations.join(locations.folder_of(table), "a b.png")) == b"picture"
+    assert locations.read_bytes(paths.join(paths.folder_of(table), "a b.png")) == b"picture"
     with pytest.raises(FileNotFoundError):
         locations.read_bytes(f"{s3.bucket}/shop/absent.png")
 
@@ -61,13 +61,13 @@ def test_store_that_stays_away_is_told_apart_from_a_file_that_is_not_there(monke
 
 def test_join_and_folder_keep_what_is_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    assert locations.folder_of("df.csv") == str(tmp_path)
-    assert locations.folder_of("/df.csv") == ""
-    assert locations.folder_of("s3://bucket/df.csv") == "s3://bucket"
-    assert locations.join("s3://bucket", "a/b.jpg") == "s3://bucket/a/b.jpg"
-    assert locations.join("", "a.jpg") == "/a.jpg"
+    assert paths.folder_of("df.csv") == str(tmp_path)
+    assert paths.folder_of("/df.csv") == ""
+    assert paths.folder_of("s3://bucket/df.csv") == "s3://bucket"
+    assert paths.join("s3://bucket", "a/b.jpg") == "s3://bucket/a/b.jpg"
+    assert paths.join("", "a.jpg") == "/a.jpg"
     for path in ("/a.jpg", "gs://other/a.jpg"):
-        assert locations.join("s3://bucket", path) == path
+        assert paths.join("s3://bucket", path) == path
 
 
 def test_scheme_without_a_driver_is_bad_input() -> None:

@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from distributed_rerank.data.catalogue import Catalogue, read_catalogue
+from distributed_rerank.data.catalogue import Catalogue
+from distributed_rerank.data.catalogue_files import read_catalogue
 from distributed_rerank.data.same_bytes import count_same_bytes
 
 HEAD = "id,path,label,split,is_query,is_gallery,x_1,y_1,x_2,y_2\n"

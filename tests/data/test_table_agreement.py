@@ -15,7 +15,7 @@ from table_forms import FORMS
 
 from distributed_rerank.data.candidate_files import read_candidates
 from distributed_rerank.data.candidates import CandidateLists, candidates_table
-from distributed_rerank.data.catalogue import read_catalogue, read_query_gallery
+from distributed_rerank.data.catalogue_files import read_catalogue, read_query_gallery
 from distributed_rerank.data.exports import write_trec_run
 from distributed_rerank.errors import BadInput
 

@@ -6,6 +6,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from distributed_rerank.data import tables
+from distributed_rerank.data.schemas import SCHEMAS
 from distributed_rerank.errors import BadInput
 
 
@@ -23,7 +24,7 @@ def test_per_query_keeps_free_metric_columns_as_float64(tmp_path: Path) -> None:
     tables.write_table(tmp_path / "per_query.parquet", _per_query(), "per_query")
     back = tables.read_table(tmp_path, "per_query")
     assert back.schema.field("map@10_before").type == back.schema.field("map@10_after").type == pa.float64()
-    assert back.schema.names[:6] == tables.SCHEMAS["per_query"].names
+    assert back.schema.names[:6] == SCHEMAS["per_query"].names
     assert back["first_hit_before"].to_pylist() == [3, None]
     assert back["map@10_after"].to_pylist() == [1.0, 0.0]
 
@@ -53,9 +54,7 @@ def test_embeddings_round_trip_is_exact(tmp_path: Path) -> None:
     embeddings = np.random.default_rng(0).normal(size=(5, 3)).astype(np.float32)
     ids = np.array(["e", "a", "ü", "c", "d"], dtype=object)
     tables.write_embeddings(tmp_path / "embeddings.parquet", ids, embeddings)
-    tables.write_table(
-        tmp_path / "rejects.parquet", pa.table({n: ["x"] for n in tables.SCHEMAS["rejects"].names}), "rejects"
-    )
+    tables.write_table(tmp_path / "rejects.parquet", pa.table({n: ["x"] for n in SCHEMAS["rejects"].names}), "rejects")
     assert pq.read_schema(tmp_path / "embeddings.parquet").field("embedding").type == pa.list_(pa.float32(), 3)
     for path in (tmp_path, tmp_path / "embeddings.parquet", f"file://{tmp_path}/embeddings.parquet"):
         back_ids, back = tables.read_embeddings(path)

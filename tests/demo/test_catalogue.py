@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 from PIL import Image, ImageChops
 
-from distributed_rerank.data.catalogue import read_catalogue
+from distributed_rerank.data.catalogue_files import read_catalogue
 from distributed_rerank.demo.camera import take_photo
 from distributed_rerank.demo.catalogue import design_family, write_demo_catalogue
 from distributed_rerank.demo.drawing import SIDE, draw_design

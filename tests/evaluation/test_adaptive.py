@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from distributed_rerank.chain.chain import Chain, PairwiseStep
-from distributed_rerank.data.catalogue import read_catalogue
+from distributed_rerank.data.catalogue_files import read_catalogue
 from distributed_rerank.evaluation.adaptive import choose_threshold, margins, measure_adaptive
 from distributed_rerank.evaluation.measure import count_relevant
 from distributed_rerank.evaluation.ranked import Ranked, rank

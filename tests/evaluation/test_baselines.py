@@ -13,7 +13,8 @@ from distributed_rerank.chain.apply import apply_k_reciprocal
 from distributed_rerank.chain.chain import Chain, KReciprocalStep, PairwiseStep
 from distributed_rerank.config.pairwise import TokenSiameseConfig
 from distributed_rerank.config.work import WorkConfig
-from distributed_rerank.data.catalogue import Catalogue, read_catalogue
+from distributed_rerank.data.catalogue import Catalogue
+from distributed_rerank.data.catalogue_files import read_catalogue
 from distributed_rerank.data.images import read_image
 from distributed_rerank.evaluation import baselines
 from distributed_rerank.evaluation.measure import count_relevant

@@ -6,7 +6,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from distributed_rerank.data.catalogue import Catalogue, read_catalogue
+from distributed_rerank.data.catalogue import Catalogue
+from distributed_rerank.data.catalogue_files import read_catalogue
 from distributed_rerank.data.embeddings import Embeddings
 from distributed_rerank.errors import BadInput
 from distributed_rerank.evaluation import embedding_metrics as module

@@ -13,7 +13,7 @@ from small_catalogue import EXTRACTOR, concat_model, make_catalogue
 from distributed_rerank.chain.chain import Chain, PairwiseStep
 from distributed_rerank.config.evaluation import FirstStageConfig
 from distributed_rerank.config.work import WorkConfig
-from distributed_rerank.data.catalogue import read_catalogue
+from distributed_rerank.data.catalogue_files import read_catalogue
 from distributed_rerank.errors import BadInput
 from distributed_rerank.evaluation.exports import export_markdown, export_trec, relevant_ids
 from distributed_rerank.evaluation.run import evaluate

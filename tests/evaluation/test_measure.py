@@ -7,7 +7,8 @@ import pytest
 import torch
 from planted_runs import planted_catalogue, planted_ranking
 
-from distributed_rerank.data.catalogue import Catalogue, read_catalogue
+from distributed_rerank.data.catalogue import Catalogue
+from distributed_rerank.data.catalogue_files import read_catalogue
 from distributed_rerank.errors import BadInput
 from distributed_rerank.evaluation import measure as measuring
 from distributed_rerank.evaluation.measure import count_relevant, measure

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from distributed_rerank.chain.chain import Chain
-from distributed_rerank.data.catalogue import read_catalogue
+from distributed_rerank.data.catalogue_files import read_catalogue
 from distributed_rerank.evaluation import thresholds
 from distributed_rerank.evaluation.measure import count_relevant
 from distributed_rerank.reranking.lists import LazyRanking

@@ -11,7 +11,8 @@ from planted_runs import planted_catalogue, planted_ranking, write_run
 
 from distributed_rerank.config.evaluation import MeasureConfig
 from distributed_rerank.config.schedule import ScheduleConfig
-from distributed_rerank.data.catalogue import Catalogue, read_catalogue
+from distributed_rerank.data.catalogue import Catalogue
+from distributed_rerank.data.catalogue_files import read_catalogue
 from distributed_rerank.errors import BadInput
 from distributed_rerank.monitoring.scheduled_run import Outcome, check, conclude
 

@@ -17,7 +17,8 @@ from distributed_rerank import Reranker
 from distributed_rerank.chain.chain import read_chain, write_chain
 from distributed_rerank.config.evaluation import FirstStageConfig, RerankerConfig
 from distributed_rerank.config.work import WorkConfig
-from distributed_rerank.data.catalogue import ImageRef, read_catalogue
+from distributed_rerank.data.catalogue import ImageRef
+from distributed_rerank.data.catalogue_files import read_catalogue
 from distributed_rerank.errors import BadInput
 from distributed_rerank.reranking.rerank import rerank
 from distributed_rerank.reranking.run import load_model_and_chain

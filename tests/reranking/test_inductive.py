@@ -19,7 +19,8 @@ from distributed_rerank.chain.chain import (
     QueryExpansionStep,
 )
 from distributed_rerank.config.evaluation import FirstStageConfig, MeasureConfig
-from distributed_rerank.data.catalogue import Catalogue, read_catalogue
+from distributed_rerank.data.catalogue import Catalogue
+from distributed_rerank.data.catalogue_files import read_catalogue
 from distributed_rerank.data.tables import write_embeddings
 from distributed_rerank.errors import BadInput
 from distributed_rerank.evaluation.run import evaluate

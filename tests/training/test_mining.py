@@ -10,7 +10,8 @@ import torch
 from training_examples import BACKBONE, SMALL, TOKENS, draw_catalogue
 
 from distributed_rerank.data import tables
-from distributed_rerank.data.catalogue import Catalogue, read_catalogue
+from distributed_rerank.data.catalogue import Catalogue
+from distributed_rerank.data.catalogue_files import read_catalogue
 from distributed_rerank.extraction import embed
 from distributed_rerank.tensors.candidate_lists import CandidateLists, empty_lists
 from distributed_rerank.training.mining import find_suspect_pairs, mining_in_text, write_mining
