@@ -21,6 +21,7 @@ import torch
 from distributed_rerank import extraction, retrieval
 from distributed_rerank.cluster.executors import RayExecutors
 from distributed_rerank.cluster.session import connect
+from distributed_rerank.config.augmentation import Augmentation
 from distributed_rerank.config.cluster import ClusterConfig
 from distributed_rerank.config.extractor import ExtractorConfig
 from distributed_rerank.config.pairwise import ConcatSiameseConfig
@@ -30,7 +31,7 @@ from distributed_rerank.data.catalogue import Catalogue
 from distributed_rerank.data.catalogue_files import read_catalogue
 from distributed_rerank.data.decoding import decode
 from distributed_rerank.data.gathering import gather_lists
-from distributed_rerank.data.transforms import IMAGENET_MEAN, IMAGENET_STD, Augmentation
+from distributed_rerank.data.transforms import IMAGENET_MEAN, IMAGENET_STD
 from distributed_rerank.executors import Executors
 from distributed_rerank.extraction import Embedder
 from distributed_rerank.models.concat_siamese import ConcatSiamese

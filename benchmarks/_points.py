@@ -42,13 +42,14 @@ from distributed_rerank.evaluation.run import evaluate
 from distributed_rerank.executors import Executors
 from distributed_rerank.extraction import EmbeddedBlock, ImageBlock, embed
 from distributed_rerank.models.concat_siamese import ConcatSiamese
-from distributed_rerank.reranking import run as ranking_run
 from distributed_rerank.reranking.lists import LazyRanking
+from distributed_rerank.reranking.rankings import CURVE, rankings
 from distributed_rerank.retrieval import SearchSide
 from distributed_rerank.runtime.devices import InferenceThreads
 from distributed_rerank.scoring import plan as scoring_plan
 from distributed_rerank.scoring.rounds import ScoredBlock, Scoring
-from distributed_rerank.scoring.stage import ScoredLists, score_candidates
+from distributed_rerank.scoring.scored_lists import ScoredLists
+from distributed_rerank.scoring.stage import score_candidates
 from distributed_rerank.tensors import sharding
 from distributed_rerank.tensors.candidate_lists import CandidateLists, concatenate
 from distributed_rerank.training.mining import mining_figures
@@ -125,10 +126,10 @@ def time_metrics(catalogue: Catalogue, scored: ScoredLists, top_n: int) -> Answe
     queries = scored.lists.query_items
     chain = Chain((PairwiseStep(top_n=top_n, rule="replace"),))
     found = {}
-    for name, curve in (("largest_s", ()), ("every_s", ranking_run.CURVE)):
+    for name, curve in (("largest_s", ()), ("every_s", CURVE)):
         started = time.perf_counter()
-        rankings = ranking_run.rankings(chain, scored, catalogue, None, queries, curve)
-        evaluation.measure(catalogue, queries, LazyRanking(queries, scored.lists.of_queries), rankings)
+        found_by = rankings(chain, scored, catalogue, None, queries, curve)
+        evaluation.measure(catalogue, queries, LazyRanking(queries, scored.lists.of_queries), found_by)
         found[name] = time.perf_counter() - started
     return found
 

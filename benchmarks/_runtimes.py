@@ -50,14 +50,20 @@ def _openvino(model: PairwiseModel, precision: str, threads: int, example: tuple
         vit.keep_positions(model.extractor.model)  # resampled here, since tracing cannot follow it
         with torch.inference_mode():
             model(*example)
+    example = tuple(map(_without_bf16, example))
     converted = openvino.convert_model(torch.export.export(model, example))
     hints = {"INFERENCE_PRECISION_HINT": "bf16" if precision == "bf16" else "f32", "INFERENCE_NUM_THREADS": threads}
     compiled = openvino.Core().compile_model(converted, "CPU", hints)
 
     def forward(query: Tensor, candidate: Tensor, distance: Tensor) -> Tensor:
-        return torch.from_numpy(compiled([query.numpy(), candidate.numpy(), distance.numpy()])[0])
+        return torch.from_numpy(compiled([_without_bf16(x).numpy() for x in (query, candidate, distance)])[0])
 
     return forward
+
+
+def _without_bf16(tensor: Tensor) -> Tensor:
+    """NumPy has no bf16."""
+    return tensor.float() if tensor.dtype == torch.bfloat16 else tensor
 
 
 def _with_precision(model: PairwiseModel, precision: Any) -> ExtractorConfig:

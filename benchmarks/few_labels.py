@@ -23,7 +23,8 @@ from _measuring import Row, add_common_flags, describe_machine, finish
 
 from distributed_rerank.chain.chain import Chain
 from distributed_rerank.chain.choice import choose
-from distributed_rerank.chain.evidence import Evidence, try_chain
+from distributed_rerank.chain.evidence import Evidence
+from distributed_rerank.chain.trials import try_chain
 from distributed_rerank.config.extractor import ExtractorConfig
 from distributed_rerank.config.pairwise import TokenSiameseConfig
 from distributed_rerank.config.training import TrainingConfig

@@ -17,7 +17,8 @@ from _measuring import Row, add_common_flags, describe_machine, finish
 
 from distributed_rerank.chain.chain import Chain
 from distributed_rerank.chain.choice import choose
-from distributed_rerank.chain.evidence import Evidence, try_chain
+from distributed_rerank.chain.evidence import Evidence
+from distributed_rerank.chain.trials import try_chain
 from distributed_rerank.tensors.candidate_lists import CandidateLists
 from distributed_rerank.tensors.knn import nearest
 from distributed_rerank.tensors.metrics import count_relevant

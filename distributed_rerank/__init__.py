@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from distributed_rerank.extraction import embed
     from distributed_rerank.models.saving import load_model
     from distributed_rerank.online.reranker import Reranker
+    from distributed_rerank.reranking.loading import load_model_and_chain
     from distributed_rerank.reranking.rerank import rerank
-    from distributed_rerank.reranking.run import load_model_and_chain
     from distributed_rerank.training.stage import train
 
 __version__ = "0.1.0"

@@ -26,8 +26,8 @@ from distributed_rerank.evaluation.run import evaluate
 from distributed_rerank.extraction import EmbeddedBlock, ImageBlock, embed
 from distributed_rerank.models import precision
 from distributed_rerank.models.saving import load_model
+from distributed_rerank.reranking.loading import load_model_and_chain
 from distributed_rerank.reranking.rerank import rerank
-from distributed_rerank.reranking.run import load_model_and_chain
 from distributed_rerank.retrieval import retrieve
 from distributed_rerank.runtime.devices import pick_device
 from distributed_rerank.scoring import score as scoring

@@ -12,18 +12,20 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from statistics import NormalDist
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from jaxtyping import Bool, Float64, Int64
 from torch import Tensor
 
 from distributed_rerank.chain.chain import Chain
-from distributed_rerank.chain.evidence import CMC_WEIGHT, Evidence, Trial, half_of_labels, try_chain
-from distributed_rerank.chain.probability import calibrate
+from distributed_rerank.chain.evidence import CMC_WEIGHT, Evidence, half_of_labels
 from distributed_rerank.chain.settings import FUSIONS, Settings, settings_for
+from distributed_rerank.chain.trials import Trial, calibrate, try_chain
+from distributed_rerank.chain.views import things_of
 from distributed_rerank.tensors import statistics
 from distributed_rerank.tensors.metrics import PerQuery
+from distributed_rerank.tensors.things import Combination
 
 logger = logging.getLogger(__name__)
 
@@ -238,3 +240,35 @@ def log_decisions(decisions: Sequence[dict[str, Any]]) -> None:
             decision["step"], gain["map@10"]["mean"], *gain["map@10"]["ci95"], gain["cmc@1"]["mean"],
             *gain["cmc@1"]["ci95"], outcome(decision),
         )  # fmt: skip
+
+
+def choose_views(evidence: Evidence, chain: Chain, seed: int, accept: float) -> Chain:
+    """The chosen chain with the combination of photos for these labels, and the decision in `chosen_on`.
+
+    The best photo alone counts, unless another combination surely gains on labels that it was not chosen on.
+    """
+    is_first_half = half_of_labels(evidence.query_labels(), seed)
+    if evidence.things is None or not chain.calibration or bool(is_first_half.all()) or not bool(is_first_half.any()):
+        return chain
+    chosen = try_chain(evidence, chain)
+    by_item = replace(evidence, n_relevant=evidence.things.n_relevant)
+
+    def measure(combination: Combination) -> PerQuery:
+        assert evidence.things is not None, "there are things"
+        found = things_of(replace(chain, views=combination), chosen.lists, evidence.things.numbers)
+        return by_item.measure(by_item.queries, found.views[by_item.queries])
+
+    first, *others = get_args(Combination)
+    values = {combination: measure(combination) for combination in (first, *others)}
+    alone = Trial(chain, values[first], chosen.lists)
+    crossed = {key: column.clone() for key, column in values[first].items()}
+    measured = [values[other] for other in others]
+    for half in (is_first_half, ~is_first_half):
+        picked = measured[best(measured, alone, half)]
+        for key in crossed:
+            crossed[key][~half] = picked[key][~half]
+    decision = judge("views", values[first], crossed, alone, by_item.query_labels(), seed, accept)
+    log_decisions([decision])
+    everyone = torch.ones_like(is_first_half)
+    taken = others[best(measured, alone, everyone)] if decision["taken"] else first
+    return replace(chain, views=taken, chosen_on={**chain.chosen_on, "views": decision})

@@ -1,15 +1,13 @@
 """The evidence for a choice of the chain: lists of labels that nothing was trained on, and a chain's figures there."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
-from distributed_rerank.chain.apply import apply
-from distributed_rerank.chain.chain import Chain
 from distributed_rerank.config.training import Target
-from distributed_rerank.tensors import calibration, label_split, metrics
+from distributed_rerank.tensors import label_split, metrics
 from distributed_rerank.tensors.candidate_lists import CandidateLists
 from distributed_rerank.tensors.metrics import PerQuery
 
@@ -72,44 +70,6 @@ class Evidence:
         items, distances = lists.items[rows, :top_n], lists.distances[rows, :top_n]
         is_there = (items >= 0) & distances.isfinite()
         return distances[is_there], metrics.relevance(items, self.labels[rows], self.labels)[is_there]
-
-
-@dataclass(frozen=True)
-class Trial:
-    """A chain with its lists and the metrics of each query."""
-
-    chain: Chain
-    values: PerQuery
-    lists: CandidateLists = field(repr=False)
-
-    def figures(self) -> dict[str, float]:
-        """Mean mAP@10 and CMC@1."""
-        return {key: float(self.values[key].mean()) for key in ("map@10", "cmc@1")}
-
-
-def try_chain(evidence: Evidence, chain: Chain) -> Trial:
-    """Measures one chain."""
-    lists = apply(chain, evidence.lists, evidence.logits, evidence.embeddings)
-    return Trial(chain, evidence.per_query(lists), lists)
-
-
-def scored_depth(evidence: Evidence, chain: Chain) -> int:
-    """The number of candidates in a list that a curve is fitted to: those that the pairwise step orders, or all."""
-    return evidence.lists.items.shape[1] if chain.pairwise is None else chain.pairwise.top_n
-
-
-def fit_curve(
-    evidence: Evidence, trial: Trial, is_counted: Bool[Tensor, " query"] | None = None
-) -> calibration.Logistic | None:
-    """The curve from a distance of the trial's lists to the probability of a match, fitted to these queries.
-
-    None where they lack matches or non-matches, or where a smaller distance does not mean a likelier match.
-    """
-    distances, is_match = evidence.labelled_pairs(trial.lists, scored_depth(evidence, trial.chain), is_counted)
-    if not bool(is_match.any()) or bool(is_match.all()):
-        return None
-    curve = calibration.fit_logistic(distances, is_match)
-    return curve if curve.slope > 0 else None
 
 
 def half_of_labels(labels: Int64[Tensor, " query"], seed: int) -> Bool[Tensor, " query"]:

@@ -22,7 +22,8 @@ from distributed_rerank.chain.chain import (
     ProbabilityStep,
     QueryExpansionStep,
 )
-from distributed_rerank.chain.evidence import Evidence, Trial, fit_curve, try_chain
+from distributed_rerank.chain.evidence import Evidence
+from distributed_rerank.chain.trials import Trial, fit_curve, try_chain
 from distributed_rerank.tensors.calibration import Logistic
 from distributed_rerank.tensors.match_neighbourhood import mix, reorder_stably
 from distributed_rerank.tensors.metrics import PerQuery

@@ -21,8 +21,9 @@ from ray.util.metrics import Counter, Histogram
 from distributed_rerank.cluster.session import Session
 from distributed_rerank.data.catalogue import ImageRef
 from distributed_rerank.errors import BadInput, Outage
+from distributed_rerank.online.answers import answer
 from distributed_rerank.online.front import Backend
-from distributed_rerank.online.requests import RerankRequest, answer
+from distributed_rerank.online.requests import RerankRequest
 from distributed_rerank.online.reranker import Reranker
 from distributed_rerank.runtime import logs
 

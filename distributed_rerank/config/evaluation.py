@@ -7,13 +7,10 @@ from typing import Annotated, Literal
 
 from tyro.conf import OmitArgPrefixes, arg
 
+from distributed_rerank.config.choices import DistanceKind, MissingLists, UnscoredPairs
 from distributed_rerank.config.extractor import ExtractorConfig
 from distributed_rerank.config.own import load_function
 from distributed_rerank.errors import BadInput
-
-UnscoredPairs = Literal["behind", "error"]
-MissingLists = Literal["error", "miss", "leave_out"]
-DistanceKind = Literal["l2", "squared_l2", "cosine", "one_minus_cosine", "inner_product"]
 
 
 @dataclass(frozen=True, kw_only=True)

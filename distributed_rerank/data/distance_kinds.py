@@ -7,7 +7,7 @@ in float64, before they are rounded to float32, so that the same neighbours get 
 import numpy as np
 from jaxtyping import Float64
 
-from distributed_rerank.config.evaluation import DistanceKind
+from distributed_rerank.config.choices import DistanceKind
 from distributed_rerank.errors import BadInput
 
 SIMILARITIES = ("cosine", "inner_product")

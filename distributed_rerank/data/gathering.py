@@ -125,7 +125,7 @@ class _Gathering:
     ) -> None:
         self._conversion = conversion
         self._catalogue, self._ignored, self._source = catalogue, ignored, source
-        self._lookup = ItemLookup(catalogue, ignored)
+        self._lookup = ItemLookup(catalogue.ids, catalogue.source, ignored)
         self._order: ListOrder | None = None
         self._is_named = np.zeros(len(catalogue), bool)
         """[item]: whether any row names it as a query."""

@@ -6,9 +6,9 @@ import numpy as np
 import pyarrow as pa
 from jaxtyping import Int64
 
-from distributed_rerank.data.catalogue import Catalogue
 from distributed_rerank.data.catalogue_checks import some
 from distributed_rerank.data.text_columns import are_words_for_no_value, without_point
+from distributed_rerank.data.texts import Texts
 from distributed_rerank.errors import BadInput
 
 IGNORED, PADDING, EMPTY = -1, -2, -3
@@ -24,9 +24,9 @@ class ItemLookup:
     have lost it too. `-1` is padding where it is no id of the catalogue.
     """
 
-    def __init__(self, catalogue: Catalogue, ignored: Set[str]) -> None:
-        """Ids in `ignored` are known, and no items."""
-        self._catalogue, self._ignored = catalogue, ignored
+    def __init__(self, ids: Texts, source: str, ignored: Set[str]) -> None:
+        """`ids` of item 0, 1, ... in the catalogue `source`. Those in `ignored` are known, and no items."""
+        self._ids, self._source, self._ignored = ids, source, ignored
         self._unknown: set[str] = set()
 
     @property
@@ -58,10 +58,10 @@ class ItemLookup:
         if not self._unknown:
             return
         unknown = sorted(self._unknown)
-        padded = {id.lstrip("0"): id for id in self._catalogue.ids if id.startswith("0") and id.isdigit()}
+        padded = {id.lstrip("0"): id for id in self._ids if id.startswith("0") and id.isdigit()}
         hint = next((f"; {id!r} may be {padded[id]!r} without its zeros" for id in unknown if id in padded), "")
         raise BadInput(
-            f"{source}: {len(unknown)} ids are not in {self._catalogue.source}: {some(unknown)}{hint}; add them to the "
+            f"{source}: {len(unknown)} ids are not in {self._source}: {some(unknown)}{hint}; add them to the "
             "catalogue or give the catalogue they come from"
         )
 
@@ -82,4 +82,4 @@ class ItemLookup:
         return answers
 
     def _look_up(self, texts: pa.Array) -> Int64[np.ndarray, " row"]:
-        return self._catalogue.ids.places_of(texts)
+        return self._ids.places_of(texts)

@@ -1,10 +1,13 @@
 """How many gallery items are relevant to each query, from the catalogue alone, before any image is read."""
 
 import numpy as np
+import torch
 from jaxtyping import Bool, Int64
 
 from distributed_rerank.data.catalogue import Catalogue
 from distributed_rerank.errors import BadInput
+from distributed_rerank.tensors.candidate_lists import CandidateLists
+from distributed_rerank.tensors.pair_values import PairValues
 
 _GALLERY_PER_BLOCK = 1 << 16
 """Items whose gallery items are counted at a time, as long as they are more than the queries."""
@@ -87,3 +90,20 @@ def _count(of: np.ndarray, wanted: np.ndarray) -> Int64[np.ndarray, " wanted"]:
         return np.zeros(len(wanted), np.int64)
     places = np.searchsorted(values, wanted).clip(max=len(values) - 1)
     return np.where(values[places] == wanted, counts[places], 0).astype(np.int64)
+
+
+def judged_pairs(catalogue: Catalogue) -> PairValues | None:
+    """The grades of the catalogue's judgements by pairs of items."""
+    if catalogue.judgements is None:
+        return None
+    queries, candidates, grades = map(torch.from_numpy, map(np.array, catalogue.judgements.pairs(catalogue.ids)))
+    keys, order = (queries * len(catalogue) + candidates).sort()
+    return PairValues(keys, grades[order], len(catalogue))
+
+
+def without_junk(lists: CandidateLists, catalogue: Catalogue) -> CandidateLists:
+    """The lists without candidates that are judged to count as neither relevant nor not (a grade below 0)."""
+    judged = judged_pairs(catalogue)
+    if judged is None or not bool((judged.values < 0).any()):
+        return lists
+    return lists.without(judged.look_up(lists.query_items[:, None].expand_as(lists.items), lists.items) < 0)[0]

@@ -17,8 +17,8 @@ from jaxtyping import UInt8
 from PIL import Image, ImageEnhance
 from torch import Tensor
 
+from distributed_rerank.config.augmentation import Augmentation
 from distributed_rerank.config.extractor import Interpolation
-from distributed_rerank.config.training import Augmentation
 from distributed_rerank.data.pictures import Picture
 from distributed_rerank.errors import BadInput
 

@@ -20,8 +20,9 @@ from torch import Tensor
 
 from distributed_rerank import retrieval
 from distributed_rerank.chain.chain import AlphaQEStep, Chain, KReciprocalStep, PairwiseStep
-from distributed_rerank.config.evaluation import UnscoredPairs
+from distributed_rerank.config.choices import UnscoredPairs
 from distributed_rerank.config.work import WorkConfig
+from distributed_rerank.data.relevance import without_junk
 from distributed_rerank.evaluation.external import rerank_by_scores
 from distributed_rerank.evaluation.measure import COMPARED, LabelledQueries, Wanted, measure_ranking
 from distributed_rerank.evaluation.ranked import Ranked
@@ -29,11 +30,12 @@ from distributed_rerank.executors import Executors
 from distributed_rerank.models.maxsim import maxsim_of
 from distributed_rerank.models.pairwise import PairwiseModel
 from distributed_rerank.models.token_siamese import TokenSiamese
-from distributed_rerank.reranking import run as ranking_run
-from distributed_rerank.reranking.first_stage import without_junk
-from distributed_rerank.reranking.lists import only_gallery
+from distributed_rerank.reranking.first_stage import lists_for
+from distributed_rerank.reranking.lists import only_gallery, without_rejected
+from distributed_rerank.reranking.rankings import by_logits, rankings
 from distributed_rerank.retrieval import SearchSide
-from distributed_rerank.scoring.stage import ScoredLists, score_candidates
+from distributed_rerank.scoring.scored_lists import ScoredLists
+from distributed_rerank.scoring.stage import score_candidates
 from distributed_rerank.tensors import metrics, sharding, statistics
 from distributed_rerank.tensors.candidate_lists import CandidateLists, Ranking, concatenate
 from distributed_rerank.tensors.metrics import PerQuery
@@ -180,7 +182,7 @@ class Sources:
             catalogue, before, maxsim_of(self.model), self.top_n, self.folder / "maxsim_pairs", work=work
         )
         assert scored.logits is not None, "pairs were scored"
-        return ranking_run.by_logits(PairwiseStep(self.top_n, "replace"), before, scored.logits)
+        return by_logits(PairwiseStep(self.top_n, "replace"), before, scored.logits)
 
     def k_reciprocal(self, is_pairwise: bool) -> Ranking:
         """k-reciprocal re-ranking of the lists of all items."""
@@ -188,9 +190,7 @@ class Sources:
         if lists.items.shape[1] < K_RECIPROCAL.k1:
             raise Skipped(f"lists of {lists.items.shape[1]} items are shorter than k1={K_RECIPROCAL.k1}")
         ranked = self.ranked
-        by_depth = ranking_run.rankings(
-            Chain((K_RECIPROCAL,)), ScoredLists(lists), ranked.catalogue, None, ranked.query_items
-        )
+        by_depth = rankings(Chain((K_RECIPROCAL,)), ScoredLists(lists), ranked.catalogue, None, ranked.query_items)
         return next(iter(by_depth.values()))
 
     def expand(self, is_pairwise: bool, of_queries: bool, of_gallery: bool) -> CandidateLists:
@@ -243,10 +243,8 @@ class Sources:
         if ranked.first.embeddings is None:
             raise Skipped("needs the lists of gallery items; give --embeddings or --extractor")
         folder, chain = self.folder / "joint_candidates", Chain((K_RECIPROCAL,))
-        lists = ranking_run.lists_for(chain, ranked.first, self.n_items, self.work, folder, self.executors)
-        readable = ranking_run.without_rejected(
-            ScoredLists(lists, rejects=ranked.scored.rejects), ranked.first.catalogue
-        )
+        lists = lists_for(chain, ranked.first, self.n_items, self.work, folder, self.executors)
+        readable = without_rejected(ScoredLists(lists, rejects=ranked.scored.rejects), ranked.first.catalogue)
         return without_junk(readable.lists, ranked.first.catalogue)
 
 

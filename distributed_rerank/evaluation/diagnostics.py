@@ -24,7 +24,7 @@ from distributed_rerank.evaluation.ranked import Ranked
 from distributed_rerank.evaluation.ship_or_wait import labels_to_check, ship_or_wait
 from distributed_rerank.evaluation.thresholds import by_probability
 from distributed_rerank.models.pairwise import PairwiseModel
-from distributed_rerank.scoring.stage import ScoredLists
+from distributed_rerank.scoring.scored_lists import ScoredLists
 from distributed_rerank.tensors import sharding
 from distributed_rerank.tensors.candidate_lists import Ranking
 

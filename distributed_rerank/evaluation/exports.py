@@ -14,11 +14,11 @@ from distributed_rerank.data.candidates import candidates_table
 from distributed_rerank.data.catalogue import Catalogue
 from distributed_rerank.data.exports import write_qrels, write_trec_run
 from distributed_rerank.data.judgements import Judgements
+from distributed_rerank.data.relevance import without_junk
 from distributed_rerank.errors import BadInput
 from distributed_rerank.report.formatting import count_of, fraction, interval, metric_name, signed
 from distributed_rerank.report.verdict import verdict
 from distributed_rerank.reranking.external_candidates import external_candidates
-from distributed_rerank.reranking.first_stage import without_junk
 from distributed_rerank.tensors import sharding
 
 QUERIES_PER_BATCH = 1 << 12

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float32
 from torch import Tensor
 
-from distributed_rerank.config.evaluation import UnscoredPairs
+from distributed_rerank.config.choices import UnscoredPairs
 from distributed_rerank.data.candidate_files import read_candidates
 from distributed_rerank.data.catalogue import Catalogue
 from distributed_rerank.errors import BadInput

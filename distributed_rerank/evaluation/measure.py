@@ -15,9 +15,8 @@ from jaxtyping import Bool, Int32, Int64
 from torch import Tensor
 
 from distributed_rerank.data.catalogue import Catalogue
-from distributed_rerank.data.relevance import count_judged
+from distributed_rerank.data.relevance import count_judged, judged_pairs
 from distributed_rerank.errors import BadInput
-from distributed_rerank.reranking.first_stage import judged_pairs
 from distributed_rerank.runtime.devices import tensor_of
 from distributed_rerank.tensors import metrics, oml_metrics, statistics
 from distributed_rerank.tensors.candidate_lists import Ranking

@@ -10,10 +10,16 @@ from torch import Tensor
 
 from distributed_rerank.chain.chain import Chain
 from distributed_rerank.data.catalogue import Catalogue
-from distributed_rerank.reranking import run as ranking_run
-from distributed_rerank.reranking.first_stage import FirstStage
-from distributed_rerank.reranking.lists import LazyRanking, only_gallery
-from distributed_rerank.scoring.stage import ScoredLists
+from distributed_rerank.reranking.lists import (
+    FirstStage,
+    LazyRanking,
+    is_one_against_rest,
+    needs_joint_lists,
+    only_gallery,
+    without_rejected,
+)
+from distributed_rerank.reranking.rankings import by_logits, rankings
+from distributed_rerank.scoring.scored_lists import ScoredLists
 from distributed_rerank.tensors.candidate_lists import CandidateLists, Ranking
 
 
@@ -44,7 +50,7 @@ class Ranked:
     def covers_all_items(self) -> bool:
         """Whether gallery items have scored lists as well as queries."""
         catalogue = self.first.catalogue
-        return ranking_run.needs_joint_lists(self.chain, catalogue) or ranking_run.is_one_against_rest(catalogue)
+        return needs_joint_lists(self.chain, catalogue) or is_one_against_rest(catalogue)
 
     @property
     def pairwise(self) -> Ranking | None:
@@ -52,7 +58,7 @@ class Ranked:
         if self.chain.pairwise is None or self.scored.logits is None:
             return None
         pairwise_only = Chain((self.chain.pairwise,))
-        by_top_n = ranking_run.rankings(pairwise_only, self.scored, self.catalogue, None, self.query_items, curve=())
+        by_top_n = rankings(pairwise_only, self.scored, self.catalogue, None, self.query_items, curve=())
         ranking = next(iter(by_top_n.values()))
         if not self.chain.neighbourhood:
             return ranking
@@ -64,7 +70,7 @@ class Ranked:
         """All scored lists after the pairwise step alone."""
         assert self.chain.pairwise is not None, "the chain has a pairwise step"
         assert self.scored.logits is not None, "its pairs are scored"
-        return ranking_run.by_logits(self.chain.pairwise, self.scored.lists, self.scored.logits)
+        return by_logits(self.chain.pairwise, self.scored.lists, self.scored.logits)
 
 
 def rank(
@@ -77,7 +83,7 @@ def rank(
     """
     catalogue = first.catalogue
     searched, own = (
-        ranking_run.without_rejected(ScoredLists(part, rejects=scored.rejects), catalogue).lists
+        without_rejected(ScoredLists(part, rejects=scored.rejects), catalogue).lists
         for part in (first.lists, first.lists if lists is None else lists)
     )
     rejected = catalogue.items_of([reject.id for reject in scored.rejects])
@@ -85,7 +91,7 @@ def rank(
     before = LazyRanking(query_items, own.of_queries)
     after: dict[int, Ranking] = {}
     if chain.steps or has_model:
-        after = ranking_run.rankings(chain, scored, catalogue, first.embeddings, query_items)
+        after = rankings(chain, scored, catalogue, first.embeddings, query_items)
     usable = catalogue if not len(rejected) else _without_roles(catalogue, rejected)
     return Ranked(
         first, scored, chain, usable, query_items, before, LazyRanking(query_items, searched.of_queries), after

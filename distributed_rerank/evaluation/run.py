@@ -32,7 +32,13 @@ from distributed_rerank.evaluation.why import explainer_of
 from distributed_rerank.executors import Executors
 from distributed_rerank.models.pairwise import PairwiseModel
 from distributed_rerank.reranking import run as ranking_run
-from distributed_rerank.reranking.first_stage import check_depth, first_stage, first_stage_settings, input_digests
+from distributed_rerank.reranking.first_stage import (
+    check_depth,
+    first_stage,
+    first_stage_settings,
+    input_digests,
+    search_adapted,
+)
 from distributed_rerank.reranking.known_distances import known_distances
 from distributed_rerank.runtime.progress import timed
 
@@ -74,7 +80,7 @@ def evaluate(
         known = known_distances(model, chain)
         first = first_stage(catalogue, config, work, staging.path, executors, timings, known=known)
         with timed(timings, "adapt"):
-            searched = ranking_run.search_adapted(first, chain, config, work, staging.path, executors)
+            searched = search_adapted(first, chain, config, work, staging.path, executors)
         with timed(timings, "score"):
             scored = ranking_run.score_first_stage(
                 searched, chain, model, config.n_items, work, staging.path, executors

@@ -14,7 +14,7 @@ from distributed_rerank.demo.catalogue import write_demo_catalogue
 from distributed_rerank.evaluation.run import evaluate
 from distributed_rerank.jobs.connection import executors_for
 from distributed_rerank.report.console import table_in_text
-from distributed_rerank.reranking.run import load_model_and_chain
+from distributed_rerank.reranking.loading import load_model_and_chain
 from distributed_rerank.training.stage import EXTRACTOR_WEIGHTS, train
 
 logger = logging.getLogger(__name__)

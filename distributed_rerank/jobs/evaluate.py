@@ -15,7 +15,7 @@ from distributed_rerank.monitoring.comparison import (
     require_same_catalogue,
 )
 from distributed_rerank.report.console import table_in_text
-from distributed_rerank.reranking.run import load_model_and_chain
+from distributed_rerank.reranking.loading import load_model_and_chain
 
 logger = logging.getLogger(__name__)
 

@@ -8,8 +8,8 @@ from distributed_rerank.data.catalogue import Catalogue
 from distributed_rerank.jobs.connection import executors_for
 from distributed_rerank.monitoring import unlabelled
 from distributed_rerank.monitoring.scheduled_run import EXIT_REGRESSION
+from distributed_rerank.reranking.loading import load_model_and_chain
 from distributed_rerank.reranking.rerank import rerank
-from distributed_rerank.reranking.run import load_model_and_chain
 
 logger = logging.getLogger(__name__)
 

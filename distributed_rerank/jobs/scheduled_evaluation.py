@@ -10,7 +10,7 @@ from distributed_rerank.jobs.connection import executors_for
 from distributed_rerank.monitoring.alerts import told
 from distributed_rerank.monitoring.scheduled_run import check, conclude
 from distributed_rerank.report.console import table_in_text
-from distributed_rerank.reranking.run import load_model_and_chain
+from distributed_rerank.reranking.loading import load_model_and_chain
 
 logger = logging.getLogger(__name__)
 

@@ -14,8 +14,9 @@ from distributed_rerank.config.jobs import ServeJob
 from distributed_rerank.config.serving import ServeConfig
 from distributed_rerank.data.catalogue import ImageRef
 from distributed_rerank.errors import BadInput
+from distributed_rerank.online.answers import answer
 from distributed_rerank.online.front import Backend, run
-from distributed_rerank.online.requests import RerankRequest, answer
+from distributed_rerank.online.requests import RerankRequest
 from distributed_rerank.online.reranker import Reranker
 
 logger = logging.getLogger(__name__)

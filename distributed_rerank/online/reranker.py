@@ -20,7 +20,8 @@ from distributed_rerank.models.pairwise import PairwiseModel
 from distributed_rerank.models.token_siamese import TokenSiamese
 from distributed_rerank.online.encoder import CachedEncodings, Encoder, Encoding
 from distributed_rerank.online.photos import Photo
-from distributed_rerank.reranking.run import by_logits, load_model_and_chain
+from distributed_rerank.reranking.loading import load_model_and_chain
+from distributed_rerank.reranking.rankings import by_logits
 from distributed_rerank.runtime.devices import InferenceThreads, pick_device, torch_threads
 from distributed_rerank.scoring import plan
 from distributed_rerank.tensors import calibration, sharding

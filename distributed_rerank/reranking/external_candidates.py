@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from distributed_rerank.config.evaluation import MissingLists
+from distributed_rerank.config.choices import MissingLists
 from distributed_rerank.data.candidate_files import read_candidates
 from distributed_rerank.data.catalogue import Catalogue
 from distributed_rerank.data.catalogue_checks import some

@@ -1,7 +1,8 @@
 """The first stage: the readable part of a catalogue and the candidate lists of its queries."""
 
 import json
-from dataclasses import dataclass
+import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +11,15 @@ import torch
 
 from distributed_rerank import extraction, retrieval
 from distributed_rerank.chain.chain import Chain
-from distributed_rerank.config.evaluation import FirstStageConfig, MissingLists
+from distributed_rerank.config.choices import MissingLists
+from distributed_rerank.config.evaluation import FirstStageConfig
 from distributed_rerank.config.work import WorkConfig
 from distributed_rerank.data import artifacts, tables
 from distributed_rerank.data.candidates import candidates_table
 from distributed_rerank.data.catalogue import Catalogue
 from distributed_rerank.data.distance_kinds import Conversion
-from distributed_rerank.data.embeddings import Embeddings, read_embeddings
-from distributed_rerank.data.rejects import Reject
+from distributed_rerank.data.embeddings import read_embeddings
+from distributed_rerank.data.relevance import without_junk
 from distributed_rerank.data.trained_on import are_normalised
 from distributed_rerank.errors import BadInput
 from distributed_rerank.executors import Executors
@@ -25,26 +27,15 @@ from distributed_rerank.reranking.external_candidates import external_candidates
 from distributed_rerank.reranking.known_distances import (
     KnownDistances,
     check_embeddings,
+    distances_of,
     extractor_settings,
     settle_distances,
 )
+from distributed_rerank.reranking.lists import FirstStage, is_one_against_rest, needs_joint_lists
 from distributed_rerank.runtime.progress import timed
-from distributed_rerank.tensors.candidate_lists import CandidateLists
-from distributed_rerank.tensors.pair_values import PairValues
+from distributed_rerank.tensors.candidate_lists import CandidateLists, concatenate
 
-
-@dataclass(frozen=True)
-class FirstStage:
-    """The catalogue without its unreadable images, and the candidate lists of its queries."""
-
-    catalogue: Catalogue
-    lists: CandidateLists
-    embeddings: Embeddings | None
-    rejects: list[Reject]
-    are_given: bool = False
-    """Whether the lists come from another system and not from the search here."""
-    n_without_list: int = 0
-    """Queries that the lists of another system do not name; see `settle_missing_lists`."""
+logger = logging.getLogger(__name__)
 
 
 def first_stage(
@@ -107,21 +98,64 @@ def first_stage(
     return FirstStage(readable, lists, embeddings, rejects, config.candidates is not None, n_without_list)
 
 
-def judged_pairs(catalogue: Catalogue) -> PairValues | None:
-    """The grades of the catalogue's judgements by pairs of items."""
-    if catalogue.judgements is None:
-        return None
-    queries, candidates, grades = map(torch.from_numpy, map(np.array, catalogue.judgements.pairs(catalogue.ids)))
-    keys, order = (queries * len(catalogue) + candidates).sort()
-    return PairValues(keys, grades[order], len(catalogue))
+def search_adapted(
+    first: FirstStage,
+    chain: Chain,
+    config: FirstStageConfig,
+    work: WorkConfig,
+    folder: Path,
+    executors: Executors | None,
+) -> FirstStage:
+    """The first stage over embeddings that the chain's adapter maps; as it is where the chain has none.
+
+    Lists of another system keep their candidates and get their distances anew; without embeddings they stay.
+    """
+    if chain.adapter is None:
+        return first
+    if first.embeddings is None:
+        logger.warning(
+            "the chain begins with adapt, which needs embeddings: the lists of %s stay as they are; give --embeddings "
+            "or --extractor", config.candidates,
+        )  # fmt: skip
+        return first
+    # A .tmp file is not copied to a bucket with unfinished work.
+    mapped = first.embeddings.mapped(chain.adapter, folder / artifacts.SCRATCH / "adapted.tmp")
+    if config.candidates is not None:
+        distances = distances_of(first.lists, first.catalogue, mapped)
+        return replace(first, embeddings=mapped, lists=first.lists.with_distances(distances))
+    lists = retrieval.retrieve(
+        first.catalogue, mapped, config.n_items, folder / "adapted_candidates", work=work, executors=executors
+    )
+    return replace(first, embeddings=mapped, lists=without_junk(lists, first.catalogue))
 
 
-def without_junk(lists: CandidateLists, catalogue: Catalogue) -> CandidateLists:
-    """The lists without candidates that are judged to count as neither relevant nor not (a grade below 0)."""
-    judged = judged_pairs(catalogue)
-    if judged is None or not bool((judged.values < 0).any()):
-        return lists
-    return lists.without(judged.look_up(lists.query_items[:, None].expand_as(lists.items), lists.items) < 0)[0]
+def lists_for(
+    chain: Chain, first: FirstStage, n_items: int, work: WorkConfig, out: Path, executors: Executors | None
+) -> CandidateLists:
+    """The lists that the chain works on: the queries' own, or those of all items if it looks at neighbourhoods.
+
+    All candidates are gallery items, unless the chain is not inductive and some query is no gallery item: then queries
+    are each other's candidates as well, and the log says so. Given lists stay those of their queries; the search here
+    finds the others.
+    """
+    catalogue = first.catalogue
+    if not chain.neighbourhood:
+        return first.lists
+    if is_one_against_rest(catalogue) and (not first.are_given or len(first.lists) == len(catalogue)):
+        return first.lists
+    if first.embeddings is None:
+        raise BadInput("this chain looks at neighbourhoods and needs embeddings; give --embeddings or --extractor")
+    everyone = replace(catalogue, table=catalogue.table.assign(is_query=True))
+    if needs_joint_lists(chain, catalogue):
+        everyone = catalogue.as_query_and_gallery()
+        logger.info("%s: the answer to a query depends on the other queries of the catalogue", chain.describe())
+    found = retrieval.retrieve(everyone, first.embeddings, n_items, out, work=work, executors=executors)
+    if not first.are_given:
+        return found
+    others = ~torch.isin(found.query_items, first.lists.query_items)
+    width = max(first.lists.items.shape[1], found.items.shape[1])
+    both = concatenate([first.lists.padded(width), found[others.nonzero()[:, 0]].padded(width)])
+    return both[both.query_items.argsort()]
 
 
 def write_lists(lists: CandidateLists, catalogue: Catalogue, folder: Path) -> None:

@@ -22,14 +22,16 @@ from distributed_rerank.executors import Executors
 from distributed_rerank.models.pairwise import PairwiseModel
 from distributed_rerank.reranking import run as ranking_run
 from distributed_rerank.reranking.first_stage import (
-    FirstStage,
     check_depth,
     first_stage,
     first_stage_settings,
     input_digests,
+    search_adapted,
 )
 from distributed_rerank.reranking.known_distances import known_distances
-from distributed_rerank.scoring.stage import ScoredLists
+from distributed_rerank.reranking.lists import FirstStage
+from distributed_rerank.reranking.rankings import rankings
+from distributed_rerank.scoring.scored_lists import ScoredLists
 from distributed_rerank.tensors.candidate_lists import CandidateLists, places_of
 from distributed_rerank.tensors.suspects import most_uncertain
 
@@ -81,7 +83,7 @@ def rerank(
         timings: dict[str, float] = {}
         known = known_distances(model, chain)
         first = first_stage(catalogue, config, work, staging.path, executors, timings, "miss", known)
-        searched = ranking_run.search_adapted(first, chain, config, work, staging.path, executors)
+        searched = search_adapted(first, chain, config, work, staging.path, executors)
         scored = ranking_run.score_first_stage(searched, chain, model, config.n_items, work, staging.path, executors)
         after = _reranked(first.catalogue, first.lists, scored, chain, searched)
         table = _rows(first.catalogue, after, first.lists, scored, chain)
@@ -114,7 +116,7 @@ def _reranked(
     if scored.rejects:
         gone = torch.from_numpy(catalogue.items_of([reject.id for reject in scored.rejects]))
         query_items = query_items[~torch.isin(query_items, gone)]
-    ranked = ranking_run.rankings(chain, scored, catalogue, first.embeddings, query_items, curve=())
+    ranked = rankings(chain, scored, catalogue, first.embeddings, query_items, curve=())
     return next(iter(ranked.values()))[torch.arange(len(query_items))]
 
 

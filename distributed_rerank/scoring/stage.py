@@ -6,14 +6,11 @@ the same ones as an uninterrupted run.
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float32
-from torch import Tensor
 
 from distributed_rerank.config.work import WorkConfig
 from distributed_rerank.data import artifacts, tables
@@ -27,29 +24,12 @@ from distributed_rerank.scoring import plan as scoring_plan
 from distributed_rerank.scoring.plan import ScoreBlock, ScorePlan
 from distributed_rerank.scoring.rounds import ScoredBlock, ScoreExecutors, Scoring
 from distributed_rerank.scoring.score import score_blocks
+from distributed_rerank.scoring.scored_lists import ScoredLists
 from distributed_rerank.tensors import sharding
 from distributed_rerank.tensors.candidate_lists import CandidateLists
 
 _QUERIES_PER_TABLE = 1 << 12
 _PAIRS_PER_TABLE = 1 << 18
-
-
-@dataclass(frozen=True)
-class ScoredLists:
-    """Candidate lists with the logits of their first candidates."""
-
-    lists: CandidateLists
-    logits: Float32[Tensor, "query top_n"] | None = None
-    """Larger = more different; NaN where a list is shorter or an image could not be read, and such a candidate counts
-    as removed: callers drop it, they do not rank it. None: no pair was scored."""
-    rejects: tuple[Reject, ...] = ()
-    n_images: int = 0
-    """Distinct images of the scored part. Unlike the counts of the manifest it is the same for a continued run."""
-
-    @property
-    def n_pairs(self) -> int:
-        """Pairs that have a logit."""
-        return 0 if self.logits is None else int(self.logits.isfinite().sum())
 
 
 def score_candidates(

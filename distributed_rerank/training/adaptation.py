@@ -17,8 +17,9 @@ from torch import Tensor
 
 from distributed_rerank.chain.chain import AdaptStep, Chain
 from distributed_rerank.chain.choice import ACCEPT, best, cross_fitted_values, judge, log_decisions, row
-from distributed_rerank.chain.evidence import Evidence, Trial
+from distributed_rerank.chain.evidence import Evidence
 from distributed_rerank.chain.settings import Settings
+from distributed_rerank.chain.trials import Trial
 from distributed_rerank.models.adapter import Adapter, Kind, fit_adapters
 from distributed_rerank.tensors.candidate_lists import CandidateLists, concatenate
 from distributed_rerank.tensors.knn import nearest

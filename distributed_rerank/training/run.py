@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from distributed_rerank.chain.chain import Chain
-from distributed_rerank.chain.evidence import try_chain
 from distributed_rerank.chain.settings import fusion_figure
+from distributed_rerank.chain.trials import try_chain
 from distributed_rerank.config.training import TrainingConfig
 from distributed_rerank.data import begun
 from distributed_rerank.errors import BadInput

@@ -20,9 +20,8 @@ from torch.nn.functional import pad
 
 from distributed_rerank import extraction, retrieval
 from distributed_rerank.chain.chain import Chain, read_chain, write_chain
-from distributed_rerank.chain.choice import choose
+from distributed_rerank.chain.choice import choose, choose_views
 from distributed_rerank.chain.evidence import Evidence
-from distributed_rerank.chain.views import choose_views
 from distributed_rerank.config.extractor import ExtractorConfig
 from distributed_rerank.config.jobs import TrackingService
 from distributed_rerank.config.pairwise import PairwiseConfig, pairwise_name

@@ -10,9 +10,10 @@ from torch import Tensor
 
 from distributed_rerank.chain.chain import Chain, NeighbourhoodStep, PairwiseStep, QueryExpansionStep
 from distributed_rerank.chain.choice import best, best_that_keeps_first, choose, judge, outcome
-from distributed_rerank.chain.evidence import Evidence, Trial, half_of_labels, try_chain
+from distributed_rerank.chain.evidence import Evidence, half_of_labels
 from distributed_rerank.chain.probability import probabilities
 from distributed_rerank.chain.settings import fusion_figure, fusion_trials, neighbour_settings
+from distributed_rerank.chain.trials import Trial, try_chain
 from distributed_rerank.tensors.calibration import expected_calibration_error
 
 

@@ -7,8 +7,10 @@ import pytest
 import torch
 
 from distributed_rerank.chain.chain import Chain, PairwiseStep, read_chain, write_chain
-from distributed_rerank.chain.evidence import Evidence, Things, fit_curve, try_chain
-from distributed_rerank.chain.views import choose_views, things_of
+from distributed_rerank.chain.choice import choose_views
+from distributed_rerank.chain.evidence import Evidence, Things
+from distributed_rerank.chain.trials import fit_curve, try_chain
+from distributed_rerank.chain.views import things_of
 from distributed_rerank.errors import BadInput
 from distributed_rerank.tensors import statistics
 from distributed_rerank.tensors.candidate_lists import CandidateLists

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from distributed_rerank.config.evaluation import DistanceKind
+from distributed_rerank.config.choices import DistanceKind
 from distributed_rerank.data.distance_kinds import Conversion, guess_kind, to_l2
 from distributed_rerank.errors import BadInput
 

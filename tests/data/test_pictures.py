@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from distributed_rerank.config.training import Augmentation
+from distributed_rerank.config.augmentation import Augmentation
 from distributed_rerank.data import images, pictures
 from distributed_rerank.data.catalogue import ImageRef
 from distributed_rerank.data.decoding import decode

@@ -5,7 +5,7 @@ from PIL import Image
 from timm.data.transforms_factory import create_transform
 from torchvision import transforms
 
-from distributed_rerank.config.training import Augmentation
+from distributed_rerank.config.augmentation import Augmentation
 from distributed_rerank.data import transforms as transforms_module
 from distributed_rerank.data.transforms import InferenceTransform, TrainingTransform
 from distributed_rerank.errors import BadInput

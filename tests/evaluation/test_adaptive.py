@@ -12,8 +12,8 @@ from distributed_rerank.data.catalogue_files import read_catalogue
 from distributed_rerank.evaluation.adaptive import choose_threshold, margins, measure_adaptive
 from distributed_rerank.evaluation.measure import count_relevant
 from distributed_rerank.evaluation.ranked import Ranked, rank
-from distributed_rerank.reranking.first_stage import FirstStage
-from distributed_rerank.scoring.stage import ScoredLists
+from distributed_rerank.reranking.lists import FirstStage
+from distributed_rerank.scoring.scored_lists import ScoredLists
 from distributed_rerank.tensors.candidate_lists import CandidateLists
 
 N_LABELS = 40

@@ -21,8 +21,9 @@ from distributed_rerank.evaluation.diagnostics import (
 )
 from distributed_rerank.evaluation.measure import count_relevant
 from distributed_rerank.evaluation.ranked import Ranked, rank
-from distributed_rerank.reranking.first_stage import FirstStage
-from distributed_rerank.scoring.stage import ScoredLists, score_candidates
+from distributed_rerank.reranking.lists import FirstStage
+from distributed_rerank.scoring.scored_lists import ScoredLists
+from distributed_rerank.scoring.stage import score_candidates
 from distributed_rerank.tensors.candidate_lists import CandidateLists
 
 

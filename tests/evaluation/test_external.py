@@ -9,7 +9,7 @@ import pytest
 import torch
 from small_catalogue import make_catalogue, make_lists
 
-from distributed_rerank.config.evaluation import UnscoredPairs
+from distributed_rerank.config.choices import UnscoredPairs
 from distributed_rerank.data.catalogue import Catalogue
 from distributed_rerank.errors import BadInput
 from distributed_rerank.evaluation.external import rerank_by_scores

@@ -15,8 +15,8 @@ from distributed_rerank.evaluation.measure import count_relevant, measure
 from distributed_rerank.evaluation.ranked import Ranked, rank
 from distributed_rerank.evaluation.ship_or_wait import N_LABELS_TO_CHECK, labels_to_check, ship_or_wait
 from distributed_rerank.report.verdict import ship_or_wait_in_words
-from distributed_rerank.reranking.first_stage import FirstStage
-from distributed_rerank.scoring.stage import ScoredLists
+from distributed_rerank.reranking.lists import FirstStage
+from distributed_rerank.scoring.scored_lists import ScoredLists
 from distributed_rerank.tensors import statistics
 from distributed_rerank.tensors.candidate_lists import CandidateLists
 from distributed_rerank.tensors.suspects import PROBABLE

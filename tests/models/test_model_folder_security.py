@@ -15,7 +15,7 @@ from distributed_rerank.config.extractor import ExtractorConfig
 from distributed_rerank.errors import BadInput
 from distributed_rerank.models.extractor import build_extractor, known_arguments
 from distributed_rerank.models.saving import load_model, save_model
-from distributed_rerank.reranking.run import load_model_and_chain
+from distributed_rerank.reranking.loading import load_model_and_chain
 
 
 class _Runs:

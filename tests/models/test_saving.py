@@ -19,7 +19,7 @@ from distributed_rerank.models.distance_siamese import DistanceSiamese
 from distributed_rerank.models.saving import load_model, save_model
 from distributed_rerank.models.split_siamese import SplitSiamese
 from distributed_rerank.models.token_siamese import TokenSiamese
-from distributed_rerank.reranking.run import load_model_and_chain
+from distributed_rerank.reranking.loading import load_model_and_chain
 
 
 @pytest.fixture

@@ -20,8 +20,8 @@ from distributed_rerank.config.work import WorkConfig
 from distributed_rerank.data.catalogue import ImageRef
 from distributed_rerank.data.catalogue_files import read_catalogue
 from distributed_rerank.errors import BadInput
+from distributed_rerank.reranking.loading import load_model_and_chain
 from distributed_rerank.reranking.rerank import rerank
-from distributed_rerank.reranking.run import load_model_and_chain
 
 
 @pytest.fixture(scope="module")

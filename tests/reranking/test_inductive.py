@@ -24,7 +24,7 @@ from distributed_rerank.data.catalogue_files import read_catalogue
 from distributed_rerank.data.tables import write_embeddings
 from distributed_rerank.errors import BadInput
 from distributed_rerank.evaluation.run import evaluate
-from distributed_rerank.reranking.run import needs_joint_lists
+from distributed_rerank.reranking.lists import needs_joint_lists
 
 N, DIM, K = 60, 8, 20
 MEASURE = MeasureConfig(baselines=False)

@@ -18,9 +18,10 @@ from distributed_rerank.data.tables import write_embeddings
 from distributed_rerank.errors import BadInput
 from distributed_rerank.extraction import check_complete
 from distributed_rerank.models.saving import save_model
-from distributed_rerank.reranking.lists import only_gallery
-from distributed_rerank.reranking.run import by_logits, load_model_and_chain, rankings, without_rejected
-from distributed_rerank.scoring.stage import ScoredLists
+from distributed_rerank.reranking.lists import only_gallery, without_rejected
+from distributed_rerank.reranking.loading import load_model_and_chain
+from distributed_rerank.reranking.rankings import by_logits, rankings
+from distributed_rerank.scoring.scored_lists import ScoredLists
 from distributed_rerank.tensors.candidate_lists import CandidateLists
 
 NAN, INF = float("nan"), float("inf")

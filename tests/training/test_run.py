@@ -11,10 +11,10 @@ import pytest
 import torch
 from training_examples import BACKBONE, TOKENS, build_task
 
+from distributed_rerank.config.augmentation import Augmentation
 from distributed_rerank.config.pairwise import ConcatSiameseConfig, DistanceSiameseConfig
 from distributed_rerank.config.training import TrainingConfig
 from distributed_rerank.data import begun
-from distributed_rerank.data.transforms import Augmentation
 from distributed_rerank.errors import BadInput
 from distributed_rerank.models import precision as precision_module
 from distributed_rerank.models.distance_siamese import DistanceSiamese
