@@ -49,8 +49,8 @@ _MODULES = {
     "embed": "extraction",
     "evaluate": "evaluation.run",
     "load_model": "models.saving",
-    "load_model_and_chain": "reranking.run",
-    "read_catalogue": "data.catalogue",
+    "load_model_and_chain": "reranking.loading",
+    "read_catalogue": "data.catalogue_files",
     "rerank": "reranking.rerank",
     "train": "training.stage",
 }
