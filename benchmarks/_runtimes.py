@@ -23,6 +23,7 @@ def forward_of(
     """The forward of an untrained, unprepared `model` (left as it is) for inputs of the shapes of `example`."""
     model = copy.deepcopy(model)
     if runtime == "packed":  # what the scorer runs
+        model.extractor.config = _with_precision(model, precision)
         return model.prepare_for_inference("cpu")
     model.eval().requires_grad_(False)
     if runtime == "compiled":

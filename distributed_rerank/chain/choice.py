@@ -1,10 +1,11 @@
 """The chain is chosen on labels set aside from `train`.
 
-Chain steps are tried one after the other: first fusion of the logits with the first-stage distances (of all candidates
-or, where that fails, of all but the first), then neighbourhoods and query expansion on the result. A chain step joins
-the chain only if its gain holds on labels that its constants were not chosen on: the set-aside labels are halved, the
-best constants of either half are measured on the other, and a gain over the chain so far must be probable enough
-(`judge`). Otherwise the chain stays as it was; with no chain step at all it is the first stage, and the log says so.
+Chain steps are tried one after the other: first fusion of the logits with the first-stage distances, then
+neighbourhoods and query expansion on the result; each of all candidates or, where that fails, of all but the first. A
+chain step joins the chain only if its gain holds on labels that its constants were not chosen on: the set-aside labels
+are halved, the best constants of either half are measured on the other, and a gain over the chain so far must be
+probable enough (`judge`). Otherwise the chain stays as it was; with no chain step at all it is the first stage, and the
+log says so.
 """
 
 import logging
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from distributed_rerank.chain.chain import Chain
 from distributed_rerank.chain.evidence import CMC_WEIGHT, Evidence, half_of_labels
-from distributed_rerank.chain.settings import FUSIONS, Settings, settings_for
+from distributed_rerank.chain.settings import FUSIONS, NEIGHBOURS, PINNED_NEIGHBOURS, Settings, settings_for
 from distributed_rerank.chain.trials import Trial, calibrate, try_chain
 from distributed_rerank.chain.views import things_of
 from distributed_rerank.tensors import statistics
@@ -59,13 +60,19 @@ def choose(evidence: Evidence, seed: int = 0, accept: float = ACCEPT) -> Chain:
     table = [row(current.chain, current.values)]
     decisions = []
     neighbours_pick = best_that_keeps_first(labels) if evidence.target == "both" else best
-    for name in (*FUSIONS, "neighbours"):
-        is_done = name in FUSIONS and current.chain.pairwise is not None
-        settings = None if is_done else settings_for(name, evidence, current, is_first_half)
+    settings: Settings | None = None
+    for name in (*FUSIONS, NEIGHBOURS, PINNED_NEIGHBOURS):
+        if current.chain.neighbourhood or (name in FUSIONS and current.chain.pairwise is not None):
+            continue  # its kind of step is taken
+        if name == PINNED_NEIGHBOURS:  # a half of few labels may move first candidates that the other would keep
+            settings = None if settings is None else settings.pinned()
+        else:
+            settings = settings_for(name, evidence, current, is_first_half)
         if settings is None:
             continue
         pick = smallest_best_weight if name in FUSIONS else neighbours_pick
-        table += [row(chain, values) for chain, values in zip(settings.chains, settings.values, strict=True)]
+        if name != PINNED_NEIGHBOURS:  # whose rows are there
+            table += [row(chain, values) for chain, values in zip(settings.chains, settings.values, strict=True)]
         # Settings that would lose CMC@1 against the chain so far are not chosen where others are there.
         values = cross_fitted_values(settings, current, is_first_half, pick)
         counts_map = evidence.target == "both"

@@ -33,6 +33,7 @@ FUSION_WEIGHTS = (0.0, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
 PAIRWISE, PINNED_PAIRWISE = "pairwise", "pairwise behind the first candidate"
 FUSIONS = {PAIRWISE: 0, PINNED_PAIRWISE: 1}
 """Names of the trials with logits, and how many first candidates stay where they are."""
+NEIGHBOURS, PINNED_NEIGHBOURS = "neighbours", "neighbours behind the first candidate"
 KINDS = ("direct",)
 """Reciprocal neighbours need the query in the gallery's lists; on grocery they gave mAP@10 .793, direct ones .792."""
 SIZES = tuple(product((10, 20, 30), (1, 3, 6)))
@@ -56,6 +57,13 @@ class Settings:
     measure: Callable[[int, bool], PerQuery]
     """Values of every query with setting number i and the curve of the first (True) or second half of the labels."""
 
+    def pinned(self) -> "Settings":
+        """Those that leave the first candidate where it is."""
+        last = [chain.steps[-1] for chain in self.chains]
+        kept = [i for i, step in enumerate(last) if isinstance(step, ProbabilityStep) and step.pinned]
+        chains, values = ([column[i] for i in kept] for column in (self.chains, self.values))
+        return Settings(chains, values, lambda number, is_first: self.measure(kept[number], is_first))
+
 
 def settings_for(
     name: str, evidence: Evidence, current: Trial, is_first_half: Bool[Tensor, " query"]
@@ -63,7 +71,7 @@ def settings_for(
     """The settings tried as the next chain step; None where nothing can be tried."""
     if bool(is_first_half.all()) or not bool(is_first_half.any()):
         return None
-    if name == "neighbours":
+    if name == NEIGHBOURS:
         return neighbour_settings(evidence, current, is_first_half)
     if evidence.logits is None:
         return None

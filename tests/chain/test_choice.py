@@ -244,3 +244,17 @@ def test_first_candidate_moves_only_where_cmc_surely_gains(gain_of_cmc: float, p
     everyone = torch.ones(len(labels), dtype=torch.bool)
     assert best(settings, so_far, everyone) == 0
     assert best_that_keeps_first(labels)(settings, so_far, everyone) == picked
+
+
+def test_neighbours_that_may_not_move_the_first_candidate_are_tried_behind_it() -> None:
+    """With few labels a half moves first candidates by chance, and the step that keeps them would go unseen."""
+    known = replace(evidence(1.5, None, seed=2), logits=None)
+    chain = choose(known, 2)
+    free, pinned = chain.chosen_on["decisions"]
+    assert (free["step"], free["taken"]) == ("neighbours", False)
+    assert (pinned["step"], pinned["taken"]) == ("neighbours behind the first candidate", True)
+    assert chain.neighbourhood[0].pinned == 1  # pyright: ignore[reportAttributeAccessIssue]
+    fresh = replace(evidence(1.5, None, seed=102), logits=None)
+    before, after = (try_chain(fresh, each).figures() for each in (Chain(), chain))
+    assert after["cmc@1"] == before["cmc@1"]
+    assert after["map@10"] > before["map@10"]
