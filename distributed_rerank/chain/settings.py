@@ -61,8 +61,11 @@ class Settings:
         """Those that leave the first candidate where it is."""
         last = [chain.steps[-1] for chain in self.chains]
         kept = [i for i, step in enumerate(last) if isinstance(step, ProbabilityStep) and step.pinned]
-        chains, values = ([column[i] for i in kept] for column in (self.chains, self.values))
-        return Settings(chains, values, lambda number, is_first: self.measure(kept[number], is_first))
+        return Settings(
+            [self.chains[i] for i in kept],
+            [self.values[i] for i in kept],
+            lambda number, is_first: self.measure(kept[number], is_first),
+        )
 
 
 def settings_for(
