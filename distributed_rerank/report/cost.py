@@ -75,7 +75,7 @@ def _values_in_text(points: list[Point], unit: str = "") -> str:
 
 
 def cost_rows(metrics: Mapping[str, Any], timings: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """One row for each top_n; a value that was not measured is None."""
+    """One row for each top_n, none where no pair was scored; a value that was not measured is None."""
     timed = _by_top_n(timings)
     knee = (metrics.get("knee") or {}).get("top_n")
     rows = []
@@ -83,7 +83,7 @@ def cost_rows(metrics: Mapping[str, Any], timings: Mapping[str, Any]) -> list[di
         row = dict.fromkeys(("cmc@1", "pairs", "images", "gflop", "bytes", "worker_seconds", "seconds_per_query"))
         row |= {"price_per_1000_queries": None, "is_knee": point["top_n"] == knee}
         rows.append(row | point | point["metrics"] | timed.get(point["top_n"], {}))
-    return rows
+    return rows if any(row["pairs"] for row in rows) else []
 
 
 def _by_top_n(timings: Mapping[str, Any]) -> dict[int, Mapping[str, Any]]:

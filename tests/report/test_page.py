@@ -13,6 +13,7 @@ from report_examples import MEANS, TIMINGS, made_up_queries, metrics_of
 
 from distributed_rerank.data.catalogue import ImageRef
 from distributed_rerank.report import Candidate, Strip, build_report, choose_queries
+from distributed_rerank.report.cost import cost_rows
 from distributed_rerank.report.formatting import signed
 
 
@@ -97,6 +98,12 @@ def test_report_begins_with_what_was_measured_when_and_by_which_command(report: 
         ("Date", "2026-11-26"), ("Catalogue", "&lt;df&gt;.csv"), ("Command", "evaluate --out &lt;there&gt;"),
         ("Versions", "torch 2"),
     ]  # fmt: skip
+
+
+def test_chain_without_pairs_has_no_rows_of_dashes_about_their_cost() -> None:
+    metrics = {"curve": [{"top_n": 100, "metrics": {"map@10": 0.4, "cmc@1": 0.7}}], "knee": {"top_n": 100}}
+    assert cost_rows(metrics, {}) == []
+    assert cost_rows(metrics, {"curve": [{"top_n": 100, "pairs": 7}]})[0]["pairs"] == 7
 
 
 def test_report_tables_hold_costs_and_baselines_as_measured(report: Path) -> None:
