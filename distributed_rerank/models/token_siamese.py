@@ -160,9 +160,13 @@ class TokenSiamese(PairwiseModel):
 
     def _split_encoding(self, encoded: Tensor) -> tuple[Tensor, Tensor]:
         """Tokens [pair, depth, token, dim] and global vectors [pair, vector, dim] as float32."""
-        numbers = encoded.float() / INT8_STEPS if encoded.dtype == torch.int8 else encoded.float()
-        tokens = numbers[:, : self.n_token_numbers].unflatten(1, (len(self.channels), self.config.grid**2, -1))
-        return tokens, numbers[:, self.n_token_numbers :].unflatten(1, (self.n_globals, -1))
+        # Each part is cut out first: as float32 it is then dense, and no later step copies it again.
+        tokens, vectors = (
+            part.float() / INT8_STEPS if part.dtype == torch.int8 else part.float()
+            for part in (encoded[:, : self.n_token_numbers], encoded[:, self.n_token_numbers :])
+        )
+        shape = (len(self.channels), self.config.grid**2, -1)
+        return tokens.unflatten(1, shape), vectors.unflatten(1, (self.n_globals, -1))
 
 
 def _similarities(
