@@ -49,7 +49,9 @@ class ScoredLists:
     @property
     def n_pairs(self) -> int:
         """Pairs that have a logit."""
-        return 0 if self.logits is None else int(self.logits.isfinite().sum())
+        # Some queries at a time: torch would make an int64 of each pair to sum them.
+        parts = () if self.logits is None else self.logits.split(_QUERIES_PER_TABLE)
+        return sum(int(part.isfinite().sum()) for part in parts)
 
 
 def score_candidates(
