@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float64
 from torch import Tensor
 
-from distributed_rerank.evaluation.measure import LabelledQueries
+from distributed_rerank.evaluation.measure import LabelledQueries, of_all_blocks
 from distributed_rerank.evaluation.ranked import Ranked
 from distributed_rerank.tensors import metrics, statistics
 from distributed_rerank.tensors.label_split import half_of_labels
@@ -32,9 +32,12 @@ def margins(ranked: Ranked, queries: LabelledQueries, top_n: int) -> dict[str, V
 
     gap: the distance from the first candidate to the second. spread: from the first to the last one re-ranked.
     """
-    parts = [_margins(ranked.before[block.rows].distances[:, :top_n].double().numpy()) for block in queries.blocks()]
-    gap, spread = (np.concatenate(column) for column in zip(*parts, strict=True))
-    return {"gap": gap, "spread": spread}
+
+    def of_block(block: LabelledQueries) -> dict[str, Tensor]:
+        gap, spread = _margins(ranked.before[block.rows].distances[:, :top_n].double().numpy())
+        return {"gap": torch.from_numpy(gap), "spread": torch.from_numpy(spread)}
+
+    return {name: column.numpy() for name, column in of_all_blocks(queries, of_block).items()}
 
 
 def _margins(head: Float64[np.ndarray, "query n"]) -> tuple[Values, Values]:
@@ -86,8 +89,9 @@ def measure_adaptive(
         name, threshold = choose_threshold(others, values[0][~measured], values[1][~measured])
         is_skipped[measured] = signals[name][measured] >= threshold
         chosen.append({"signal": name, "threshold": threshold if np.isfinite(threshold) else None})
-    counts = [(ranked.before[block.rows].items[:, :top_n] >= 0).sum(dim=1) for block in queries.blocks()]
-    pairs = torch.cat(counts).numpy()
+    pairs = of_all_blocks(
+        queries, lambda block: {"pairs": (ranked.before[block.rows].items[:, :top_n] >= 0).sum(dim=1)}
+    )["pairs"].numpy()
     adaptive = torch.where(torch.from_numpy(is_skipped), before, after)
     compared = statistics.compare_to_json(
         {METRIC: after}, {METRIC: adaptive}, queries.labels, seed=seed, n_resamples=n_resamples

@@ -18,7 +18,7 @@ from distributed_rerank.data.catalogue import Catalogue
 from distributed_rerank.data.relevance import count_judged, judged_pairs
 from distributed_rerank.errors import BadInput
 from distributed_rerank.runtime.devices import tensor_of
-from distributed_rerank.tensors import metrics, oml_metrics, statistics
+from distributed_rerank.tensors import columns, metrics, oml_metrics, statistics
 from distributed_rerank.tensors.candidate_lists import Ranking
 from distributed_rerank.tensors.metrics import PerQuery
 from distributed_rerank.tensors.pair_values import PairValues
@@ -201,9 +201,9 @@ def measure_ranking(queries: LabelledQueries, ranking: Ranking, wanted: Wanted) 
         named |= {("oml", key): column for key, column in oml.items()}
         return named | {("rank", "first_hit"): metrics.first_hit(is_relevant)}
 
-    columns = _of_all_blocks(queries, measure_block)
-    values, oml = ({key: column for (kind, key), column in columns.items() if kind == of} for of in ("value", "oml"))
-    return Measured(values, columns["rank", "first_hit"], _oml_means(oml, queries, ranking))
+    measured = of_all_blocks(queries, measure_block)
+    values, oml = ({key: column for (kind, key), column in measured.items() if kind == of} for of in ("value", "oml"))
+    return Measured(values, measured["rank", "first_hit"], _oml_means(oml, queries, ranking))
 
 
 def _oml_means(values: PerQuery, queries: LabelledQueries, ranking: Ranking) -> dict[str, float]:
@@ -216,24 +216,11 @@ def _oml_means(values: PerQuery, queries: LabelledQueries, ranking: Ranking) -> 
     return {key: (mean * n_labelled + n_void) / n_queries for key, mean in metrics.means(values).items()}
 
 
-def _of_all_blocks(
+def of_all_blocks(
     queries: LabelledQueries, measure_block: Callable[[LabelledQueries], Mapping[Key, Tensor]]
 ) -> dict[Key, Tensor]:
-    """The columns that `measure_block` returns for a block, joined over all queries.
-
-    The whole columns are allocated with the first block and filled. A list of parts would fragment the memory, and the
-    process would grow to several times what it holds.
-    """
-    columns: dict[Key, Tensor] = {}
-    start = 0
-    for block in queries.blocks():
-        stop = start + len(block.rows)
-        for key, part in measure_block(block).items():
-            if key not in columns:
-                columns[key] = torch.empty(len(queries.rows), dtype=part.dtype)
-            columns[key][start:stop] = part
-        start = stop
-    return columns
+    """The columns that `measure_block` returns for a block, joined over all queries."""
+    return columns.join(len(queries.rows), map(measure_block, queries.blocks()))
 
 
 def _reranked(
@@ -268,7 +255,7 @@ def _reranked(
 def _ceiling(queries: LabelledQueries, before: Ranking, top_n: int, wanted: Wanted) -> dict[str, float]:
     """Mean metrics of a perfect re-ranker of the first `top_n` candidates."""
     return metrics.means(
-        _of_all_blocks(
+        of_all_blocks(
             queries,
             lambda block: wanted.per_query(statistics.oracle(block.relevance(before), top_n), block.n_relevant),
         )
@@ -303,7 +290,7 @@ def _per_query_table(
     """The table per_query.parquet: one row per labelled query."""
     items = queries.query_items.numpy()
     categories = catalogue.categories
-    columns: dict[str, Any] = {
+    table: dict[str, Any] = {
         "query_id": catalogue.ids[items],
         "label": catalogue.label_names[queries.labels.numpy()].astype(str),
         "category": None if categories is None else categories[items],
@@ -313,8 +300,8 @@ def _per_query_table(
     }
     for side, measured in (("before", first), ("after", last)):
         if measured is not None:
-            columns |= {f"{key}_{side}": column.numpy() for key, column in measured.values.items()}
-    return pd.DataFrame(columns)
+            table |= {f"{key}_{side}": column.numpy() for key, column in measured.values.items()}
+    return pd.DataFrame(table)
 
 
 def _rank_or_null(measured: Measured) -> pd.Series:

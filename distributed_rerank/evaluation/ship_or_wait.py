@@ -5,6 +5,7 @@ Labels to check are ranked by the estimated precision of the list down to each (
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from distributed_rerank.evaluation.measure import (
     Wanted,
     count_relevant,
     measure_ranking,
+    of_all_blocks,
 )
 from distributed_rerank.evaluation.ranked import Ranked
 from distributed_rerank.runtime.devices import tensor_of
@@ -29,7 +31,6 @@ from distributed_rerank.tensors.suspects import PROBABLE, evidence_of_labels, pr
 N_LABELS_TO_CHECK = 40
 DEPTH = 10
 """Neighbours that a label is judged by."""
-_BLOCK_ROWS = 4096
 
 
 def labels_to_check(ranked: Ranked, labelled: LabelledQueries) -> list[dict[str, Any]]:
@@ -44,8 +45,9 @@ def labels_to_check(ranked: Ranked, labelled: LabelledQueries) -> list[dict[str,
         return []
     catalogue, names = ranked.catalogue, ranked.catalogue.label_names
     labels = tensor_of(catalogue.labels)
-    own, other, candidates, distances, places = _neighbours_of_another_label(ranked, labelled.rows, labels)
-    precision = precision_of_suspects(own, other)
+    found = of_all_blocks(labelled, partial(_neighbours_of_another_label, ranked, labels))
+    candidates, distances, places = (found[name] for name in ("candidate", "distance", "place"))
+    precision = precision_of_suspects(found["own"], found["other"])
     pairs: list[dict[str, Any]] = []
     taken: set[int] = set()
     queries = labelled.query_items.tolist()
@@ -70,29 +72,23 @@ def labels_to_check(ranked: Ranked, labelled: LabelledQueries) -> list[dict[str,
     return pairs
 
 
-def _neighbours_of_another_label(
-    ranked: Ranked, query_rows: Tensor, labels: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Of each query of these rows: evidence of its label and of the strongest other, and the nearest candidate of that.
+def _neighbours_of_another_label(ranked: Ranked, labels: Tensor, block: LabelledQueries) -> dict[str, Tensor]:
+    """Of each query: evidence of its label, `own`, and of the strongest `other`, and the nearest candidate of that.
 
-    Candidate (-1 = none), distance and place of this; all `[query]`.
+    `candidate` (-1 = none), its `distance` and its `place`; all `[query]`.
     """
-    parts = []
-    for rows in query_rows.split(_BLOCK_ROWS):
-        lists = ranked.final[rows].first(DEPTH)
-        found = probabilities(ranked.chain, lists.distances) if ranked.after else None
-        weights = torch.ones_like(lists.distances) if found is None else found
-        known = torch.where(lists.items >= 0, labels[lists.items], -1).long()
-        own, other, label = evidence_of_labels(weights, known, labels[ranked.query_items[rows]].long())
-        is_that = (known == label[:, None]) & (known >= 0)
-        place = is_that.to(torch.uint8).argmax(dim=1) if is_that.shape[1] else torch.zeros_like(label)
-        has_one = is_that.any(dim=1)
-        candidate, distance = torch.full_like(label, -1), torch.full(label.shape, torch.inf)
-        candidate[has_one] = lists.items[has_one].gather(1, place[has_one, None])[:, 0]
-        distance[has_one] = lists.distances[has_one].gather(1, place[has_one, None])[:, 0].float()
-        parts.append((own, other, candidate, distance, place))
-    own, other, candidates, distances, places = (torch.cat(column) for column in zip(*parts, strict=True))
-    return own, other, candidates, distances, places
+    lists = ranked.final[block.rows].first(DEPTH)
+    found = probabilities(ranked.chain, lists.distances) if ranked.after else None
+    weights = torch.ones_like(lists.distances) if found is None else found
+    known = torch.where(lists.items >= 0, labels[lists.items], -1).long()
+    own, other, label = evidence_of_labels(weights, known, labels[block.query_items].long())
+    is_that = (known == label[:, None]) & (known >= 0)
+    place = is_that.to(torch.uint8).argmax(dim=1) if is_that.shape[1] else torch.zeros_like(label)
+    has_one = is_that.any(dim=1)
+    candidate, distance = torch.full_like(label, -1), torch.full(label.shape, torch.inf)
+    candidate[has_one] = lists.items[has_one].gather(1, place[has_one, None])[:, 0]
+    distance[has_one] = lists.distances[has_one].gather(1, place[has_one, None])[:, 0].float()
+    return {"own": own, "other": other, "candidate": candidate, "distance": distance, "place": place}
 
 
 def ship_or_wait(

@@ -6,13 +6,14 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from distributed_rerank.chain.chain import Chain
 from distributed_rerank.chain.views import things_of
 from distributed_rerank.evaluation.measure import QUERIES_PER_BLOCK
 from distributed_rerank.evaluation.ranked import Ranked
 from distributed_rerank.runtime.devices import tensor_of
-from distributed_rerank.tensors import metrics, statistics
+from distributed_rerank.tensors import columns, metrics, statistics
 from distributed_rerank.tensors.candidate_lists import Ranking
 from distributed_rerank.tensors.metrics import PerQuery
 from distributed_rerank.tensors.things import count_relevant_things
@@ -37,12 +38,12 @@ def thing_figures(ranked: Ranked, *, ks: Sequence[int], seed: int, n_resamples: 
     query_labels = labels[ranked.query_items[rows]]
 
     def measure(ranking: Ranking, chain: Chain) -> PerQuery:
-        parts = []
-        for block in rows.split(QUERIES_PER_BLOCK):
+        def of_block(block: Tensor) -> PerQuery:
             views = things_of(chain, ranking[block], things).views
             is_relevant = metrics.relevance(views, labels[ranked.query_items[block]], labels)
-            parts.append(metrics.per_query(is_relevant, n_relevant[block], ks))
-        return {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
+            return metrics.per_query(is_relevant, n_relevant[block], ks)
+
+        return columns.join(len(rows), map(of_block, rows.split(QUERIES_PER_BLOCK)))
 
     first = measure(ranked.before, Chain())
     figures: dict[str, Any] = {"n_items": len(things[gallery].unique()), "first_stage": metrics.means(first)}

@@ -35,7 +35,7 @@ def score_first_stage(
     if model is None or chain.pairwise is None:
         return ScoredLists(lists)
     top_n, gflop = chain.pairwise.top_n, model.gflop_per_pair()
-    n_pairs = int((lists.first(top_n).items >= 0).sum())
+    n_pairs = int((lists.first(top_n).items >= 0).count_nonzero())
     logger.info(
         "%d pairs, %.4g GFLOP each, %.4g TFLOP in all; %d bytes an image", n_pairs, gflop, n_pairs * gflop / 1000,
         model.bytes_per_image,

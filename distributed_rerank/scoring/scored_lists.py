@@ -8,6 +8,8 @@ from torch import Tensor
 from distributed_rerank.data.rejects import Reject
 from distributed_rerank.tensors.candidate_lists import CandidateLists
 
+_QUERIES_PER_PART = 1 << 12
+
 
 @dataclass(frozen=True)
 class ScoredLists:
@@ -24,4 +26,6 @@ class ScoredLists:
     @property
     def n_pairs(self) -> int:
         """Pairs that have a logit."""
-        return 0 if self.logits is None else int(self.logits.isfinite().sum())
+        # Some queries at a time: torch would make an int64 of each pair to sum them.
+        parts = () if self.logits is None else self.logits.split(_QUERIES_PER_PART)
+        return sum(int(part.isfinite().sum()) for part in parts)

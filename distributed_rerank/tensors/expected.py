@@ -19,6 +19,7 @@ from jaxtyping import Float, Float64, Int64
 from torch import Tensor
 
 from distributed_rerank.errors import BadInput
+from distributed_rerank.tensors import columns
 from distributed_rerank.tensors.statistics import Interval, multinomial_draws, student_t_quantile
 
 N_FOLDS = 25
@@ -96,21 +97,31 @@ def drift(sample: LabelledSample, signals: Signals, *, seed: int, n_resamples: i
     # More than four times as many labels change nothing that chance does, and take memory.
     n_asked = max(1, min(len(signals), round(len(signals) * n_labels / len(rows)), 4 * n_labels))
     steps = torch.arange(1, N_BINS, dtype=torch.float64) / N_BINS
-    seen, by_chance = [], []
-    ours, theirs = (
-        list(multinomial_draws(n_labels, n_resamples, seed=seed + side, n_drawn=n_drawn))
-        for side, n_drawn in enumerate((n_labels, n_asked))
-    )
+    # Of each signal, [label, bin] counts of the sample and [bin] counts of the unlabelled queries.
+    binned = []
     for known, new in zip(sample.signals.unbind(dim=1), signals.unbind(dim=1), strict=True):
         edges = torch.quantile(known, steps).unique()
-        # [label, bin] counts of the sample; [bin] counts of the unlabelled queries.
         cells = rows * (len(edges) + 1) + torch.bucketize(known.contiguous(), edges, right=True)
         counts = torch.bincount(cells, minlength=n_labels * (len(edges) + 1)).view(n_labels, -1).double()
         others = torch.bincount(torch.bucketize(new.contiguous(), edges, right=True), minlength=len(edges) + 1).double()
-        null = torch.cat([_gap(a @ counts, b @ counts) for a, b in zip(ours, theirs, strict=True)])
-        scale = float(null.mean()) or 1.0
+        binned.append((counts, others))
+    ours, theirs = (
+        multinomial_draws(n_labels, n_resamples, seed=seed + side, n_drawn=n_drawn)
+        for side, n_drawn in enumerate((n_labels, n_asked))
+    )
+    # [resample] for each signal: the gaps that chance makes. All see the same draws, some of which are in memory.
+    null = columns.join(
+        n_resamples,
+        (
+            {signal: _gap(a @ counts, b @ counts) for signal, (counts, _) in enumerate(binned)}
+            for a, b in zip(ours, theirs, strict=True)
+        ),
+    )
+    seen, by_chance = [], []
+    for signal, (counts, others) in enumerate(binned):
+        scale = float(null[signal].mean()) or 1.0
         seen.append(float(_gap(counts.sum(dim=0), others)) / scale)
-        by_chance.append(null / scale)
+        by_chance.append(null[signal] / scale)
     as_large = int((torch.stack(by_chance).amax(dim=0) >= max(seen)).sum())
     return (1 + as_large) / (1 + n_resamples)
 

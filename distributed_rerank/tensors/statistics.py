@@ -17,6 +17,7 @@ from jaxtyping import Bool, Float64, Int64
 from torch import Tensor
 
 from distributed_rerank.errors import BadInput
+from distributed_rerank.tensors import columns, sharding
 from distributed_rerank.tensors.metrics import rows_by_category
 
 _BLOCK_ELEMENTS = 1 << 22
@@ -69,7 +70,8 @@ def bootstrap(
     totals = torch.cat([exact, sizes.double()[:, None]], dim=1)
     # [resample, metric + 1]: the same over all queries drawn. Sum / number is a resampled mean; its quantiles over the
     # resamples are the ends [2, metric] of the intervals.
-    drawn = torch.cat([draws @ totals for draws in multinomial_draws(len(sums), n_resamples, seed)])
+    blocks = multinomial_draws(len(sums), n_resamples, seed)
+    drawn = columns.join(n_resamples, ({"drawn": draws @ totals} for draws in blocks))["drawn"]
     tails = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64)
     ends = torch.quantile(drawn[:, :-1] / drawn[:, -1:], tails, dim=0)
     means = [math.fsum(column.tolist()) / len(values) for column in values.unbind(dim=1)]
@@ -306,28 +308,36 @@ def multinomial_draws(
 ) -> Iterator[Float64[Tensor, "resample cluster"]]:
     """How often each cluster is drawn in each resample, in blocks of resamples that keep memory bounded.
 
-    As many are drawn as there are clusters, or `n_drawn`.
+    As many are drawn as there are clusters, or `n_drawn`. A block holds until the next one is asked for: all are one
+    memory. Made anew each time, they would fragment it, for glibc cannot fill the gap of an aligned piece with one of
+    the same size; of 250,000 clusters the process then grows by 4 GB.
     """
     generator = torch.Generator().manual_seed(seed)
-    for rows in _resample_blocks(n_clusters, n_resamples):
-        # [resample, draw]: the clusters drawn; counted in one table, in which each resample has its own row of cells.
-        drawn = torch.randint(n_clusters, (rows, n_clusters if n_drawn is None else n_drawn), generator=generator)
-        cells = drawn + torch.arange(rows)[:, None] * n_clusters
-        yield torch.bincount(cells.flatten(), minlength=rows * n_clusters).view(rows, n_clusters).double()
+    n_drawn = n_clusters if n_drawn is None else n_drawn
+    blocks = _resample_blocks(n_clusters, n_resamples)
+    # [resample, draw]: the clusters drawn; [resample, cluster]: their counts.
+    drawn = torch.empty(max(blocks, default=0), n_drawn, dtype=torch.int64)
+    counts = torch.empty(len(drawn), n_clusters, dtype=torch.float64)
+    one = torch.ones((), dtype=torch.float64)
+    for rows in blocks:
+        torch.randint(n_clusters, (rows, n_drawn), generator=generator, out=drawn[:rows])
+        yield counts[:rows].zero_().scatter_add_(1, drawn[:rows], one.expand(rows, n_drawn))
 
 
 def _sign_draws(n_clusters: int, n_resamples: int, seed: int) -> Iterator[Float64[Tensor, "resample cluster"]]:
-    """A sign for each cluster, in blocks of resamples that keep memory bounded."""
+    """A sign for each cluster, in blocks of resamples as those of `multinomial_draws`."""
     generator = torch.Generator().manual_seed(seed)
-    for rows in _resample_blocks(n_clusters, n_resamples):
-        yield torch.randint(2, (rows, n_clusters), generator=generator).double().mul_(2).sub_(1)
+    blocks = _resample_blocks(n_clusters, n_resamples)
+    signs = torch.empty(max(blocks, default=0), n_clusters, dtype=torch.float64)
+    for rows in blocks:
+        torch.randint(2, (rows, n_clusters), generator=generator, out=signs[:rows])
+        yield signs[:rows].mul_(2).sub_(1)
 
 
-def _resample_blocks(n_clusters: int, n_resamples: int) -> Iterator[int]:
+def _resample_blocks(n_clusters: int, n_resamples: int) -> list[int]:
     """Numbers of resamples that add up to `n_resamples`."""
     block = max(1, _BLOCK_ELEMENTS // n_clusters)
-    for start in range(0, n_resamples, block):
-        yield min(block, n_resamples - start)
+    return [stop - start for start, stop in sharding.blocks(n_resamples, block)]
 
 
 def _check_resampling(n_queries: int, n_resamples: int) -> None:
