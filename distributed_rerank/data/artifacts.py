@@ -242,7 +242,8 @@ class BlockStore:
 
     def read(self, number: int, columns: list[str] | None = None) -> pa.Table:
         """The result of one block, or some of its columns."""
-        return pq.ParquetFile(self._path(number)).read(columns)
+        # Each thread would keep memory of its own, for what one reads as fast.
+        return pq.ParquetFile(self._path(number)).read(columns, use_threads=False)
 
     def tables(self, columns: list[str] | None = None) -> Iterator[pa.Table]:
         """The results of all blocks in number order."""

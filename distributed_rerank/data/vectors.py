@@ -78,7 +78,7 @@ class StoredVectors:
         """The ids, one row group at a time."""
         for part in self._parts:
             with pq.ParquetFile(part.path) as file:
-                yield as_column(file.read_row_group(part.row_group, columns=["id"])["id"])
+                yield as_column(file.read_row_group(part.row_group, columns=["id"], use_threads=False)["id"])
 
 
 def write_vectors(path: str | Path, dim: int, tables: Iterable[pa.Table]) -> None:
