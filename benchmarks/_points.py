@@ -13,6 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
+import distributed_rerank  # noqa: F401  (first, as in a job: it chooses Arrow's allocator)
+
+# isort: split
 import numpy as np
 import pandas as pd
 import pyarrow as pa

@@ -8,6 +8,7 @@ Names are imported when they are used: `import distributed_rerank` itself loads 
 """
 
 import importlib
+import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -30,6 +31,10 @@ if TYPE_CHECKING:
     from distributed_rerank.reranking.loading import load_model_and_chain
     from distributed_rerank.reranking.rerank import rerank
     from distributed_rerank.training.stage import train
+
+# Arrow's own allocator keeps what its threads have freed, some 0.1 GB; the system's gives it back. Arrow looks at this
+# when it is imported, in a job after this.
+os.environ.setdefault("ARROW_DEFAULT_MEMORY_POOL", "system")
 
 __version__ = "0.1.0"
 

@@ -263,16 +263,15 @@ def retrieval_settings(n_items: int, work: WorkConfig) -> dict[str, Any]:
 
 def _sides(catalogue: Catalogue, embeddings: Embeddings) -> tuple[StoredSide, StoredSide]:
     """Queries and gallery, as far as they have an embedding."""
-    rows = embeddings.rows_of(catalogue.ids)
-    has_all, sides = not len(rows) or rows.min() >= 0, []
-    # Where all items have a row and nobody else, or all are in the gallery, a range says as much as an array.
-    row_of = range(len(rows)) if has_all and len(embeddings) == len(rows) else rows
-    gallery = range(len(catalogue)) if has_all and catalogue.is_gallery.all() else catalogue.gallery_items
+    rows, sides = embeddings.rows_of_all(catalogue.ids), []
+    # Where all items are in the gallery and have a row, a range says as much as an array.
+    is_whole = isinstance(rows, range) and catalogue.is_gallery.all()
+    gallery = range(len(catalogue)) if is_whole else catalogue.gallery_items
     for given, role in ((catalogue.query_items, "query"), (gallery, "gallery item")):
-        items = given if isinstance(given, range) or has_all else given[rows[given] >= 0]
+        items = given if isinstance(rows, range) else given[rows[given] >= 0]
         if len(items) == 0:
             raise BadInput(
                 f"{catalogue.source}: no {role} has an embedding; mark some rows or embed this catalogue first"
             )
-        sides.append(StoredSide(embeddings.matrix, items, row_of, catalogue.sequences))
+        sides.append(StoredSide(embeddings.matrix, items, rows, catalogue.sequences))
     return sides[0], sides[1]

@@ -50,7 +50,7 @@ def planted_ranking(catalogue: Catalogue, miss: dict[str, float], seed: int = 0,
         others = np.delete(np.arange(len(catalogue)), query)
         is_relevant = labels[others] == labels[query]
         ordered = np.concatenate([others[is_relevant], others[~is_relevant]])
-        category = "" if categories is None else str(categories[query])
+        category = "" if categories is None else str(catalogue.category_names[categories[query]])
         if draw[query] < miss.get(category, 0.0):
             ordered = np.concatenate([others[~is_relevant][:1], others[is_relevant], others[~is_relevant][1:]])
         items[query] = ordered[:width]

@@ -26,6 +26,7 @@ from distributed_rerank.data.files import bytes_digest, file_digests, json_diges
 from distributed_rerank.data.files import file_digest as file_digest
 from distributed_rerank.data.files import write_json as write_json
 from distributed_rerank.data.manifests import MANIFEST, SCHEMA_VERSION, check_folder, read_manifest, write_manifest
+from distributed_rerank.data.texts import give_back_memory
 from distributed_rerank.errors import BadInput
 from distributed_rerank.runtime import logs
 
@@ -132,8 +133,9 @@ class Staging:
         self.close()
 
     def close(self) -> None:
-        """Let another process work here. The folder stays as it is, to be continued."""
+        """Let another process work here, and give back memory. The folder stays as it is, to be continued."""
         self._lock.release()
+        give_back_memory()
 
     def blocks(self, name: str, keep: bool = False) -> "BlockStore":
         """The block results called `name`; damaged ones are set aside.
@@ -240,7 +242,8 @@ class BlockStore:
 
     def read(self, number: int, columns: list[str] | None = None) -> pa.Table:
         """The result of one block, or some of its columns."""
-        return pq.ParquetFile(self._path(number)).read(columns)
+        # Each thread would keep memory of its own, for what one reads as fast.
+        return pq.ParquetFile(self._path(number)).read(columns, use_threads=False)
 
     def tables(self, columns: list[str] | None = None) -> Iterator[pa.Table]:
         """The results of all blocks in number order."""

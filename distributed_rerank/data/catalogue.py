@@ -21,7 +21,6 @@ from distributed_rerank.data.catalogue_checks import BOX as BOX_COLUMNS
 from distributed_rerank.data.files import text_digest
 from distributed_rerank.data.judgements import Judgements
 from distributed_rerank.data.paths import ImageRoots
-from distributed_rerank.data.text_columns import as_objects
 from distributed_rerank.data.texts import (
     Texts,
     as_column,
@@ -137,9 +136,14 @@ class Catalogue:
         return Texts(pc.coalesce(self.texts("item"), self.ids.column))[first]
 
     @cached_property
-    def categories(self) -> np.ndarray | None:
-        """Category names as an object array of str ("" = none), or None where the column is absent."""
-        return as_objects(self.texts("category").fill_null("")) if "category" in self.table else None
+    def categories(self) -> Int32[np.ndarray, " item"] | None:
+        """Codes into `category_names`; -1 = none, which is the last of these. None where the column is absent."""
+        return codes_of(self._codes("category")) if "category" in self.table else None
+
+    @cached_property
+    def category_names(self) -> np.ndarray:
+        """The categories present in code-point order, and "" behind them. An object array of str."""
+        return np.array([*self._codes("category").dictionary.to_pylist(), ""], object)
 
     @cached_property
     def query_items(self) -> Int64[np.ndarray, " query"]:

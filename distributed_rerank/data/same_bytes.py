@@ -3,8 +3,6 @@
 Sizes are compared first, so that only files with a twin in size are read. Images in object stores are not looked at.
 """
 
-from collections import Counter
-from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from stat import S_ISREG
@@ -32,14 +30,10 @@ def count_same_bytes(measured: Catalogue, train: Catalogue | None = None) -> dic
     """
     sides = [measured] if train is None else [measured, train]
     sizes = [_sizes(side) for side in sides]
-    counts: Counter[int] = Counter()
-    for of_side in sizes:
-        for start, stop in sharding.blocks(len(of_side), _ITEMS_PER_PART):
-            counts.update(of_side[start:stop].tolist())
-    (items, contents), *of_train = (_read(side, own, counts) for side, own in zip(sides, sizes, strict=True))
+    shared = _repeated(np.concatenate([own[own != _NO_FILE] for own in sizes]))
+    (items, contents), *of_train = (_read(side, own, shared) for side, own in zip(sides, sizes, strict=True))
     is_read = contents != 0
-    names, n_same = np.unique(contents[is_read], return_counts=True)
-    is_twin = np.isin(contents, names[n_same > 1])
+    is_twin = np.isin(contents, _repeated(contents[is_read]))
     is_query, is_gallery = (measured.table[name].to_numpy(dtype=bool)[items] for name in ("is_query", "is_gallery"))
     gallery: dict[int, set[int]] = {}
     for item, content in zip(
@@ -59,6 +53,12 @@ def count_same_bytes(measured: Catalogue, train: Catalogue | None = None) -> dic
     }
 
 
+def _repeated(values: np.ndarray) -> np.ndarray:
+    """The distinct values that are there more than once, ascending."""
+    ordered = np.sort(values)
+    return np.unique(ordered[1:][ordered[1:] == ordered[:-1]])
+
+
 def _sizes(catalogue: Catalogue) -> Int32[np.ndarray, " item"]:
     """Bytes of each image's file, from 2 GiB on no longer told apart; `_NO_FILE` for what is no local file."""
     sizes = np.empty(len(catalogue), np.int32)
@@ -72,13 +72,12 @@ def _sizes(catalogue: Catalogue) -> Int32[np.ndarray, " item"]:
 
 
 def _read(
-    catalogue: Catalogue, sizes: Int32[np.ndarray, " item"], counts: Mapping[int, int]
+    catalogue: Catalogue, sizes: Int32[np.ndarray, " item"], shared: Int32[np.ndarray, " size"]
 ) -> tuple[Int32[np.ndarray, " twin"], UInt64[np.ndarray, " twin"]]:
-    """The items whose file has a twin in size, and a number for each, the same for the same bytes and box; 0 = unread.
+    """The items whose file has a `shared` size, and a number for each, the same for the same bytes and box; 0 = unread.
 
     One path in several rows, a shelf with boxes, is read once where its rows follow each other.
     """
-    shared = np.array(sorted(size for size, count in counts.items() if count > 1 and size != _NO_FILE), np.int32)
     items = np.flatnonzero(np.isin(sizes, shared)).astype(np.int32)
     contents = np.zeros(len(items), np.uint64)
     with ThreadPoolExecutor(_THREADS) as pool:

@@ -166,14 +166,6 @@ def as_numbers(column: pa.ChunkedArray) -> Float64[np.ndarray, " row"]:
         return np.asarray(pd.to_numeric(pd.Series(texts.to_numpy(zero_copy_only=False)), errors="coerce"), np.float64)
 
 
-def as_objects(texts: pa.Array) -> np.ndarray:
-    """The texts as str objects, None for null; equal texts share one object."""
-    distinct = texts.dictionary_encode()
-    # One more entry at the end, for null.
-    names = np.array([*distinct.dictionary.to_pylist(), None], dtype=object)
-    return names[distinct.indices.fill_null(-1).to_numpy(zero_copy_only=False)]
-
-
 def _without_blanks(texts: pa.Array) -> pa.Array:
     """The texts with null for empty ones and for those of white space alone."""
     is_blank = pc.or_(pc.equal(pc.binary_length(texts), 0), pc.utf8_is_space(texts))

@@ -17,7 +17,8 @@ from jaxtyping import Float32
 from distributed_rerank.data.csv_files import regrouped
 from distributed_rerank.data.files import atomic_path
 from distributed_rerank.data.text_columns import are_words_for_no_value
-from distributed_rerank.data.texts import as_column
+from distributed_rerank.data.texts import as_column, give_back_memory
+from distributed_rerank.tensors import sharding
 
 pc: Any = pyarrow.compute  # type checkers do not see its functions, which are made at import
 
@@ -30,6 +31,7 @@ LAYOUT: dict[str, Any] = {
     "max_rows_per_page": 1 << 30,
 }
 """How a Parquet file is written so that the embeddings of a row group are one page."""
+_ROWS_PER_COPY = 1 << 10
 _HEADER = 256
 """More bytes than a page has before its levels."""
 
@@ -64,7 +66,9 @@ class StoredVectors:
             places, part = np.flatnonzero(part_of == number), self._parts[number]
             # Mapped for this copy alone: pages that stay mapped would count as this process's memory.
             values = np.memmap(part.path, np.float32, "r", part.offset, (part.n_rows, self.shape[1]))
-            found[places] = values[rows[places] - part.start]
+            for start, stop in sharding.blocks(len(places), _ROWS_PER_COPY):
+                some = places[start:stop]
+                found[some] = values[rows[some] - part.start]
         return found
 
     def __array__(self, dtype: Any = None, copy: Any = None) -> np.ndarray:
@@ -74,7 +78,7 @@ class StoredVectors:
         """The ids, one row group at a time."""
         for part in self._parts:
             with pq.ParquetFile(part.path) as file:
-                yield as_column(file.read_row_group(part.row_group, columns=["id"])["id"])
+                yield as_column(file.read_row_group(part.row_group, columns=["id"], use_threads=False)["id"])
 
 
 def write_vectors(path: str | Path, dim: int, tables: Iterable[pa.Table]) -> None:
@@ -83,6 +87,8 @@ def write_vectors(path: str | Path, dim: int, tables: Iterable[pa.Table]) -> Non
     with atomic_path(path) as temporary, pq.ParquetWriter(temporary, schema, **LAYOUT) as writer:
         for table in regrouped(tables, ROWS_PER_GROUP):
             writer.write_table(table.cast(schema).combine_chunks(), row_group_size=ROWS_PER_GROUP)
+            # A row group takes six times its own bytes; what has grown in pieces would stay in the allocator.
+            give_back_memory()
 
 
 def stored_vectors(files: Sequence[Path]) -> StoredVectors | None:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from distributed_rerank.data.catalogue import Catalogue
 from distributed_rerank.data.embeddings import Embeddings
+from distributed_rerank.data.texts import give_back_memory
 from distributed_rerank.errors import BadInput
 from distributed_rerank.runtime.devices import tensor_of
 from distributed_rerank.tensors import oml_metrics, sharding
@@ -35,20 +36,22 @@ def embedding_metrics(
     A pair is a query and a gallery item, L2 distance; never an item with itself nor with its own sequence. A category
     with fewer than two images has no pcf. Raises BadInput where there is no positive or no negative pair.
     """
-    rows = embeddings.rows_of(catalogue.ids)
+    rows = embeddings.rows_of_all(catalogue.ids)
+    give_back_memory()  # what follows takes the most of an evaluation
 
-    def pcf(own: np.ndarray) -> dict[str, float]:
+    def pcf(own: np.ndarray | range) -> dict[str, float]:
         parts = sharding.blocks(len(own), oml_metrics.ROWS)
         read = lambda: (torch.from_numpy(embeddings.matrix[own[start:stop]]) for start, stop in parts)  # noqa: E731
         return oml_metrics.pcf_of_parts(read, variances)
 
     figures: dict[str, Any] = pcf(rows) if len(rows) > 1 else {}
     if catalogue.categories is not None:
-        names, numbers = np.unique(catalogue.categories.astype(str), return_inverse=True)
-        members = [np.flatnonzero(numbers == number) for number in range(len(names))]
-        figures["categories"] = {
-            str(name): pcf(rows[items]) for name, items in zip(names, members, strict=True) if len(items) > 1
-        }
+        figures["categories"] = {}
+        for code in range(-1, len(catalogue.category_names) - 1):
+            items = np.flatnonzero(catalogue.categories == code)
+            if len(items) > 1:
+                own = items if isinstance(rows, range) else rows[items]
+                figures["categories"][catalogue.category_names[code]] = pcf(own)
     if fmrs:
         positive, negative = zip(*_distances(catalogue, torch.from_numpy(embeddings.matrix[rows])), strict=True)
         figures |= oml_metrics.fnmr_at_fmr(torch.cat(positive), torch.cat(negative), fmrs)

@@ -268,8 +268,8 @@ def _by_category(
     """Means and paired differences within each category of the queries, by its name; {} without categories."""
     if catalogue.categories is None:
         return {}
-    names, numbers = np.unique(catalogue.categories[queries.query_items.numpy()].astype(str), return_inverse=True)
-    category = torch.from_numpy(numbers.astype(np.int64))
+    codes, numbers = np.unique(catalogue.categories[queries.query_items.numpy()], return_inverse=True)
+    names, category = catalogue.category_names[codes], torch.from_numpy(numbers.astype(np.int64))
     counts = torch.bincount(category, minlength=len(names)).tolist()
     by_name: dict[str, Any] = {
         str(names[number]): {"n_queries": counts[number], "first_stage": means}
@@ -293,7 +293,7 @@ def _per_query_table(
     table: dict[str, Any] = {
         "query_id": catalogue.ids[items],
         "label": catalogue.label_names[queries.labels.numpy()].astype(str),
-        "category": None if categories is None else categories[items],
+        "category": None if categories is None else catalogue.category_names[categories[items]],
         "n_relevant": queries.n_relevant.numpy(),
         "first_hit_before": _rank_or_null(first),
         "first_hit_after": None if last is None else _rank_or_null(last),

@@ -9,11 +9,13 @@ from functools import partial
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import torch
 from torch import Tensor
 
 from distributed_rerank.chain.probability import probabilities
 from distributed_rerank.config.evaluation import MeasureConfig
+from distributed_rerank.data.texts import as_series
 from distributed_rerank.evaluation.measure import (
     COMPARED,
     Evaluation,
@@ -120,15 +122,16 @@ def ship_or_wait(
 def _with_other_labels(ranked: Ranked, pairs: Sequence[dict[str, Any]], config: MeasureConfig) -> dict[str, Any]:
     """Figures of the final ranking where each pair's query has the label of its candidate."""
     catalogue = ranked.catalogue
-    items = catalogue.items_of([pair["query_id"] for pair in pairs])
-    texts = catalogue.table["label"].astype(object).to_numpy().copy()
-    texts[items] = [pair["gallery_label"] for pair in pairs]
-    relabelled = replace(catalogue, table=catalogue.table.assign(label=texts))
-    queries = count_relevant(relabelled, ranked.query_items)
-    values = measure_ranking(queries, ranked.final, Wanted(config.ks)).values
+    queries, candidates = (catalogue.items_of([pair[side] for pair in pairs]) for side in ("query_id", "gallery_id"))
+    labels = catalogue.labels.copy()
+    labels[queries] = labels[candidates]
+    texts = pa.DictionaryArray.from_arrays(pa.array(labels, mask=labels < 0), catalogue.label_names.column)
+    relabelled = replace(catalogue, table=catalogue.table.assign(label=as_series(texts)))
+    labelled = count_relevant(relabelled, ranked.query_items)
+    values = measure_ranking(labelled, ranked.final, Wanted(config.ks)).values
     keys = [key for key in COMPARED if key in values]
     intervals = statistics.bootstrap(
-        torch.stack([values[key] for key in keys], dim=1), queries.labels, seed=config.resampling_seed
+        torch.stack([values[key] for key in keys], dim=1), labelled.labels, seed=config.resampling_seed
     )
     return {
         key: {"mean": interval.mean, "ci95": [interval.low, interval.high]}

@@ -51,7 +51,7 @@ def test_read_catalogue_oml_tables_are_read_unchanged(
     expected = frame[frame["split"] == "validation"].set_index("path").loc[split.ids]
     assert [int(split.label_names[code]) for code in split.labels] == expected["label"].tolist()
     assert split.categories is not None
-    assert split.categories.tolist() == expected["category"].tolist()
+    assert split.category_names[split.categories].tolist() == expected["category"].tolist()
     assert all(Path(image.path).is_file() for image in split.images(np.arange(5)))
     train = catalogue.restrict("train")
     assert len(train.query_items) == 0

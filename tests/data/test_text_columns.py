@@ -17,7 +17,6 @@ from distributed_rerank.data.text_columns import (
     are_words_for_no_value,
     as_names,
     as_numbers,
-    as_objects,
     as_texts,
     float_bits,
     is_index_column,
@@ -93,7 +92,6 @@ def test_only_a_column_of_whole_floats_loses_its_points(values: list, expected: 
 )
 def test_columns_of_other_types_are_what_pandas_writes(column: pa.Array, expected: list) -> None:
     assert names_of(column) == expected
-    assert as_objects(as_texts(column, "label")).tolist() == as_texts(column, "label").to_pylist()
     in_two = pa.chunked_array([column[:1], column[1:]])
     assert as_texts(in_two, "label").to_pylist() == as_texts(column, "label").to_pylist()
 

@@ -59,7 +59,7 @@ def test_figures_are_those_of_all_pairs_without_self_and_sequence(tmp_path: Path
         assert found[f"fnmr@fmr={fmr:g}"] == pytest.approx(expected)
     for variance in (0.5, 0.9):
         assert found[f"pcf@{variance:g}"] == pytest.approx(pcf_by_singular_values(matrix, variance))
-        rows = np.flatnonzero(catalogue.categories == "kind 1")  # pyright: ignore[reportArgumentType]
+        rows = np.flatnonzero(catalogue.category_names[catalogue.categories] == "kind 1")
         by_category = found["categories"]
         assert by_category["kind 1"][f"pcf@{variance:g}"] == pytest.approx(
             pcf_by_singular_values(matrix[rows], variance)
