@@ -27,31 +27,54 @@ class Head(NamedTuple):
 
 
 @contextmanager
-def started_head(**environment: str) -> Iterator[Head]:
-    """A Ray head with a dashboard, own ports, own folder, own token; ended by its process group."""
+def started_head(n_others: int = 0, home: Path | None = None, **environment: str) -> Iterator[Head]:
+    """A Ray head with a dashboard, own ports, own folder, own token; ended by its process group.
+
+    It declares 4 CPUs, or none where there are other nodes, as cluster.yaml's does; each of those declares 1. Every
+    node has a folder of its own for Ray and, within `home`, one for its user, in which jobs begin.
+    """
     # pytest's own temporary folder is too long for Ray's socket paths
     folder = Path(tempfile.mkdtemp(prefix="rerank-test-", dir="/tmp"))
-    port, dashboard, agent, grpc, client = free_ports(5)
+    port, dashboard, client = free_ports(3)
     own = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32), "RAY_USAGE_STATS_ENABLED": "0"}
-    base = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-    command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--num-cpus=4"]
-    command += [f"--port={port}", f"--dashboard-port={dashboard}", f"--dashboard-agent-listen-port={agent}"]
-    command += [f"--dashboard-agent-grpc-port={grpc}", f"--ray-client-server-port={client}"]
-    command += ["--object-store-memory=100000000", f"--temp-dir={folder}", "--disable-usage-stats"]
-    log = open(folder / "start.log", "w", encoding="utf-8")
-    process = subprocess.Popen(command, env=base | own | environment, stdout=log, stderr=log, start_new_session=True)
+    base = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")} | own | environment
+    head = ["--head", f"--port={port}", f"--dashboard-port={dashboard}", f"--ray-client-server-port={client}"]
+    words = [[*head, f"--num-cpus={0 if n_others else 4}"]]
+    words += [[f"--address=127.0.0.1:{port}", "--num-cpus=1"] for _ in range(n_others)]
+    address, nodes = f"http://127.0.0.1:{dashboard}", []
     try:
-        wait_for_agent(f"http://127.0.0.1:{dashboard}", own, process)
-        yield Head(f"http://127.0.0.1:{dashboard}", own)
+        for number, own_words in enumerate(words):
+            own_home = None if home is None else home / str(number)
+            nodes.append(_start_node(own_words, folder / str(number), base, own_home))
+            if number in (0, n_others):  # the others come up at the same time
+                wait_for_nodes(address, own, nodes, folder)
+        yield Head(address, own)
     finally:
-        process.terminate()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(20)
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-        log.close()
+        for node in nodes:
+            node.terminate()
+        for node in nodes:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                node.wait(20)
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(node.pid, signal.SIGKILL)
+            node.wait()
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _start_node(
+    words: list[str], folder: Path, environment: dict[str, str], home: Path | None
+) -> subprocess.Popen[bytes]:
+    folder.mkdir()
+    if home is not None:
+        home.mkdir(parents=True)
+        environment = environment | {"HOME": str(home)}
+    agent, grpc = free_ports(2)
+    command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", *words, f"--temp-dir={folder}"]
+    command += ["--node-ip-address=127.0.0.1", f"--dashboard-agent-listen-port={agent}"]
+    command += [f"--dashboard-agent-grpc-port={grpc}", "--min-worker-port=0", "--max-worker-port=0"]
+    command += ["--object-store-memory=100000000", "--disable-usage-stats"]
+    with open(folder / "start.log", "wb") as log:
+        return subprocess.Popen(command, env=environment, cwd=home, stdout=log, stderr=log, start_new_session=True)
 
 
 def free_ports(n: int) -> list[int]:
@@ -72,14 +95,19 @@ def ask(address: str, environment: dict[str, str], path: str, method: str = "GET
         return json.loads(answer.read())
 
 
-def wait_for_agent(address: str, environment: dict[str, str], process: subprocess.Popen[bytes]) -> None:
+def wait_for_nodes(
+    address: str, environment: dict[str, str], nodes: list[subprocess.Popen[bytes]], folder: Path
+) -> None:
+    """Until the dashboard takes jobs and knows so many nodes; what Ray has said is shown if they do not come up."""
     deadline = time.monotonic() + 200
-    while time.monotonic() < deadline:
-        assert process.poll() is None, "ray start ended"
+    while time.monotonic() < deadline and all(node.poll() is None for node in nodes):
         try:
             ask(address, environment, "/api/jobs/")
+            known = ask(address, environment, "/api/v0/nodes")["data"]["result"]["result"]
         except (urllib.error.URLError, TimeoutError, ConnectionError):
-            time.sleep(0.5)
-        else:
+            known = []
+        if sum(node["state"] == "ALIVE" for node in known) == len(nodes):
             return
-    pytest.fail("the dashboard does not answer")
+        time.sleep(0.5)
+    said = "".join(log.read_text()[-1000:] for log in sorted(folder.glob("*/start.log")))
+    pytest.fail(f"{len(nodes)} nodes do not come up:\n{said}")

@@ -1,4 +1,4 @@
-"""docs/cluster.md and README.md: what they submit, executed on a cluster with a token and an S3 server."""
+"""docs/cluster.md and README.md: what they submit, executed on three nodes with a token and an S3 server."""
 
 import os
 import re
@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from job_files import EXTRACTOR, bytes_of
-from ray_head import started_head
+from job_files import EXTRACTOR, SMALL_BLOCKS, bytes_of
+from ray_head import Head, ask, started_head
 from s3_server import ENVIRONMENT, Server, put_folder
 
 from distributed_rerank import command_line
@@ -45,20 +45,32 @@ def test_table_of_values_names_every_file_and_counts_add_up() -> None:
         assert (ROOT / file).is_file()
 
 
+def nodes_that_worked(head: Head) -> dict[str, set[str]]:
+    """By submission id of each job: the nodes on which workers finished a piece of its work."""
+    tasks = ask(head.address, head.environment, "/api/v0/tasks?limit=10000")["data"]["result"]["result"]
+    jobs = {job["job_id"]: job["submission_id"] for job in ask(head.address, head.environment, "/api/jobs/")}
+    found: dict[str, set[str]] = {name: set() for name in jobs.values()}
+    for task in tasks:
+        if task["state"] == "FINISHED" and ("_Host.call" in task["name"] or "_decode_and_embed" in task["name"]):
+            found[jobs[task["job_id"]]].add(task["node_id"])
+    return found
+
+
 @pytest.mark.ray
 @pytest.mark.slow
 @pytest.mark.timeout(560)
-def test_submitted_commands_run_on_a_cluster_and_give_the_bytes_of_a_local_run(
+def test_submitted_commands_run_on_three_nodes_and_give_the_bytes_of_a_local_run(
     s3: Server, catalogue_path: Path, run_job, tmp_path: Path
 ) -> None:
     put_folder(catalogue_path.parent, f"{s3.bucket}/photos")
     bucket = {**ENVIRONMENT, "AWS_ENDPOINT_URL": s3.address}
     program = f"{sys.executable} -m distributed_rerank"
     paths = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    with started_head(**bucket, PYTHONPATH=paths, HOME=str(tmp_path / "head")) as head:
+    extractor = " ".join([*EXTRACTOR, *SMALL_BLOCKS])
+    with started_head(2, tmp_path / "homes", **bucket, PYTHONPATH=paths) as head:
         script = "".join(SUBMITTED).replace("s3://my-bucket", s3.bucket).replace("distributed-rerank ", f"{program} ")
-        script = script.replace("--extractor vit_small_patch16_224.dino", " ".join(EXTRACTOR))
-        script = script.replace("$EXTRACTOR", " ".join(EXTRACTOR)).replace("--driver-gpus", "--driver-cpus")
+        script = script.replace("--extractor vit_small_patch16_224.dino", extractor)
+        script = script.replace("$EXTRACTOR", extractor).replace("--driver-gpus", "--driver-cpus")
         script = script.replace("train --num-workers 0", f"train --num-workers 0 {SMALLER}")
         script = script.replace("--submission-id", f"--address {head.address} --submission-id")
         base = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
@@ -66,23 +78,28 @@ def test_submitted_commands_run_on_a_cluster_and_give_the_bytes_of_a_local_run(
             ["bash", "-e"], input=script, env={**base, **head.environment, "PYTHONPATH": paths}, cwd=tmp_path,
             capture_output=True, text=True, timeout=500,
         )  # fmt: skip
+        worked = nodes_that_worked(head)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    for name in ("embed", "evaluation"):
+        assert len(worked[name]) == 2, f"both nodes beside the head work: {worked}"
     assert "night-1 is known to the cluster (SUCCEEDED): attached" in done.stderr
-    given = ["--catalogue", f"{s3.bucket}/photos/df.csv"]
-    assert run_job("embed", *given, "--out", tmp_path / "embeddings", *EXTRACTOR).code == 0
-    assert run_job("evaluate", *given, "--embeddings", tmp_path / "embeddings", "--out", tmp_path / "local").code == 0
-    report = set(bytes_of(fetch(f"{s3.bucket}/runs/report", tmp_path / "report")))
-    assert report == {*bytes_of(tmp_path / "local"), "reranked.parquet"}, "with a model there are re-ranked lists"
-    found = fetch(f"{s3.bucket}/runs/evaluation", tmp_path / "fetched")
-    assert bytes_of(found) == bytes_of(tmp_path / "local")
-    history = pd.read_parquet(fetch(f"{s3.bucket}/nightly/history.parquet", tmp_path / "history.parquet"))
+    here, there = tmp_path / "here", tmp_path / "there"
+    given, small = ["--catalogue", f"{s3.bucket}/photos/df.csv"], [*EXTRACTOR, *SMALL_BLOCKS]
+    own = ["--embeddings", here / "embeddings"]
+    assert run_job("embed", *given, "--out", here / "embeddings", *small).code == 0
+    assert run_job("train", *given, "--out", here / "model", *own, *small, *SMALLER.split()).code == 0
+    assert run_job("evaluate", *given, "--out", here / "evaluation", *own).code == 0
+    assert run_job("evaluate", *given, "--out", here / "report", *small, "--model", here / "model").code == 0
+    for file in ("embeddings/embeddings.parquet", "model/model.safetensors", "model/chain.json"):
+        assert fetch(f"{s3.bucket}/runs/{file}", there / file).read_bytes() == (here / file).read_bytes(), file
+    pairs = {"runs/evaluation": "evaluation", "runs/report": "report", "nightly/runs/1": "evaluation"}
+    for where, folder in pairs.items():
+        assert bytes_of(fetch(f"{s3.bucket}/{where}", there / where)) == bytes_of(here / folder), where
+    assert "reranked.parquet" in bytes_of(here / "report"), "with a model there are re-ranked lists"
+    history = pd.read_parquet(fetch(f"{s3.bucket}/nightly/history.parquet", there / "history.parquet"))
     assert history["run_id"].tolist() == ["1"]
-    left = {path.name for path in tmp_path.iterdir()} - {
-        "head",
-        "embeddings",
-        "local",
-        "fetched",
-        "report",
-        "history.parquet",
-    }
-    assert left == set(), "no path outside the bucket and the head's scratch"
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left == {"homes", "here", "there"}, "no path beside the bucket"
+    homes = [path for node in (tmp_path / "homes").iterdir() for path in (*node.glob("*"), *node.glob("*/*"))]
+    found = {"/".join(path.relative_to(tmp_path / "homes").parts[1:]) for path in homes}
+    assert found == {".cache", ".cache/distributed_rerank"}, "and the nodes' scratch"
