@@ -268,7 +268,7 @@ def _sides(catalogue: Catalogue, embeddings: Embeddings) -> tuple[StoredSide, St
     is_whole = isinstance(rows, range) and catalogue.is_gallery.all()
     gallery = range(len(catalogue)) if is_whole else catalogue.gallery_items
     for given, role in ((catalogue.query_items, "query"), (gallery, "gallery item")):
-        items = given if isinstance(rows, range) else given[rows[given] >= 0]
+        items = given if isinstance(rows, range) or isinstance(given, range) else given[rows[given] >= 0]
         if len(items) == 0:
             raise BadInput(
                 f"{catalogue.source}: no {role} has an embedding; mark some rows or embed this catalogue first"
