@@ -73,7 +73,7 @@ class Embeddings:
     def rows_of_all(self, ids: Texts) -> Int32[np.ndarray, " id"] | range:
         """`rows_of`, as a range where it is one, as mostly: an array of all images is not kept then."""
         rows = self.rows_of(ids)
-        return range(len(rows)) if len(rows) == len(self) and (rows >= 0).all() else rows
+        return range(len(rows)) if len(rows) == len(self) and rows.min(initial=0) >= 0 else rows
 
     def rejects_among(self, ids: Texts) -> list[Reject]:
         """The rejected images among these ids, which must ascend."""

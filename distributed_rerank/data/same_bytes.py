@@ -3,8 +3,8 @@
 Sizes are compared first, so that only files with a twin in size are read. Images in object stores are not looked at.
 """
 
+import os
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from stat import S_ISREG
 
 import numpy as np
@@ -97,7 +97,7 @@ def _size(path: str) -> int:
     if paths.scheme_of(path) not in (None, "file"):
         return -1
     try:
-        found = Path(paths.absolute(path)).stat()
+        found = os.stat(paths.absolute(path))
     except (OSError, ValueError):
         return -1
     return found.st_size if S_ISREG(found.st_mode) else -1

@@ -60,6 +60,9 @@ class StoredVectors:
     def __getitem__(self, rows: Any) -> Float32[np.ndarray, "row dim"]:
         """A copy of a slice, or of these rows in the order given."""
         rows = np.arange(*rows.indices(len(self))) if isinstance(rows, slice) else np.asarray(rows)
+        if len(rows) > ROWS_PER_GROUP:
+            # A tile of before may have lain among freed memory of the heap, which keeps it.
+            give_back_memory()
         found = np.empty((len(rows), self.shape[1]), np.float32)
         part_of = np.searchsorted(self._starts, rows, side="right") - 1
         for number in np.unique(part_of).tolist():

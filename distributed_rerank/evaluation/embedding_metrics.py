@@ -9,7 +9,6 @@ from torch import Tensor
 
 from distributed_rerank.data.catalogue import Catalogue
 from distributed_rerank.data.embeddings import Embeddings
-from distributed_rerank.data.texts import give_back_memory
 from distributed_rerank.errors import BadInput
 from distributed_rerank.runtime.devices import tensor_of
 from distributed_rerank.tensors import oml_metrics, sharding
@@ -37,7 +36,6 @@ def embedding_metrics(
     with fewer than two images has no pcf. Raises BadInput where there is no positive or no negative pair.
     """
     rows = embeddings.rows_of_all(catalogue.ids)
-    give_back_memory()  # what follows takes the most of an evaluation
 
     def pcf(own: np.ndarray | range) -> dict[str, float]:
         parts = sharding.blocks(len(own), oml_metrics.ROWS)
