@@ -11,7 +11,7 @@ import pytest
 from distributed_rerank import retrieval
 from distributed_rerank.data import embeddings as embeddings_module
 from distributed_rerank.data import texts, vectors
-from distributed_rerank.data.catalogue import read_catalogue
+from distributed_rerank.data.catalogue_files import read_catalogue
 from distributed_rerank.data.embeddings import read_embeddings
 from distributed_rerank.data.tables import write_embeddings
 from distributed_rerank.evaluation.embedding_metrics import embedding_metrics
