@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -138,7 +139,10 @@ def done(stage: str, folder: Path) -> int:
 def until(process: subprocess.Popen[str], is_true: Callable[[], object], what: str) -> None:
     """Wait; ends the program where the process ends or nothing comes."""
     deadline = time.monotonic() + 600
-    while not is_true():
+    while True:
+        with suppress(FileNotFoundError):  # a folder that goes while it is looked through
+            if is_true():
+                return
         assert process.poll() is None, f"the job ended before {what}:\n{process.communicate()[1][-3000:]}"
         assert time.monotonic() < deadline, f"not in time: {what}"
         time.sleep(0.002)

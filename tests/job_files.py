@@ -3,6 +3,7 @@
 import os
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 EXTRACTOR = ["--extractor", "test_resnet", "--extractor-weights", "none", "--image-size", "32"]
@@ -16,13 +17,14 @@ def bytes_of(folder: Path) -> dict[str, bytes]:
 
 
 def wait_until(is_true: Callable[[], object], seconds: float = 120) -> bool:
-    """Whether it became true in time."""
+    """Whether it became true in time; a folder that goes while `glob` looks through it is looked through again."""
     deadline = time.monotonic() + seconds
-    while not is_true():
-        if time.monotonic() > deadline:
-            return False
+    while time.monotonic() < deadline:
+        with suppress(FileNotFoundError):
+            if is_true():
+                return True
         time.sleep(0.01)
-    return True
+    return False
 
 
 def descendants(pid: int) -> dict[int, str]:

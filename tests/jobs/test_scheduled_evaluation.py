@@ -6,7 +6,6 @@ import os
 import shutil
 import signal
 import subprocess
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+from job_files import wait_until
 
 EXTRACTOR = ["--extractor", "test_resnet", "--extractor-weights", "none", "--image-size", "32"]
 WRITTEN = ("metrics.json", "per_query.parquet", "reranked.parquet", "verdict.json", "trend.svg")
@@ -126,11 +126,8 @@ def test_killed_run_continues_and_gives_the_same_bytes(
 
 def wait_for_pair_blocks(runs: Path, process: subprocess.Popen[str], seconds: float = 200) -> None:
     """Until the first scored block is on disk, while the process still runs."""
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        assert process.poll() is None, process.communicate()[1]
-        blocks = [path for path in runs.glob(".*/**/block-*.parquet") if "pair_distances" in str(path)]
-        if len(blocks) >= 2:
-            return
-        time.sleep(0.01)
-    pytest.fail(f"no pair was scored within {seconds} s")
+    is_there = wait_until(
+        lambda: process.poll() is not None or len(list(runs.glob(".*/**/pair_distances/block-*.parquet"))) >= 2, seconds
+    )
+    assert process.poll() is None, process.communicate()[1]
+    assert is_there, f"no pair was scored within {seconds} s"
