@@ -31,7 +31,6 @@ from distributed_rerank.evaluation.things import thing_figures
 from distributed_rerank.evaluation.why import explainer_of
 from distributed_rerank.executors import Executors
 from distributed_rerank.models.pairwise import PairwiseModel
-from distributed_rerank.reranking import run as ranking_run
 from distributed_rerank.reranking.first_stage import (
     check_depth,
     first_stage,
@@ -40,6 +39,7 @@ from distributed_rerank.reranking.first_stage import (
     search_adapted,
 )
 from distributed_rerank.reranking.known_distances import known_distances
+from distributed_rerank.reranking.pair_logits import score_first_stage
 from distributed_rerank.runtime.progress import timed
 
 logger = logging.getLogger(__name__)
@@ -82,9 +82,7 @@ def evaluate(
         with timed(timings, "adapt"):
             searched = search_adapted(first, chain, config, work, staging.path, executors)
         with timed(timings, "score"):
-            scored = ranking_run.score_first_stage(
-                searched, chain, model, config.n_items, work, staging.path, executors
-            )
+            scored = score_first_stage(searched, chain, model, config.n_items, work, staging.path, executors)
         with timed(timings, "rank"):
             ranked = rank(searched, scored, chain, model is not None, first.lists)
         with timed(timings, "measure"):

@@ -20,7 +20,6 @@ from distributed_rerank.data.catalogue import Catalogue
 from distributed_rerank.data.rejects import all_rejects
 from distributed_rerank.executors import Executors
 from distributed_rerank.models.pairwise import PairwiseModel
-from distributed_rerank.reranking import run as ranking_run
 from distributed_rerank.reranking.first_stage import (
     check_depth,
     first_stage,
@@ -30,6 +29,7 @@ from distributed_rerank.reranking.first_stage import (
 )
 from distributed_rerank.reranking.known_distances import known_distances
 from distributed_rerank.reranking.lists import FirstStage
+from distributed_rerank.reranking.pair_logits import score_first_stage
 from distributed_rerank.reranking.rankings import rankings
 from distributed_rerank.scoring.scored_lists import ScoredLists
 from distributed_rerank.tensors.candidate_lists import CandidateLists, places_of
@@ -84,7 +84,7 @@ def rerank(
         known = known_distances(model, chain)
         first = first_stage(catalogue, config, work, staging.path, executors, timings, "miss", known)
         searched = search_adapted(first, chain, config, work, staging.path, executors)
-        scored = ranking_run.score_first_stage(searched, chain, model, config.n_items, work, staging.path, executors)
+        scored = score_first_stage(searched, chain, model, config.n_items, work, staging.path, executors)
         after = _reranked(first.catalogue, first.lists, scored, chain, searched)
         table = _rows(first.catalogue, after, first.lists, scored, chain)
         rejects = all_rejects(first.rejects, scored.rejects)

@@ -1,6 +1,6 @@
-"""From a catalogue to its rankings: which lists are scored, their logits, and the chain applied to them.
+"""Which lists a chain works on, with the logits of their pairs.
 
-Evaluation and re-ranking of unlabelled lists share this path; they differ in what they do with the rankings.
+Evaluation and re-ranking of unlabelled lists share this step; they differ in what they do with the rankings.
 """
 
 import logging
