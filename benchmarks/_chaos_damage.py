@@ -9,11 +9,11 @@ from pathlib import Path
 
 import numpy as np
 
-from distributed_rerank.data import artifacts, begun
-from distributed_rerank.data.artifacts import BlockStore
-from distributed_rerank.data.files import is_intact
-from distributed_rerank.data.manifests import MANIFEST, read_manifest
 from distributed_rerank.errors import BadInput
+from distributed_rerank.storage import artifacts, begun
+from distributed_rerank.storage.artifacts import BlockStore
+from distributed_rerank.storage.files import is_intact
+from distributed_rerank.storage.manifests import MANIFEST, read_manifest
 from distributed_rerank.training.encodings import holds_model
 from distributed_rerank.training.tracking import has_its_checksums
 

@@ -62,8 +62,8 @@ def ray_score(context: Context) -> None:
     """Scoring actors: the whole stage from JPEG files to its folder, with concat and with token."""
     from distributed_rerank.cluster.executors import RayExecutors
     from distributed_rerank.config.work import WorkConfig
-    from distributed_rerank.data.artifacts import read_manifest
     from distributed_rerank.scoring.stage import score_candidates
+    from distributed_rerank.storage.artifacts import read_manifest
 
     size = project.sizes(context.is_quick)
     catalogue, lists = project.photo_catalogue(context.work, size), project.random_lists(size)

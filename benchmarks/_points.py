@@ -34,8 +34,6 @@ from distributed_rerank.config.extractor import ExtractorConfig
 from distributed_rerank.config.pairwise import ConcatSiameseConfig
 from distributed_rerank.config.training import TrainingConfig
 from distributed_rerank.config.work import WorkConfig
-from distributed_rerank.data.artifacts import read_manifest
-from distributed_rerank.data.begun import ComputedWith
 from distributed_rerank.data.candidate_files import read_candidates
 from distributed_rerank.data.catalogue import Catalogue
 from distributed_rerank.data.catalogue_files import read_catalogue
@@ -53,6 +51,8 @@ from distributed_rerank.scoring import plan as scoring_plan
 from distributed_rerank.scoring.rounds import ScoredBlock, Scoring
 from distributed_rerank.scoring.scored_lists import ScoredLists
 from distributed_rerank.scoring.stage import score_candidates
+from distributed_rerank.storage.artifacts import read_manifest
+from distributed_rerank.storage.begun import ComputedWith
 from distributed_rerank.tensors import sharding
 from distributed_rerank.tensors.candidate_lists import CandidateLists, concatenate
 from distributed_rerank.training.mining import mining_figures

@@ -38,9 +38,9 @@ from distributed_rerank.config.pairwise import TokenSiameseConfig
 from distributed_rerank.config.training import TrainingConfig
 from distributed_rerank.data.catalogue import Catalogue
 from distributed_rerank.data.catalogue_files import read_query_gallery
-from distributed_rerank.data.files import write_json
 from distributed_rerank.extraction import embed
 from distributed_rerank.monitoring.unlabelled import FALSE_ALARMS, expect, labelled_sample
+from distributed_rerank.storage.files import write_json
 from distributed_rerank.tensors.expected import LabelledSample, drift, expected_values
 
 METRICS = ("CMC@1", "precision@10")

@@ -66,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.stderr.write(f"outage: {getattr(error, 'cause', error)}\n")
         sys.exit(75)
     except OSError as error:
-        files = importlib.import_module("distributed_rerank.data.files")
+        files = importlib.import_module("distributed_rerank.storage.files")
         if (line := files.disk_problem(error) or _memory_problem(error)) is None:
             raise
         sys.stderr.write(f"error: {line}\n")

@@ -21,13 +21,11 @@ from torch import Tensor
 
 from distributed_rerank.config.extractor import ExtractorConfig
 from distributed_rerank.config.work import WorkConfig
-from distributed_rerank.data import artifacts, tables
-from distributed_rerank.data.begun import ComputedWith
+from distributed_rerank.data import tables
 from distributed_rerank.data.catalogue import Catalogue, ImageRef
 from distributed_rerank.data.decoding import decode, readable_ids
 from distributed_rerank.data.doubtful_boxes import tell_of_doubtful_boxes
 from distributed_rerank.data.embeddings import Embeddings, read_embeddings
-from distributed_rerank.data.manifests import MANIFEST
 from distributed_rerank.data.rejects import Reject, check_rejects, reject_table, rejects_of
 from distributed_rerank.data.vectors import LAYOUT, write_vectors
 from distributed_rerank.errors import BadInput
@@ -37,6 +35,9 @@ from distributed_rerank.runtime.devices import InferenceThreads, pick_device
 from distributed_rerank.runtime.gpu import Copier, MicroBatch
 from distributed_rerank.runtime.profiling import traced
 from distributed_rerank.runtime.progress import progress
+from distributed_rerank.storage import artifacts
+from distributed_rerank.storage.begun import ComputedWith
+from distributed_rerank.storage.manifests import MANIFEST
 from distributed_rerank.tensors import sharding
 
 pc: Any = pyarrow.compute  # type checkers do not see its functions, which are made at import

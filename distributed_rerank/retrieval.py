@@ -16,8 +16,7 @@ from jaxtyping import Float32, Int32, Int64
 from torch import Tensor
 
 from distributed_rerank.config.work import WorkConfig
-from distributed_rerank.data import artifacts, tables
-from distributed_rerank.data.begun import ComputedWith
+from distributed_rerank.data import tables
 from distributed_rerank.data.candidate_files import read_candidates
 from distributed_rerank.data.candidates import candidates_table
 from distributed_rerank.data.catalogue import Catalogue
@@ -28,6 +27,8 @@ from distributed_rerank.runtime import logs
 from distributed_rerank.runtime.devices import InferenceThreads, pick_device, tensor_of
 from distributed_rerank.runtime.profiling import traced
 from distributed_rerank.runtime.progress import progress
+from distributed_rerank.storage import artifacts
+from distributed_rerank.storage.begun import ComputedWith
 from distributed_rerank.tensors import sharding
 from distributed_rerank.tensors.candidate_lists import CandidateLists, concatenate
 from distributed_rerank.tensors.knn import QUERY_BLOCK, Tile, search_tiles

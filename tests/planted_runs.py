@@ -8,12 +8,14 @@ import pandas as pd
 import pyarrow as pa
 import torch
 
-from distributed_rerank.data import artifacts, tables
+from distributed_rerank.data import tables
 from distributed_rerank.data.candidates import candidates_table
 from distributed_rerank.data.catalogue import Catalogue
 from distributed_rerank.data.catalogue_files import read_catalogue
 from distributed_rerank.data.schemas import SCHEMAS
 from distributed_rerank.evaluation import measure as evaluation
+from distributed_rerank.storage import artifacts
+from distributed_rerank.storage.files import write_json
 from distributed_rerank.tensors.candidate_lists import CandidateLists
 
 CATEGORIES = ("books", "cups", "toys")
@@ -72,7 +74,7 @@ def write_run(
     measured.metrics["n_rejected"] = 0
     fingerprint = artifacts.make_fingerprint("evaluate", catalogue=catalogue.digest(), model=model)
     with artifacts.stage(folder, fingerprint) as staging:
-        artifacts.write_json(staging.path / "metrics.json", measured.metrics)
+        write_json(staging.path / "metrics.json", measured.metrics)
         per_query = pa.Table.from_pandas(measured.per_query, preserve_index=False)
         tables.write_table(staging.path / "per_query.parquet", per_query, "per_query")
         tables.write_table(staging.path / "rejects.parquet", SCHEMAS["rejects"].empty_table(), "rejects")

@@ -125,7 +125,7 @@ def serve(port: int) -> None:
 
 def put_folder(folder: Path, uri: str) -> None:
     """Copy the files of a local folder into a bucket, by the product's own client."""
-    from distributed_rerank.data import object_store
+    from distributed_rerank.storage import object_store
 
     for path in sorted(folder.rglob("*")):
         if path.is_file():

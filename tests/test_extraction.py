@@ -15,7 +15,6 @@ from distributed_rerank import extraction
 from distributed_rerank.config.extractor import ExtractorConfig
 from distributed_rerank.config.work import WorkConfig
 from distributed_rerank.data import decoding, tables
-from distributed_rerank.data.artifacts import read_manifest
 from distributed_rerank.data.catalogue import ImageRef
 from distributed_rerank.data.embeddings import Embeddings
 from distributed_rerank.data.images import UnreadableImage, read_image
@@ -24,6 +23,7 @@ from distributed_rerank.data.tables import embeddings_table, matrix_of
 from distributed_rerank.errors import BadInput
 from distributed_rerank.extraction import EmbeddedBlock, ImageBlock, embed
 from distributed_rerank.models.extractor import build_extractor
+from distributed_rerank.storage.artifacts import read_manifest
 from tests.small_catalogue import EXTRACTOR, make_catalogue, save_picture
 
 WORK = WorkConfig(images_per_block=3, images_per_batch=2)

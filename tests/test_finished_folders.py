@@ -17,8 +17,7 @@ from distributed_rerank.chain.chain import Chain, PairwiseStep, read_chain
 from distributed_rerank.config.evaluation import FirstStageConfig, MeasureConfig, RerankerConfig
 from distributed_rerank.config.extractor import ExtractorConfig
 from distributed_rerank.config.work import WorkConfig
-from distributed_rerank.data import begun, tables
-from distributed_rerank.data.artifacts import RESULT_VERSIONS, read_manifest
+from distributed_rerank.data import tables
 from distributed_rerank.data.candidate_files import read_candidates
 from distributed_rerank.data.embeddings import read_embeddings
 from distributed_rerank.errors import BadInput
@@ -33,6 +32,8 @@ from distributed_rerank.runtime.devices import pick_device
 from distributed_rerank.scoring import score as scoring
 from distributed_rerank.scoring.rounds import ScoredBlock, Scoring
 from distributed_rerank.scoring.stage import score_candidates
+from distributed_rerank.storage import begun
+from distributed_rerank.storage.artifacts import RESULT_VERSIONS, read_manifest
 from distributed_rerank.training import run as training_run
 from distributed_rerank.training.stage import train
 from distributed_rerank.training.task import TrainingTask

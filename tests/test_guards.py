@@ -15,22 +15,22 @@ ROOT = Path(__file__).resolve().parents[1]
 # By test, which must fail without the guard: file of the package, text of the guard, what stands there without it.
 GUARDS = {
     "data/test_image_roots.py::test_uri_reaches_no_server_of_its_own_choice": [
-        ("data/locations.py", "  _check_host(location, scheme)", "  pass"),
-        ("data/locations.py", "scheme not in schemes:", "False:"),
-        ("data/locations.py", ' and ("::" in rest or "?" in rest)', " and False"),
+        ("storage/locations.py", "  _check_host(location, scheme)", "  pass"),
+        ("storage/locations.py", "scheme not in schemes:", "False:"),
+        ("storage/locations.py", ' and ("::" in rest or "?" in rest)', " and False"),
     ],
     "data/test_image_roots.py::test_relative_path_must_not_leave_the_folder_of_its_table": [
-        ("data/paths.py", "and leaves and not", "and False and not"),
+        ("storage/paths.py", "and leaves and not", "and False and not"),
     ],
     "data/test_image_roots.py::test_image_root_holds_for_all_paths_and_through_links": [
-        ("data/paths.py", "        if self.given:\n", "        if False:\n"),
-        ("data/paths.py", "_is_below(os.path.realpath(local), map(", "_is_below(local, map("),
+        ("storage/paths.py", "        if self.given:\n", "        if False:\n"),
+        ("storage/paths.py", "_is_below(os.path.realpath(local), map(", "_is_below(local, map("),
     ],
     "data/test_image_roots.py::test_files_that_are_none_are_never_opened": [
-        ("data/paths.py", "if is_local and _is_below(", "if False and _is_below("),
+        ("storage/paths.py", "if is_local and _is_below(", "if False and _is_below("),
     ],
     "data/test_image_roots.py::test_table_in_a_bucket_names_no_local_file": [
-        ("data/paths.py", "if self.folders and all(", "if False and all("),
+        ("storage/paths.py", "if self.folders and all(", "if False and all("),
     ],
     "models/test_model_folder_security.py::test_class_of_a_later_timm_that_loads_something_is_given_no_checkpoint": [
         ("models/extractor.py", " - _LOADING_ARGUMENTS", ""),

@@ -10,11 +10,11 @@ import torch
 from distributed_rerank import retrieval
 from distributed_rerank.config.work import WorkConfig
 from distributed_rerank.data import tables
-from distributed_rerank.data.artifacts import read_manifest
 from distributed_rerank.data.catalogue import Catalogue
 from distributed_rerank.data.embeddings import Embeddings
 from distributed_rerank.errors import BadInput
 from distributed_rerank.retrieval import QueryBlock, SearchedBlock, Searcher, SearchSide, retrieve
+from distributed_rerank.storage.artifacts import read_manifest
 from tests.small_catalogue import make_catalogue
 
 WORK = WorkConfig(queries_per_block=5, tile_size=6)

@@ -14,11 +14,11 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from distributed_rerank.config.own import is_own, load_own, refuse_foreign
-from distributed_rerank.data.files import write_json
-from distributed_rerank.data.manifests import check_paths
 from distributed_rerank.errors import BadInput
 from distributed_rerank.models.adapter import Adapter, load_adapter, save_adapter
 from distributed_rerank.models.adapter import Kind as AdapterKind
+from distributed_rerank.storage.files import write_json
+from distributed_rerank.storage.manifests import check_paths
 from distributed_rerank.tensors.candidate_lists import CandidateLists
 from distributed_rerank.tensors.match_neighbourhood import Kind
 from distributed_rerank.tensors.things import Combination

@@ -13,9 +13,9 @@ import pyarrow as pa
 
 from distributed_rerank.data.catalogue import ImageRef
 from distributed_rerank.data.decoding import decode
-from distributed_rerank.data.paths import ImageRoots
 from distributed_rerank.data.rejects import reject_table
 from distributed_rerank.data.transforms import InferenceTransform
+from distributed_rerank.storage.paths import ImageRoots
 
 _BLOCKS_PER_PART = 64
 _BOX = pa.list_(pa.int64())

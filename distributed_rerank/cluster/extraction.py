@@ -28,13 +28,13 @@ from distributed_rerank.cluster.fan_out import Patience, plain_errors
 from distributed_rerank.cluster.session import Session
 from distributed_rerank.config.extractor import ExtractorConfig
 from distributed_rerank.config.work import WorkConfig
-from distributed_rerank.data.begun import ComputedWith
 from distributed_rerank.data.rejects import Reject
 from distributed_rerank.errors import BadInput, Outage
 from distributed_rerank.extraction import EmbeddedBlock, Embedder, ImageBlock, check_finite
 from distributed_rerank.models.extractor import build_extractor
 from distributed_rerank.runtime import logs
 from distributed_rerank.runtime.devices import tensor_of
+from distributed_rerank.storage.begun import ComputedWith
 
 _TRIES = 3
 """Executions in a row without a single block after which the workers, and not one of them, are at fault."""

@@ -26,9 +26,9 @@ from ray.exceptions import AuthenticationError
 from distributed_rerank.cluster.growth import room
 from distributed_rerank.cluster.quiet import quieten
 from distributed_rerank.config.cluster import ClusterConfig
-from distributed_rerank.data import locks
 from distributed_rerank.errors import BadInput
 from distributed_rerank.runtime import logs
+from distributed_rerank.storage import locks
 
 logger = logging.getLogger(__name__)
 

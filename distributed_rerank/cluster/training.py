@@ -28,9 +28,9 @@ from torch import Tensor
 from distributed_rerank.cluster.session import Session
 from distributed_rerank.cluster.training_backend import OwnProcessGroupConfig
 from distributed_rerank.config.cluster import RetryConfig
-from distributed_rerank.data.files import disk_problem
 from distributed_rerank.errors import BadInput
 from distributed_rerank.runtime import logs
+from distributed_rerank.storage.files import disk_problem
 from distributed_rerank.training.run import CHECKPOINTS, keep_state, train_all
 from distributed_rerank.training.state import latest, load_latest, read_state
 from distributed_rerank.training.task import Fit, State, TrainingTask, TrainingWorker

@@ -10,7 +10,7 @@ from urllib.parse import unquote
 import pyarrow as pa
 import pyarrow.compute
 
-from distributed_rerank.data import locations, manifests, paths, tables
+from distributed_rerank.data import tables
 from distributed_rerank.data.catalogue import Catalogue
 from distributed_rerank.data.csv_files import layout_of, regrouped
 from distributed_rerank.data.distance_kinds import Conversion
@@ -20,6 +20,7 @@ from distributed_rerank.data.table_files import TableFile
 from distributed_rerank.data.text_columns import is_index_column
 from distributed_rerank.data.texts import Texts
 from distributed_rerank.errors import BadInput
+from distributed_rerank.storage import locations, manifests, paths
 from distributed_rerank.tensors.candidate_lists import CandidateLists
 
 pc: Any = pyarrow.compute  # type checkers do not see its functions, which are made at import

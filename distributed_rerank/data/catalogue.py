@@ -18,9 +18,7 @@ from jaxtyping import Bool, Int32, Int64
 
 from distributed_rerank.data import catalogue_checks
 from distributed_rerank.data.catalogue_checks import BOX as BOX_COLUMNS
-from distributed_rerank.data.files import text_digest
 from distributed_rerank.data.judgements import Judgements
-from distributed_rerank.data.paths import ImageRoots
 from distributed_rerank.data.texts import (
     Texts,
     as_column,
@@ -31,6 +29,8 @@ from distributed_rerank.data.texts import (
     ordered_codes,
 )
 from distributed_rerank.errors import BadInput
+from distributed_rerank.storage.files import text_digest
+from distributed_rerank.storage.paths import ImageRoots
 from distributed_rerank.tensors import sharding
 
 pc: Any = pyarrow.compute  # type checkers do not see its functions, which are made at import

@@ -12,7 +12,6 @@ import pyarrow as pa
 import pyarrow.compute
 from jaxtyping import Bool, Float64
 
-from distributed_rerank.data import paths
 from distributed_rerank.data.catalogue_checks import BOX, SPLITS, Problems, check_columns, some, tell_unread_columns
 from distributed_rerank.data.table_files import TableFile
 from distributed_rerank.data.text_columns import (
@@ -24,6 +23,7 @@ from distributed_rerank.data.text_columns import (
 )
 from distributed_rerank.data.texts import as_series
 from distributed_rerank.errors import BadInput
+from distributed_rerank.storage import paths
 
 pc: Any = pyarrow.compute  # type checkers do not see its functions, which are made at import
 

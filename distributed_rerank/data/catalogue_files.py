@@ -6,13 +6,15 @@ from typing import Any, Literal, get_args
 import pandas as pd
 import pyarrow.compute
 
-from distributed_rerank.data import catalogue_checks, locations, paths
+from distributed_rerank.data import catalogue_checks
 from distributed_rerank.data.catalogue import Catalogue, with_codes
 from distributed_rerank.data.catalogue_checks import BOX as BOX_COLUMNS
 from distributed_rerank.data.catalogue_columns import load_table, normalise
 from distributed_rerank.data.text_columns import refuse_equal_numbers
-from distributed_rerank.data.texts import as_column, give_back_memory
+from distributed_rerank.data.texts import as_column
 from distributed_rerank.errors import BadInput
+from distributed_rerank.runtime.memory import give_back_memory
+from distributed_rerank.storage import locations, paths
 
 pc: Any = pyarrow.compute  # type checkers do not see its functions, which are made at import
 

@@ -13,12 +13,13 @@ import numpy as np
 import pyarrow as pa
 from jaxtyping import Float32, Int32
 
-from distributed_rerank.data import manifests, paths, tables
+from distributed_rerank.data import tables
 from distributed_rerank.data.csv_files import regrouped
-from distributed_rerank.data.files import text_digest
 from distributed_rerank.data.rejects import Reject, rejects_of
 from distributed_rerank.data.texts import Texts, json_of_parts, parts_of
 from distributed_rerank.data.vectors import ROWS_PER_GROUP, StoredVectors, stored_vectors, write_vectors
+from distributed_rerank.storage import manifests, paths
+from distributed_rerank.storage.files import text_digest
 from distributed_rerank.tensors import sharding
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 from jaxtyping import Float32
 
-from distributed_rerank.data.files import atomic_path
+from distributed_rerank.storage.files import atomic_path
 
 OWN_TAG = "distributed_rerank:"
 """How the tags of our runs begin."""

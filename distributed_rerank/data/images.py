@@ -19,13 +19,13 @@ from urllib.parse import unquote
 
 from PIL import Image, UnidentifiedImageError, features
 
-from distributed_rerank.data import locations, paths
 from distributed_rerank.data.catalogue import ImageRef
-from distributed_rerank.data.locations import StoreUnreachable, read_bytes
 from distributed_rerank.data.pictures import DAMAGE, Box, Picture, UnreadableImage, orientation_of
 from distributed_rerank.data.rejects import OUTAGE
-from distributed_rerank.data.texts import TRIM
 from distributed_rerank.errors import BadInput
+from distributed_rerank.runtime.memory import give_back_memory
+from distributed_rerank.storage import locations, paths
+from distributed_rerank.storage.locations import StoreUnreachable, read_bytes
 
 __all__ = ["MAX_PIXELS", "UnreadableImage", "decode", "read_bytes", "read_content", "read_image", "to_rgb"]
 
@@ -122,7 +122,7 @@ def decode(
                 finally:
                     image.close()
                     # Else each thread keeps some of what it has freed, up to a picture's worth.
-                    TRIM(0)
+                    give_back_memory()
     except MemoryError:
         if image is None or image.width * image.height <= LARGE:
             raise  # no fault of this image

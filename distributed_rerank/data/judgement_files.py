@@ -8,12 +8,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute
 
-from distributed_rerank.data import locations
 from distributed_rerank.data.judgements import COLUMNS, Judgements
 from distributed_rerank.data.table_files import TableFile
 from distributed_rerank.data.text_columns import as_numbers, as_texts
 from distributed_rerank.data.texts import Texts
 from distributed_rerank.errors import BadInput
+from distributed_rerank.storage import locations
 
 pc: Any = pyarrow.compute  # type checkers do not see its functions, which are made at import
 

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 
-from distributed_rerank.data.files import text_digest
 from distributed_rerank.data.texts import Texts, json_of_columns
+from distributed_rerank.storage.files import text_digest
 
 COLUMNS = ("query_id", "gallery_id", "relevance")
 

@@ -10,10 +10,10 @@ from stat import S_ISREG
 import numpy as np
 from jaxtyping import Int32, UInt64
 
-from distributed_rerank.data import paths
 from distributed_rerank.data.catalogue import Catalogue
-from distributed_rerank.data.files import bytes_digest, file_digest
 from distributed_rerank.data.texts import parts_of
+from distributed_rerank.storage import paths
+from distributed_rerank.storage.files import bytes_digest, file_digest
 from distributed_rerank.tensors import sharding
 
 _THREADS = 16

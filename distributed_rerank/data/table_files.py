@@ -14,9 +14,9 @@ from contextlib import contextmanager
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from distributed_rerank.data import locations
 from distributed_rerank.data.csv_files import as_utf8, csv_batches, layout_of, line_of_header, other_separator
 from distributed_rerank.errors import BadInput
+from distributed_rerank.storage import locations
 
 HEAD = 1 << 16
 _GZIP = b"\x1f\x8b"

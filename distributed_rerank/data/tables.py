@@ -16,13 +16,13 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from jaxtyping import Float32
 
-from distributed_rerank.data import locations, manifests, paths
-from distributed_rerank.data.files import atomic_path
 from distributed_rerank.data.schemas import MAY_BE_NULL, SCHEMAS
 from distributed_rerank.data.text_columns import are_words_for_no_value, as_names, as_texts, float_bits, is_index_column
 from distributed_rerank.data.texts import as_column
 from distributed_rerank.data.vectors import write_vectors
 from distributed_rerank.errors import BadInput
+from distributed_rerank.storage import locations, manifests, paths
+from distributed_rerank.storage.files import atomic_path
 
 _LARGEST_SQUARED = 2.0**120
 """Longer embeddings would overflow float32 when squared, as `tensors.candidate_pairs` says."""

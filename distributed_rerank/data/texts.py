@@ -1,9 +1,8 @@
 """Columns of many texts in Arrow's memory: a text is a Python object only while somebody holds it."""
 
 import bisect
-import ctypes
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,8 +13,6 @@ from jaxtyping import Int, Int32, Int64
 
 pc: Any = pyarrow.compute  # type checkers do not see its functions, which are made at import
 
-TRIM: Callable[[int], object] = getattr(ctypes.CDLL(None), "malloc_trim", lambda pad: None)
-"""Gives freed memory back to the system, where glibc manages it."""
 ROWS = 1 << 16
 """Texts that are looked at together."""
 _ROWS_OF_SHELF = 1 << 12
@@ -138,12 +135,6 @@ def codes_of(column: pa.DictionaryArray) -> Int32[np.ndarray, " text"]:
     """The codes of a column, on its memory where none is null; -1 = null."""
     codes = column.indices if not column.null_count else column.indices.fill_null(-1)
     return codes.to_numpy(zero_copy_only=False)
-
-
-def give_back_memory() -> None:
-    """What Arrow and glibc keep of freed columns goes back to the system: reading a table takes three times as much."""
-    pa.default_memory_pool().release_unused()
-    TRIM(0)
 
 
 def parts_of(column: Any, rows: int | None = None) -> Iterator[Any]:

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float32
 
-from distributed_rerank.data.files import write_json
 from distributed_rerank.errors import BadInput
+from distributed_rerank.storage.files import write_json
 from distributed_rerank.tensors.candidate_lists import CandidateLists
 
 TRAINED_ON = "trained_on.json"

@@ -15,9 +15,10 @@ import pyarrow.parquet as pq
 from jaxtyping import Float32
 
 from distributed_rerank.data.csv_files import regrouped
-from distributed_rerank.data.files import atomic_path
 from distributed_rerank.data.text_columns import are_words_for_no_value
-from distributed_rerank.data.texts import as_column, give_back_memory
+from distributed_rerank.data.texts import as_column
+from distributed_rerank.runtime.memory import give_back_memory
+from distributed_rerank.storage.files import atomic_path
 from distributed_rerank.tensors import sharding
 
 pc: Any = pyarrow.compute  # type checkers do not see its functions, which are made at import

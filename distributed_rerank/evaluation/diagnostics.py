@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from distributed_rerank.config.evaluation import MeasureConfig
-from distributed_rerank.data import artifacts
 from distributed_rerank.evaluation import adaptive, baselines
 from distributed_rerank.evaluation.chain_steps import measure_steps
 from distributed_rerank.evaluation.embedding_metrics import embedding_metrics
@@ -25,6 +24,7 @@ from distributed_rerank.evaluation.ship_or_wait import labels_to_check, ship_or_
 from distributed_rerank.evaluation.thresholds import by_probability
 from distributed_rerank.models.pairwise import PairwiseModel
 from distributed_rerank.scoring.scored_lists import ScoredLists
+from distributed_rerank.storage import artifacts
 from distributed_rerank.tensors import sharding
 from distributed_rerank.tensors.candidate_lists import Ranking
 

@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from distributed_rerank.data import artifacts, tables
+from distributed_rerank.data import tables
 from distributed_rerank.data.candidates import candidates_table
 from distributed_rerank.data.catalogue import Catalogue
 from distributed_rerank.data.exports import write_qrels, write_trec_run
@@ -19,6 +19,8 @@ from distributed_rerank.errors import BadInput
 from distributed_rerank.report.formatting import count_of, fraction, interval, metric_name, signed
 from distributed_rerank.report.verdict import verdict
 from distributed_rerank.reranking.external_candidates import external_candidates
+from distributed_rerank.storage import artifacts
+from distributed_rerank.storage.files import atomic_path
 from distributed_rerank.tensors import sharding
 
 QUERIES_PER_BATCH = 1 << 12
@@ -109,7 +111,7 @@ def export_markdown(folder: Path, path: Path) -> None:
     """Write `markdown_summary` of the evaluation `folder` to the file `path`."""
     metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
     path.parent.mkdir(parents=True, exist_ok=True)
-    with artifacts.atomic_path(path) as temporary:
+    with atomic_path(path) as temporary:
         temporary.write_text(markdown_summary(metrics), encoding="utf-8")
 
 

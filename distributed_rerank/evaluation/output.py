@@ -20,7 +20,7 @@ from torch import Tensor
 from distributed_rerank import __version__
 from distributed_rerank.chain.chain import Chain
 from distributed_rerank.chain.probability import probabilities
-from distributed_rerank.data import artifacts, tables
+from distributed_rerank.data import tables
 from distributed_rerank.data.candidates import candidates_table
 from distributed_rerank.data.catalogue import Catalogue, ImageRef
 from distributed_rerank.data.relevance import are_relevant
@@ -28,6 +28,7 @@ from distributed_rerank.evaluation.why import Explain
 from distributed_rerank.report.page import build_report
 from distributed_rerank.report.query_examples import SHOWN_CANDIDATES, Candidate, Strip, choose_queries
 from distributed_rerank.report.why import Why
+from distributed_rerank.storage.files import write_json
 from distributed_rerank.tensors.candidate_lists import Ranking
 
 QUERIES_PER_BATCH = 1 << 12
@@ -58,7 +59,7 @@ def write(
     folder: Path, result: Result, rejects: pd.DataFrame, settings: dict[str, Any], timings: dict[str, Any]
 ) -> None:
     """Write metrics.json, per_query.parquet, rejects.parquet, report.html and, if re-ranked, reranked.parquet."""
-    artifacts.write_json(folder / "metrics.json", result.metrics)
+    write_json(folder / "metrics.json", result.metrics)
     per_query = pa.Table.from_pandas(result.per_query, preserve_index=False)
     tables.write_table(folder / "per_query.parquet", per_query, "per_query")
     tables.write_table(folder / "rejects.parquet", pa.Table.from_pandas(rejects, preserve_index=False), "rejects")

@@ -14,7 +14,6 @@ from distributed_rerank.chain.chain import Chain
 from distributed_rerank.config.evaluation import FirstStageConfig, MeasureConfig
 from distributed_rerank.config.own import load_own
 from distributed_rerank.config.work import WorkConfig
-from distributed_rerank.data import artifacts
 from distributed_rerank.data.catalogue import Catalogue
 from distributed_rerank.data.rejects import all_rejects
 from distributed_rerank.data.relevance import check_measurable
@@ -41,6 +40,8 @@ from distributed_rerank.reranking.first_stage import (
 from distributed_rerank.reranking.known_distances import known_distances
 from distributed_rerank.reranking.pair_logits import score_first_stage
 from distributed_rerank.runtime.progress import timed
+from distributed_rerank.storage import artifacts
+from distributed_rerank.storage.files import file_digest, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -97,7 +98,7 @@ def evaluate(
             result.metrics["evidence"] = chain.evidence_text
         with timed(timings, "report"):
             evaluation_output.write(staging.path, result, rejects, fingerprint["config"], details | timings)
-        artifacts.write_json(staging.path / "timings.json", {"seconds": timings, **details})
+        write_json(staging.path / "timings.json", {"seconds": timings, **details})
         staging.finish({"n_rejected": len(rejects)}, rows=len(result.per_query))
     return result.metrics
 
@@ -124,7 +125,7 @@ def _fingerprint(
 
 def _settings(measure: MeasureConfig) -> dict[str, Any]:
     """What decides the figures, the digest of a file in place of its path."""
-    external = {} if measure.external is None else {"external": artifacts.file_digest(measure.external)}
+    external = {} if measure.external is None else {"external": file_digest(measure.external)}
     return asdict(measure) | external
 
 

@@ -17,7 +17,6 @@ from PIL import Image
 from distributed_rerank.config.importing import ImportConfig
 from distributed_rerank.data.catalogue import Catalogue
 from distributed_rerank.data.catalogue_files import Purpose, read_catalogue
-from distributed_rerank.data.files import atomic_path
 from distributed_rerank.data.images import DAMAGE, FORMATS
 from distributed_rerank.data.judgement_files import read_judgements
 from distributed_rerank.data.judgements import COLUMNS
@@ -25,6 +24,7 @@ from distributed_rerank.errors import BadInput
 from distributed_rerank.importing import annotations, protocols
 from distributed_rerank.importing.judged import read_mieb, read_revisited
 from distributed_rerank.importing.rows import Judged, Row, first_file
+from distributed_rerank.storage.files import atomic_path
 
 logger = logging.getLogger(__name__)
 

@@ -3,7 +3,6 @@
 import logging
 
 from distributed_rerank.config.jobs import EvaluateJob
-from distributed_rerank.data import artifacts
 from distributed_rerank.data.catalogue import Catalogue
 from distributed_rerank.evaluation.exports import export_markdown, export_trec
 from distributed_rerank.evaluation.run import evaluate
@@ -16,6 +15,7 @@ from distributed_rerank.monitoring.comparison import (
 )
 from distributed_rerank.report.console import table_in_text
 from distributed_rerank.reranking.loading import load_model_and_chain
+from distributed_rerank.storage.files import write_json
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +41,7 @@ def main(job: EvaluateJob, catalogue: Catalogue, train: Catalogue | None = None)
         )
     if job.baseline is not None:
         comparison = compare_runs(job.baseline, job.out, seed=job.measure.resampling_seed)
-        artifacts.write_json(job.out / "comparison.json", comparison.summary)
+        write_json(job.out / "comparison.json", comparison.summary)
         logger.info("comparison with %s\n%s", job.baseline, comparison_in_text(comparison.summary))
     if job.trec is not None:
         export_trec(job.out, catalogue, job.trec, job.first_stage.candidates)

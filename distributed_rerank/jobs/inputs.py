@@ -25,8 +25,8 @@ from distributed_rerank.config.jobs import (
     TrainJob,
     VerifyJob,
 )
-from distributed_rerank.data.paths import scheme_of
 from distributed_rerank.errors import BadInput
+from distributed_rerank.storage.paths import scheme_of
 
 Inputs = tuple[Any, ...]
 """What the job's `main` takes beside the job."""

@@ -88,7 +88,7 @@ class _Places:
         uri = uri_of(value) if name in (*INPUTS, *FOLDERS, *FILES) else None
         if uri is None:
             return value
-        from distributed_rerank.data.remote_folders import RemoteFolder, fetch
+        from distributed_rerank.storage.remote_folders import RemoteFolder, fetch
 
         place = self.place(uri)
         if name in self._written:
@@ -102,7 +102,7 @@ class _Places:
 
     def place(self, uri: str) -> Path:
         """Where a URI's copy lies: below a folder named by a digest of it, under its own name."""
-        from distributed_rerank.data.files import bytes_digest
+        from distributed_rerank.storage.files import bytes_digest
 
         place = self._scratch / bytes_digest(uri.rstrip("/").encode())[:16] / uri.rstrip("/").rpartition("/")[2]
         self._uris[str(place)] = uri
@@ -116,8 +116,8 @@ class _Places:
 
     def _schedule(self, schedule: ScheduleConfig, stack: ExitStack) -> ScheduleConfig:
         """History and runs: this run's folder is written, the previous run's is read."""
-        from distributed_rerank.data.remote_folders import RemoteFolder, fetch
         from distributed_rerank.monitoring.remote_history import RemoteHistory
+        from distributed_rerank.storage.remote_folders import RemoteFolder, fetch
 
         history, runs = uri_of(schedule.history), uri_of(schedule.runs)
         if (history is None) != (runs is None):
@@ -200,7 +200,7 @@ def _replaced(config: Any, change: Callable[[str, Any], Any]) -> Any:
 
 
 def _upload(place: Path, uri: str) -> None:
-    from distributed_rerank.data import object_store
+    from distributed_rerank.storage import object_store
 
     if place.is_file():
         object_store.write(uri, place)

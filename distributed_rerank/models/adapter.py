@@ -18,9 +18,9 @@ from jaxtyping import Float, Float32, Float64, Int64
 from torch import Tensor
 from torch.nn import functional
 
-from distributed_rerank.data.files import bytes_digest, write_bytes
 from distributed_rerank.errors import BadInput
 from distributed_rerank.models.weights import read_state_dict
+from distributed_rerank.storage.files import bytes_digest, write_bytes
 
 ADAPTER = "adapter.safetensors"
 Kind = Literal["centre", "whiten", "discriminate"]

@@ -26,13 +26,13 @@ from torch.nn import functional
 
 from distributed_rerank.config.extractor import ExtractorConfig, python_literal
 from distributed_rerank.config.own import is_own, load_own
-from distributed_rerank.data.begun import ComputedWith
-from distributed_rerank.data.files import file_digest
-from distributed_rerank.data.locations import asking_hub
 from distributed_rerank.data.transforms import InferenceTransform
 from distributed_rerank.errors import BadInput
 from distributed_rerank.models import inference, vit, weights
 from distributed_rerank.models.precision import computing_in, resolve_precision
+from distributed_rerank.storage.begun import ComputedWith
+from distributed_rerank.storage.files import file_digest
+from distributed_rerank.storage.locations import asking_hub
 from distributed_rerank.tensors.hardware import bf16_support
 
 logger = logging.getLogger(__name__)

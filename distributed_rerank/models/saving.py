@@ -20,9 +20,6 @@ from torch import nn
 from distributed_rerank.config.extractor import ExtractorConfig
 from distributed_rerank.config.own import is_own, load_own, refuse_foreign
 from distributed_rerank.config.pairwise import PairwiseConfig, pairwise_config, pairwise_name
-from distributed_rerank.data.files import write_bytes
-from distributed_rerank.data.locations import asking_hub
-from distributed_rerank.data.manifests import MANIFEST, check_files
 from distributed_rerank.data.trained_on import TRAINED_ON, read_trained_on
 from distributed_rerank.errors import BadInput
 from distributed_rerank.models import weights
@@ -32,6 +29,9 @@ from distributed_rerank.models.extractor import Extractor
 from distributed_rerank.models.pairwise import PairwiseModel
 from distributed_rerank.models.split_siamese import SplitSiamese
 from distributed_rerank.models.token_siamese import TokenSiamese
+from distributed_rerank.storage.files import write_bytes
+from distributed_rerank.storage.locations import asking_hub
+from distributed_rerank.storage.manifests import MANIFEST, check_files
 
 SCHEMA_VERSION = 2
 MODELS: Mapping[str, type[PairwiseModel]] = {

@@ -11,8 +11,8 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from distributed_rerank.data.manifests import check_paths
 from distributed_rerank.errors import BadInput
+from distributed_rerank.storage.manifests import check_paths
 
 WRAPPERS = ("module.", "model.", "extractor.", "backbone.", "_orig_mod.")
 NESTED = ("state_dict", "model", "model_state_dict", "state_dict_ema", "ema_state_dict", "model_ema")

@@ -14,8 +14,8 @@ from contextlib import contextmanager
 from typing import Any
 
 from distributed_rerank.config.schedule import ScheduleConfig
-from distributed_rerank.data.files import write_bytes
 from distributed_rerank.errors import BadInput, Outage
+from distributed_rerank.storage.files import write_bytes
 
 logger = logging.getLogger(__name__)
 

@@ -12,9 +12,10 @@ import numpy as np
 import pandas as pd
 import torch
 
-from distributed_rerank.data import artifacts, tables
+from distributed_rerank.data import tables
 from distributed_rerank.errors import BadInput
 from distributed_rerank.report.formatting import count_of, fraction, interval, metric_name, signed
+from distributed_rerank.storage import artifacts
 from distributed_rerank.tensors import statistics
 from distributed_rerank.tensors.metrics import means
 

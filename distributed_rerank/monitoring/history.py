@@ -12,9 +12,9 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from distributed_rerank.data import locks
-from distributed_rerank.data.files import atomic_path
 from distributed_rerank.errors import BadInput
+from distributed_rerank.storage import locks
+from distributed_rerank.storage.files import atomic_path
 
 ACCEPTED = "accepted"
 """The verdict of a run whose result somebody accepted, whatever it lost."""

@@ -10,14 +10,15 @@ import numpy as np
 import pandas as pd
 import torch
 
-from distributed_rerank.data import artifacts, tables
+from distributed_rerank.data import tables
 from distributed_rerank.data.catalogue import Catalogue
-from distributed_rerank.data.files import file_digest
 from distributed_rerank.errors import BadInput
 from distributed_rerank.evaluation.measure import measure
 from distributed_rerank.monitoring.comparison import final_values, fingerprint_of, require_same_catalogue
 from distributed_rerank.report import comparison_table
 from distributed_rerank.reranking.external_candidates import external_candidates, settle_missing_lists
+from distributed_rerank.storage import artifacts
+from distributed_rerank.storage.files import file_digest, write_json
 from distributed_rerank.tensors import statistics
 from distributed_rerank.tensors.metrics import means
 
@@ -65,7 +66,7 @@ def compare_all(
     if not (artifacts.recover(out, fingerprint, overwrite) or artifacts.is_complete(out, fingerprint, overwrite)):
         summary = summarise(results, seed)
         with artifacts.stage(out, fingerprint, overwrite) as staging:
-            artifacts.write_json(staging.path / "comparison.json", summary)
+            write_json(staging.path / "comparison.json", summary)
             for kind, text in comparison_table.in_all_formats(summary).items():
                 (staging.path / f"comparison.{kind}").write_text(text, encoding="utf-8")
             staging.finish()

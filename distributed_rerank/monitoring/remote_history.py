@@ -4,11 +4,11 @@ import logging
 from pathlib import Path
 from types import TracebackType
 
-from distributed_rerank.data import object_store
-from distributed_rerank.data.files import write_bytes
-from distributed_rerank.data.object_store import Conflict, Tag
 from distributed_rerank.errors import Outage
 from distributed_rerank.monitoring.history import merge, read_history, references
+from distributed_rerank.storage import object_store
+from distributed_rerank.storage.files import write_bytes
+from distributed_rerank.storage.object_store import Conflict, Tag
 
 logger = logging.getLogger(__name__)
 

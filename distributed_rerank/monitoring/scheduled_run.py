@@ -12,13 +12,15 @@ import torch
 
 from distributed_rerank.config.evaluation import MeasureConfig
 from distributed_rerank.config.schedule import ScheduleConfig
-from distributed_rerank.data import artifacts, tables
+from distributed_rerank.data import tables
 from distributed_rerank.data.catalogue import Catalogue
 from distributed_rerank.errors import BadInput
 from distributed_rerank.monitoring.comparison import NothingInCommon, catalogue_change, catalogue_of, compare_runs
 from distributed_rerank.monitoring.history import accept, append, read_history, references
 from distributed_rerank.monitoring.regression import describe, is_regression
 from distributed_rerank.monitoring.trend import write_page, write_trend
+from distributed_rerank.storage import artifacts
+from distributed_rerank.storage.files import write_json
 from distributed_rerank.tensors import metrics
 
 logger = logging.getLogger(__name__)
@@ -113,7 +115,7 @@ def _record(config: ScheduleConfig, history: pd.DataFrame, seed: int) -> None:
         "model": model_digest(fingerprint["model"]),
         "n_queries": measured["n_queries"],
     }
-    artifacts.write_json(config.folder / "verdict.json", row | {"against": summaries, "previous_run_id": previous})
+    write_json(config.folder / "verdict.json", row | {"against": summaries, "previous_run_id": previous})
     append(config.history, row, measured.get("reranked") or measured["first_stage"])
 
 

@@ -14,9 +14,9 @@ from markupsafe import Markup, escape
 
 from distributed_rerank import svg
 from distributed_rerank.content_policy import with_policy
-from distributed_rerank.data.files import atomic_path
-from distributed_rerank.data.manifests import rewriting
 from distributed_rerank.report.formatting import fraction, metric_name, signed
+from distributed_rerank.storage.files import atomic_path
+from distributed_rerank.storage.manifests import rewriting
 
 MAX_RUNS = 60
 """The plot shows this many of the newest runs; the page's table has all."""

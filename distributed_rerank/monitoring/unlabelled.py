@@ -10,10 +10,12 @@ import pandas as pd
 import pyarrow.parquet as pq
 import torch
 
-from distributed_rerank.data import artifacts, tables
-from distributed_rerank.data.manifests import check_paths
+from distributed_rerank.data import tables
 from distributed_rerank.errors import BadInput
 from distributed_rerank.monitoring.comparison import fingerprint_of
+from distributed_rerank.storage import artifacts
+from distributed_rerank.storage.files import write_json
+from distributed_rerank.storage.manifests import check_paths
 from distributed_rerank.tensors.expected import LabelledSample, drift, expected_values, signals_of
 from distributed_rerank.tensors.statistics import Interval
 
@@ -45,7 +47,7 @@ def expect(evaluation: Path, reranked: Path, *, seed: int = 0) -> dict[str, Any]
         "expected": {name: _to_json(interval) for name, interval in found.items()},
         "drift": {"p_value": p_value, "alarm": p_value < FALSE_ALARMS, "false_alarms": FALSE_ALARMS},
     }
-    artifacts.write_json(reranked / FILE, content)
+    write_json(reranked / FILE, content)
     return content
 
 

@@ -18,9 +18,9 @@ from typing import Any
 import numpy as np
 from jaxtyping import UInt8
 
-from distributed_rerank.data import locks
-from distributed_rerank.data.files import write_bytes, write_json
 from distributed_rerank.errors import BadInput
+from distributed_rerank.storage import locks
+from distributed_rerank.storage.files import write_bytes, write_json
 
 SCHEMA_VERSION = 1
 _NONE = -1

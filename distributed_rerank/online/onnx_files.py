@@ -19,11 +19,11 @@ import torch
 from torch import Tensor, nn
 
 from distributed_rerank.config.pairwise import SplitSiameseConfig, TokenSiameseConfig
-from distributed_rerank.data.files import write_json
 from distributed_rerank.errors import BadInput
 from distributed_rerank.models.pairwise import PairwiseModel
 from distributed_rerank.models.saving import build_model, load_model, local_folder
 from distributed_rerank.runtime.devices import torch_threads
+from distributed_rerank.storage.files import write_json
 
 OPSET = 18
 TOLERANCE = 1e-4

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from distributed_rerank.data import images
 from distributed_rerank.data.catalogue import ImageRef
-from distributed_rerank.data.paths import scheme_of
 from distributed_rerank.data.transforms import InferenceTransform
 from distributed_rerank.errors import BadInput
+from distributed_rerank.storage.paths import scheme_of
 
 Photo = str | Path | bytes | Image.Image | ImageRef
 

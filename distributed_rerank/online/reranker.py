@@ -13,7 +13,6 @@ from torch import Tensor
 
 from distributed_rerank.chain.chain import Chain, NeighbourhoodStep, QueryExpansionStep
 from distributed_rerank.config.evaluation import RerankerConfig
-from distributed_rerank.data.files import json_digest
 from distributed_rerank.data.images import MAX_PIXELS
 from distributed_rerank.errors import BadInput
 from distributed_rerank.models.pairwise import PairwiseModel
@@ -24,6 +23,7 @@ from distributed_rerank.reranking.loading import load_model_and_chain
 from distributed_rerank.reranking.rankings import by_logits
 from distributed_rerank.runtime.devices import InferenceThreads, pick_device, torch_threads
 from distributed_rerank.scoring import plan
+from distributed_rerank.storage.files import json_digest
 from distributed_rerank.tensors import calibration, sharding
 from distributed_rerank.tensors.candidate_lists import CandidateLists
 from distributed_rerank.tensors.distances import exact_distances

@@ -14,7 +14,7 @@ from distributed_rerank.chain.chain import Chain
 from distributed_rerank.config.choices import MissingLists
 from distributed_rerank.config.evaluation import FirstStageConfig
 from distributed_rerank.config.work import WorkConfig
-from distributed_rerank.data import artifacts, tables
+from distributed_rerank.data import tables
 from distributed_rerank.data.candidates import candidates_table
 from distributed_rerank.data.catalogue import Catalogue
 from distributed_rerank.data.distance_kinds import Conversion
@@ -33,6 +33,8 @@ from distributed_rerank.reranking.known_distances import (
 )
 from distributed_rerank.reranking.lists import FirstStage, is_one_against_rest, needs_joint_lists
 from distributed_rerank.runtime.progress import timed
+from distributed_rerank.storage import artifacts
+from distributed_rerank.storage.files import file_digest
 from distributed_rerank.tensors.candidate_lists import CandidateLists, concatenate
 
 logger = logging.getLogger(__name__)
@@ -194,4 +196,4 @@ def _digest_of_input(path: Path) -> str:
     if not path.exists():
         raise BadInput(f"{path} does not exist; check the path")
     files = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
-    return artifacts.json_digest([artifacts.file_digest(file) for file in files])
+    return artifacts.json_digest([file_digest(file) for file in files])

@@ -10,13 +10,13 @@ import torch
 
 from distributed_rerank.chain.chain import Chain, NeighbourhoodStep, QueryExpansionStep
 from distributed_rerank.config.evaluation import FirstStageConfig
-from distributed_rerank.data import manifests
 from distributed_rerank.data.catalogue import Catalogue
 from distributed_rerank.data.distance_kinds import Conversion, to_l2
 from distributed_rerank.data.embeddings import Embeddings
 from distributed_rerank.data.trained_on import TrainedOn, are_normalised, different_setting, spread_of
 from distributed_rerank.errors import BadInput
 from distributed_rerank.models.pairwise import PairwiseModel
+from distributed_rerank.storage import manifests
 from distributed_rerank.tensors import sharding
 from distributed_rerank.tensors.candidate_lists import CandidateLists
 from distributed_rerank.tensors.distances import exact_pair_distances

@@ -15,7 +15,7 @@ from distributed_rerank.chain.probability import probabilities
 from distributed_rerank.chain.views import things_of
 from distributed_rerank.config.evaluation import FirstStageConfig
 from distributed_rerank.config.work import WorkConfig
-from distributed_rerank.data import artifacts, tables
+from distributed_rerank.data import tables
 from distributed_rerank.data.catalogue import Catalogue
 from distributed_rerank.data.rejects import all_rejects
 from distributed_rerank.executors import Executors
@@ -32,6 +32,8 @@ from distributed_rerank.reranking.lists import FirstStage
 from distributed_rerank.reranking.pair_logits import score_first_stage
 from distributed_rerank.reranking.rankings import rankings
 from distributed_rerank.scoring.scored_lists import ScoredLists
+from distributed_rerank.storage import artifacts
+from distributed_rerank.storage.files import atomic_path, write_json
 from distributed_rerank.tensors.candidate_lists import CandidateLists, places_of
 from distributed_rerank.tensors.suspects import most_uncertain
 
@@ -92,20 +94,20 @@ def rerank(
             staging.path / "rejects.parquet", pa.Table.from_pandas(rejects, preserve_index=False), "rejects"
         )
         _write_answers(staging.path, table, first.catalogue, after, chain)
-        artifacts.write_json(staging.path / "timings.json", {"seconds": timings})
+        write_json(staging.path / "timings.json", {"seconds": timings})
         staging.finish({"chain": chain.describe(), "n_rejected": len(rejects)}, rows=len(table))
     return table
 
 
 def _write_answers(folder: Path, table: pa.Table, catalogue: Catalogue, after: CandidateLists, chain: Chain) -> None:
     """Writes reranked.parquet, items.parquet where the catalogue has things, and label_next.csv."""
-    with artifacts.atomic_path(folder / "reranked.parquet") as temporary:
+    with atomic_path(folder / "reranked.parquet") as temporary:
         pq.write_table(table, temporary)
     things = _things_table(catalogue, after, chain)
     if things is not None:
-        with artifacts.atomic_path(folder / "items.parquet") as temporary:
+        with atomic_path(folder / "items.parquet") as temporary:
             pq.write_table(things, temporary)
-    with artifacts.atomic_path(folder / "label_next.csv") as temporary:
+    with atomic_path(folder / "label_next.csv") as temporary:
         _label_next(catalogue, after, chain).to_csv(temporary, index=False)
 
 

@@ -16,13 +16,13 @@ from jaxtyping import Bool, Float32, Int64
 from torch import Tensor
 
 from distributed_rerank.config.work import WorkConfig
-from distributed_rerank.data.begun import ComputedWith
 from distributed_rerank.data.catalogue import Catalogue, ImageRef
 from distributed_rerank.data.rejects import Reject
 from distributed_rerank.errors import BadInput
 from distributed_rerank.models.pairwise import PairwiseModel
 from distributed_rerank.runtime.devices import tensor_of
 from distributed_rerank.scoring.plan import ScoreBlock, ScorePlan
+from distributed_rerank.storage.begun import ComputedWith
 from distributed_rerank.tensors import sharding
 from distributed_rerank.tensors.candidate_lists import places_of
 

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from distributed_rerank.config.work import WorkConfig
-from distributed_rerank.data import artifacts, tables
+from distributed_rerank.data import tables
 from distributed_rerank.data.candidates import aligned_logits, pairs_table
 from distributed_rerank.data.catalogue import Catalogue
 from distributed_rerank.data.decoding import readable_ids
@@ -25,6 +25,7 @@ from distributed_rerank.scoring.plan import ScoreBlock, ScorePlan
 from distributed_rerank.scoring.rounds import ScoredBlock, ScoreExecutors, Scoring
 from distributed_rerank.scoring.score import score_blocks
 from distributed_rerank.scoring.scored_lists import ScoredLists
+from distributed_rerank.storage import artifacts
 from distributed_rerank.tensors import sharding
 from distributed_rerank.tensors.candidate_lists import CandidateLists
 

@@ -17,7 +17,6 @@ from distributed_rerank.config.training import TrainingConfig
 from distributed_rerank.config.work import WorkConfig
 from distributed_rerank.data.candidate_files import read_candidates
 from distributed_rerank.data.catalogue import Catalogue
-from distributed_rerank.data.files import file_digest
 from distributed_rerank.errors import BadInput
 from distributed_rerank.models.pairwise import PairwiseModel
 from distributed_rerank.models.saving import load_model, local_folder
@@ -25,6 +24,7 @@ from distributed_rerank.models.weights import digest_of_state
 from distributed_rerank.runtime.devices import tensor_of
 from distributed_rerank.scoring.rounds import ScoreExecutors
 from distributed_rerank.scoring.stage import score_candidates
+from distributed_rerank.storage.files import file_digest
 from distributed_rerank.tensors.candidate_lists import CandidateLists
 from distributed_rerank.tensors.pair_values import PairValues
 from distributed_rerank.training.plan import is_list_loss

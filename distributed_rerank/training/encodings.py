@@ -19,14 +19,14 @@ from jaxtyping import Int64
 from torch import Tensor
 
 from distributed_rerank.config.training import TrainingConfig
-from distributed_rerank.data.artifacts import set_aside
-from distributed_rerank.data.files import is_intact
-from distributed_rerank.data.manifests import check_folder, write_manifest
 from distributed_rerank.errors import BadInput
 from distributed_rerank.models.pairwise import PairwiseModel
 from distributed_rerank.models.saving import load_model, save_model
 from distributed_rerank.runtime.devices import tensor_of
 from distributed_rerank.runtime.progress import progress
+from distributed_rerank.storage.artifacts import set_aside
+from distributed_rerank.storage.files import is_intact
+from distributed_rerank.storage.manifests import check_folder, write_manifest
 from distributed_rerank.tensors import sharding
 from distributed_rerank.training.images import DecodedImages, EncodedImages, block_path
 from distributed_rerank.training.state import write_state

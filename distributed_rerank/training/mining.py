@@ -14,9 +14,10 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from distributed_rerank.data import artifacts, tables
+from distributed_rerank.data import tables
 from distributed_rerank.data.catalogue import Catalogue
 from distributed_rerank.runtime.devices import tensor_of
+from distributed_rerank.storage.files import write_json
 from distributed_rerank.tensors.candidate_lists import CandidateLists
 from distributed_rerank.tensors.candidate_mining import are_positive, filter_negatives, suspected_mislabels
 from distributed_rerank.tensors.mining_statistics import mining_statistics
@@ -119,7 +120,7 @@ def write_mining(task: TrainingTask, nearest: CandidateLists, folder: Path) -> d
         "lists": mining_figures(task),
         "suspects": figures,
     }
-    artifacts.write_json(folder / "mining.json", content)
+    write_json(folder / "mining.json", content)
     tables.write_table(folder / "suspects.parquet", suspects, "suspects")
     return content
 

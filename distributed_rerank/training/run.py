@@ -18,12 +18,12 @@ from distributed_rerank.chain.chain import Chain
 from distributed_rerank.chain.settings import fusion_figure
 from distributed_rerank.chain.trials import try_chain
 from distributed_rerank.config.training import TrainingConfig
-from distributed_rerank.data import begun
 from distributed_rerank.errors import BadInput
 from distributed_rerank.models.distance_siamese import DistanceSiamese
 from distributed_rerank.models.pairwise import PairwiseModel
 from distributed_rerank.models.saving import load_model
 from distributed_rerank.runtime.devices import keep_freed_memory, one_order_of_sums, pick_device, torch_threads
+from distributed_rerank.storage import begun
 from distributed_rerank.training import tracking
 from distributed_rerank.training.encodings import FittedModel, encode_images, fit_start
 from distributed_rerank.training.epoch import train_epoch

@@ -27,10 +27,9 @@ from distributed_rerank.config.jobs import TrackingService
 from distributed_rerank.config.pairwise import PairwiseConfig, pairwise_name
 from distributed_rerank.config.training import EvidenceConfig, TrainingConfig
 from distributed_rerank.config.work import WorkConfig
-from distributed_rerank.data import artifacts, tables
+from distributed_rerank.data import tables
 from distributed_rerank.data.catalogue import Catalogue
 from distributed_rerank.data.embeddings import Embeddings
-from distributed_rerank.data.paths import scheme_of
 from distributed_rerank.data.rejects import Reject, check_rejects, reject_table
 from distributed_rerank.data.trained_on import TrainedOn, are_normalised, spread_of, write_trained_on
 from distributed_rerank.executors import Executors
@@ -38,6 +37,9 @@ from distributed_rerank.models.distance_siamese import DistanceSiamese
 from distributed_rerank.models.saving import build_model, load_model, save_extractor, save_model
 from distributed_rerank.models.weights import label_digest
 from distributed_rerank.runtime.devices import tensor_of
+from distributed_rerank.storage import artifacts
+from distributed_rerank.storage.files import write_json
+from distributed_rerank.storage.paths import scheme_of
 from distributed_rerank.tensors.candidate_lists import CandidateLists
 from distributed_rerank.training import mining, tracking
 from distributed_rerank.training.adaptation import Adaptation, choose_adaptation
@@ -339,7 +341,7 @@ def write_model(task: TrainingTask, state: State, run_folder: Path, folder: Path
         for name, history in histories.items()
     }
     content = {"config": task.config.fingerprint(), "kept_epoch": kept, "history": figures}
-    artifacts.write_json(folder / "training.json", content)
+    write_json(folder / "training.json", content)
     tracking.draw_curves(histories, folder / "curves.svg")
     tracking.copy_event_files(run_folder / "tensorboard", folder / "tensorboard")
     return chain

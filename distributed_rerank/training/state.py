@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from distributed_rerank.config.training import TrainingConfig
-from distributed_rerank.data.artifacts import set_aside
-from distributed_rerank.data.files import is_intact, remove_sealed, sealed_path
 from distributed_rerank.errors import BadInput
 from distributed_rerank.models.pairwise import PairwiseModel
+from distributed_rerank.storage.artifacts import set_aside
+from distributed_rerank.storage.files import is_intact, remove_sealed, sealed_path
 
 PROGRESS = ("epoch", "step", "history", "best", "plan_digest", "order")
 """Fields of a state beside its model and optimizer."""

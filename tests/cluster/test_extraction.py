@@ -19,10 +19,10 @@ from distributed_rerank.cluster.session import Session
 from distributed_rerank.config.extractor import ExtractorConfig
 from distributed_rerank.config.work import WorkConfig
 from distributed_rerank.data import tables
-from distributed_rerank.data.artifacts import read_manifest
-from distributed_rerank.data.begun import ComputedWith
 from distributed_rerank.errors import BadInput
 from distributed_rerank.extraction import EmbeddedBlock, ImageBlock, embed
+from distributed_rerank.storage.artifacts import read_manifest
+from distributed_rerank.storage.begun import ComputedWith
 from tests.small_catalogue import EXTRACTOR, make_catalogue
 
 ROOT = Path(__file__).resolve().parents[2]

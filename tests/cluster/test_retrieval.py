@@ -8,14 +8,14 @@ import torch
 from distributed_rerank.cluster.executors import RayExecutors
 from distributed_rerank.cluster.session import Session
 from distributed_rerank.config.work import WorkConfig
-from distributed_rerank.data import begun
-from distributed_rerank.data.artifacts import read_manifest
-from distributed_rerank.data.begun import ComputedWith
 from distributed_rerank.data.embeddings import Embeddings, read_embeddings
 from distributed_rerank.data.tables import write_embeddings
 from distributed_rerank.data.vectors import StoredVectors
 from distributed_rerank.errors import BadInput
 from distributed_rerank.retrieval import retrieve
+from distributed_rerank.storage import begun
+from distributed_rerank.storage.artifacts import read_manifest
+from distributed_rerank.storage.begun import ComputedWith
 from tests.small_catalogue import make_catalogue
 
 pytestmark = pytest.mark.ray

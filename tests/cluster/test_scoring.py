@@ -11,10 +11,10 @@ from torch import Tensor
 from distributed_rerank.cluster.executors import RayExecutors
 from distributed_rerank.cluster.session import Session
 from distributed_rerank.config.work import WorkConfig
-from distributed_rerank.data.artifacts import read_manifest
 from distributed_rerank.models.concat_siamese import ConcatSiamese
 from distributed_rerank.scoring.rounds import ScoredBlock, Scoring
 from distributed_rerank.scoring.stage import score_candidates
+from distributed_rerank.storage.artifacts import read_manifest
 from tests.small_catalogue import concat_model, make_catalogue, make_lists
 
 pytestmark = pytest.mark.ray

@@ -15,8 +15,8 @@ from job_files import descendants, is_running, wait_until
 from distributed_rerank.cluster import session as sessions
 from distributed_rerank.cluster.session import connect, make_session
 from distributed_rerank.config.cluster import ClusterConfig
-from distributed_rerank.data import locks
 from distributed_rerank.errors import BadInput
+from distributed_rerank.storage import locks
 
 ROOT = Path(__file__).resolve().parents[2]
 

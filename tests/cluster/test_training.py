@@ -21,8 +21,8 @@ from training_examples import build_task
 
 from distributed_rerank.cluster import training
 from distributed_rerank.cluster.session import Session
-from distributed_rerank.data import begun
 from distributed_rerank.errors import BadInput
+from distributed_rerank.storage import begun
 from distributed_rerank.training import run as training_run
 from distributed_rerank.training.state import load_latest, saved_epochs
 from distributed_rerank.training.task import TrainingTask

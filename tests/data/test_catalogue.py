@@ -7,10 +7,10 @@ import pandas as pd
 import pyarrow as pa
 import pytest
 
-from distributed_rerank.data import locations
 from distributed_rerank.data.catalogue import Catalogue, ImageRef
 from distributed_rerank.data.catalogue_files import read_catalogue, read_query_gallery
 from distributed_rerank.errors import BadInput
+from distributed_rerank.storage import locations
 
 TRAIN = "t,a.jpg,train,,\nt,b.jpg,train,,\n"
 HEAD = "label,path,split,is_query,is_gallery\n"

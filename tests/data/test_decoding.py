@@ -8,11 +8,11 @@ import torch
 from s3_server import Server, put_folder
 from small_catalogue import make_catalogue
 
-from distributed_rerank.data import object_store
 from distributed_rerank.data.catalogue import ImageRef
 from distributed_rerank.data.decoding import decode, read_ahead
 from distributed_rerank.data.transforms import InferenceTransform
 from distributed_rerank.errors import Outage
+from distributed_rerank.storage import object_store
 
 TRANSFORM = InferenceTransform(size=(32, 32))
 

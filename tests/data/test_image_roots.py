@@ -8,12 +8,12 @@ import pytest
 from PIL import Image
 
 from distributed_rerank.cluster.decode_rows import _refs, manifest
-from distributed_rerank.data import locations, paths
 from distributed_rerank.data.catalogue import Catalogue
 from distributed_rerank.data.catalogue_files import read_catalogue, read_query_gallery
 from distributed_rerank.data.images import UnreadableImage, read_image
-from distributed_rerank.data.paths import ImageRoots, make_roots
 from distributed_rerank.errors import BadInput
+from distributed_rerank.storage import locations, paths
+from distributed_rerank.storage.paths import ImageRoots, make_roots
 
 
 def tell(catalogue: Catalogue) -> dict[str, str]:

@@ -19,10 +19,11 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFile, ImageOps
 
-from distributed_rerank.data import images, locations
+from distributed_rerank.data import images
 from distributed_rerank.data.catalogue import ImageRef
 from distributed_rerank.data.images import UnreadableImage
-from distributed_rerank.data.paths import ImageRoots
+from distributed_rerank.storage import locations
+from distributed_rerank.storage.paths import ImageRoots
 
 FORMATS = ["JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF"]
 

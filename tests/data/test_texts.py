@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from distributed_rerank.data import texts
-from distributed_rerank.data.files import json_digest, text_digest
 from distributed_rerank.data.texts import Texts, json_of_columns
+from distributed_rerank.storage.files import json_digest, text_digest
 
 NAMES = st.text(st.characters(exclude_categories=["Cs"]), max_size=4)
 

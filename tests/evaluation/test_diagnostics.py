@@ -8,9 +8,7 @@ import torch
 from small_catalogue import concat_model, make_catalogue, make_lists
 
 from distributed_rerank.chain.chain import Chain
-from distributed_rerank.data import artifacts
 from distributed_rerank.data.catalogue import Catalogue
-from distributed_rerank.data.manifests import write_manifest
 from distributed_rerank.evaluation.diagnostics import (
     N_BINS,
     cost_by_top_n,
@@ -24,6 +22,8 @@ from distributed_rerank.evaluation.ranked import Ranked, rank
 from distributed_rerank.reranking.lists import FirstStage
 from distributed_rerank.scoring.scored_lists import ScoredLists
 from distributed_rerank.scoring.stage import score_candidates
+from distributed_rerank.storage import artifacts
+from distributed_rerank.storage.manifests import write_manifest
 from distributed_rerank.tensors.candidate_lists import CandidateLists
 
 

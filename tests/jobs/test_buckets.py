@@ -16,11 +16,11 @@ from s3_server import Server, put_folder
 from distributed_rerank import command_line
 from distributed_rerank.config.cluster import ObserveConfig
 from distributed_rerank.config.jobs import JOBS
-from distributed_rerank.data import object_store
-from distributed_rerank.data.remote_folders import fetch
 from distributed_rerank.errors import BadInput
 from distributed_rerank.jobs import storage
 from distributed_rerank.jobs.storage import uri_of
+from distributed_rerank.storage import object_store
+from distributed_rerank.storage.remote_folders import fetch
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from ray_head import Head, ask, started_head
 from s3_server import ENVIRONMENT, Server, put_folder
 
 from distributed_rerank import command_line
-from distributed_rerank.data.remote_folders import fetch
+from distributed_rerank.storage.remote_folders import fetch
 
 ROOT = Path(__file__).resolve().parents[2]
 GUIDE, README = ((ROOT / name).read_text(encoding="utf-8") for name in ("docs/cluster.md", "README.md"))

@@ -10,13 +10,13 @@ import timm
 import torch
 
 from distributed_rerank.config.extractor import ExtractorConfig, parse_named_values
-from distributed_rerank.data import locations
 from distributed_rerank.data.transforms import InferenceTransform
 from distributed_rerank.errors import BadInput
 from distributed_rerank.models import extractor as extractor_module
 from distributed_rerank.models import precision as precision_module
 from distributed_rerank.models import vit
 from distributed_rerank.models.extractor import build_extractor, weights_digest
+from distributed_rerank.storage import locations
 
 CPU = torch.device("cpu")
 

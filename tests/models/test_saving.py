@@ -131,7 +131,7 @@ def test_load_model_of_a_hub_id_reads_the_copy_at_hand_with_its_chain(saved, tmp
 
 @pytest.mark.parametrize(
     "name",
-    ["os:system", "subprocess:run", "torch.hub:load", "builtins:eval", "distributed_rerank.data.files:write_bytes"],
+    ["os:system", "subprocess:run", "torch.hub:load", "builtins:eval", "distributed_rerank.storage.files:write_bytes"],
 )
 def test_model_folder_that_names_code_of_python_or_of_a_package_is_refused(name: str) -> None:
     with pytest.raises(BadInput, match="is no module of your own"):

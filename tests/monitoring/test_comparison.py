@@ -7,9 +7,9 @@ import pandas as pd
 import pytest
 from planted_runs import CATEGORIES, planted_catalogue, planted_ranking, write_run
 
-from distributed_rerank.data import artifacts, manifests
 from distributed_rerank.errors import BadInput
 from distributed_rerank.monitoring.comparison import compare_runs, comparison_in_text
+from distributed_rerank.storage import artifacts, manifests
 
 
 def values_of(folder: Path, column: str) -> pd.Series:

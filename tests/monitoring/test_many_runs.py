@@ -11,12 +11,12 @@ import pandas as pd
 import pytest
 from planted_runs import planted_catalogue, planted_ranking, write_run
 
-from distributed_rerank.data import manifests
 from distributed_rerank.data.candidates import candidates_table
 from distributed_rerank.data.catalogue import Catalogue
 from distributed_rerank.data.exports import write_trec_run
 from distributed_rerank.errors import BadInput
 from distributed_rerank.monitoring.many_runs import compare_all
+from distributed_rerank.storage import manifests
 from distributed_rerank.tensors.candidate_lists import CandidateLists
 from distributed_rerank.tensors.statistics import holm
 

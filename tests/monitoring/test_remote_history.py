@@ -7,9 +7,9 @@ import pandas as pd
 import pyarrow.parquet as pq
 from s3_server import Server
 
-from distributed_rerank.data import object_store
 from distributed_rerank.monitoring.history import COLUMNS, accept, append, merge, read_history, references
 from distributed_rerank.monitoring.remote_history import RemoteHistory
+from distributed_rerank.storage import object_store
 
 
 def row(run_id: str, exit_code: int = 0) -> dict[str, Any]:

@@ -9,11 +9,11 @@ import pyarrow.parquet as pq
 import pytest
 from planted_runs import planted_catalogue, planted_ranking, write_run
 
-from distributed_rerank.data import artifacts, manifests
 from distributed_rerank.data.candidates import candidates_table
 from distributed_rerank.data.catalogue import Catalogue
 from distributed_rerank.errors import BadInput
 from distributed_rerank.monitoring.unlabelled import check_source, expect, in_words
+from distributed_rerank.storage import artifacts, manifests
 from distributed_rerank.tensors.candidate_lists import CandidateLists
 
 

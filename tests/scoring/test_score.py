@@ -15,7 +15,6 @@ from torch import Tensor
 
 from distributed_rerank.config.work import WorkConfig
 from distributed_rerank.data import tables
-from distributed_rerank.data.artifacts import read_manifest
 from distributed_rerank.data.images import read_image
 from distributed_rerank.errors import BadInput
 from distributed_rerank.models.concat_siamese import ConcatSiamese
@@ -24,6 +23,7 @@ from distributed_rerank.scoring import plan as scoring_plan
 from distributed_rerank.scoring import score as scoring
 from distributed_rerank.scoring.rounds import ScoredBlock, Scoring
 from distributed_rerank.scoring.stage import score_candidates
+from distributed_rerank.storage.artifacts import read_manifest
 from distributed_rerank.tensors.candidate_lists import empty_lists
 from tests.small_catalogue import concat_model, distance_model, make_catalogue, make_lists, save_picture
 

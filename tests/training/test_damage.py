@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from training_examples import build_task
 
-from distributed_rerank.data import begun
-from distributed_rerank.data.files import is_intact
 from distributed_rerank.errors import BadInput
+from distributed_rerank.storage import begun
+from distributed_rerank.storage.files import is_intact
 from distributed_rerank.training import run as training_run
 from distributed_rerank.training.encodings import holds_model
 from distributed_rerank.training.run import CHECKPOINTS, fit

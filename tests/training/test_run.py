@@ -14,12 +14,12 @@ from training_examples import BACKBONE, TOKENS, build_task
 from distributed_rerank.config.augmentation import Augmentation
 from distributed_rerank.config.pairwise import ConcatSiameseConfig, DistanceSiameseConfig
 from distributed_rerank.config.training import TrainingConfig
-from distributed_rerank.data import begun
 from distributed_rerank.errors import BadInput
 from distributed_rerank.models import precision as precision_module
 from distributed_rerank.models.distance_siamese import DistanceSiamese
 from distributed_rerank.models.saving import load_model
 from distributed_rerank.runtime.devices import pick_device
+from distributed_rerank.storage import begun
 from distributed_rerank.tensors.hardware import bf16_support
 from distributed_rerank.training import tracking
 from distributed_rerank.training.run import fit, is_over, note_device, results, train_all

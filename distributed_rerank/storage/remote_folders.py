@@ -17,11 +17,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from distributed_rerank.data import object_store
-from distributed_rerank.data.files import bytes_digest, file_digest, write_bytes
-from distributed_rerank.data.leases import Lease
-from distributed_rerank.data.manifests import MANIFEST
 from distributed_rerank.errors import BadInput, Outage
+from distributed_rerank.storage import object_store
+from distributed_rerank.storage.files import bytes_digest, file_digest, write_bytes
+from distributed_rerank.storage.leases import Lease
+from distributed_rerank.storage.manifests import MANIFEST
 
 logger = logging.getLogger(__name__)
 

@@ -15,12 +15,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from distributed_rerank.data import artifacts, manifests
 from distributed_rerank.errors import BadInput
+from distributed_rerank.storage import artifacts, manifests
+from distributed_rerank.storage.files import atomic_path, file_digest, write_json
 
 HOLD = """
 import sys
-from distributed_rerank.data import artifacts, manifests
+from distributed_rerank.storage import artifacts, manifests
 staging = artifacts.stage(sys.argv[1], {"seed": 1})
 store = staging.blocks("rows")
 store.write(0, __import__("pyarrow").table({"x": [0]}))
@@ -31,7 +32,7 @@ sys.stdin.read()
 
 PUBLISH = """
 import sys
-from distributed_rerank.data import artifacts, manifests
+from distributed_rerank.storage import artifacts, manifests
 from distributed_rerank.errors import BadInput
 out, seed = sys.argv[1], int(sys.argv[2])
 with artifacts.stage(out, {"seed": seed}) as staging:
@@ -53,7 +54,7 @@ def _make(folder: Path, fingerprint: dict, text: str = "result") -> None:
 
 
 def _write_unwritable(path: Path) -> None:
-    with artifacts.atomic_path(path) as temporary:
+    with atomic_path(path) as temporary:
         temporary.write_text("half")
         pq.write_table(pa.table({"x": pa.array([{}], pa.struct([]))}), temporary)
 
@@ -190,11 +191,11 @@ def test_second_process_is_refused_and_a_killed_one_is_taken_over(tmp_path: Path
 
 def test_atomic_path_failing_writer_leaves_the_old_file(tmp_path: Path) -> None:
     path = tmp_path / "a.json"
-    artifacts.write_json(path, {"b": 1, "a": [1]})
+    write_json(path, {"b": 1, "a": [1]})
     with pytest.raises(pa.ArrowNotImplementedError):
         _write_unwritable(path)
     with pytest.raises(ValueError, match="JSON"):
-        artifacts.write_json(path, float("nan"))
+        write_json(path, float("nan"))
     assert json.loads(path.read_text()) == {"a": [1], "b": 1}
     assert path.read_text().index('"a"') < path.read_text().index('"b"')
     assert [file.name for file in tmp_path.iterdir()] == ["a.json"]
@@ -202,7 +203,7 @@ def test_atomic_path_failing_writer_leaves_the_old_file(tmp_path: Path) -> None:
 
 def test_digests_follow_content_only(tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes(b"x" * 100_000)
-    assert artifacts.file_digest(tmp_path / "a") == hashlib.sha256(b"x" * 100_000).hexdigest()
+    assert file_digest(tmp_path / "a") == hashlib.sha256(b"x" * 100_000).hexdigest()
     assert artifacts.json_digest({"a": 1, "b": [1, 2]}) == artifacts.json_digest({"b": [1, 2], "a": 1})
     assert artifacts.json_digest({"b": [1, 2]}) != artifacts.json_digest({"b": [2, 1]})
 
@@ -351,7 +352,7 @@ def _overwrite(out: Path) -> None:
         store = staging.blocks("rows")
         for number in sorted({0, 1} - store.done()):
             store.write(number, pa.table({"x": [number]}))
-        artifacts.write_json(staging.path / "result.json", pa.concat_tables(store.tables())["x"].to_pylist())
+        write_json(staging.path / "result.json", pa.concat_tables(store.tables())["x"].to_pylist())
         staging.finish()
 
 

@@ -19,16 +19,18 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from distributed_rerank.data import begun, locks
-from distributed_rerank.data.begun import BEGUN, ComputedWith
-from distributed_rerank.data.files import atomic_path as atomic_path
-from distributed_rerank.data.files import bytes_digest, file_digests, json_digest, write_bytes
-from distributed_rerank.data.files import file_digest as file_digest
-from distributed_rerank.data.files import write_json as write_json
-from distributed_rerank.data.manifests import MANIFEST, SCHEMA_VERSION, check_folder, read_manifest, write_manifest
-from distributed_rerank.data.texts import give_back_memory
 from distributed_rerank.errors import BadInput
 from distributed_rerank.runtime import logs
+from distributed_rerank.runtime.memory import give_back_memory
+from distributed_rerank.storage import begun, locks
+from distributed_rerank.storage.begun import BEGUN, ComputedWith
+from distributed_rerank.storage.files import (
+    bytes_digest,
+    file_digests,
+    json_digest,
+    write_bytes,
+)
+from distributed_rerank.storage.manifests import MANIFEST, SCHEMA_VERSION, check_folder, read_manifest, write_manifest
 
 logger = logging.getLogger(__name__)
 

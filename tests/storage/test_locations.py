@@ -3,8 +3,8 @@ from pathlib import Path
 import pytest
 from s3_server import Server
 
-from distributed_rerank.data import locations, object_store, paths
 from distributed_rerank.errors import BadInput
+from distributed_rerank.storage import locations, object_store, paths
 
 
 def test_s3_objects_are_read_even_with_spaces_in_their_names(s3: Server) -> None:

@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 from s3_server import Server
 
-from distributed_rerank.data import object_store
-from distributed_rerank.data.object_store import Conflict, delete, read, read_tagged, sizes, write
 from distributed_rerank.errors import BadInput, Outage
+from distributed_rerank.storage import object_store
+from distributed_rerank.storage.object_store import Conflict, delete, read, read_tagged, sizes, write
 
 NAMES = ["a b.png", "ü/ß.jpg", "100%.txt", "what?x=1#y", "a+b&c=d.csv", "deep/er/est", "~tilde", "a:b"]
 

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from distributed_rerank.data import locks
+from distributed_rerank.storage import locks
 
 HOLD = """
 import sys
 from pathlib import Path
-from distributed_rerank.data import locks
+from distributed_rerank.storage import locks
 lock = locks.take(Path(sys.argv[1]))
 print("held" if lock is not None else "refused", flush=True)
 sys.stdin.read()
@@ -22,7 +22,7 @@ sys.stdin.read()
 COUNT = """
 import sys
 from pathlib import Path
-from distributed_rerank.data import locks
+from distributed_rerank.storage import locks
 lock, counter = Path(sys.argv[1]), Path(sys.argv[2])
 for _ in range(50):
     with locks.wait_for(lock):

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from distributed_rerank import __version__
-from distributed_rerank.data.files import OWN_DIGEST, file_digests, has_its_digest, with_digest, write_json
 from distributed_rerank.errors import BadInput
+from distributed_rerank.storage.files import OWN_DIGEST, file_digests, has_its_digest, with_digest, write_json
 
 SCHEMA_VERSION = 2
 """Of manifest.json. 1 had no digests of files, and a code version in the fingerprint."""

@@ -11,9 +11,9 @@ import secrets
 import socket
 import time
 
-from distributed_rerank.data import object_store
-from distributed_rerank.data.object_store import Conflict, Tag
 from distributed_rerank.errors import BadInput
+from distributed_rerank.storage import object_store
+from distributed_rerank.storage.object_store import Conflict, Tag
 
 logger = logging.getLogger(__name__)
 

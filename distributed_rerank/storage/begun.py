@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from distributed_rerank.data.files import OWN_DIGEST, has_its_digest, with_digest, write_json
 from distributed_rerank.errors import BadInput
+from distributed_rerank.storage.files import OWN_DIGEST, has_its_digest, with_digest, write_json
 
 BEGUN = ".begun.json"
 

@@ -17,9 +17,9 @@ from contextlib import contextmanager
 
 import fsspec
 
-from distributed_rerank.data import object_store
-from distributed_rerank.data.paths import absolute, scheme_of
 from distributed_rerank.errors import BadInput
+from distributed_rerank.storage import object_store
+from distributed_rerank.storage.paths import absolute, scheme_of
 
 SCHEMES = frozenset({"file", "hf"}) | object_store.SCHEMES
 _HOSTS = {

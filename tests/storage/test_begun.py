@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from distributed_rerank.data import artifacts, begun
-from distributed_rerank.data.begun import ComputedWith
 from distributed_rerank.errors import BadInput
+from distributed_rerank.storage import artifacts, begun
+from distributed_rerank.storage.begun import ComputedWith
 
 CPU = ComputedWith("cpu", "bfloat16", "bfloat16")
 GPU = ComputedWith("cuda", "bfloat16", "bfloat16", "NVIDIA A")

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 from s3_server import Server
 
-from distributed_rerank.data import artifacts, leases, object_store, remote_folders
-from distributed_rerank.data.leases import Lease
-from distributed_rerank.data.remote_folders import RemoteFolder, fetch
 from distributed_rerank.errors import BadInput
+from distributed_rerank.storage import artifacts, leases, object_store, remote_folders
+from distributed_rerank.storage.leases import Lease
+from distributed_rerank.storage.remote_folders import RemoteFolder, fetch
 
 PRINT = artifacts.make_fingerprint("embed", config=1)
 

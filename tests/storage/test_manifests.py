@@ -11,9 +11,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from distributed_rerank.data import files, manifests
 from distributed_rerank.data.embeddings import read_embeddings
 from distributed_rerank.errors import BadInput
+from distributed_rerank.storage import files, manifests
 
 
 @pytest.fixture
