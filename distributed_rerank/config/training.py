@@ -60,7 +60,7 @@ class TrainingConfig:
     """lists: pairs from the anchors' own candidate lists; batch: OML's balanced batches with hard pairs;
     whole_batch: every image of a balanced batch against all others, for embeddings, whose pairs cost nothing."""
     n_labels: int = 30
-    """Labels in a balanced batch (mining=batch, whole_batch)."""
+    """Labels in a balanced batch, or all where there are fewer (mining=batch, whole_batch)."""
     n_instances: int = 4
     """Images per label in a balanced batch (mining=batch, whole_batch)."""
     lists_per_step: int = 64
@@ -119,6 +119,8 @@ class TrainingConfig:
     """Share of the train labels that a model without projections to fit is never trained on: early stopping
     and chain are chosen on them. Models with projections are trained on either half of the labels and judged
     on the other."""
+    least_aside: int = 0
+    """So many labels are set aside where --set-aside gives fewer, but no more than 40 %: few labels show little."""
     top_n: int = 50
     """Candidates of a query that the model re-ranks for the validation figure."""
     views: int = 1
@@ -240,6 +242,7 @@ EXTRACTOR_DEFAULTS = TrainingConfig(
     weight_decay=1e-4,
     warmup_steps=20,
     patience=5,
+    least_aside=16,
 )
 """Fine-tuning of a pretrained extractor by its own distances; untrained networks want a higher backbone_lr."""
 

@@ -86,9 +86,9 @@ def read_teacher(place: str | Path) -> Teacher | TableTeacher:
     return Teacher(model, fusion if fusion is not None and fusion.rule == "fuse" else None)
 
 
-def check_teachable(config: TrainingConfig) -> None:
-    """Raises BadInput for a loss or mining that cannot use a teacher."""
-    if not is_list_loss(config.loss) or config.mining != "lists":
+def check_teachable(config: TrainingConfig, teacher: Teacher | TableTeacher | None) -> None:
+    """Raises BadInput for a loss or mining that cannot use the teacher, where there is one."""
+    if teacher is not None and (not is_list_loss(config.loss) or config.mining != "lists"):
         raise BadInput(
             f"a teacher orders lists, and loss={config.loss} with mining={config.mining} has none; "
             "take --loss listwise --mining lists, or leave --teacher out"

@@ -27,6 +27,7 @@ from distributed_rerank.storage import begun
 from distributed_rerank.training import tracking
 from distributed_rerank.training.encodings import FittedModel, encode_images, fit_start
 from distributed_rerank.training.epoch import train_epoch
+from distributed_rerank.training.evidence import evidence_of
 from distributed_rerank.training.images import (
     MAX_PAIRS,
     CachedPairFeatures,
@@ -50,7 +51,6 @@ from distributed_rerank.training.task import (
     TrainingRun,
     TrainingTask,
     TrainingWorker,
-    evidence_of,
     plan_epoch,
 )
 from distributed_rerank.training.validation import encode_all, is_remining_due, mine_again, score_lists_together

@@ -57,6 +57,8 @@ class LabelsToUse:
     """For chain.json: `seen` (how many train labels the extractor has seen), `source`, `text`."""
     seen_before: frozenset[str] = frozenset()
     """Digests of the labels that the extractor's weights file names."""
+    seen: Catalogue | None = None
+    """Train images of labels that the extractor has seen, where other labels are chosen on."""
 
 
 def check_enough_labels(catalogue: Catalogue, config: EvidenceConfig) -> None:
@@ -104,7 +106,9 @@ def pick_labels(
         images, text = train, f"so no label shows what re-ranking is worth, and the chain is the first stage: {FIX}"
     text = f"{seen}; {text}" if n_seen else text
     logger.log(logging.INFO if is_valid else logging.WARNING, "%s", text)
-    return LabelsToUse(images, is_valid, {"seen": n_seen, "source": source, "text": text}, seen_before)
+    note = {"seen": n_seen, "source": source, "text": text}
+    seen_images = train.take(np.flatnonzero(is_seen)) if n_seen and is_valid else None
+    return LabelsToUse(images, is_valid, note, seen_before, seen_images)
 
 
 def unseen(train: Catalogue, source: str, seen_before: frozenset[str]) -> LabelsToUse:

@@ -7,18 +7,16 @@ done in the staging folder of the fingerprint, so the same command goes on after
 import logging
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from jaxtyping import Float32, Int64
-from torch.nn.functional import pad
 
-from distributed_rerank import extraction, retrieval
+from distributed_rerank import extraction
 from distributed_rerank.chain.chain import Chain, read_chain, write_chain
 from distributed_rerank.chain.choice import choose, choose_views
 from distributed_rerank.chain.evidence import Evidence
@@ -46,6 +44,7 @@ from distributed_rerank.training.adaptation import Adaptation, choose_adaptation
 from distributed_rerank.training.card import CARD, model_card
 from distributed_rerank.training.distillation import TableTeacher, Teacher, check_teachable, score_by_teacher
 from distributed_rerank.training.encodings import FULL_ENCODER, FittedModel, holds_model, keep_model
+from distributed_rerank.training.evidence import evidence_beside_seen, evidence_from, evidence_of_runs, retrieve_among
 from distributed_rerank.training.plan import sides
 from distributed_rerank.training.run import fit as fit_in_this_process
 from distributed_rerank.training.run import results
@@ -57,8 +56,6 @@ from distributed_rerank.training.task import (
     State,
     TrainingRun,
     TrainingTask,
-    evidence_from,
-    evidence_of,
     join_lists,
 )
 
@@ -96,8 +93,7 @@ def train(
     """
     work = work or WorkConfig()
     check_services(services)
-    if teacher is not None:
-        check_teachable(config)
+    check_teachable(config, teacher)
     evidence = evidence or EvidenceConfig()
     check_enough_labels(catalogue, evidence)
     given = None if embeddings_folder is None else extraction.embeddings_of_others(Path(embeddings_folder))
@@ -108,8 +104,8 @@ def train(
     run_name = f"{Path(out).name}-{artifacts.json_digest(fingerprint)[:8]}"
     with opened(services, run_name, fingerprint) as tracked, artifacts.stage(out, fingerprint, overwrite) as staging:
         scratch = staging.path / "work"
-        folder = Path(embeddings_folder or scratch / "embeddings")
-        embed = partial(embeddings_of, given, model_config.extractor, folder, work, executors)
+        kept = Path(embeddings_folder or scratch / "embeddings")
+        embed = partial(embeddings_of, given, model_config.extractor, kept, work, executors)
         used = pick_labels(catalogue, model_config.extractor.weights, evidence, embed)
         images = used.images.as_query_and_gallery()
         embeddings = embed(images)
@@ -120,7 +116,8 @@ def train(
         log_mining_report(task, embeddings, own, staging.path, executors)
         task = taught(task, teacher, own / "teacher", work, executors)
         state = fit(replace(task, tracked=tuple(tracked)), own / "run")
-        chain = write_model(task, state, own / "run", staging.path, used)
+        crowded = partial(evidence_beside_seen, catalogue, images, used.seen, embed, config, own / "crowded", executors)
+        chain = write_model(task, state, own / "run", staging.path, used, crowded)
         write_first_stage(task, embeddings, fingerprint["extraction"]["extractor"], staging.path)
         staging.remember_from(own / "run")
         shutil.rmtree(scratch)
@@ -225,7 +222,8 @@ def make_task(
     if not holds_model(model_folder):
         keep_model(build_model(model_config), model_folder)
     is_halved = isinstance(load_model(model_folder), FittedModel) and config.backbone_lr == 0
-    side = sides(images.labels.astype(np.int64), 0.5 if is_halved else config.set_aside, config.seed)
+    share, least = (0.5, 0) if is_halved else (config.set_aside, config.least_aside)
+    side = sides(images.labels.astype(np.int64), share, config.seed, least)
     adapted = adapt(images, embeddings, side, config, work, executors)
     first, second = adapted.lists
     if is_halved:
@@ -284,24 +282,6 @@ def adapt(
     )
 
 
-def retrieve_among(
-    items: Int64[np.ndarray, " image"],
-    images: Catalogue,
-    embeddings: Embeddings,
-    n_items: int,
-    folder: Path,
-    executors: Executors | None = None,
-) -> CandidateLists:
-    """Candidates of each of these items among them, one row per item in their order, as items of `images`."""
-    among = images.take(items).as_query_and_gallery()
-    local = retrieval.retrieve(among, embeddings, n_items, folder, executors=executors).of_queries(
-        torch.arange(len(items))
-    )
-    # [item, candidate]: rows in the order of `items`, and item numbers of `images` instead of those among `items`.
-    numbers = torch.from_numpy(items)
-    return CandidateLists(numbers, torch.where(local.items >= 0, numbers[local.items], -1), local.distances)
-
-
 def log_mining_report(
     task: TrainingTask, embeddings: Embeddings, work: Path, folder: Path, executors: Executors | None
 ) -> None:
@@ -312,7 +292,14 @@ def log_mining_report(
     logger.info("%s", mining.mining_in_text(mining.write_mining(task, nearest, folder)))
 
 
-def write_model(task: TrainingTask, state: State, run_folder: Path, folder: Path, used: LabelsToUse) -> Chain:
+def write_model(
+    task: TrainingTask,
+    state: State,
+    run_folder: Path,
+    folder: Path,
+    used: LabelsToUse,
+    crowded: Callable[[], Evidence],
+) -> Chain:
     """Writes the weights to keep, the chain that the validation labels choose for them, and the training's history."""
     of_runs = dict(zip((run.name for run in task.runs), results(state), strict=True))
     kept = {name: result["best"]["epoch"] for name, result in of_runs.items()}
@@ -328,7 +315,8 @@ def write_model(task: TrainingTask, state: State, run_folder: Path, folder: Path
     chain = Chain()
     if used.is_valid:
         evidence = evidence_of_runs(task, list(of_runs.values()))
-        found = choose(evidence, task.config.seed, task.config.accept)
+        is_alone = used.seen is None or task.start.steps
+        found = choose(evidence, task.config.seed, task.config.accept, None if is_alone else crowded)
         found = choose_views(evidence, found, task.config.seed, task.config.accept)
         steps, on = (*task.start.steps, *found.steps), found.chosen_on | task.start.chosen_on
         chain = replace(found, steps=steps, chosen_on=on, adapter=task.start.adapter)
@@ -353,16 +341,3 @@ def trained_labels(task: TrainingTask) -> set[str]:
         return set()
     labels = np.unique(task.catalogue.labels[task.runs[-1].anchors.query_items.numpy()])
     return {label_digest(str(task.catalogue.label_names[number])) for number in labels if number >= 0}
-
-
-def evidence_of_runs(task: TrainingTask, of_runs: Sequence[State]) -> Evidence:
-    """The validation lists of all runs together, each with logits of a model that was not trained on its labels."""
-    measured = [
-        (run.validation, result["best"]["logits"])
-        for run, result in zip(task.runs, of_runs, strict=True)
-        if run.validation is not None
-    ]
-    width = max(logits.shape[1] for _, logits in measured)
-    padded = [pad(logits, (0, width - logits.shape[1]), value=torch.nan) for _, logits in measured]
-    order = torch.cat([lists.query_items for lists, _ in measured]).argsort()
-    return evidence_of(task, join_lists([lists for lists, _ in measured]), torch.cat(padded)[order])

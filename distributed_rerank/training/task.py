@@ -14,14 +14,10 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from distributed_rerank.chain.chain import Chain
-from distributed_rerank.chain.evidence import Evidence, Things
-from distributed_rerank.config.training import Target, TrainingConfig
+from distributed_rerank.config.training import TrainingConfig
 from distributed_rerank.data.catalogue import Catalogue
-from distributed_rerank.runtime.devices import tensor_of
-from distributed_rerank.tensors import metrics
 from distributed_rerank.tensors.candidate_lists import CandidateLists, concatenate
 from distributed_rerank.tensors.pair_values import PairValues
-from distributed_rerank.tensors.things import count_relevant_things
 from distributed_rerank.training.plan import TrainingStep, plan_batches, plan_lists, reorder
 from distributed_rerank.training.services import ServiceRun
 
@@ -107,33 +103,3 @@ def join_lists(parts: list[CandidateLists]) -> CandidateLists:
     width = max(part.items.shape[1] for part in parts)
     joined = concatenate([part.padded(width) for part in parts])
     return joined[joined.query_items.argsort()]
-
-
-def evidence_of(task: TrainingTask, lists: CandidateLists, logits: Float[Tensor, "query top_n"] | None) -> Evidence:
-    """`evidence_from` the task's images."""
-    return evidence_from(task.catalogue, task.embeddings, lists, logits, task.config.target)
-
-
-def evidence_from(
-    catalogue: Catalogue,
-    embeddings: Float[Tensor, "item dim"],
-    lists: CandidateLists,
-    logits: Float[Tensor, "query top_n"] | None,
-    target: Target,
-) -> Evidence:
-    """These lists with the logits of their first candidates, their items numbered 0, 1, ... among themselves.
-
-    The lists must hold all images of a label, so that the relevant items of each can be counted among them.
-    """
-    # [query] ascending item numbers, [query, candidate] item numbers -> places among the queries, -1 = none.
-    items = lists.query_items
-    local = torch.where(lists.items >= 0, torch.searchsorted(items, lists.items.clamp(min=0)), -1)
-    labels, sequences = (tensor_of(codes)[items].long() for codes in (catalogue.labels, catalogue.sequences))
-    everyone = torch.arange(len(items))
-    n_relevant = metrics.count_relevant(everyone, labels, sequences, everyone, labels, sequences)
-    own_lists = CandidateLists(everyone, local, lists.distances)
-    things = None
-    if catalogue.things is not None:
-        numbers = tensor_of(catalogue.things)[items]
-        things = Things(numbers, count_relevant_things(everyone, everyone, labels, sequences, numbers))
-    return Evidence(own_lists, labels, n_relevant, logits, embeddings[items], target, things)

@@ -100,7 +100,7 @@ def test_stage_with_a_teacher_says_so_in_its_fingerprint(tmp_path: Path) -> None
 @pytest.mark.parametrize("changes", [{"loss": "bce"}, {"mining": "whole_batch"}])
 def test_teacher_without_lists_is_refused(changes: dict[str, Any]) -> None:
     with pytest.raises(BadInput, match="leave --teacher out"):
-        check_teachable(replace(SMALL, **changes))
+        check_teachable(replace(SMALL, **changes), Teacher(DistanceSiamese(RANDOM)))
 
 
 def test_table_of_scores_teaches_as_its_model_would(task: TrainingTask, taught: PairValues, tmp_path: Path) -> None:

@@ -115,6 +115,13 @@ def test_halves_leave_unlabelled_items_out() -> None:
     assert sorted(np.bincount(half[half >= 0])) == [4, 4]
 
 
+@pytest.mark.parametrize(("n_labels", "expected"), [(8, 3), (20, 8), (40, 16), (60, 16), (100, 25)])
+def test_few_labels_set_more_than_their_share_aside(n_labels: int, expected: int) -> None:
+    labels = np.repeat(np.arange(n_labels), 3)
+    aside = set_aside_labels(labels, 0.25, seed=5, least=16)
+    assert len(np.unique(labels[aside])) == expected
+
+
 def test_set_aside_of_too_few_labels_is_refused() -> None:
     with pytest.raises(BadInput, match="3 train labels"):
         set_aside_labels(np.repeat(np.arange(3), 2), 0.25, seed=0)

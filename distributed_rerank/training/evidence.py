@@ -1,0 +1,121 @@
+"""What a chain is chosen on: candidate lists of labels that the model was not trained on."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+from torch.nn.functional import pad
+
+from distributed_rerank import retrieval
+from distributed_rerank.chain.evidence import Evidence, Things
+from distributed_rerank.config.training import Target, TrainingConfig
+from distributed_rerank.data.catalogue import Catalogue
+from distributed_rerank.data.embeddings import Embeddings
+from distributed_rerank.executors import Executors
+from distributed_rerank.runtime.devices import tensor_of
+from distributed_rerank.tensors import metrics
+from distributed_rerank.tensors.candidate_lists import CandidateLists
+from distributed_rerank.tensors.things import count_relevant_things
+from distributed_rerank.training.task import State, TrainingTask, join_lists
+
+MAX_BESIDE = 20_000
+"""Images of labels that the extractor has seen, in the gallery of `evidence_beside_seen`."""
+
+
+def retrieve_among(
+    items: Int64[np.ndarray, " image"],
+    images: Catalogue,
+    embeddings: Embeddings,
+    n_items: int,
+    folder: Path,
+    executors: Executors | None = None,
+) -> CandidateLists:
+    """Candidates of each of these items among them, one row per item in their order, as items of `images`."""
+    among = images.take(items).as_query_and_gallery()
+    local = retrieval.retrieve(among, embeddings, n_items, folder, executors=executors).of_queries(
+        torch.arange(len(items))
+    )
+    # [item, candidate]: rows in the order of `items`, and item numbers of `images` instead of those among `items`.
+    numbers = torch.from_numpy(items)
+    return CandidateLists(numbers, torch.where(local.items >= 0, numbers[local.items], -1), local.distances)
+
+
+def evidence_of(task: TrainingTask, lists: CandidateLists, logits: Float[Tensor, "query top_n"] | None) -> Evidence:
+    """`evidence_from` the task's images."""
+    return evidence_from(task.catalogue, task.embeddings, lists, logits, task.config.target)
+
+
+def evidence_from(
+    catalogue: Catalogue,
+    embeddings: Float[Tensor, "item dim"],
+    lists: CandidateLists,
+    logits: Float[Tensor, "query top_n"] | None,
+    target: Target,
+) -> Evidence:
+    """These lists with the logits of their first candidates, their items numbered 0, 1, ... among themselves.
+
+    The lists must hold all images of a label, so that the relevant items of each can be counted among them.
+    """
+    # [query] ascending item numbers, [query, candidate] item numbers -> places among the queries, -1 = none.
+    items = lists.query_items
+    local = torch.where(lists.items >= 0, torch.searchsorted(items, lists.items.clamp(min=0)), -1)
+    labels, sequences = (tensor_of(codes)[items].long() for codes in (catalogue.labels, catalogue.sequences))
+    everyone = torch.arange(len(items))
+    n_relevant = metrics.count_relevant(everyone, labels, sequences, everyone, labels, sequences)
+    own_lists = CandidateLists(everyone, local, lists.distances)
+    things = None
+    if catalogue.things is not None:
+        numbers = tensor_of(catalogue.things)[items]
+        things = Things(numbers, count_relevant_things(everyone, everyone, labels, sequences, numbers))
+    return Evidence(own_lists, labels, n_relevant, logits, embeddings[items], target, things)
+
+
+def evidence_of_runs(task: TrainingTask, of_runs: Sequence[State]) -> Evidence:
+    """The validation lists of all runs together, each with logits of a model that was not trained on its labels."""
+    measured = [
+        (run.validation, result["best"]["logits"])
+        for run, result in zip(task.runs, of_runs, strict=True)
+        if run.validation is not None
+    ]
+    width = max(logits.shape[1] for _, logits in measured)
+    padded = [pad(logits, (0, width - logits.shape[1]), value=torch.nan) for _, logits in measured]
+    order = torch.cat([lists.query_items for lists, _ in measured]).argsort()
+    return evidence_of(task, join_lists([lists for lists, _ in measured]), torch.cat(padded)[order])
+
+
+def evidence_beside_seen(
+    catalogue: Catalogue,
+    images: Catalogue,
+    seen: Catalogue | None,
+    embed: Callable[[Catalogue], Embeddings],
+    config: TrainingConfig,
+    folder: Path,
+    executors: Executors | None,
+) -> Evidence:
+    """Lists of `images` in a gallery that holds images of labels the extractor has seen as well.
+
+    Those are candidates, never queries. A few labels among themselves are ranked so well that no step can show a gain;
+    with others around them they are ranked about as new photos in a real gallery are.
+    """
+    assert seen is not None, "there are such images"
+    own = catalogue.items_of(images.ids)
+    items = np.union1d(own, catalogue.items_of(drawn_labels(seen, MAX_BESIDE, config.seed).ids))
+    both = catalogue.take(items).as_query_and_gallery()
+    embeddings = embed(both)
+    is_there = embeddings.rows_of(both.ids) >= 0  # some images cannot be read
+    items, both = items[is_there], both.take(np.flatnonzero(is_there))
+    lists = retrieve_among(np.arange(len(both)), both, embeddings, config.n_items, folder, executors)
+    matrix = tensor_of(embeddings.matrix[embeddings.rows_of(both.ids)])
+    is_query = torch.from_numpy(np.isin(items, own))
+    return evidence_from(both, matrix, lists, None, config.target).with_queries(is_query)
+
+
+def drawn_labels(images: Catalogue, most: int, seed: int) -> Catalogue:
+    """All images of labels drawn by `seed`, at most `most` images."""
+    labels, counts = np.unique(images.labels, return_counts=True)
+    order = np.random.default_rng([seed, 0xC0D]).permutation(len(labels))
+    kept = labels[order][counts[order].cumsum() <= most]
+    return images.take(np.flatnonzero(np.isin(images.labels, kept)))
