@@ -3,13 +3,18 @@
 python _points.py score '{"n_queries": 32, "n_images": 160, "top_n": 10}'
 """
 
+import importlib
 import json
+import os
 import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, cast
 
@@ -35,9 +40,10 @@ from distributed_rerank.config.pairwise import ConcatSiameseConfig
 from distributed_rerank.config.training import TrainingConfig
 from distributed_rerank.config.work import WorkConfig
 from distributed_rerank.data.candidate_files import read_candidates
-from distributed_rerank.data.catalogue import Catalogue
+from distributed_rerank.data.catalogue import Catalogue, ImageRef
 from distributed_rerank.data.catalogue_files import read_catalogue
 from distributed_rerank.data.decoding import decode
+from distributed_rerank.data.transforms import InferenceTransform
 from distributed_rerank.evaluation import measure as evaluation
 from distributed_rerank.evaluation.run import evaluate
 from distributed_rerank.executors import Executors
@@ -74,6 +80,30 @@ def write_photos(folder: Path, n_images: int, n_queries: int) -> Catalogue:
         rows.append({"label": label, "path": path, "split": "validation", "is_query": is_query, "is_gallery": True})
     pd.DataFrame(rows).to_csv(folder / "df.csv", index=False)
     return read_catalogue(str(folder / "df.csv"), purpose="evaluation")
+
+
+def bucket(folder: Path, n_images: int = 1024, latency_s: float = 0.05, size: int = 224) -> Answer:
+    """Images a second read from a bucket that answers late and decoded, by two processes with a block of 256 each."""
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+    s3 = importlib.import_module("s3_server")
+    catalogue = write_photos(folder, n_images, 1)
+    with s3.started() as server, ProcessPoolExecutor(2, get_context("spawn")) as workers:
+        os.environ.update(s3.ENVIRONMENT, AWS_ENDPOINT_URL=server.address)
+        server.make_bucket("slow")
+        s3.put_folder(folder, f"{server.bucket}/photos")
+        refs = [
+            ImageRef(ref.id, f"{server.bucket}/photos/images/{Path(ref.path).name}", None) for ref in catalogue.images()
+        ]
+        decode_block = partial(decode, transform=InferenceTransform(size=(size, size)))
+        list(workers.map(decode_block, [refs[:2]] * 4))  # the imports
+        server.requests()
+        server.faults(latency_s=latency_s)
+        blocks = [refs[start : start + 256] for start in range(0, n_images, 256)]
+        began = time.perf_counter()
+        kept = sum(len(block.kept) for block in workers.map(decode_block, blocks))
+        seconds = time.perf_counter() - began
+        assert kept == n_images, f"{n_images - kept} images were not read"
+        return {"seconds": seconds, "images_per_s": n_images / seconds, "requests": len(server.requests())}
 
 
 def random_lists(catalogue: Catalogue, n_queries: int, top_n: int) -> CandidateLists:
@@ -363,6 +393,7 @@ class MadeUpLogits:
 
 
 POINTS = {
+    "bucket": bucket,
     "driver_memory": driver_memory,
     "score": score,
     "bare_loop": bare_loop,
