@@ -65,12 +65,6 @@ def probability(distances: Float[Tensor, "..."], curve: Logistic) -> Float64[Ten
     return (curve.intercept - curve.slope * distances.double()).sigmoid()
 
 
-def negative_log_likelihood(probabilities: Float[Tensor, " pair"], is_match: Bool[Tensor, " pair"]) -> float:
-    """Mean over pairs of -log of the probability of the true answer, which counts as at least 1e-15."""
-    chosen = torch.where(is_match, probabilities.double(), 1 - probabilities.double())
-    return -_total(chosen.clamp(1e-15, 1).log()) / len(chosen)
-
-
 def reliability(
     probabilities: Float[Tensor, " pair"], is_match: Bool[Tensor, " pair"], n_bins: int = 15
 ) -> Reliability:

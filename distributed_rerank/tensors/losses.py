@@ -67,40 +67,6 @@ def margin_ranking(
     return _weighted(functional.relu(margin + positive_logits - negative_logits), weights, normaliser)
 
 
-def triplet(
-    anchors: Float[Tensor, "triplet dim"],
-    positives: Float[Tensor, "triplet dim"],
-    negatives: Float[Tensor, "triplet dim"],
-    margin: float | None = None,
-    weights: Float[Tensor, " triplet"] | None = None,
-    normaliser: Normaliser = None,
-) -> Float[Tensor, ""]:
-    """Triplet loss on L2 distances of embeddings, for the extractor.
-
-    With a margin: max(0, margin + d(a, p) - d(a, n)) (Schroff et al. 2015); without: softplus of d(a, p) - d(a, n), the
-    soft margin of Hermans et al. 2017 and OML's default, but without OML's overflow for large values. The gradient of a
-    distance of 0 is 0.
-    """
-    positive, negative = _row_distances(anchors, positives), _row_distances(anchors, negatives)
-    if margin is None:
-        return ranknet(positive, negative, weights, normaliser)
-    return margin_ranking(positive, negative, margin, weights, normaliser)
-
-
-def margin_mse(
-    positive_logits: Float[Tensor, " pair"],
-    negative_logits: Float[Tensor, " pair"],
-    teacher_positive_logits: Float[Tensor, " pair"],
-    teacher_negative_logits: Float[Tensor, " pair"],
-    weights: Float[Tensor, " pair"] | None = None,
-    normaliser: Normaliser = None,
-) -> Float[Tensor, ""]:
-    """Squared difference of student's and teacher's margin negative - positive (Hofstaetter et al. 2020)."""
-    margins = negative_logits - positive_logits
-    teacher_margins = (teacher_negative_logits - teacher_positive_logits).detach()
-    return _weighted((margins - teacher_margins).square(), weights, normaliser)
-
-
 def list_distillation(
     logits: Float[Tensor, "list candidate"],
     teacher_logits: Float[Tensor, "list candidate"],
@@ -120,13 +86,6 @@ def list_distillation(
     # Absent entries would be 0 * (inf - inf); they are set to 0 before the product so that gradients stay finite.
     gaps = teacher.masked_fill(~is_present, 0.0) - student.masked_fill(~is_present, 0.0)
     return _weighted((teacher.exp() * gaps).sum(dim=1) * temperature**2, weights, normaliser)
-
-
-def _row_distances(left: Tensor, right: Tensor) -> Tensor:
-    """L2 distance of row i to row i; the square root never sees a 0, where its gradient would be infinite."""
-    squared = (left - right).square().sum(dim=1)
-    is_zero = squared == 0
-    return torch.where(is_zero, 0.0, torch.where(is_zero, 1.0, squared).sqrt())
 
 
 def _weighted(values: Tensor, weights: Tensor | None, normaliser: Normaliser) -> Tensor:

@@ -5,12 +5,8 @@ Two things differ from OML on purpose: an item is never paired with itself, and 
 takes its nearest positives for negatives there). Mining over a whole catalogue is in `candidate_mining`.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-
-import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int64, Shaped
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from distributed_rerank.errors import BadInput
@@ -35,31 +31,6 @@ def hard_pairs(embeddings: Float[Tensor, "item dim"], labels: Int64[Tensor, " it
     negative = _first_largest(torch.where(is_same, -torch.inf, -distances))
     items = torch.arange(len(labels), device=labels.device)
     return _positives_first(_unique(items, positive), _unique(items, negative))
-
-
-def all_pairs(labels: Int64[Tensor, " item"]) -> Pairs:
-    """Every unordered pair of the batch. Raises BadInput for a batch with fewer than two labels."""
-    _check_two_labels(labels)
-    first, second = torch.triu_indices(len(labels), len(labels), offset=1, device=labels.device)
-    is_same = labels[first] == labels[second]
-    return _positives_first((first[is_same], second[is_same]), (first[~is_same], second[~is_same]))
-
-
-@dataclass(frozen=True)
-class PairsMiner:
-    """OML's miner as a value: hard pairs or all pairs of a batch."""
-
-    hard_mining: bool = True
-
-    def sample(
-        self,
-        embeddings: Float[Tensor, "item dim"],
-        labels: Sequence[int] | Shaped[Tensor, " item"] | Shaped[np.ndarray, " item"],
-    ) -> Pairs:
-        """`hard_pairs` or `all_pairs` of the batch."""
-        labels = torch.as_tensor(labels, dtype=torch.int64, device=embeddings.device)
-        assert len(labels) == len(embeddings), f"{len(labels)} labels for {len(embeddings)} embeddings"
-        return hard_pairs(embeddings, labels) if self.hard_mining else all_pairs(labels)
 
 
 def _check_two_labels(labels: Tensor) -> None:

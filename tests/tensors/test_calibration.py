@@ -7,7 +7,6 @@ import pytest
 import torch
 from sklearn.calibration import calibration_curve
 from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import log_loss
 
 from distributed_rerank.errors import BadInput
 from distributed_rerank.tensors import calibration
@@ -83,11 +82,6 @@ def test_probability_missing_candidate_is_zero_and_shape_is_kept() -> None:
     curve = calibration.Logistic(slope=2.0, intercept=1.0)
     p = calibration.probability(torch.tensor([[0.5, torch.inf], [0.0, 1.0]]), curve)
     assert p.tolist() == [[0.5, 0.0], pytest.approx([1 / (1 + math.exp(-1)), 1 / (1 + math.exp(1))])]
-
-
-def test_negative_log_likelihood_equals_sklearn_log_loss() -> None:
-    _, is_match, p = planted_pairs(1000, seed=4)
-    assert calibration.negative_log_likelihood(p, is_match) == pytest.approx(log_loss(is_match.numpy(), p.numpy()))
 
 
 def test_reliability_equals_sklearn_calibration_curve() -> None:

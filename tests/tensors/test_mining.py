@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from distributed_rerank.errors import BadInput
-from distributed_rerank.tensors.mining import PairsMiner, all_pairs, hard_pairs
+from distributed_rerank.tensors.mining import hard_pairs
 
 PairSet = set[tuple[int, int]]
 
@@ -54,11 +54,6 @@ def test_hard_pairs_conformance_case_8_gives_oml_pairs_without_self_pairs(
     assert as_sets(hard_pairs(embeddings, torch.tensor(labels))) == (positives, negatives)
 
 
-def test_all_pairs_conformance_case_8_gives_6_positives_and_9_negatives() -> None:
-    positives, negatives = as_sets(all_pairs(torch.tensor([0, 0, 0, 1, 1, 1])))
-    assert (len(positives), len(negatives)) == (6, 9)
-
-
 @pytest.mark.parametrize("seed", range(50))
 def test_miner_random_batches_equal_the_brute_force_definition(seed: int) -> None:
     random = np.random.RandomState(seed)
@@ -66,34 +61,20 @@ def test_miner_random_batches_equal_the_brute_force_definition(seed: int) -> Non
     # Small integers in every second batch: many equal distances and duplicates.
     points = random.randint(0, 3, (24, 2)) if seed % 2 else random.randn(24, 8)
     embeddings = torch.from_numpy(points.astype(np.float32))
-    pairs = PairsMiner(hard_mining=True).sample(embeddings, labels)
-    assert as_sets(pairs) == brute_force(embeddings.tolist(), labels)
-    every = {(a, b) for a in range(24) for b in range(a + 1, 24)}
-    positives = {(a, b) for a, b in every if labels[a] == labels[b]}
-    assert as_sets(PairsMiner(hard_mining=False).sample(embeddings, labels)) == (positives, every - positives)
+    assert as_sets(hard_pairs(embeddings, torch.tensor(labels))) == brute_force(embeddings.tolist(), labels)
 
 
-@pytest.mark.parametrize("hard_mining", [True, False])
-def test_miner_output_is_sorted_positives_first_and_the_same_for_every_kind_of_labels(
-    hard_mining: bool,
-) -> None:
+def test_hard_pairs_are_sorted_positives_first() -> None:
     embeddings = torch.randn(30, 4, generator=torch.Generator().manual_seed(0))
-    labels = [number % 6 for number in range(30)]
-    miner = PairsMiner(hard_mining)
-    ids1, ids2, is_negative = miner.sample(embeddings, labels)
+    ids1, ids2, is_negative = hard_pairs(embeddings, torch.arange(30) % 6)
     assert (ids1.dtype, ids2.dtype, is_negative.dtype) == (torch.int64, torch.int64, torch.bool)
     rows = list(zip(is_negative.tolist(), ids1.tolist(), ids2.tolist(), strict=True))
     assert rows == sorted(rows)
-    for other in (torch.tensor(labels), np.array(labels), np.array(labels, dtype=np.int32)):
-        assert all(
-            torch.equal(a, b) for a, b in zip((ids1, ids2, is_negative), miner.sample(embeddings, other), strict=True)
-        )
 
 
-@pytest.mark.parametrize("hard_mining", [True, False])
-def test_miner_batch_of_one_label_is_bad_input(hard_mining: bool) -> None:
+def test_miner_batch_of_one_label_is_bad_input() -> None:
     with pytest.raises(BadInput, match="fewer than two labels"):
-        PairsMiner(hard_mining).sample(column(0.0, 1, 10, 12), [0] * 4)
+        hard_pairs(column(0.0, 1, 10, 12), torch.zeros(4, dtype=torch.int64))
 
 
 def test_hard_pairs_carry_no_gradient_and_accept_embeddings_that_do() -> None:
