@@ -1,5 +1,6 @@
 """Approximate search against brute force: what it looks at, what it finds, and the same bytes however it is done."""
 
+import json
 import logging
 import sys
 from collections.abc import Iterator
@@ -12,11 +13,13 @@ import pytest
 import torch
 
 from distributed_rerank import approximate, retrieval
-from distributed_rerank.config.evaluation import FirstStageConfig
+from distributed_rerank.config.evaluation import FirstStageConfig, MeasureConfig
 from distributed_rerank.config.work import WorkConfig
 from distributed_rerank.data.catalogue import Catalogue
 from distributed_rerank.data.embeddings import Embeddings
+from distributed_rerank.data.tables import write_embeddings
 from distributed_rerank.errors import BadInput
+from distributed_rerank.evaluation.run import evaluate
 from distributed_rerank.retrieval import QueryBlock, SearchedBlock, retrieve
 from distributed_rerank.storage.artifacts import read_manifest
 from distributed_rerank.tensors.cells import fewest_probes, recalls
@@ -171,6 +174,25 @@ def test_few_queries_are_searched_exactly(tmp_path: Path, caplog: pytest.LogCapt
     assert torch.equal(lists.items, exact.items)
     assert "search" not in read_manifest(tmp_path / "out")
     assert any("100 queries: as few are searched for exactly" in text for text in caplog.messages)
+
+
+def test_evaluation_and_its_report_tell_the_recall(catalogue: Catalogue, found: Path, tmp_path: Path) -> None:
+    write_embeddings(tmp_path / "embeddings.parquet", catalogue.ids, planted_embeddings(N_IMAGES))
+    config = FirstStageConfig(
+        embeddings=tmp_path / "embeddings.parquet", n_items=N_ITEMS, search="approximate", min_recall=RECALL
+    )
+    metrics = evaluate(catalogue, config, tmp_path / "out", measure=MeasureConfig(baselines=False), work=WORK)
+    told = read_manifest(found)["search"]
+    assert metrics["search"] == {"candidates": told}
+    assert json.loads((tmp_path / "out" / "metrics.json").read_text())["search"]["candidates"] == told
+    low, high = told["ci95"]
+    sentence = f"recall of the 20 nearest {told['recall']:.3f} (95 % interval {low:.3f} to {high:.3f}, 200 queries"
+    assert sentence in (tmp_path / "out" / "report.html").read_text()
+    with pytest.raises(BadInput, match="recall"):
+        evaluate(
+            catalogue, replace(config, search="exact"), tmp_path / "out", measure=MeasureConfig(baselines=False),
+            work=WORK,
+        )  # fmt: skip
 
 
 def test_recall_by_hand() -> None:
