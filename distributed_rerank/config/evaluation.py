@@ -34,7 +34,8 @@ class FirstStageConfig:
     """Items that the search retrieves for each query."""
     search: Literal["exact", "approximate"] = "exact"
     """approximate: a query is compared with the part of the gallery that it is near to, as large as --min-recall needs;
-    quicker above some 10^6 images. What it misses is measured against exact search, and told. Needs faiss."""
+    quicker from 10^6 images and 10^5 queries on. What it misses is measured against exact search and told. Needs
+    faiss."""
     min_recall: float = 0.95
     """Share of the nearest items that approximate search must find, on a sample of the queries."""
 
