@@ -43,7 +43,10 @@ from distributed_rerank.data.candidate_files import read_candidates
 from distributed_rerank.data.catalogue import Catalogue, ImageRef
 from distributed_rerank.data.catalogue_files import read_catalogue
 from distributed_rerank.data.decoding import decode
+from distributed_rerank.data.embeddings import read_embeddings
+from distributed_rerank.data.tables import embeddings_table
 from distributed_rerank.data.transforms import InferenceTransform
+from distributed_rerank.data.vectors import write_vectors
 from distributed_rerank.evaluation import measure as evaluation
 from distributed_rerank.evaluation.run import evaluate
 from distributed_rerank.executors import Executors
@@ -213,6 +216,37 @@ def search(folder: Path, n_queries: int, n_gallery: int, dim: int, n_items: int,
     results = retrieval.search_blocks(blocks, queries, gallery, n_items, work)
     found = sum(len(block.lists.query_items) for _, block in results)
     return {"seconds": time.perf_counter() - started, "queries": found}
+
+
+def search_clustered(
+    folder: Path, n_queries: int, n_gallery: int, dim: int, n_items: int = 100, recall: float | None = None
+) -> Answer:
+    """The stage that searches, of embeddings in a file that lie in 24 directions around a centre for each 100 of them.
+
+    In one process with one thread, its CPU seconds; approximate where a `recall` is asked for.
+    """
+    rng = np.random.default_rng(0)
+    n, directions = n_gallery + n_queries, rng.standard_normal((24, dim), np.float32)
+    centres = rng.standard_normal((n_gallery // 100, 24), np.float32)
+    ids = np.array([f"{number:09d}" for number in range(n)])
+    roles = {"is_query": np.arange(n) >= n_gallery, "is_gallery": np.arange(n) < n_gallery}
+    catalogue = Catalogue(pd.DataFrame({"id": ids, "path": ids, "split": "validation", **roles}), "generated")
+
+    def parts() -> Iterator[pa.Table]:
+        for start, stop in sharding.blocks(n, 16_384):
+            near = centres[rng.integers(len(centres), size=stop - start)]
+            near = (near + 0.5 * rng.standard_normal(near.shape, np.float32)) @ directions
+            near += 0.5 * rng.standard_normal(near.shape, np.float32)
+            yield embeddings_table(ids[start:stop], near / np.linalg.norm(near, axis=1, keepdims=True))
+
+    write_vectors(folder / "embeddings.parquet", dim, parts())
+    embeddings = read_embeddings(folder / "embeddings.parquet")
+    assert catalogue.digest(), "digests take as long for every search"
+    assert embeddings.digest
+    started = time.process_time()
+    retrieval.retrieve(catalogue, embeddings, n_items, folder / "out", recall=recall)
+    found = read_manifest(folder / "out").get("search", {})
+    return {"seconds": time.process_time() - started, "queries": n_queries, **found}
 
 
 def mine(
@@ -398,6 +432,7 @@ POINTS = {
     "score": score,
     "bare_loop": bare_loop,
     "search": search,
+    "search_clustered": search_clustered,
     "mine": mine,
     "evaluate_lists": evaluate_lists,
     "evaluate_logits": evaluate_logits,

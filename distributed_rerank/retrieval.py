@@ -2,103 +2,51 @@
 
 A block of queries meets one tile after the other and keeps its best so far, so memory is bounded by a block
 and a tile, whatever the size of the gallery. The answer is exact and the same bits for any block size, tile
-size or worker count.
+size or worker count. An approximate search compares a query with the items of a few cells only, by the same rule; how
+many cells is chosen on a sample of the queries, and what they miss is measured on another.
 """
 
+import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
+import pyarrow as pa
 import torch
-from jaxtyping import Float32, Int32, Int64
 from torch import Tensor
 
+from distributed_rerank.approximate import N_SAMPLED, in_cells
 from distributed_rerank.config.work import WorkConfig
 from distributed_rerank.data import tables
 from distributed_rerank.data.candidate_files import read_candidates
 from distributed_rerank.data.candidates import candidates_table
 from distributed_rerank.data.catalogue import Catalogue
 from distributed_rerank.data.embeddings import Embeddings
-from distributed_rerank.data.vectors import StoredVectors
+from distributed_rerank.data.search_sides import SearchSide, Side, StoredSide
 from distributed_rerank.errors import BadInput
 from distributed_rerank.runtime import logs
 from distributed_rerank.runtime.devices import InferenceThreads, pick_device, tensor_of
 from distributed_rerank.runtime.profiling import traced
 from distributed_rerank.runtime.progress import progress
 from distributed_rerank.storage import artifacts
+from distributed_rerank.storage.artifacts import BlockStore, Staging
 from distributed_rerank.storage.begun import ComputedWith
 from distributed_rerank.tensors import sharding
 from distributed_rerank.tensors.candidate_lists import CandidateLists, concatenate
-from distributed_rerank.tensors.knn import QUERY_BLOCK, Tile, search_tiles
+from distributed_rerank.tensors.cells import Cells
+from distributed_rerank.tensors.knn import QUERY_BLOCK, Tile, search_cells, search_tiles
+
+logger = logging.getLogger(__name__)
 
 QUERY_BLOCK_ON_GPU = 1024
 """Queries in one product there: four times the CPU's, for a GPU is idle while a product starts."""
 _SHARE_FOR_TILES = 0.5
 """Of a GPU's memory; the rest is for products and for other processes."""
-
-
-@dataclass(frozen=True)
-class SearchSide:
-    """Queries or gallery items with what the search needs to know about them."""
-
-    embeddings: Float32[np.ndarray, "item dim"]
-    items: Int64[np.ndarray, " item"]
-    sequences: Int64[np.ndarray, " item"]
-    """-1 = none."""
-
-    def part(self, start: int, stop: int) -> "SearchSide":
-        """The rows start to stop."""
-        return SearchSide(self.embeddings[start:stop], self.items[start:stop], self.sequences[start:stop])
-
-    cut = part
-
-
-@dataclass(frozen=True)
-class StoredSide:
-    """A `SearchSide` of which a part is made when it is asked for: beside the embeddings' file it is numbers."""
-
-    embeddings: StoredVectors | np.ndarray
-    items: Int64[np.ndarray, " item"] | range
-    rows_of: Int32[np.ndarray, " _"] | range
-    """The row of each item of the catalogue in `embeddings`."""
-    sequences_of: Int32[np.ndarray, " _"]
-    """The sequence of each item of the catalogue; -1 = none."""
-
-    def part(self, start: int, stop: int) -> SearchSide:
-        """The rows start to stop, in memory."""
-        rows, items, sequences = self._numbers(start, stop)
-        return SearchSide(self.embeddings[rows], items, sequences)
-
-    def cut(self, start: int, stop: int) -> "SearchSide | Cut":
-        """The rows start to stop to send to who reads them: without embeddings, where these lie in a file."""
-        if isinstance(self.embeddings, np.ndarray):
-            return self.part(start, stop)
-        return Cut(self.embeddings, *self._numbers(start, stop))
-
-    def _numbers(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Rows in `embeddings`, items and sequences of the rows start to stop."""
-        items = np.asarray(self.items[start:stop], np.int64)
-        rows = items.astype(np.int32) if isinstance(self.rows_of, range) else self.rows_of[items]
-        return rows, items, self.sequences_of[items].astype(np.int64)
-
-
-@dataclass(frozen=True)
-class Cut:
-    """Rows of a `StoredSide` by name of file and number."""
-
-    embeddings: StoredVectors
-    rows: Int32[np.ndarray, " item"]
-    items: Int64[np.ndarray, " item"]
-    sequences: Int64[np.ndarray, " item"]
-
-    def read(self) -> SearchSide:
-        """The same in memory; only where the file is."""
-        return SearchSide(self.embeddings[self.rows], self.items, self.sequences)
-
-
-Side = SearchSide | StoredSide
+QUERIES_PER_APPROXIMATE_BLOCK = 8192
+"""So that some of a block's queries meet in each cell."""
 
 
 @dataclass(frozen=True)
@@ -134,8 +82,10 @@ class Searcher:
         n_items: int,
         n_threads: int,
         device: torch.device | None = None,
+        cells: Cells | None = None,
     ) -> None:
         self._tiles = tiles
+        self._cells = cells
         self._n_items = n_items
         self._n_threads = n_threads
         self._device = device or pick_device()
@@ -153,7 +103,21 @@ class Searcher:
 
     def _search_part(self, queries: SearchSide) -> CandidateLists:
         embeddings, items, sequences = self._tensors(queries)
-        lists = search_tiles(
+        if self._cells is not None:
+            lists = search_cells(
+                embeddings, self._tiles_on_device(), self._cells, query_items=items, query_sequences=sequences,
+                n_items=self._n_items,
+            )  # fmt: skip
+            # Queries whose cells have too few items, without those of their own sequence, are compared with all items.
+            short = (lists.items[:, -1] < 0).nonzero()[:, 0]
+            if len(short):
+                whole = self._search_all(embeddings[short], items[short], sequences[short])
+                lists.items[short], lists.distances[short] = whole.items, whole.distances
+            return lists.cpu()
+        return self._search_all(embeddings, items, sequences).cpu()
+
+    def _search_all(self, embeddings: Tensor, items: Tensor, sequences: Tensor) -> CandidateLists:
+        return search_tiles(
             embeddings,
             self._tiles_on_device(),
             query_items=items,
@@ -161,7 +125,6 @@ class Searcher:
             n_items=self._n_items,
             query_block=self._query_block,
         )
-        return lists.cpu()
 
     def _tiles_on_device(self) -> Iterator[Tile]:
         """The tiles; a GPU keeps as many of them as fit a part of its memory, since copies take longer than search."""
@@ -197,7 +160,9 @@ def search_blocks(
 
     `device` is by default the one that this process sees.
     """
-    searcher = Searcher(lambda: tiles_of(gallery, work.tile_size), n_items, work.threads_per_worker, device)
+    searcher = Searcher(
+        lambda: tiles_of(gallery, work.tile_size), n_items, work.threads_per_worker, device, gallery.cells
+    )
     for number, (start, stop) in blocks:
         with logs.about(block=number):
             found = searcher.search(queries.part(start, stop))
@@ -216,6 +181,7 @@ def retrieve(
     n_items: int,
     out: str | Path,
     *,
+    recall: float | None = None,
     work: WorkConfig | None = None,
     executors: SearchExecutors | None = None,
     overwrite: bool = False,
@@ -224,42 +190,75 @@ def retrieve(
 
     Computed by `executors`, by default in this process. Queries and gallery items without an embedding (rejects) take
     no part. Lists are shorter where fewer items are possible; a query with none is not in the result. A killed run
-    continues with the next block.
+    continues with the next block. With `recall` the search is approximate: it finds about that share of the nearest
+    items, with their exact distances; what share was measured is in the manifest (`search`).
 
     Raises BadInput for no query, no gallery item, and a folder that is damaged or was made from other inputs
     (`overwrite` recomputes it).
     """
     work = work or WorkConfig()
+    settings = retrieval_settings(n_items, work, recall)
+    work = replace(work, queries_per_block=settings["queries_per_search_block"])
     fingerprint = artifacts.make_fingerprint(
-        "retrieve", **retrieval_settings(n_items, work), catalogue=catalogue.digest(), embeddings=embeddings.digest
+        "retrieve", **settings, catalogue=catalogue.digest(), embeddings=embeddings.digest
     )
     if artifacts.recover(out, fingerprint, overwrite) or artifacts.is_complete(out, fingerprint, overwrite):
         return read_candidates(out, catalogue)
     queries, gallery = _sides(catalogue, embeddings)
-    plan = dict(enumerate(sharding.blocks(len(queries.items), work.queries_per_search_block)))
     with artifacts.stage(out, fingerprint, overwrite) as staging:
-        store = staging.blocks("candidates")
+        search, told = _Search(executors, work, staging), {}
+        if recall is not None and len(queries.items) <= 2 * N_SAMPLED:
+            logger.info("%d queries: as few are searched for exactly", len(queries.items))
+        elif recall is not None:
+            gallery, found = in_cells(queries, gallery, n_items, recall, staging.blocks("centres"), search.blocks)
+            told = {"search": found}
+        in_table = partial(candidates_table, ids=catalogue.ids)
+        store = search.blocks("candidates", queries, gallery, n_items, in_table)
+        rows = tables.write_batches(staging.path / "candidates.parquet", store.tables(), "candidates")
+        staging.finish(told, rows=rows)
+    return read_candidates(out, catalogue)
+
+
+@dataclass(frozen=True)
+class _Search:
+    """Searches by blocks of queries, done by the executors of a stage."""
+
+    executors: SearchExecutors | None
+    work: WorkConfig
+    staging: Staging
+
+    def blocks(
+        self,
+        name: str,
+        queries: StoredSide,
+        gallery: Side,
+        n_items: int,
+        in_table: Callable[[CandidateLists], pa.Table],
+    ) -> BlockStore:
+        """The block results `name`: a table of the candidate lists of each block, searched for if it is not there."""
+        store, title = self.staging.blocks(name), "retrieval" if name == "candidates" else f"retrieval, {name}"
+        plan = dict(enumerate(sharding.blocks(len(queries.items), self.work.queries_per_search_block)))
         todo = {number: block for number, block in plan.items() if number not in store.done()}
-        search = search_blocks if executors is None else executors.search_blocks
-        results = search(list(todo.items()), queries, gallery, n_items, work)
-        for number, result in progress(results, total=len(todo), title="retrieval"):
+        search = search_blocks if self.executors is None else self.executors.search_blocks
+        results = search(list(todo.items()), queries, gallery, n_items, self.work)
+        for number, result in progress(results, total=len(todo), title=title):
             expected = queries.items[slice(*todo.pop(number))]
             assert np.array_equal(result.lists.query_items.numpy(), expected), (
                 f"block {number} came back with other queries"
             )
             if result.computed_with is not None:
-                staging.remember(result.computed_with)
-            store.write(number, candidates_table(result.lists, catalogue.ids))
+                self.staging.remember(result.computed_with)
+            store.write(number, in_table(result.lists))
         assert store.done() == plan.keys(), f"blocks {sorted(todo)} never came back"
-        in_order = (store.read(number) for number in sorted(store.done()))
-        rows = tables.write_batches(staging.path / "candidates.parquet", in_order, "candidates")
-        staging.finish(rows=rows)
-    return read_candidates(out, catalogue)
+        return store
 
 
-def retrieval_settings(n_items: int, work: WorkConfig) -> dict[str, Any]:
+def retrieval_settings(n_items: int, work: WorkConfig, recall: float | None = None) -> dict[str, Any]:
     """All settings that can change a candidate list, or the blocks that an interrupted search has left."""
-    return {"n_items": n_items, **work.fingerprint_settings("retrieve")}
+    if recall is None:
+        return {"n_items": n_items, **work.fingerprint_settings("retrieve")}
+    work = replace(work, queries_per_block=work.queries_per_block or QUERIES_PER_APPROXIMATE_BLOCK)
+    return {"n_items": n_items, "recall": recall, **work.fingerprint_settings("retrieve")}
 
 
 def _sides(catalogue: Catalogue, embeddings: Embeddings) -> tuple[StoredSide, StoredSide]:

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 from PIL import Image
 
 from distributed_rerank.config.extractor import ExtractorConfig
@@ -30,6 +31,25 @@ def make_catalogue(folder: Path, n_images: int, broken: tuple[int, ...] = ()) ->
         rows.append(f"{name},{number // 4},validation,1,1")
     (folder / "table.csv").write_text("\n".join(rows) + "\n")
     return read_catalogue(str(folder / "table.csv"))
+
+
+def write_table(folder: Path, n_images: int) -> Catalogue:
+    """A table of images that nobody opens: 20 of a label, two of these of one sequence, every sixth a query."""
+    numbers = np.arange(n_images)
+    table = pd.DataFrame({"path": [f"{n:05d}.jpg" for n in numbers], "label": numbers // 20, "split": "validation"})
+    table["is_query"], table["is_gallery"] = numbers % 6 == 0, True
+    table["sequence"] = np.where(numbers % 20 < 2, [f"film {n // 20}" for n in numbers], "")
+    table.to_csv(folder / "df.csv", index=False)
+    return read_catalogue(str(folder / "df.csv"))
+
+
+def planted_embeddings(n_images: int) -> np.ndarray:
+    """Embeddings that lie around centres, a hundred around each; some are equal, so that distances tie."""
+    rng = np.random.default_rng(0)
+    centres = rng.standard_normal((n_images // 100, 6)) @ rng.standard_normal((6, 16))
+    matrix = centres[rng.integers(len(centres), size=n_images)] + 2 * rng.standard_normal((n_images, 16))
+    matrix[n_images // 2 :][:30] = matrix[0]
+    return matrix.astype(np.float32)
 
 
 def save_picture(path: Path, seed: int) -> None:

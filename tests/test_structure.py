@@ -20,6 +20,7 @@ LAYER = {
     "data": 4,
     "importing": 5,
     "models": 5,
+    "approximate": 5,
     "extraction": 6,
     "retrieval": 6,
     "scoring": 6,

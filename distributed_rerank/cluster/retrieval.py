@@ -14,15 +14,17 @@ from distributed_rerank import retrieval
 from distributed_rerank.cluster.fan_out import fan_out, start_workers
 from distributed_rerank.cluster.session import Session
 from distributed_rerank.config.work import WorkConfig
-from distributed_rerank.retrieval import Cut, QueryBlock, SearchedBlock, Searcher, SearchSide, Side
+from distributed_rerank.data.search_sides import Cut, SearchSide, Side
+from distributed_rerank.retrieval import QueryBlock, SearchedBlock, Searcher
 from distributed_rerank.tensors import sharding
+from distributed_rerank.tensors.cells import Cells
 
 
 class TileSearcher:
     """A Searcher whose tiles come from the object store, one mapped at a time."""
 
-    def __init__(self, tiles: list[ray.ObjectRef], n_items: int, n_threads: int) -> None:
-        self._searcher = Searcher(lambda: map(ray.get, tiles), n_items, n_threads)
+    def __init__(self, tiles: list[ray.ObjectRef], n_items: int, n_threads: int, cells: Cells | None) -> None:
+        self._searcher = Searcher(lambda: map(ray.get, tiles), n_items, n_threads, cells=cells)
 
     def search(self, queries: SearchSide) -> SearchedBlock:
         """The candidate lists of a block of queries."""
@@ -52,7 +54,7 @@ def search_blocks(
     cuts = (gallery.cut(*rows) for rows in sharding.blocks(len(gallery.items), work.tile_size))
     tiles = [read.remote(cut) if isinstance(cut, Cut) else ray.put(cut) for cut in cuts]
     needed = replace(session, num_workers=min(session.num_workers, len(blocks)))
-    with start_workers(needed, TileSearcher, tiles, n_items, work.threads_per_worker) as workers:
+    with start_workers(needed, TileSearcher, tiles, n_items, work.threads_per_worker, gallery.cells) as workers:
         yield from fan_out(workers, "search", ((number, (queries.part(*block),)) for number, block in blocks))
 
 

@@ -27,7 +27,8 @@ class WorkConfig:
     images_per_batch: int | None = None
     """Images in one call of the extractor. Default: 8 on a CPU, where small batches stay in the cache; 256 on a GPU."""
     queries_per_block: int | None = None
-    """Queries searched for, or scored, as one unit of work. Default: 1,024 in search, a few seconds of scoring."""
+    """Queries searched for, or scored, as one unit of work. Default: 1,024 in search (8,192 in an approximate one), a
+    few seconds of scoring."""
     tile_size: int = 65_536
     """Gallery items that a block of queries is compared with at a time. It changes no bit."""
     pairs_per_batch: int | None = None

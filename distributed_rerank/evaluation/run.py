@@ -10,6 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from distributed_rerank.approximate import approximate_searches
 from distributed_rerank.chain.chain import Chain
 from distributed_rerank.config.evaluation import FirstStageConfig, MeasureConfig
 from distributed_rerank.config.own import load_own
@@ -94,6 +95,8 @@ def evaluate(
         rejects = all_rejects(first.rejects, scored.rejects)
         result.metrics.update(n_rejected=len(rejects), n_without_list=first.n_without_list)
         result.metrics["same_bytes"] = count_same_bytes(catalogue, train)
+        if config.recall is not None:
+            result.metrics["search"] = approximate_searches(staging.path)
         if chain.evidence_text:
             result.metrics["evidence"] = chain.evidence_text
         with timed(timings, "report"):

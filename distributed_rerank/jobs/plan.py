@@ -29,6 +29,9 @@ COPIES_OF_EMBEDDINGS = 4
 ASSUMED_DIM = 1_024
 BYTES_OF_CANDIDATE = 24
 """Item number, distance and logit, with one copy while they are ordered."""
+SEARCHED_PER_CPU_S = 5e10
+"""Products of two numbers that exact search takes in a second on one CPU."""
+LONG_SEARCH_MINUTES = 10
 _SHARE_OF_MEMORY = 0.9
 
 
@@ -51,6 +54,8 @@ class Plan:
     """Of the embeddings, where it is known."""
     holds_embeddings: bool = False
     """Whether the job holds all embeddings in memory."""
+    n_searched: int = 0
+    """Gallery items that each query is compared with, where an approximate search would be possible."""
 
     @property
     def n_pairs(self) -> int:
@@ -75,7 +80,10 @@ class Plan:
         workers = (
             "as many as there is room for" if self.n_workers is None else str(self.n_workers or "none, this process")
         )
-        minutes = self.n_embedded / DECODED_PER_CPU_S / (self.n_workers or (1 if self.n_workers == 0 else cpus)) / 60
+        n_cpus = self.n_workers or (1 if self.n_workers == 0 else cpus)
+        minutes = self.n_embedded / DECODED_PER_CPU_S / n_cpus / 60
+        searching = self.n_queries * self.n_searched * (self.dim or ASSUMED_DIM) / SEARCHED_PER_CPU_S / n_cpus / 60
+        is_long = searching >= LONG_SEARCH_MINUTES
         dim = f"{self.dim} numbers an image" if self.dim else f"{ASSUMED_DIM} numbers an image are assumed"
         embeddings = self.n_images * (self.dim or ASSUMED_DIM) * 4
         return [
@@ -88,6 +96,7 @@ class Plan:
             f"workers     {workers}",
             f"minutes     at least {minutes:.1f} to read and decode ({DECODED_PER_CPU_S} images a second and CPU); the "
             "progress lines tell the rest",
+            *([f"search      {searching:,.0f} minutes on CPUs; --search approximate is quicker"] if is_long else ()),
             f"memory      up to {_bytes(self.driver_bytes)} in this process ({_bytes(BYTES_OF_PROCESS)} for itself, "
             f"{BYTES_OF_ROW} bytes a row, lists{self._of_embeddings})",
         ]
@@ -132,6 +141,7 @@ def plan_of(job: Any, catalogue: Catalogue) -> Plan:
         n_workers=job.cluster.num_workers,
         dim=None if embeddings is None else _dim(embeddings),
         holds_embeddings=isinstance(job, TrainingJob),
+        n_searched=0 if first is None or first.candidates or first.recall else catalogue.n_gallery,
     )
 
 

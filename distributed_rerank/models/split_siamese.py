@@ -8,33 +8,43 @@ along, so at the join they are exchanged for those of the upper or lower half, w
 parameters. The class tokens of both images are averaged at the join (they are equal at k = 0).
 """
 
+from dataclasses import replace
+
 import torch
-from jaxtyping import Float, UInt8
+from jaxtyping import Float, Float32, UInt8
 from torch import Tensor, nn
 
 from distributed_rerank.config.pairwise import SplitSiameseConfig
 from distributed_rerank.errors import BadInput
 from distributed_rerank.models import vit
+from distributed_rerank.models.extractor import build_extractor
+from distributed_rerank.models.pairwise import PairwiseModel
 from distributed_rerank.models.precision import computing_in
 from distributed_rerank.models.rows import in_whole_tiles
-from distributed_rerank.models.stacked import StackedSiamese
+from distributed_rerank.models.stacked import hidden_dims_for, load_siamese_weights, logit_of_mean_probability, mlp_head
 
 STORAGE = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
-class SplitSiamese(StackedSiamese):
+class SplitSiamese(PairwiseModel):
     """blocks < split_at per image; the tokens of both through the others; class token -> MLP -> logit."""
 
     config: SplitSiameseConfig
 
     def __init__(self, config: SplitSiameseConfig) -> None:
-        super().__init__(config)
-        extractor = self.extractor
+        backbone = replace(config.extractor, weights="none") if config.pairwise_weights else config.extractor
+        extractor = build_extractor(backbone, stacked=2)
+        hidden_dims = hidden_dims_for(config)
+        super().__init__(replace(config, extractor=extractor.config, hidden_dims=hidden_dims), extractor)
         _check_splittable(extractor.model, extractor.is_plain_vit, extractor.config.network, config.split_at)
         self.encoding_dtype = STORAGE[config.storage]
         self.grid = vit.patch_grid(extractor.model, *self.transform.size)
         n_tokens = self.grid[0] * self.grid[1] + extractor.model.num_prefix_tokens
         self.encoding_shape = (n_tokens, extractor.dim)
+        self.head = mlp_head(extractor.dim, hidden_dims, config.dropout, config.head_seed)
+        if config.pairwise_weights:
+            load_siamese_weights(self, config.pairwise_weights)
+        self.eval()
 
     def encode(self, pixels: UInt8[Tensor, "image 3 height width"]) -> Float[Tensor, "image token dim"]:
         """The image's tokens after the first `split_at` blocks, prefix tokens first, with single-image positions."""
@@ -42,6 +52,18 @@ class SplitSiamese(StackedSiamese):
         with computing_in(self.extractor.dtype_on(pixels.device), network, pixels.device) as dtype:
             tokens = vit.first_blocks(network, self.extractor.normalise_pixels(pixels).to(dtype), self.config.split_at)
         return tokens.to(self.encoding_dtype)
+
+    def forward(
+        self,
+        encoded_query: Float[Tensor, "pair token dim"],
+        encoded_gallery: Float[Tensor, "pair token dim"],
+        first_stage_distance: Float[Tensor, " pair"],
+    ) -> Float32[Tensor, " pair"]:
+        """ConcatSiamese's logit from the cached tokens, with its `both_orders`."""
+        logit = self._one_order(encoded_query, encoded_gallery)
+        if self.training or not self.config.both_orders:
+            return logit
+        return logit_of_mean_probability(logit, self._one_order(encoded_gallery, encoded_query))
 
     def _one_order(self, above: Tensor, below: Tensor) -> Tensor:
         network, device, n_prefix = self.extractor.model, above.device, self.extractor.model.num_prefix_tokens

@@ -1,53 +1,16 @@
-"""What ConcatSiamese and SplitSiamese share: OML's head, its checkpoints, the mean of both orders."""
+"""Parts that ConcatSiamese and SplitSiamese share: OML's head, its checkpoints, the mean of both orders."""
 
 import re
-from abc import abstractmethod
 from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
-from jaxtyping import Float, Float32, Num
+from jaxtyping import Float32
 from torch import Tensor, nn
 from torch.nn import functional
 
 from distributed_rerank.config.pairwise import ConcatSiameseConfig
 from distributed_rerank.errors import BadInput
 from distributed_rerank.models import weights
-from distributed_rerank.models.extractor import build_extractor
-from distributed_rerank.models.pairwise import PairwiseModel
-
-
-class StackedSiamese(PairwiseModel):
-    """A backbone that sees the query above the gallery image, then OML's head."""
-
-    config: ConcatSiameseConfig
-
-    def __init__(self, config: ConcatSiameseConfig) -> None:
-        """Backbone and head."""
-        backbone = replace(config.extractor, weights="none") if config.pairwise_weights else config.extractor
-        extractor = build_extractor(backbone, stacked=2)
-        hidden_dims = hidden_dims_for(config)
-        super().__init__(replace(config, extractor=extractor.config, hidden_dims=hidden_dims), extractor)
-        self.head = mlp_head(extractor.dim, hidden_dims, config.dropout, config.head_seed)
-        if config.pairwise_weights:
-            load_siamese_weights(self, config.pairwise_weights)
-        self.eval()
-
-    def forward(
-        self,
-        encoded_query: Num[Tensor, "pair ..."],
-        encoded_gallery: Num[Tensor, "pair ..."],
-        first_stage_distance: Float[Tensor, " pair"],
-    ) -> Float32[Tensor, " pair"]:
-        """OML's logit; in evaluation with `both_orders` that of the mean of both orders' probabilities."""
-        logit = self._one_order(encoded_query, encoded_gallery)
-        if self.training or not self.config.both_orders:
-            return logit
-        return logit_of_mean_probability(logit, self._one_order(encoded_gallery, encoded_query))
-
-    @abstractmethod
-    def _one_order(self, above: Tensor, below: Tensor) -> Float32[Tensor, " pair"]:
-        """The logit with the first image above the second."""
 
 
 def logit_of_mean_probability(a: Float32[Tensor, " pair"], b: Float32[Tensor, " pair"]) -> Float32[Tensor, " pair"]:

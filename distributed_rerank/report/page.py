@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 
+from distributed_rerank.approximate import search_in_words
 from distributed_rerank.content_policy import with_policy
 from distributed_rerank.data.catalogue import ImageRef
 from distributed_rerank.report import plots
@@ -87,7 +88,7 @@ def build_report(
         "thresholds": [row for row in metrics.get("thresholds") or [] if row["n_accepted"]],
         "labels": _label_rows(per_query, both),
         "n_labels": per_query["label"].nunique(),
-        "header": header_rows(config, environment),
+        "header": header_rows(config, environment) + _search_rows(metrics),
         "groups": _groups(per_query, strips, both),
         "queries": _query_rows(per_query, both),
         "n_candidates": SHOWN_CANDIDATES,
@@ -185,6 +186,15 @@ def header_rows(config: Mapping[str, Any], environment: Mapping[str, Any]) -> li
     rows[1:1] = [(name, config.get(name)) for name in ("catalogue", "model", "chain")]
     versions = ", ".join(f"{name} {environment[name]}" for name in VERSIONS if environment.get(name))
     return [(name, str(value)) for name, value in [*rows, ("versions", versions)] if value]
+
+
+def _search_rows(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """What each approximate search looks at and finds."""
+    names = {"candidates": "search", "adapted_candidates": "search, adapted embeddings"}
+    return [
+        (names.get(name, "search, lists of all images"), search_in_words(figures))
+        for name, figures in metrics.get("search", {}).items()
+    ]
 
 
 def _groups(per_query: pd.DataFrame, strips: Sequence[Strip], both: bool) -> list[dict[str, Any]]:

@@ -94,10 +94,11 @@ def first_stage(
         else:
             assert embeddings is not None, "a search needs embeddings"
             lists = retrieval.retrieve(
-                readable, embeddings, config.n_items, folder / "candidates", work=work, executors=executors
-            )
-    lists = without_junk(lists, readable)
-    return FirstStage(readable, lists, embeddings, rejects, config.candidates is not None, n_without_list)
+                readable, embeddings, config.n_items, folder / "candidates", recall=config.recall, work=work,
+                executors=executors,
+            )  # fmt: skip
+    lists, are_given = without_junk(lists, readable), config.candidates is not None
+    return FirstStage(readable, lists, embeddings, rejects, are_given, n_without_list, config.recall)
 
 
 def search_adapted(
@@ -126,8 +127,9 @@ def search_adapted(
         distances = distances_of(first.lists, first.catalogue, mapped)
         return replace(first, embeddings=mapped, lists=first.lists.with_distances(distances))
     lists = retrieval.retrieve(
-        first.catalogue, mapped, config.n_items, folder / "adapted_candidates", work=work, executors=executors
-    )
+        first.catalogue, mapped, config.n_items, folder / "adapted_candidates", recall=config.recall, work=work,
+        executors=executors,
+    )  # fmt: skip
     return replace(first, embeddings=mapped, lists=without_junk(lists, first.catalogue))
 
 
@@ -151,7 +153,9 @@ def lists_for(
     if needs_joint_lists(chain, catalogue):
         everyone = catalogue.as_query_and_gallery()
         logger.info("%s: the answer to a query depends on the other queries of the catalogue", chain.describe())
-    found = retrieval.retrieve(everyone, first.embeddings, n_items, out, work=work, executors=executors)
+    found = retrieval.retrieve(
+        everyone, first.embeddings, n_items, out, recall=first.recall, work=work, executors=executors
+    )
     if not first.are_given:
         return found
     others = ~torch.isin(found.query_items, first.lists.query_items)
@@ -179,7 +183,7 @@ def first_stage_settings(config: FirstStageConfig, work: WorkConfig) -> dict[str
     """All settings that can change the candidate lists: not where files lie, nor memory, threads, limits."""
     settings = {
         "extraction": None if config.extractor.name is None else extraction.embedding_settings(config.extractor, work),
-        "retrieval": retrieval.retrieval_settings(config.n_items, work),
+        "retrieval": retrieval.retrieval_settings(config.n_items, work, config.recall),
     }
     # "error" and "miss" give the same result wherever both give one.
     settings |= {"missing_lists": "leave_out"} if config.missing_lists == "leave_out" else {}

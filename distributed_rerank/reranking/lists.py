@@ -28,6 +28,8 @@ class FirstStage:
     """Whether the lists come from another system and not from the search here."""
     n_without_list: int = 0
     """Queries that the lists of another system do not name; see `settle_missing_lists`."""
+    recall: float | None = None
+    """What searches must find of the nearest items; None: they are exact."""
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
+from distributed_rerank.approximate import approximate_searches
 from distributed_rerank.chain.chain import Chain
 from distributed_rerank.chain.probability import probabilities
 from distributed_rerank.chain.views import things_of
@@ -95,7 +96,8 @@ def rerank(
         )
         _write_answers(staging.path, table, first.catalogue, after, chain)
         write_json(staging.path / "timings.json", {"seconds": timings})
-        staging.finish({"chain": chain.describe(), "n_rejected": len(rejects)}, rows=len(table))
+        told = {} if config.recall is None else {"search": approximate_searches(staging.path)}
+        staging.finish({"chain": chain.describe(), "n_rejected": len(rejects), **told}, rows=len(table))
     return table
 
 

@@ -6,6 +6,7 @@ Distances and order come from the exact distances only, so neither block and til
 matrix product change the result.
 """
 
+import bisect
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
@@ -23,6 +24,7 @@ from distributed_rerank.tensors.candidate_pairs import (
     rounded_slice,
     sorted_by_item,
 )
+from distributed_rerank.tensors.cells import Cells
 from distributed_rerank.tensors.distances import exact_pair_distances, rounded_queries
 from distributed_rerank.tensors.hardware import bf16_support
 from distributed_rerank.tensors.ragged import places_in_rows
@@ -98,6 +100,59 @@ def search_tiles(
         workspace = _search_tile(queries, tile, best, n_items, query_blocks, gallery_slice, workspace)
         del tile  # or it would stay in memory while the next one is read
     return concatenate([*best, empty_lists(query_items[:0], n_items)])  # without queries there are no blocks
+
+
+def search_cells(
+    query_embeddings: Float[Tensor, "query dim"],
+    tiles: Iterable[Tile],
+    cells: Cells,
+    *,
+    query_items: Int64[Tensor, " query"],
+    query_sequences: Int64[Tensor, " query"] | None = None,
+    n_items: int,
+    query_block: int = QUERY_BLOCK,
+) -> CandidateLists:
+    """`search_tiles` in which a query meets `cells.n_probes` cells only, those whose centres are nearest to it.
+
+    The tiles are a gallery ordered by (cell, item), from its first row to its last; a cell may go from one tile into
+    the next. Lists are exact among the items of the cells, so tiles and devices change no bit. A list is short where
+    these have fewer items.
+    """
+    queries, n_cells = checked_side(query_embeddings, query_items, query_sequences), len(cells.centres)
+    rows_of = _rows_by_cell(query_embeddings, cells)
+    best = empty_lists(query_items, n_items)
+    workspace = torch.empty(0, device=query_embeddings.device)
+    starts, end = cells.starts.tolist(), 0
+    for tile in tiles:
+        gallery = checked_side(*tile)
+        start, end = end, end + len(gallery.items)
+        cell = bisect.bisect_right(starts, start) - 1
+        while cell < n_cells and starts[cell] < end:
+            # What lies in this tile of the cell, against the queries that look into it.
+            part = gallery[max(starts[cell] - start, 0) : starts[cell + 1] - start]
+            is_met = len(part.items) and len(rows_of[cell])
+            for rows in rows_of[cell].split(query_block) if is_met else ():
+                size = len(rows) * (len(part.items) + LARGEST_GROUP)
+                workspace = workspace if workspace.numel() >= size else workspace.new_empty(size)
+                so_far = best[rows]
+                near = merge(so_far, _nearest_in_slice(queries[rows], part, so_far, n_items, workspace), n_items)
+                best.items[rows], best.distances[rows] = near.items, near.distances
+            cell += 1
+        del tile, gallery
+    return best
+
+
+def _rows_by_cell(query_embeddings: Float[Tensor, "query dim"], cells: Cells) -> Sequence[Int64[Tensor, " row"]]:
+    """For each cell the queries that look into it, ascending."""
+    n_cells, n_queries = len(cells.centres), len(query_embeddings)
+    # A centre is no query: their numbers differ.
+    numbers = torch.arange(n_cells + n_queries, device=query_embeddings.device)
+    probes = nearest(
+        query_embeddings, cells.centres.to(query_embeddings.device), query_items=numbers[n_cells:],
+        gallery_items=numbers[:n_cells], n_items=cells.n_probes,
+    ).items.flatten()  # fmt: skip
+    rows = probes.argsort(stable=True) // cells.n_probes
+    return rows.split(torch.bincount(probes, minlength=n_cells).tolist())
 
 
 def _search_tile(

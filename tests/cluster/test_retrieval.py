@@ -16,7 +16,7 @@ from distributed_rerank.retrieval import retrieve
 from distributed_rerank.storage import begun
 from distributed_rerank.storage.artifacts import read_manifest
 from distributed_rerank.storage.begun import ComputedWith
-from tests.small_catalogue import make_catalogue
+from tests.small_catalogue import make_catalogue, planted_embeddings, write_table
 
 pytestmark = pytest.mark.ray
 SessionOf = Callable[[int], Session]
@@ -76,3 +76,21 @@ def test_small_search_fits_a_run_that_was_begun_on_a_gpu(tmp_path: Path) -> None
     begun.remember(run, ComputedWith("cuda", gpu="H100"))
     on_gpu = RayExecutors(lambda: Session(num_workers=1, use_gpu=True))
     assert len(retrieve(catalogue, embeddings, 4, run / "candidates", work=WORK, executors=on_gpu).items) == 4
+
+
+def test_approximate_search_by_two_workers_gives_the_bytes_of_one_process(
+    session_of: SessionOf, tmp_path: Path
+) -> None:
+    catalogue = write_table(tmp_path, 6000)
+    write_embeddings(tmp_path / "embeddings.parquet", catalogue.ids, planted_embeddings(6000))
+    embeddings = read_embeddings(tmp_path / "embeddings.parquet")
+    assert isinstance(embeddings.matrix, StoredVectors)
+    work = WorkConfig(queries_per_block=256, tile_size=1111)
+    on_ray = RayExecutors(lambda: session_of(2))
+    retrieve(catalogue, embeddings, 20, tmp_path / "local", recall=0.9, work=work)
+    retrieve(catalogue, embeddings, 20, tmp_path / "ray", recall=0.9, work=work, executors=on_ray)
+    found, expected = (tmp_path / name / "candidates.parquet" for name in ("ray", "local"))
+    assert found.read_bytes() == expected.read_bytes()
+    figures = [read_manifest(tmp_path / name)["search"] for name in ("ray", "local")]
+    assert figures[0] == figures[1]
+    assert figures[0]["probes"] < figures[0]["cells"]

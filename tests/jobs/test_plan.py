@@ -32,6 +32,13 @@ def test_figures_of_ten_million_images() -> None:
     assert training.lines(2)[-1].endswith("lists, 4 copies of the embeddings)")
 
 
+def test_a_long_exact_search_names_the_option() -> None:
+    assert not [line for line in TEN_MILLION.lines(2) if "--search" in line], "nothing is searched for, or not exactly"
+    (line,) = [line for line in replace(TEN_MILLION, n_searched=10**7).lines(2) if "--search" in line]
+    assert line == "search      13 minutes on CPUs; --search approximate is quicker", "10^6 x 10^7 x 384 / 5e10 / 6000"
+    assert len(replace(TEN_MILLION, n_searched=7 * 10**6).lines(2)) == len(TEN_MILLION.lines(2)), "9 minutes"
+
+
 def test_plan_that_does_not_fit_is_refused_with_the_option_to_change() -> None:
     check(TEN_MILLION, 16 * 10**9)
     with pytest.raises(BadInput, match=r"need 6.8 GB in this process, the machine has 4 GB; .* lower --n-items"):
