@@ -67,9 +67,9 @@ class ImageRoots:
 
 def make_roots(folders: Sequence[str], given: Sequence[str]) -> ImageRoots:
     """The roots of tables in these folders. Raises BadInput for one of `given` that is no folder."""
-    roots = tuple(absolute(root).rstrip("/") for root in given)
+    roots = tuple(absolute(root).rstrip("/") or "/" for root in given)
     for root in roots:
-        if scheme_of(root) is None and not os.path.isdir(root or "/"):
+        if scheme_of(root) is None and not os.path.isdir(root):
             raise BadInput(f"--image-root {root} is no folder; check the path")
     return ImageRoots(tuple(folders), roots)
 

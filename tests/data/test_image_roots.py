@@ -150,3 +150,9 @@ def test_good_uris_stay_good() -> None:
     ):  # fmt: skip
         scheme = paths.scheme_of(location)
         assert locations._allowed_scheme(location, locations.SCHEMES) == scheme
+
+
+@pytest.mark.parametrize("root", ["/", "//", "{}/", "{}//"])
+def test_a_root_may_end_in_slashes_and_be_that_of_the_machine(photos: Path, root: str) -> None:
+    found = tell(read_catalogue(str(photos / "own" / "df.csv"), image_roots=[root.format(photos)]))
+    assert set(found.values()) == {"read"}
