@@ -10,6 +10,7 @@ import warnings
 from pathlib import Path
 
 import pdoc
+import tyro
 
 import distributed_rerank
 
@@ -33,4 +34,4 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    tyro.cli(main, config=(tyro.conf.PositionalRequiredArgs,))
