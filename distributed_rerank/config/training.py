@@ -115,12 +115,10 @@ class TrainingConfig:
     patience: int = 0
     """Epochs without a better validation figure after which training ends, the best weights being kept; 0 =
     it runs to its end and the last weights are kept."""
-    set_aside: float = 0.25
+    set_aside: float | None = 0.25
     """Share of the train labels that a model without projections to fit is never trained on: early stopping
     and chain are chosen on them. Models with projections are trained on either half of the labels and judged
-    on the other."""
-    least_aside: int = 0
-    """So many labels are set aside where --set-aside gives fewer, but no more than 40 %: few labels show little."""
+    on the other. None: a quarter, but 16 labels where that is no more than 40 %, for few labels show little."""
     top_n: int = 50
     """Candidates of a query that the model re-ranks for the validation figure."""
     views: int = 1
@@ -147,7 +145,10 @@ class TrainingConfig:
             (self.temperature <= 0, f"temperature={self.temperature} must be positive"),
             (not 0 <= self.momentum < 1, f"momentum={self.momentum} must be from 0 to below 1"),
             (self.backbone_lr < 0, f"backbone_lr={self.backbone_lr} is negative; 0 freezes the backbone"),
-            (not 0 < self.set_aside < 1, f"set_aside={self.set_aside} is no share; give one between 0 and 1"),
+            (
+                self.set_aside is not None and not 0 < self.set_aside < 1,
+                f"set_aside={self.set_aside} is no share; give one between 0 and 1",
+            ),
             (not 0 <= self.share_beyond <= 1, f"share_beyond={self.share_beyond} is no share; give 0 to 1"),
             (self.margin <= 0, f"margin={self.margin} asks for nothing; give a positive one"),
             (self.remine_every < 0, f"remine_every={self.remine_every} is negative; 0 never mines again"),
@@ -242,7 +243,7 @@ EXTRACTOR_DEFAULTS = TrainingConfig(
     weight_decay=1e-4,
     warmup_steps=20,
     patience=5,
-    least_aside=16,
+    set_aside=None,
 )
 """Fine-tuning of a pretrained extractor by its own distances; untrained networks want a higher backbone_lr."""
 

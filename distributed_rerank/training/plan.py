@@ -95,23 +95,23 @@ def plan_digest(steps: Iterable[TrainingStep]) -> str:
     return digest.hexdigest()
 
 
-MOST_ASIDE = 0.4
-"""Of the labels, where `least` asks for more than their share."""
+SHARE_ASIDE, LABELS_ASIDE, MOST_ASIDE = 0.25, 16, 0.4
+"""Without a share given: this share of the labels, but so many labels where that is no more than the larger share."""
 
 
-def set_aside_labels(
-    labels: Int64[np.ndarray, " item"], share: float, seed: int, least: int = 0
-) -> Bool[np.ndarray, " item"]:
+def set_aside_labels(labels: Int64[np.ndarray, " item"], share: float | None, seed: int) -> Bool[np.ndarray, " item"]:
     """Which items belong to the labels that are not trained on: `share` of the labels, drawn by `seed`.
 
-    At least `least` labels, as far as they are no more than `MOST_ASIDE` of all. Items without a label (-1) belong to
-    neither side and are False. Labels with one image are split in the same proportion. Raises BadInput where either
-    side would have fewer than two labels with two images.
+    None = `SHARE_ASIDE`, but `LABELS_ASIDE` labels as far as they are no more than `MOST_ASIDE` of all. Items without a
+    label (-1) belong to neither side and are False. Labels with one image are split in the same proportion. Raises
+    BadInput where either side would have fewer than two labels with two images.
     """
     known, counts = np.unique(labels[labels >= 0], return_counts=True)
     usable, single = known[counts > 1], known[counts == 1]
     generator = np.random.default_rng([seed, 0x5E7])
-    n_aside = max(2, round(share * len(usable)), min(least, int(MOST_ASIDE * len(usable))))
+    least = min(LABELS_ASIDE, int(MOST_ASIDE * len(usable))) if share is None else 2
+    share = SHARE_ASIDE if share is None else share
+    n_aside = max(2, least, round(share * len(usable)))
     if len(usable) - n_aside < 2:
         raise BadInput(
             f"{len(usable)} train labels with two images or more are too few for set_aside={share}: "
@@ -124,7 +124,7 @@ def set_aside_labels(
     return np.isin(labels, np.concatenate(drawn))
 
 
-def sides(labels: Int64[np.ndarray, " item"], share: float, seed: int, least: int = 0) -> Int64[np.ndarray, " item"]:
+def sides(labels: Int64[np.ndarray, " item"], share: float | None, seed: int) -> Int64[np.ndarray, " item"]:
     """0 for an item that is trained on, 1 for one that is set aside, -1 for one without a label.
 
     With 2 or 3 labels of two images or more, where no label can be set aside, every second image of each label is.
@@ -135,7 +135,7 @@ def sides(labels: Int64[np.ndarray, " item"], share: float, seed: int, least: in
         for label in known:
             place[labels == label] = np.arange(int((labels == label).sum()))
         return np.where(labels < 0, -1, place % 2)
-    return np.where(labels < 0, -1, set_aside_labels(labels, share, seed, least).astype(np.int64))
+    return np.where(labels < 0, -1, set_aside_labels(labels, share, seed).astype(np.int64))
 
 
 def labels_among(lists: CandidateLists, labels: Int64[np.ndarray, " item"]) -> Int64[Tensor, " item"]:

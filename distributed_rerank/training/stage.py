@@ -40,7 +40,7 @@ from distributed_rerank.storage.files import write_json
 from distributed_rerank.storage.paths import scheme_of
 from distributed_rerank.tensors.candidate_lists import CandidateLists
 from distributed_rerank.training import mining, tracking
-from distributed_rerank.training.adaptation import Adaptation, choose_adaptation
+from distributed_rerank.training.adaptation import Adaptation, choose_adaptation, usable_labels
 from distributed_rerank.training.card import CARD, model_card
 from distributed_rerank.training.distillation import TableTeacher, Teacher, check_teachable, score_by_teacher
 from distributed_rerank.training.encodings import FULL_ENCODER, FittedModel, holds_model, keep_model
@@ -222,8 +222,10 @@ def make_task(
     if not holds_model(model_folder):
         keep_model(build_model(model_config), model_folder)
     is_halved = isinstance(load_model(model_folder), FittedModel) and config.backbone_lr == 0
-    share, least = (0.5, 0) if is_halved else (config.set_aside, config.least_aside)
-    side = sides(images.labels.astype(np.int64), share, config.seed, least)
+    side = sides(images.labels.astype(np.int64), 0.5 if is_halved else config.set_aside, config.seed)
+    n_trained = len(usable_labels(images.labels[side == 0].astype(np.int64)))
+    if config.mining != "lists" and n_trained < config.n_labels:
+        logger.info("a batch holds all %d labels that are trained on, for n_labels=%d", n_trained, config.n_labels)
     adapted = adapt(images, embeddings, side, config, work, executors)
     first, second = adapted.lists
     if is_halved:

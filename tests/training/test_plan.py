@@ -116,9 +116,9 @@ def test_halves_leave_unlabelled_items_out() -> None:
 
 
 @pytest.mark.parametrize(("n_labels", "expected"), [(8, 3), (20, 8), (40, 16), (60, 16), (100, 25)])
-def test_few_labels_set_more_than_their_share_aside(n_labels: int, expected: int) -> None:
+def test_without_a_share_few_labels_set_more_aside(n_labels: int, expected: int) -> None:
     labels = np.repeat(np.arange(n_labels), 3)
-    aside = set_aside_labels(labels, 0.25, seed=5, least=16)
+    aside = set_aside_labels(labels, None, seed=5)
     assert len(np.unique(labels[aside])) == expected
 
 
