@@ -65,9 +65,14 @@ class LineFormatter(logging.Formatter):
 
 
 def configure_driver() -> None:
-    """Show log lines of this process, unless the program that it belongs to has set up logging itself."""
+    """Show log lines of this process, unless the program that it belongs to has set up logging itself.
+
+    Of other libraries only warnings and errors.
+    """
     if not logging.getLogger().handlers and not logging.getLogger(PACKAGE).handlers:
         _show(logging.getLogger())
+        logging.getLogger().setLevel(logging.WARNING)
+        logging.getLogger(PACKAGE).setLevel(logging.INFO)
 
 
 def configure_worker() -> None:

@@ -31,6 +31,17 @@ def test_every_line_of_a_message_and_of_a_traceback_has_time_and_level() -> None
     assert any("ZeroDivisionError" in line for line in lines)
 
 
+def test_driver_shows_our_lines_and_of_other_libraries_only_warnings() -> None:
+    lines = lines_of(
+        "import logging\nfrom distributed_rerank.runtime import logs\nlogs.configure_driver()\n"
+        "for name in ('faiss.loader', 'distributed_rerank.x'):\n"
+        "    logging.getLogger(name).info('%s tells', name)\n    logging.getLogger(name).warning('%s warns', name)\n"
+    )
+    assert [line.split(" ", 1)[1] for line in lines] == [
+        "WARNING faiss.loader warns", "INFO distributed_rerank.x tells", "WARNING distributed_rerank.x warns",
+    ]  # fmt: skip
+
+
 def test_worker_lines_come_once_though_another_handler_is_there() -> None:
     lines = lines_of(
         "import logging\nlogging.basicConfig(format='%(message)s')\nfrom distributed_rerank.runtime import logs\n"
