@@ -48,16 +48,11 @@ Pick = Callable[[Sequence[PerQuery], Trial, Bool[Tensor, " query"]], int]
 """The number of the best setting by these values on some queries, beside the chain so far."""
 
 
-def choose(
-    evidence: Evidence,
-    seed: int = 0,
-    accept: float = ACCEPT,
-    crowded: Callable[[], Evidence] | None = None,
-) -> Chain:
+def choose(evidence: Evidence, seed: int = 0, accept: float = ACCEPT) -> Chain:
     """The chain for these labels, with the figures of every setting tried in `chosen_on` and a calibration.
 
     A step joins where the probability of its gain (`judge`) is at least `accept`. Without logits only the chain steps
-    that need no training are tried. Where no pairwise step is taken, the others are tried on the lists of `crowded`.
+    that need no training are tried.
     """
     labels = evidence.query_labels()
     is_first_half = half_of_labels(labels, seed)
@@ -66,12 +61,6 @@ def choose(
     decisions = []
     settings: Settings | None = None
     for name in (*FUSIONS, NEIGHBOURS, PINNED_NEIGHBOURS):
-        if name == NEIGHBOURS and crowded is not None and not current.chain.steps:
-            evidence = crowded()
-            labels = evidence.query_labels()
-            is_first_half = half_of_labels(labels, seed)
-            first_stage = current = try_chain(evidence, Chain())
-            table = [row(current.chain, current.values)]
         if current.chain.neighbourhood or (name in FUSIONS and current.chain.pairwise is not None):
             continue  # its kind of step is taken
         if name == PINNED_NEIGHBOURS:  # a half of few labels may move first candidates that the other would keep

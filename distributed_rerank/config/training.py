@@ -227,7 +227,7 @@ class EvidenceConfig:
     file tells where `train-extractor` wrote it, else the embeddings are looked at."""
     calibration_split: str | None = None
     """Split whose labels the extractor has not seen: mining, training and choice of the chain use its rows only.
-    Default: `calibration`, where the extractor has seen the train labels and the table has such rows."""
+    Default: `calibration`, where the table has such rows, unless --extractor-trained-on none."""
 
     def __post_init__(self) -> None:
         if self.calibration_split == "validation":

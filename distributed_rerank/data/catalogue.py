@@ -190,6 +190,14 @@ class Catalogue:
             return self
         return replace(self, table=with_codes(self.table.iloc[items].reset_index(drop=True)))
 
+    def without_labels(self, items: np.ndarray) -> "Catalogue":
+        """The same rows, these items without a label."""
+        is_without = self.labels < 0
+        is_without[items] = True
+        codes = pa.array(self.labels, mask=is_without)
+        labels = pa.DictionaryArray.from_arrays(codes, self._codes("label").dictionary)
+        return replace(self, table=with_codes(self.table.assign(label=as_series(labels))))
+
     def as_query_and_gallery(self) -> "Catalogue":
         """The same rows, each both query and gallery item: how training images search among themselves."""
         return replace(self, table=self.table.assign(is_query=True, is_gallery=True))

@@ -121,7 +121,7 @@ def choose_by_folds(
     passes, known = torch.from_numpy(sequences), usable_labels(labels)
     fold = np.full(labels.max() + 1, -1)
     fold[known] = np.random.default_rng([seed, 0xF0D]).permutation(len(known)) % min(FOLDS, len(known))
-    own = torch.from_numpy(np.where(side >= 0, fold[labels], -1))
+    own = torch.from_numpy(np.where((side >= 0) & (labels >= 0), fold[labels], -1))
 
     def lists_of(queries: Int64[Tensor, " query"], mapped: Float32[Tensor, "item dim"]) -> CandidateLists:
         return nearest(
@@ -135,7 +135,7 @@ def choose_by_folds(
         if adapter is None:
             return plain
         parts.append(lists_of((own == part).nonzero()[:, 0], torch.from_numpy(adapter(x.numpy()))))
-    alone = items[own[items] < 0]  # labels of one item: no queries, but lists of all items are wanted
+    alone = items[own[items] < 0]  # labels of one item, or none: no queries, but lists of all items are wanted
     step = AdaptStep(*FEW_TRIED)
     mapped = concatenate([*parts, lists_of(alone, x)])
     before, evidence = trial_of(measure, (lists_of(items, x), mapped[:0]), Chain())

@@ -73,7 +73,7 @@ def model_card(task: TrainingTask, model: Any, chain: Chain) -> str:
         bytes_per_image=model.bytes_per_image,
         gflop=model.gflop_per_pair(),
         source=PurePosixPath(catalogue.source).name,
-        n_images=len(catalogue),
+        n_images=task.n_labelled,
         n_labels=len(np.unique(catalogue.labels[catalogue.labels >= 0])),
         digest=catalogue.digest()[:12],
         worth=worth_section(chain),

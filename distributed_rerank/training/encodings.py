@@ -80,7 +80,8 @@ def encode_images(
     features = compute_features(images, model_folder, folder, worker)
     if worker.rank == 0:
         for name, is_used in (("encoder-0", half == 0), ("encoder-1", half == 1), (FULL_ENCODER, half >= 0)):
-            fit_encoder(features, labels, np.flatnonzero(is_used), model_folder, folder / name, images.config)
+            used = np.flatnonzero(is_used & (labels >= 0))
+            fit_encoder(features, labels, used, model_folder, folder / name, images.config)
     worker.barrier()
     encoders = [load_fitted(folder / f"encoder-{number}") for number in (0, 1)]
 

@@ -1,6 +1,6 @@
 """What a chain is chosen on: candidate lists of labels that the model was not trained on."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -11,9 +11,10 @@ from torch.nn.functional import pad
 
 from distributed_rerank import retrieval
 from distributed_rerank.chain.evidence import Evidence, Things
-from distributed_rerank.config.training import Target, TrainingConfig
+from distributed_rerank.config.training import Target
 from distributed_rerank.data.catalogue import Catalogue
 from distributed_rerank.data.embeddings import Embeddings
+from distributed_rerank.data.texts import Texts
 from distributed_rerank.executors import Executors
 from distributed_rerank.runtime.devices import tensor_of
 from distributed_rerank.tensors import metrics
@@ -21,8 +22,8 @@ from distributed_rerank.tensors.candidate_lists import CandidateLists
 from distributed_rerank.tensors.things import count_relevant_things
 from distributed_rerank.training.task import State, TrainingTask, join_lists
 
-MAX_BESIDE = 20_000
-"""Images of labels that the extractor has seen, in the gallery of `evidence_beside_seen`."""
+BESIDE_EACH, MAX_BESIDE = 3, 20_000
+"""Most images of labels that the extractor has seen, for each other image and altogether (`seen_beside`)."""
 
 
 def retrieve_among(
@@ -86,31 +87,18 @@ def evidence_of_runs(task: TrainingTask, of_runs: Sequence[State]) -> Evidence:
     return evidence_of(task, join_lists([lists for lists, _ in measured]), torch.cat(padded)[order])
 
 
-def evidence_beside_seen(
-    catalogue: Catalogue,
-    images: Catalogue,
-    seen: Catalogue | None,
-    embed: Callable[[Catalogue], Embeddings],
-    config: TrainingConfig,
-    folder: Path,
-    executors: Executors | None,
-) -> Evidence:
-    """Lists of `images` in a gallery that holds images of labels the extractor has seen as well.
+def seen_beside(seen: Catalogue | None, n_own: int, seed: int) -> tuple[Texts, Texts]:
+    """Ids of images of labels that the extractor has seen, to stand beside the images of either side in its gallery.
 
-    Those are candidates, never queries. A few labels among themselves are ranked so well that no step can show a gain;
-    with others around them they are ranked about as new photos in a real gallery are.
+    They are candidates, never queries, and nothing is trained on them. A few labels among themselves are ranked so well
+    that no step can show a gain; with others around them they are ranked about as new photos in a real gallery are.
+    The labels are drawn by `seed` and halved; there are at most `BESIDE_EACH` such images for each of `n_own` images.
     """
-    assert seen is not None, "there are such images"
-    own = catalogue.items_of(images.ids)
-    items = np.union1d(own, catalogue.items_of(drawn_labels(seen, MAX_BESIDE, config.seed).ids))
-    both = catalogue.take(items).as_query_and_gallery()
-    embeddings = embed(both)
-    is_there = embeddings.rows_of(both.ids) >= 0  # some images cannot be read
-    items, both = items[is_there], both.take(np.flatnonzero(is_there))
-    lists = retrieve_among(np.arange(len(both)), both, embeddings, config.n_items, folder, executors)
-    matrix = tensor_of(embeddings.matrix[embeddings.rows_of(both.ids)])
-    is_query = torch.from_numpy(np.isin(items, own))
-    return evidence_from(both, matrix, lists, None, config.target).with_queries(is_query)
+    if seen is None:
+        return Texts([]), Texts([])
+    drawn = drawn_labels(seen, min(MAX_BESIDE, BESIDE_EACH * n_own), seed)
+    is_first = np.random.default_rng([seed, 0xBE5]).permutation(len(drawn.label_names)) % 2 == 0
+    return Texts(drawn.ids[is_first[drawn.labels]]), Texts(drawn.ids[~is_first[drawn.labels]])
 
 
 def drawn_labels(images: Catalogue, most: int, seed: int) -> Catalogue:

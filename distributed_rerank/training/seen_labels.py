@@ -58,7 +58,7 @@ class LabelsToUse:
     seen_before: frozenset[str] = frozenset()
     """Digests of the labels that the extractor's weights file names."""
     seen: Catalogue | None = None
-    """Train images of labels that the extractor has seen, where other labels are chosen on."""
+    """Train images of labels that the extractor has seen, or may have, where other labels are chosen on."""
 
 
 def check_enough_labels(catalogue: Catalogue, config: EvidenceConfig) -> None:
@@ -89,12 +89,12 @@ def pick_labels(
         source = found_in_embeddings(catalogue, train, embed)
         is_seen = np.full(len(train), bool(source))
     n_labels, n_seen = (len(np.unique(part[part >= 0])) for part in (train.labels, train.labels[is_seen]))
-    splits = set(catalogue.table["split"])
-    name = config.calibration_split or (CALIBRATION if n_seen and CALIBRATION in splits else None)
+    name = config.calibration_split or split_of_unseen(catalogue, config, n_seen)
     if name is not None:
         images, text = catalogue.restrict(name), f"labels of split {name} are trained and chosen on"
         if seen_among(images, extractor_weights, EvidenceConfig())[0].any():
             raise BadInput(f"the extractor was trained on labels of split {name}; name a split that it has not seen")
+        is_seen[:] = True  # or may be: the split is there because its labels are those that nobody has trained on
     elif n_seen == 0:
         return unseen(train, source, seen_before)
     else:
@@ -107,8 +107,20 @@ def pick_labels(
     text = f"{seen}; {text}" if n_seen else text
     logger.log(logging.INFO if is_valid else logging.WARNING, "%s", text)
     note = {"seen": n_seen, "source": source, "text": text}
-    seen_images = train.take(np.flatnonzero(is_seen)) if n_seen and is_valid else None
+    seen_images = train.take(np.flatnonzero(is_seen)) if is_valid else None
     return LabelsToUse(images, is_valid, note, seen_before, seen_images)
+
+
+def split_of_unseen(catalogue: Catalogue, config: EvidenceConfig, n_seen: int) -> str | None:
+    """`CALIBRATION` where the table has such rows to use; None where the extractor is said to know no label.
+
+    That no train label is found to be known does not matter: a weakly tuned extractor is not found out, and harms.
+    """
+    labels = catalogue.labels[(catalogue.table["split"] == CALIBRATION).to_numpy(bool)]
+    n_usable = int((np.unique(labels[labels >= 0], return_counts=True)[1] > 1).sum())
+    if config.extractor_trained_on == "none" or not n_usable:
+        return None
+    return CALIBRATION if n_seen or n_usable >= LABELS_TO_CHOOSE_ON else None
 
 
 def unseen(train: Catalogue, source: str, seen_before: frozenset[str]) -> LabelsToUse:

@@ -5,47 +5,39 @@ done in the staging folder of the fingerprint, so the same command goes on after
 """
 
 import logging
-import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float32, Int64
 
 from distributed_rerank import extraction
 from distributed_rerank.chain.chain import Chain, read_chain, write_chain
 from distributed_rerank.chain.choice import choose, choose_views
-from distributed_rerank.chain.evidence import Evidence
 from distributed_rerank.config.extractor import ExtractorConfig
 from distributed_rerank.config.jobs import TrackingService
 from distributed_rerank.config.pairwise import PairwiseConfig, pairwise_name
 from distributed_rerank.config.training import EvidenceConfig, TrainingConfig
 from distributed_rerank.config.work import WorkConfig
-from distributed_rerank.data import tables
 from distributed_rerank.data.catalogue import Catalogue
 from distributed_rerank.data.embeddings import Embeddings
-from distributed_rerank.data.rejects import Reject, check_rejects, reject_table
 from distributed_rerank.data.trained_on import TrainedOn, are_normalised, spread_of, write_trained_on
 from distributed_rerank.executors import Executors
 from distributed_rerank.models.distance_siamese import DistanceSiamese
-from distributed_rerank.models.saving import build_model, load_model, save_extractor, save_model
+from distributed_rerank.models.saving import load_model, save_extractor, save_model
 from distributed_rerank.models.weights import label_digest
 from distributed_rerank.runtime.devices import tensor_of
 from distributed_rerank.storage import artifacts
 from distributed_rerank.storage.files import write_json
-from distributed_rerank.storage.paths import scheme_of
-from distributed_rerank.tensors.candidate_lists import CandidateLists
 from distributed_rerank.training import mining, tracking
-from distributed_rerank.training.adaptation import Adaptation, choose_adaptation, usable_labels
 from distributed_rerank.training.card import CARD, model_card
 from distributed_rerank.training.distillation import TableTeacher, Teacher, check_teachable, score_by_teacher
-from distributed_rerank.training.encodings import FULL_ENCODER, FittedModel, holds_model, keep_model
-from distributed_rerank.training.evidence import evidence_beside_seen, evidence_from, evidence_of_runs, retrieve_among
-from distributed_rerank.training.plan import sides
+from distributed_rerank.training.encodings import FULL_ENCODER
+from distributed_rerank.training.evidence import evidence_of_runs, retrieve_among, seen_beside
+from distributed_rerank.training.preparation import images_with, make_task, without_vanished
 from distributed_rerank.training.run import fit as fit_in_this_process
 from distributed_rerank.training.run import results
 from distributed_rerank.training.seen_labels import LabelsToUse, check_enough_labels, pick_labels
@@ -54,7 +46,6 @@ from distributed_rerank.training.state import load_state
 from distributed_rerank.training.task import (
     Fit,
     State,
-    TrainingRun,
     TrainingTask,
     join_lists,
 )
@@ -107,28 +98,29 @@ def train(
         kept = Path(embeddings_folder or scratch / "embeddings")
         embed = partial(embeddings_of, given, model_config.extractor, kept, work, executors)
         used = pick_labels(catalogue, model_config.extractor.weights, evidence, embed)
-        images = used.images.as_query_and_gallery()
+        beside = seen_beside(used.seen, len(used.images), config.seed)
+        images = images_with(used.images, beside, catalogue).as_query_and_gallery()
         embeddings = embed(images)
         images = without_vanished(images, embeddings, work.max_rejects, staging.path)
         own = scratch / folder_of(images)
         config = config if used.is_valid else replace(config, adapt=False)
-        task = make_task(images, embeddings, model_config, config, own, executors)
+        task = make_task(images, embeddings, model_config, config, own, executors, beside)
         log_mining_report(task, embeddings, own, staging.path, executors)
         task = taught(task, teacher, own / "teacher", work, executors)
         state = fit(replace(task, tracked=tuple(tracked)), own / "run")
-        crowded = partial(evidence_beside_seen, catalogue, images, used.seen, embed, config, own / "crowded", executors)
-        chain = write_model(task, state, own / "run", staging.path, used, crowded)
+        chain = write_model(task, state, own / "run", staging.path, used)
         write_first_stage(task, embeddings, fingerprint["extraction"]["extractor"], staging.path)
         staging.remember_from(own / "run")
         shutil.rmtree(scratch)
         add_result(tracked, chain.chosen_on, staging.path)
-        staging.finish({"chain": chain.describe(), "runs": [run.name for run in task.runs]}, rows=len(task.catalogue))
+        staging.finish({"chain": chain.describe(), "runs": [run.name for run in task.runs]}, rows=task.n_labelled)
     return chain
 
 
 def write_first_stage(task: TrainingTask, embeddings: Embeddings, extractor: dict[str, Any], folder: Path) -> None:
     """Writes down what the model was trained behind: extractor, kind and spread of the distances."""
     lists = join_lists([run.validation for run in task.runs if run.validation is not None])
+    lists = lists[(tensor_of(task.catalogue.labels)[lists.query_items] >= 0).nonzero()[:, 0]]
     is_unit = are_normalised(embeddings.blocks())
     write_trained_on(TrainedOn("l2", is_unit, embeddings.dim, extractor, spread_of(lists)), folder)
 
@@ -150,22 +142,6 @@ def taught(
         return task
     logits = score_by_teacher(teacher, task.catalogue, task.runs[-1].anchors, folder, work, executors)
     return replace(task, teacher=logits)
-
-
-def without_vanished(images: Catalogue, embeddings: Embeddings, max_rejects: float | None, folder: Path) -> Catalogue:
-    """The images that have an embedding and whose file is still there; the others go into `folder`/rejects.parquet.
-
-    Files in a store are not asked for. Raises BadInput where too many have vanished.
-    """
-    images = images.take(np.flatnonzero(embeddings.rows_of(images.ids) >= 0))
-    is_there = np.array([scheme_of(ref.path) is not None or os.path.exists(ref.path) for ref in images.images()])
-    (folder / "rejects.parquet").unlink(missing_ok=True)
-    if is_there.all():
-        return images
-    gone = [Reject(ref.id, ref.path, "file not found") for ref in images.images(np.flatnonzero(~is_there))]
-    tables.write_table(folder / "rejects.parquet", reject_table(gone, "train"), "rejects")
-    check_rejects(gone, len(images), max_rejects, str(folder / "rejects.parquet"))
-    return images.take(np.flatnonzero(is_there))
 
 
 def embeddings_of(
@@ -204,91 +180,11 @@ def fingerprint_of(
     )
 
 
-def make_task(
-    images: Catalogue,
-    embeddings: Embeddings,
-    model_config: PairwiseConfig,
-    config: TrainingConfig,
-    work: Path,
-    executors: Executors | None = None,
-) -> TrainingTask:
-    """Splits the labels, retrieves candidates on either side, and writes the untrained model to disk.
-
-    A model with projections to fit is trained on either half of the labels with the other half as validation, then on
-    all labels. Any other model is trained on the labels that are not set aside, with those set aside as validation.
-    """
-    images = images.take(np.flatnonzero(embeddings.rows_of(images.ids) >= 0))
-    model_folder = work / "untrained"
-    if not holds_model(model_folder):
-        keep_model(build_model(model_config), model_folder)
-    is_halved = isinstance(load_model(model_folder), FittedModel) and config.backbone_lr == 0
-    side = sides(images.labels.astype(np.int64), 0.5 if is_halved else config.set_aside, config.seed)
-    n_trained = len(usable_labels(images.labels[side == 0].astype(np.int64)))
-    if config.mining != "lists" and n_trained < config.n_labels:
-        logger.info("a batch holds all %d labels that are trained on, for n_labels=%d", n_trained, config.n_labels)
-    adapted = adapt(images, embeddings, side, config, work, executors)
-    first, second = adapted.lists
-    if is_halved:
-        both = TrainingRun("all", join_lists([first, second]), None)
-        runs = (TrainingRun("half-0", first, second), TrainingRun("half-1", second, first), both)
-    else:
-        runs = (TrainingRun("train", first, second),)
-    return TrainingTask(
-        catalogue=images,
-        config=config,
-        model_folder=model_folder,
-        embeddings=tensor_of(adapted.embeddings),
-        runs=runs,
-        half=side if is_halved else None,
-        start=Chain(
-            () if adapted.step is None else (adapted.step,),
-            {} if adapted.decision is None else {"adapt": adapted.decision},
-            adapter=adapted.adapter,
-        ),
-    )
-
-
-def adapt(
-    images: Catalogue,
-    embeddings: Embeddings,
-    side: Int64[np.ndarray, " image"],
-    config: TrainingConfig,
-    work: Path,
-    executors: Executors | None,
-) -> Adaptation:
-    """The lists of both sides over the embeddings as they are, or mapped where that is better for other labels."""
-
-    def search(matrix: Float32[np.ndarray, "image dim"], name: str) -> tuple[CandidateLists, CandidateLists]:
-        mapped, folder = Embeddings(images.ids, matrix), work / "candidates" / name
-        first, second = (
-            retrieve_among(
-                np.flatnonzero(side == s), images, mapped, config.n_items, folder.with_name(f"{name}-{s}"), executors
-            )
-            for s in (0, 1)
-        )
-        return first, second
-
-    own = embeddings.matrix[embeddings.rows_of(images.ids)]
-    if not config.adapt or config.mining != "lists":
-        return Adaptation(search(own, "plain"), own)
-    everything = tensor_of(own)
-    return choose_adaptation(
-        own,
-        images.labels.astype(np.int64),
-        images.sequences.astype(np.int64),
-        side,
-        search,
-        lambda lists: evidence_from(images, everything, join_lists(list(lists)), None, config.target),
-        config.seed,
-        config.accept,
-    )
-
-
 def log_mining_report(
     task: TrainingTask, embeddings: Embeddings, work: Path, folder: Path, executors: Executors | None
 ) -> None:
     """Logs the figures and suspects of mining and writes them into `folder`."""
-    everyone = np.arange(len(task.catalogue))
+    everyone = np.flatnonzero(task.catalogue.labels >= 0)
     n_items, nearest_folder = mining.SUSPECT_NEIGHBOURS, work / "nearest"
     nearest = retrieve_among(everyone, task.catalogue, embeddings, n_items, nearest_folder, executors)
     logger.info("%s", mining.mining_in_text(mining.write_mining(task, nearest, folder)))
@@ -300,7 +196,6 @@ def write_model(
     run_folder: Path,
     folder: Path,
     used: LabelsToUse,
-    crowded: Callable[[], Evidence],
 ) -> Chain:
     """Writes the weights to keep, the chain that the validation labels choose for them, and the training's history."""
     of_runs = dict(zip((run.name for run in task.runs), results(state), strict=True))
@@ -317,8 +212,7 @@ def write_model(
     chain = Chain()
     if used.is_valid:
         evidence = evidence_of_runs(task, list(of_runs.values()))
-        is_alone = used.seen is None or task.start.steps
-        found = choose(evidence, task.config.seed, task.config.accept, None if is_alone else crowded)
+        found = choose(evidence, task.config.seed, task.config.accept)
         found = choose_views(evidence, found, task.config.seed, task.config.accept)
         steps, on = (*task.start.steps, *found.steps), found.chosen_on | task.start.chosen_on
         chain = replace(found, steps=steps, chosen_on=on, adapter=task.start.adapter)

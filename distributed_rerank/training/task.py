@@ -38,7 +38,7 @@ class TrainingTask:
     """What is trained, on what, how; item numbers are those of the catalogue."""
 
     catalogue: Catalogue
-    """The train images."""
+    """The train images; those without a label are candidates at most."""
     config: TrainingConfig
     model_folder: Path
     """The untrained model as `models.saving` wrote it: every worker starts from the same weights."""
@@ -53,6 +53,11 @@ class TrainingTask:
     """What a slow model says of the mined pairs."""
     start: Chain = field(default_factory=Chain)
     """What the chain begins with: a map of the embeddings, or nothing. Lists and embeddings are those after it."""
+
+    @property
+    def n_labelled(self) -> int:
+        """Images with a label."""
+        return int((self.catalogue.labels >= 0).sum())
 
 
 State = dict[str, Any]

@@ -27,26 +27,6 @@ def test_choice_on_shuffled_labels_does_no_harm_to_others() -> None:
         assert change >= -0.003
 
 
-def test_neighbours_are_tried_on_crowded_lists_where_no_pairwise_step_is_taken() -> None:
-    wide = evidence(0.9, None, seed=3)
-    wide = replace(wide, logits=None).with_queries(wide.labels < N_LABELS // 2)
-    chain = choose(evidence(0.01, None), crowded=lambda: wide)
-    alone = choose(wide)
-    assert chain.steps == alone.steps != ()
-    assert chain.calibration == alone.calibration
-    assert chain.chosen_on["first_stage"] == alone.chosen_on["first_stage"]
-    assert chain.chosen_on["n_labels"] == N_LABELS // 2
-    assert [decision["step"] for decision in chain.chosen_on["decisions"]][:1] == ["pairwise"]
-
-
-def test_crowded_lists_are_not_asked_for_where_a_pairwise_step_is_taken() -> None:
-    def crowded() -> Evidence:
-        raise AssertionError("asked for")
-
-    known = evidence(1.5, 2.0)
-    assert choose(known, crowded=crowded) == choose(known)
-
-
 def test_choice_with_a_perfect_first_stage_is_the_first_stage() -> None:
     assert choose(evidence(0.01, 1.0)).steps == ()
 

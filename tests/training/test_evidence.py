@@ -1,19 +1,22 @@
-"""Lists that a chain is chosen on, in a gallery with labels that the extractor has seen."""
+"""Images of labels that the extractor has seen stand in the galleries that a chain is chosen on, and nowhere else."""
 
-from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
+from training_examples import SMALL, TOKENS
 
-from distributed_rerank.config.training import TrainingConfig
 from distributed_rerank.data.catalogue import Catalogue
 from distributed_rerank.data.embeddings import Embeddings
+from distributed_rerank.tensors.candidate_lists import CandidateLists
 from distributed_rerank.training import evidence
-from distributed_rerank.training.evidence import drawn_labels, evidence_beside_seen
+from distributed_rerank.training.evidence import drawn_labels, evidence_of, seen_beside
+from distributed_rerank.training.preparation import images_with, make_task
+from distributed_rerank.training.task import TrainingTask, join_lists
 
-N_LABELS, N_IMAGES, N_SEEN = 12, 5, 8
+N_LABELS, N_IMAGES, N_SEEN = 20, 5, 8
 
 
 @pytest.fixture
@@ -32,29 +35,80 @@ def points(catalogue: Catalogue) -> np.ndarray:
     return (centres[catalogue.labels] + state.standard_normal((len(catalogue), 6))).astype(np.float32)
 
 
-def embed_from(catalogue: Catalogue, points: np.ndarray, lost: int) -> Callable[[Catalogue], Embeddings]:
-    def embed(images: Catalogue) -> Embeddings:
-        items = catalogue.items_of(images.ids)
-        items = items[items != lost]
-        return Embeddings(catalogue.ids[items], points[items])
-
-    return embed
-
-
-def test_seen_labels_are_candidates_and_never_queries(catalogue: Catalogue, points: np.ndarray, tmp_path: Path) -> None:
+def task_beside_seen(catalogue: Catalogue, points: np.ndarray, folder: Path, *, lost: int, adapt: bool) -> TrainingTask:
+    """The task of labels 8 to 19; the image `lost` has no embedding."""
     is_seen = np.asarray(catalogue.labels) < N_SEEN
-    images, seen = (catalogue.take(np.flatnonzero(part)) for part in (~is_seen, is_seen))
-    lost = int(np.flatnonzero(is_seen)[3])
-    embed = embed_from(catalogue, points, lost)
-    config = TrainingConfig(n_items=20, top_n=20)
-    found = evidence_beside_seen(catalogue, images, seen, embed, config, tmp_path / "lists", None)
-    kept = np.delete(np.arange(len(catalogue)), lost)
-    assert np.array_equal(kept[found.queries.numpy()], np.flatnonzero(~is_seen))
-    exact = np.linalg.norm(points[kept, None].astype(np.float64) - points[kept].astype(np.float64), axis=2)
-    np.fill_diagonal(exact, np.inf)
-    assert np.array_equal(found.lists.items.numpy(), np.argsort(exact, axis=1, kind="stable")[:, :20])
-    assert set(found.n_relevant[found.queries].tolist()) == {N_IMAGES - 1}
-    assert is_seen[kept[found.lists.items[found.queries].numpy()]].any()
+    own, seen = (catalogue.take(np.flatnonzero(part)) for part in (~is_seen, is_seen))
+    beside = seen_beside(seen, len(own), seed=0)
+    images = images_with(own, beside, catalogue).as_query_and_gallery()
+    there = np.delete(np.arange(len(catalogue)), lost)
+    embeddings = Embeddings(catalogue.ids[there], points[there])
+    config = replace(SMALL, n_items=20, top_n=20, adapt=adapt, accept=0.51)
+    return make_task(images, embeddings, TOKENS, config, folder, None, beside)
+
+
+def exact_lists(rows: np.ndarray, points: np.ndarray) -> np.ndarray:
+    """The 20 nearest of these rows for each of them, by the plain formula; -1 behind the last."""
+    x = points[rows].astype(np.float64)
+    distances = np.linalg.norm(x[:, None] - x, axis=2)
+    np.fill_diagonal(distances, np.inf)
+    found = rows[np.argsort(distances, axis=1, kind="stable")[:, : min(20, len(rows) - 1)]]
+    return np.pad(found, ((0, 0), (0, 20 - found.shape[1])), constant_values=-1)
+
+
+def assert_lists(lists: CandidateLists, points: np.ndarray) -> None:
+    expected = exact_lists(lists.query_items.numpy(), points)
+    width = lists.items.shape[1]
+    assert np.array_equal(lists.items.numpy(), expected[:, :width])
+    assert (expected[:, width:] == -1).all()
+
+
+@pytest.mark.parametrize("adapt", [False, True])
+def test_seen_labels_are_candidates_of_the_choice_alone(
+    catalogue: Catalogue, points: np.ndarray, tmp_path: Path, adapt: bool
+) -> None:
+    lost = int(np.flatnonzero(np.asarray(catalogue.labels) < N_SEEN)[3])
+    task = task_beside_seen(catalogue, points, tmp_path, lost=lost, adapt=adapt)
+    labels = task.catalogue.labels
+    is_own = labels >= 0
+    assert task.n_labelled == is_own.sum() == (N_LABELS - N_SEEN) * N_IMAGES
+    assert len(task.catalogue) == N_LABELS * N_IMAGES - 1
+    assert task.start.adapt is None or adapt
+    mapped = task.embeddings.numpy()
+    for run in task.runs:
+        assert is_own[run.anchors.query_items].all()
+        assert is_own[run.anchors.items[run.anchors.items >= 0]].all()
+    of_halves = [run.validation for run in task.runs if run.validation is not None]
+    for lists, other in zip(of_halves, of_halves[::-1], strict=True):
+        assert_lists(lists, mapped)
+        items = lists.query_items.numpy()
+        assert not np.intersect1d(items, other.query_items.numpy()).size
+        assert (~is_own[items]).any()
+    known = evidence_of(task, join_lists(of_halves), None)
+    assert np.array_equal(known.queries.numpy(), np.flatnonzero(is_own))
+    assert set(known.n_relevant[known.queries].tolist()) == {N_IMAGES - 1}
+    assert not is_own[known.lists.items[known.queries].numpy()].all()
+
+
+def test_either_half_of_the_seen_labels_stands_beside_one_side(catalogue: Catalogue) -> None:
+    seen = catalogue.take(np.flatnonzero(np.asarray(catalogue.labels) < N_SEEN))
+    first, second = (catalogue.items_of(ids) for ids in seen_beside(seen, 100, seed=0))
+    names = [set(np.asarray(catalogue.labels)[items]) for items in (first, second)]
+    assert [len(part) for part in names] == [N_SEEN // 2] * 2
+    assert names[0] | names[1] == set(range(N_SEEN))
+    assert len(first) == len(second) == N_SEEN // 2 * N_IMAGES
+    assert [len(ids) for ids in seen_beside(seen, 2, seed=0)] == [N_IMAGES, 0]
+    assert [len(ids) for ids in seen_beside(None, 100, seed=0)] == [0, 0]
+
+
+def test_images_beside_have_no_label(catalogue: Catalogue) -> None:
+    is_seen = np.asarray(catalogue.labels) < N_SEEN
+    own, seen = (catalogue.take(np.flatnonzero(part)) for part in (~is_seen, is_seen))
+    both = images_with(own, seen_beside(seen, 100, seed=0), catalogue)
+    assert both.ids.tolist() == catalogue.ids.tolist()
+    written = catalogue.texts("label").to_pylist()
+    assert both.texts("label").to_pylist() == [None if s else text for s, text in zip(is_seen, written, strict=True)]
+    assert images_with(own, seen_beside(None, 100, seed=0), catalogue) is own
 
 
 @pytest.mark.parametrize(("most", "expected"), [(12, 2), (1000, N_SEEN), (4, 0)])

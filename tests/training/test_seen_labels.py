@@ -90,6 +90,22 @@ def test_rows_of_a_calibration_split_take_the_place_of_known_train_labels() -> N
         EvidenceConfig(calibration_split="validation")
 
 
+def test_a_calibration_split_is_used_although_no_train_label_is_found_to_be_known() -> None:
+    catalogue = catalogue_of({"train": [3] * N_LABELS, "calibration": [4] * 10, "validation": [6] * N_LABELS})
+    embeddings = embeddings_of(catalogue, {"train": 1.2, "calibration": 1.2, "validation": 1.2})
+    used = picked(catalogue, embeddings)
+    assert used.is_valid
+    assert set(used.images.table["split"]) == {"calibration"}
+    assert used.seen is not None
+    assert used.seen.ids.tolist() == catalogue.restrict("train").ids.tolist()
+    assert used.note["seen"] == 0
+    said = picked(catalogue, embeddings, EvidenceConfig(extractor_trained_on="none"))
+    assert (set(said.images.table["split"]), said.seen) == ({"train"}, None)
+    few = catalogue_of({"train": [3] * N_LABELS, "calibration": [4] * 3, "validation": [6] * N_LABELS})
+    used = picked(few, embeddings_of(few, {"train": 1.2, "calibration": 1.2, "validation": 1.2}))
+    assert (set(used.images.table["split"]), used.seen) == ({"train"}, None)
+
+
 def test_a_weights_file_tells_the_labels_that_it_was_trained_on(tmp_path: Path) -> None:
     catalogue = catalogue_of({"train": [3] * 10, "validation": [3] * 10})
     extractor = build_extractor(BACKBONE)
