@@ -17,6 +17,7 @@ from PIL import Image
 from distributed_rerank.config.importing import ImportConfig
 from distributed_rerank.data.catalogue import Catalogue
 from distributed_rerank.data.catalogue_files import Purpose, read_catalogue
+from distributed_rerank.data.image_warnings import warnings_of
 from distributed_rerank.data.images import DAMAGE, FORMATS
 from distributed_rerank.data.judgement_files import read_judgements
 from distributed_rerank.data.judgements import COLUMNS
@@ -171,7 +172,7 @@ def _reason(path: Path) -> str | None:
     if path.exists() and not path.is_file():
         return "no regular file"
     try:
-        with Image.open(path, formats=FORMATS):
+        with warnings_of(str(path)), Image.open(path, formats=FORMATS):
             return None
     except FileNotFoundError:
         return "file not found"
