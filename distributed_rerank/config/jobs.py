@@ -294,6 +294,8 @@ class MakeCatalogueJob:
     """Folder of the photos."""
     out: Path
     """Table to write, .csv or .parquet."""
+    overwrite: bool = False
+    """Replace a table that is there with other rows."""
     importing: OmitArgPrefixes[ImportConfig] = field(default_factory=ImportConfig)
 
 
