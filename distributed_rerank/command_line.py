@@ -34,7 +34,7 @@ from distributed_rerank.runtime import logs
 
 PROGRAM = "distributed-rerank"
 FIRST_OPTIONS: Mapping[str, str] = {
-    "catalogue": "out layout label-field validation-share split-seed",
+    "catalogue": "out layout label-field validation-share split-seed overwrite",
     "embed": "catalogue out extractor extractor-weights extractor-args image-size split num-workers overwrite",
     "train": "catalogue out extractor extractor-weights image-size pairwise-model embeddings epochs minutes overwrite",
     "train-extractor": "catalogue out extractor extractor-weights image-size epochs backbone-lr minutes num-workers",

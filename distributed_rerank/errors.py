@@ -1,7 +1,10 @@
-"""The errors that are not ours to mend: the user's input, and a service that does not answer.
+"""The errors that are not ours to mend: the user's input, numbers out of range, and a service that does not answer.
 
 Every layer may raise them; the jobs turn each into one line and an exit code of its own.
 """
+
+import math
+from typing import Any
 
 
 class BadInput(ValueError):
@@ -10,3 +13,19 @@ class BadInput(ValueError):
 
 class Outage(Exception):
     """A service that the job needs does not answer. The same command may work later. Exit code 75."""
+
+
+def check_numbers(
+    config: Any, names: str, *, least: int | None = None, above: int | None = None, most: int | None = None
+) -> None:
+    """Raise BadInput for the first of these fields with a number below `least`, not above `above`, or beyond `most`.
+
+    `names` are divided by spaces. Each number of a tuple counts; None is no number. NaN and infinite are refused.
+    """
+    for name in names.split():
+        value = getattr(config, name)
+        for number in value if isinstance(value, tuple | list) else [] if value is None else [value]:
+            is_low = (least is not None and number < least) or (above is not None and number <= above)
+            if is_low or (most is not None and number > most) or not math.isfinite(number):
+                low = f"above {above} and " if above is not None else "" if least is None else f"at least {least} and "
+                raise BadInput(f"{name}={value} must be {low}{'finite' if most is None else f'at most {most}'}")

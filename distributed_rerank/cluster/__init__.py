@@ -2,6 +2,8 @@
 
 import os
 
-# Ray reads this when it is imported. Without it every line of a worker begins with colour codes and a process number,
+# Ray reads both when it is imported. Without this every line of a worker begins with colour codes and a process number,
 # and not with its time.
 os.environ.setdefault("RAY_DISABLE_WORKER_LOG_PREFIX", "1")
+# Else lines that differ in their numbers alone, such as names of images, are dropped and counted behind another one.
+os.environ.setdefault("RAY_DEDUP_LOGS", "0")

@@ -15,6 +15,7 @@ from distributed_rerank.data.catalogue import ImageRef
 from distributed_rerank.data.decoding import decode
 from distributed_rerank.data.rejects import reject_table
 from distributed_rerank.data.transforms import InferenceTransform
+from distributed_rerank.runtime import logs
 from distributed_rerank.storage.paths import ImageRoots
 
 _BLOCKS_PER_PART = 64
@@ -41,10 +42,12 @@ def _row(number: int, refs: list[ImageRef]) -> dict[str, Any]:
     }
 
 
-def decode_row(row: pa.Table, *, transform: InferenceTransform, threads: int) -> pa.Table:
+def decode_row(row: pa.Table, *, transform: InferenceTransform, threads: int, about: dict[str, Any]) -> pa.Table:
     """The row of a block with its pixels [image, 3, height, width] as bytes, and what could not be read."""
     refs = _refs(row)
-    decoded = decode(refs, transform, threads=threads)
+    logs.configure_worker()
+    with logs.about(**about, block=row["block"][0].as_py()):
+        decoded = decode(refs, transform, threads=threads)
     pixels = decoded.pixels.numpy()
     rejects = reject_table(decoded.rejects, "embed")
     return pa.table(

@@ -61,7 +61,9 @@ def embed_blocks(
     extractor = build_extractor(config)  # first: a wrong name or wrong weights must not cost a start of Ray
     session = connect()
     shipped = [ray.put(extractor)]
-    decode = functools.partial(decode_row, transform=extractor.transform, threads=work.decode_threads or 1)
+    decode = functools.partial(
+        decode_row, transform=extractor.transform, threads=work.decode_threads or 1, about=logs.now_about()
+    )
     on_device = _on_gpus if session.use_gpu else _on_cpus
     missing, patience, tries = dict(blocks), Patience(), 0
     while missing:

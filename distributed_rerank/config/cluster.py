@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from distributed_rerank.errors import BadInput
+from distributed_rerank.errors import BadInput, check_numbers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +35,7 @@ class ClusterConfig:
             raise BadInput(f"object_store_gb={self.object_store_gb} is too small for image blocks; give 0.1 or more")
         if self.wait_s is not None and self.wait_s < 0:
             raise BadInput(f"wait_s={self.wait_s} is negative; give 0 or more seconds")
+        check_numbers(self, "object_store_gb wait_s")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +73,7 @@ class RetryConfig:
         for name in ("max_failures", "controller_failure_limit"):
             if getattr(self, name) < 0:
                 raise BadInput(f"{name}={getattr(self, name)} has no end; give 0 or more")
+        check_numbers(self, "resize_check_s timeout_s", above=0)
         if self.min_workers is not None and self.min_workers < 1:
             raise BadInput(f"min_workers={self.min_workers} trains nothing; give at least 1")
 

@@ -11,7 +11,7 @@ from tyro.conf import OmitArgPrefixes, arg
 from distributed_rerank.config.choices import DistanceKind, MissingLists, UnscoredPairs
 from distributed_rerank.config.extractor import ExtractorConfig
 from distributed_rerank.config.own import load_function
-from distributed_rerank.errors import BadInput
+from distributed_rerank.errors import BadInput, check_numbers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,6 +84,9 @@ class RerankerConfig:
     top_n: int | None = None
     """Candidates of each query that are re-ranked. Default: as the chain says, else 10."""
 
+    def __post_init__(self) -> None:
+        check_numbers(self, "top_n", least=1)
+
     def check_hub(self) -> None:
         """Raises BadInput for a model on the hub that nobody has allowed to fetch."""
         if self.model is not None and self.model.startswith("hf-hub:") and not self.allow_hub:
@@ -115,6 +118,7 @@ class MeasureConfig:
     """Price of an hour of one worker, in any currency; the report then tells the price of 1,000 queries."""
 
     def __post_init__(self) -> None:
+        check_numbers(self, "resampling_seed", least=0)
         if not self.ks or min(self.ks) < 1:
             raise BadInput(f"ks={list(self.ks)} must be one or more cut-offs of at least 1; give e.g. --ks 1 5 10")
         if self.external is not None and not self.external.exists():

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 from tyro.conf import arg
 from tyro.constructors import PrimitiveConstructorSpec
 
-from distributed_rerank.errors import BadInput
+from distributed_rerank.errors import BadInput, check_numbers
 
 
 def parse_named_values(words: Iterable[str]) -> dict[str, Any]:
@@ -77,6 +77,12 @@ class ExtractorConfig:
     """Number format of the network. auto: bf16 where the hardware multiplies it natively, fp32 elsewhere."""
     extractor_seed: int = 0
     """Seed of an untrained network's weights."""
+
+    def __post_init__(self) -> None:
+        check_numbers(self, "image_size", least=1)
+        check_numbers(self, "crop_pct std", above=0)
+        check_numbers(self, "mean")
+        check_numbers(self, "extractor_seed", least=0)
 
     def without_effect(self) -> dict[str, str]:
         """Fields that these settings make meaningless, with the setting to change for them to count."""

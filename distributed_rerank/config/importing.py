@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from distributed_rerank.errors import BadInput
+from distributed_rerank.errors import BadInput, check_numbers
 
 Layout = Literal[
     "auto",
@@ -39,5 +39,6 @@ class ImportConfig:
     """Seed of that choice of labels."""
 
     def __post_init__(self) -> None:
+        check_numbers(self, "split_seed", least=0)
         if not 0 < self.validation_share < 1:
             raise BadInput(f"validation_share={self.validation_share} is no share of the labels; give 0.5, for example")

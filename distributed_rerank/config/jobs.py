@@ -17,7 +17,7 @@ from distributed_rerank.config.schedule import ScheduleConfig
 from distributed_rerank.config.serving import ServeConfig
 from distributed_rerank.config.training import EvidenceConfig, TrainingConfig
 from distributed_rerank.config.work import WorkConfig
-from distributed_rerank.errors import BadInput
+from distributed_rerank.errors import BadInput, check_numbers
 
 TrackingService = Literal["mlflow", "wandb"]
 
@@ -259,6 +259,7 @@ class SubmitJob:
     """Environment variables of the job, as NAME=VALUE. Everybody who sees the dashboard sees them: no secrets."""
 
     def __post_init__(self) -> None:
+        check_numbers(self, "driver_cpus driver_gpus", least=0)
         for word in self.env:
             if not re.fullmatch(r"[A-Za-z_]\w*=.*", word, re.DOTALL):
                 raise BadInput(f"--env {word} must have the form NAME=VALUE")
@@ -294,6 +295,8 @@ class MakeCatalogueJob:
     """Folder of the photos."""
     out: Path
     """Table to write, .csv or .parquet."""
+    overwrite: bool = False
+    """Replace a table that is there with other rows."""
     importing: OmitArgPrefixes[ImportConfig] = field(default_factory=ImportConfig)
 
 
@@ -361,6 +364,10 @@ class ServeJob(ClusterJob):
     """Most GB of the cache."""
     serving: OmitArgPrefixes[ServeConfig] = field(default_factory=ServeConfig)
 
+    def __post_init__(self) -> None:
+        check_numbers(self, "top_n", least=1)
+        check_numbers(self, "cache_gb", above=0)
+
 
 @dataclass(frozen=True, kw_only=True)
 class CompareJob:
@@ -386,6 +393,9 @@ class CompareJob:
     """Seed of the resampling behind intervals and p-values."""
     overwrite: bool = False
     """Recompute a folder that another comparison made."""
+
+    def __post_init__(self) -> None:
+        check_numbers(self, "seed", least=0)
 
 
 JOBS: Mapping[str, type] = {

@@ -8,7 +8,7 @@ from tyro.conf import OmitArgPrefixes
 
 from distributed_rerank.config.extractor import ExtractorConfig
 from distributed_rerank.config.own import is_own, load_own
-from distributed_rerank.errors import BadInput
+from distributed_rerank.errors import BadInput, check_numbers
 
 PairwiseName = Literal["token", "concat", "split", "distance"]
 
@@ -23,6 +23,9 @@ class PairwiseConfig:
     extractor: OmitArgPrefixes[ExtractorConfig] = field(default_factory=ExtractorConfig)
     head_seed: int = 0
     """Seed of the untrained head and projections."""
+
+    def __post_init__(self) -> None:
+        check_numbers(self, "head_seed", least=0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +51,13 @@ class TokenSiameseConfig(PairwiseConfig):
     head_dropout: float = 0.1
     """Share of the hidden layer that training drops."""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not (self.depths and self.pools):
+            raise BadInput(f"depths={self.depths}, pools={self.pools} give no token; name one of each or more")
+        check_numbers(self, "grid token_dim pools global_dim hidden_dim", least=1)
+        check_numbers(self, "shrinkage head_dropout", least=0, most=1)
+
 
 @dataclass(frozen=True, kw_only=True)
 class ConcatSiameseConfig(PairwiseConfig):
@@ -62,6 +72,11 @@ class ConcatSiameseConfig(PairwiseConfig):
     pairwise_weights: str | None = None
     """State dict of a ConcatSiamese (ours or OML's) to start from; the extractor's weights are then not needed."""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_numbers(self, "hidden_dims", least=1)
+        check_numbers(self, "dropout", least=0, most=1)
+
 
 @dataclass(frozen=True, kw_only=True)
 class SplitSiameseConfig(ConcatSiameseConfig):
@@ -71,6 +86,10 @@ class SplitSiameseConfig(ConcatSiameseConfig):
     """Blocks that run per image; the others see both images."""
     storage: Literal["fp32", "fp16", "bf16"] = "bf16"
     """Number format of the cached tokens."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_numbers(self, "split_at", least=0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,6 +102,10 @@ class DistanceSiameseConfig(PairwiseConfig):
     """Start from the identity matrix; else from a random one."""
     output_bias: float = 0.0
     """Added to the distance."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_numbers(self, "output_bias")
 
 
 PAIRWISE_CONFIGS: Mapping[str, type[PairwiseConfig]] = {

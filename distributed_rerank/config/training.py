@@ -5,7 +5,7 @@ from typing import Any, Literal, get_args
 
 from distributed_rerank.config.augmentation import Augmentation
 from distributed_rerank.config.own import load_function
-from distributed_rerank.errors import BadInput
+from distributed_rerank.errors import BadInput, check_numbers
 
 
 @dataclass(frozen=True)
@@ -24,6 +24,7 @@ class NegativeFilters:
     """Drop all after this many of the nearest that are left, counted before `range_min` drops any."""
 
     def __post_init__(self) -> None:
+        check_numbers(self, "absolute_margin relative_margin min_distance")
         if self.range_min < 0 or (self.range_max is not None and self.range_max <= self.range_min):
             raise BadInput(
                 f"range_min={self.range_min}, range_max={self.range_max} leave no negatives; "
@@ -139,6 +140,7 @@ class TrainingConfig:
     beside a GPU."""
 
     def __post_init__(self) -> None:
+        self._check_numbers()
         problems = [
             (self.epochs < 1, f"epochs={self.epochs} trains nothing; give at least 1"),
             (self.lr <= 0, f"lr={self.lr} trains nothing; give a positive rate"),
@@ -187,6 +189,12 @@ class TrainingConfig:
                 raise BadInput(message)
         if self.loss not in get_args(LossName):
             load_function(self.loss, "--loss", get_args(LossName))
+
+    def _check_numbers(self) -> None:
+        check_numbers(self, "seed freeze_epochs warmup_steps patience loader_workers weight_decay", least=0)
+        check_numbers(self, "steps_per_epoch", least=1)
+        check_numbers(self, "minutes negative_temperature clip_norm", above=0)
+        check_numbers(self, "margin temperature teacher_temperature lr backbone_lr")  # above 0 is checked with a reason
 
     def is_frozen(self, epoch: int) -> bool:
         """Whether the backbone is frozen in this epoch (counted from 0)."""

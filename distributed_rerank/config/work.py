@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from distributed_rerank.errors import BadInput
+from distributed_rerank.errors import BadInput, check_numbers
 
 COUNTS = (
     "images_per_block",
@@ -54,6 +54,7 @@ class WorkConfig:
                 raise BadInput(f"{name}={value} must be at least 1")
         if self.encoding_gb <= 0:
             raise BadInput(f"encoding_gb={self.encoding_gb} must be above 0")
+        check_numbers(self, "encoding_gb")
         if self.max_rejects is not None and not 0 <= self.max_rejects <= 1:
             raise BadInput(f"max_rejects={self.max_rejects} is no share of the images; give 0 to 1")
 

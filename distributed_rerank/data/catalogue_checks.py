@@ -178,6 +178,7 @@ def check_training(table: pd.DataFrame, problems: Problems) -> None:
 def check_columns(columns: pa.Table, names: Sequence[str], purpose: str, problems: Problems) -> None:
     """The columns that `purpose` needs, with a suggestion from `names` for one that is absent, and at least one row."""
     absent = [name for name in _REQUIRED[purpose] if name not in names]
+    others = ", ".join(repr(name) for name in names if name not in _REQUIRED[purpose])
     if any(name in names for name in BOX):
         absent += [name for name in BOX if name not in names]
     problems.absent.update(absent)
@@ -185,6 +186,7 @@ def check_columns(columns: pa.Table, names: Sequence[str], purpose: str, problem
         lower = {other.lower(): other for other in names}
         close = difflib.get_close_matches(name, lower, n=1, cutoff=0.7)
         hint = f"did you mean {lower[close[0]]!r}? Rename it" if close else "add it"
+        hint += f", or rename the one of {others} that it is" if others and not close else ""
         problems.add(f"no column {name!r}, needed for {purpose}; {hint}")
     if "path" in names and len(columns) == 0:
         problems.add("the table has no rows")

@@ -9,6 +9,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextvars import copy_context
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -122,7 +123,7 @@ def _on_threads(
     pending: deque[tuple[Future[_T], int]] = deque()
     with ThreadPoolExecutor(threads) as pool:
         for ref, content in zip(refs, contents, strict=True):
-            pending.append((pool.submit(decode_one, ref, content), _size(content)))
+            pending.append((pool.submit(copy_context().run, decode_one, ref, content), _size(content)))
             while len(pending) >= 2 * threads or sum(size for _, size in pending) > MOST_AHEAD:
                 yield pending.popleft()[0].result()
         while pending:
@@ -144,6 +145,6 @@ def _decode_one(transform: InferenceTransform, ref: ImageRef, content: bytes | R
     if isinstance(content, Reject):
         return content
     try:
-        return decode_content(content, ref.box, then=transform)
+        return decode_content(content, ref.box, then=transform, name=ref.path)
     except UnreadableImage as error:
         return Reject(ref.id, ref.path, error.reason)

@@ -4,22 +4,26 @@ Only JPEG, PNG, WebP, BMP, GIF, TIFF and, where this Pillow decodes it, AVIF are
 checked before anything is decoded. With these limits an image costs 40 seconds of one CPU at the worst (run-length BMP
 of 200 MB; 100 million pixels take 1 to 8 seconds in every other format), so there is no clock. Only the scans of a
 progressive JPEG could take hours; they are counted first. No process-wide setting of Pillow is read or changed, except
-that Pillow itself refuses images above twice `PIL.Image.MAX_IMAGE_PIXELS` (179 million pixels as shipped), whatever
-`max_pixels` says.
+that libtiff writes nothing to standard error, and that Pillow itself refuses images above twice
+`PIL.Image.MAX_IMAGE_PIXELS` (179 million pixels as shipped), whatever `max_pixels` says.
 """
 
+import ctypes
+import functools
 import io
 import os
 import threading
 import unicodedata
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
 from PIL import Image, UnidentifiedImageError, features
 
 from distributed_rerank.data.catalogue import ImageRef
+from distributed_rerank.data.image_warnings import warnings_of
 from distributed_rerank.data.pictures import DAMAGE, Box, Picture, UnreadableImage, orientation_of
 from distributed_rerank.data.rejects import OUTAGE
 from distributed_rerank.errors import BadInput
@@ -38,6 +42,8 @@ MAX_BYTES = 200_000_000
 """Of a file, checked before it is read."""
 MAX_SCANS = 100
 """Of a progressive JPEG, as libtiff has it; encoders write a dozen, and each costs a pass over the picture."""
+MAPS = Path("/proc/self/maps")
+"""The libraries of this process."""
 _one_at_a_time = threading.Lock()
 HAS_AVIF = "avif" in features.modules and features.check_module("avif")
 """Pillow decodes it from 11.3 on."""
@@ -59,13 +65,13 @@ def read_image(
 
     Whatever is wrong with the file: UnreadableImage.
     """
-    return decode(read_content(ref, schemes), ref.box, max_pixels, then)
+    return decode(read_content(ref, schemes), ref.box, max_pixels, then, ref.path)
 
 
 def read_size(ref: ImageRef) -> tuple[int, int]:
     """Width and height of the whole upright picture, whose pixels are not decoded. Raises as `read_content` does."""
     content = read_content(ref)
-    with _explained(content), Image.open(io.BytesIO(content), formats=FORMATS) as image:
+    with warnings_of(ref.path), _explained(content), Image.open(io.BytesIO(content), formats=FORMATS) as image:
         return Picture(image, orientation_of(image)).size
 
 
@@ -97,20 +103,30 @@ def _other_spelling(ref: ImageRef) -> str:
 
 
 def decode(
-    content: bytes, box: Box | None = None, max_pixels: int = MAX_PIXELS, then: Callable[[Any], Any] = whole
+    content: bytes,
+    box: Box | None = None,
+    max_pixels: int = MAX_PIXELS,
+    then: Callable[[Any], Any] = whole,
+    name: str = "an image given as bytes",
 ) -> Any:
     """The first frame in a file's bytes, upright (EXIF), as mode RGB, cut to `box`; or what `then` makes of it.
 
     Transparent parts become white; 16-bit grey is scaled, not clipped. `box` (left, top, right, bottom)
     counts pixels of the upright picture, as an annotator sees it, and is clipped to it. `then` gets a Pillow image or,
-    where there are more than `LARGE` pixels, a `Picture`, good until `then` returns, one at a time in a process. Raises
-    UnreadableImage, also where there is not enough memory for that many.
+    where there are more than `LARGE` pixels, a `Picture`, good until `then` returns, one at a time in a process. Log
+    lines call it `name`. Raises UnreadableImage, also where there is not enough memory for that many.
     """
     if not content:
         raise UnreadableImage("empty file (0 bytes)")
+    with warnings_of(name):
+        return _decode(content, box, max_pixels, then)
+
+
+def _decode(content: bytes, box: Box | None, max_pixels: int, then: Callable[[Any], Any]) -> Any:
     image = None
     try:
         with _explained(content):
+            _mute_libtiff()
             image = Image.open(io.BytesIO(content), formats=FORMATS)
         with image:
             _check_size(image, content, max_pixels)
@@ -162,6 +178,13 @@ def _explained(content: bytes) -> Iterator[None]:
         raise UnreadableImage(_line("too many pixels", error)) from error
     except DAMAGE as error:
         raise UnreadableImage(_line("damaged or truncated", error)) from error
+
+
+@functools.cache
+def _mute_libtiff() -> None:
+    """Leave out what libtiff writes to standard error: it names no image, whose reason Pillow raises anyway."""
+    if path := next((line.split()[-1] for line in MAPS.read_text().splitlines() if "libtiff" in line), None):
+        ctypes.CDLL(path).TIFFSetErrorHandler(None)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from distributed_rerank.errors import BadInput
-from distributed_rerank.importing.rows import Row, first_file, images_below, needed
+from distributed_rerank.importing.rows import SUFFIXES, Row, first_file, images_below, needed, others_below
 
 logger = logging.getLogger(__name__)
 
@@ -37,10 +37,14 @@ def read_folders(folder: Path, field: str | None) -> list[Row]:
             beside.append(path)
     if rows and beside:
         logger.warning("left out: %d photos that lie in no folder of a label, first %s", len(beside), beside[0])
+    others = ", ".join(f"{number} {kind}" for kind, number in others_below(folder).most_common(5))
     if not rows:
         raise BadInput(
-            f"{folder} has no folders with photos in it; put the photos of each thing in a folder of its own"
+            f"{folder} has no folders with photos in it{others and f' ({others})'}; put the photos of each thing in a "
+            f"folder of its own, named {' '.join(sorted(SUFFIXES))}"
         )
+    if others:
+        logger.warning("left out by their names: %s; photos are called %s", others, " ".join(sorted(SUFFIXES)))
     return rows
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import pandas as pd
 from PIL import Image
@@ -17,6 +18,7 @@ from PIL import Image
 from distributed_rerank.config.importing import ImportConfig
 from distributed_rerank.data.catalogue import Catalogue
 from distributed_rerank.data.catalogue_files import Purpose, read_catalogue
+from distributed_rerank.data.image_warnings import warnings_of
 from distributed_rerank.data.images import DAMAGE, FORMATS
 from distributed_rerank.data.judgement_files import read_judgements
 from distributed_rerank.data.judgements import COLUMNS
@@ -88,18 +90,19 @@ class Imported:
         }
 
 
-def import_folder(folder: Path, out: Path, config: ImportConfig) -> Imported:
+def import_folder(folder: Path, out: Path, config: ImportConfig, *, overwrite: bool = False) -> Imported:
     """Read the folder, write the table `out` (.csv or .parquet) and check it as training and evaluation do.
 
     Photos that are no images are left out and named. Labels without a second photo cannot be found and are no queries:
-    they are gallery items of `validation`. Raises BadInput where nothing is left to train or to measure.
+    they are gallery items of `validation`. Raises BadInput where nothing is left to train or to measure, and where
+    `out` is there with other rows, unless `overwrite` is given.
     """
     if out.suffix not in (".csv", ".parquet"):
         raise BadInput(f"--out {out} must end in .csv or .parquet")
     layout = find_layout(folder) if config.layout == "auto" else config.layout
     judged = JUDGED_READERS[layout](folder, out.with_name(f"{out.stem}_images")) if layout in JUDGED_READERS else None
     rows = READERS[layout](folder, config.label_field) if judged is None else judged.rows
-    rows, unreadable = _without_unreadable(rows)
+    rows, unreadable = _without_unreadable(_once_each(rows))
     if not rows:
         raise BadInput(f"{folder} ({layout}) has no readable photo with a label; first: {(unreadable or ['none'])[0]}")
     has_own_split = any(row.split for row in rows)
@@ -108,6 +111,8 @@ def import_folder(folder: Path, out: Path, config: ImportConfig) -> Imported:
     with atomic_path(out) as temporary:
         table = _table(rows, out.parent)
         table.to_csv(temporary, index=False) if out.suffix == ".csv" else table.to_parquet(temporary, index=False)
+        if out.is_file() and not overwrite and out.read_bytes() != temporary.read_bytes():
+            raise BadInput(f"--out {out} is there with other rows; choose another file, or give --overwrite")
     purposes: tuple[Purpose, ...] = ("training", "evaluation") if judged is None else ("evaluation",)
     catalogue = [read_catalogue(str(out), purpose=purpose) for purpose in purposes][-1]
     files = [] if judged is None else list(_write_judgements(judged, catalogue, out))
@@ -158,6 +163,22 @@ def divide(rows: Sequence[Row], validation_share: float, seed: int) -> list[Row]
     ]
 
 
+def _once_each(rows: Sequence[Row]) -> list[Row]:
+    """The rows without repeats: links to one photo, or a box twice. Raises BadInput where their labels differ."""
+    first: dict[Any, Row] = {}
+    for row in rows:
+        met = first.setdefault(row.id if row.id is not None else (row.path.resolve(), row.box), row)
+        if met.label != row.label and row.id is None:
+            box = f", box {row.box}," if row.box else ""
+            raise BadInput(
+                f"{met.path} and {row.path}{box} are one photo with two labels, {met.label!r} and {row.label!r}; "
+                "remove one of them"
+            )
+    if len(first) < len(rows):
+        logger.warning("left out: %d rows of photos, or boxes in them, that are there already", len(rows) - len(first))
+    return list(first.values())
+
+
 def _without_unreadable(rows: Sequence[Row]) -> tuple[list[Row], list[str]]:
     """The rows whose photos can be opened (headers only), and the others with the reason, each photo once."""
     paths = sorted({row.path for row in rows})
@@ -171,7 +192,7 @@ def _reason(path: Path) -> str | None:
     if path.exists() and not path.is_file():
         return "no regular file"
     try:
-        with Image.open(path, formats=FORMATS):
+        with warnings_of(str(path)), Image.open(path, formats=FORMATS):
             return None
     except FileNotFoundError:
         return "file not found"

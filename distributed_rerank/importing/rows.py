@@ -1,12 +1,13 @@
 """What every reader of a folder returns: rows of a catalogue, with or without a split of their own."""
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from distributed_rerank.errors import BadInput
 
-SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
+SUFFIXES = frozenset({".jpg", ".jpeg", ".jfif", ".png", ".webp", ".avif", ".bmp", ".gif", ".tif", ".tiff"})
 
 
 @dataclass(frozen=True)
@@ -41,9 +42,21 @@ class Judged:
 
 def images_below(folder: Path) -> Iterator[Path]:
     """The image files at any depth, in the order of their paths; hidden files and folders are passed over."""
+    for path in _shown(folder):
+        if path.suffix.lower() in SUFFIXES and path.is_file():
+            yield path
+
+
+def others_below(folder: Path) -> Counter[str]:
+    """How many files `images_below` leaves out, by the end of their names in lower case, or as `dangling links`."""
+    found = (path for path in _shown(folder) if not path.is_dir())
+    kinds = (path.suffix.lower() or "without an ending" if path.exists() else "dangling links" for path in found)
+    return Counter(kind for kind in kinds if kind not in SUFFIXES)
+
+
+def _shown(folder: Path) -> Iterator[Path]:
     for path in sorted(folder.rglob("*")):
-        is_hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
-        if path.suffix.lower() in SUFFIXES and not is_hidden and path.is_file():
+        if not any(part.startswith(".") for part in path.relative_to(folder).parts):
             yield path
 
 

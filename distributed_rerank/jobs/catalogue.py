@@ -8,4 +8,4 @@ from distributed_rerank.importing.catalogue import import_folder, log_summary
 
 def main(job: MakeCatalogueJob, folder: Path) -> None:
     """Write the catalogue of a folder to the file --out."""
-    log_summary(import_folder(folder, job.out, job.importing), folder, job.out)
+    log_summary(import_folder(folder, job.out, job.importing, overwrite=job.overwrite), folder, job.out)

@@ -5,16 +5,18 @@ import json
 import logging
 import os
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, TextIO
 
 PACKAGE = "distributed_rerank"
 OBSERVED = "DISTRIBUTED_RERANK_OBSERVED"
 """The environment variable by which a driver tells its workers what `observe` was given, as JSON."""
 
 _about: ContextVar[dict[str, Any]] = ContextVar("about")
+_kept: ContextVar[list[Warning]] = ContextVar("kept")
 
 
 def observe(**settings: str | None) -> None:
@@ -45,6 +47,17 @@ def now_about() -> dict[str, Any]:
     return _about.get({})
 
 
+@contextmanager
+def kept_warnings() -> Iterator[list[Warning]]:
+    """Python's warnings within, in this list and not in the log; none where another program shows its log lines."""
+    kept: list[Warning] = []
+    token = _kept.set(kept)
+    try:
+        yield kept
+    finally:
+        _kept.reset(token)
+
+
 class LineFormatter(logging.Formatter):
     """Time and level before every line of a message, tables included; or a message as one line of JSON."""
 
@@ -67,7 +80,7 @@ class LineFormatter(logging.Formatter):
 def configure_driver() -> None:
     """Show log lines of this process, unless the program that it belongs to has set up logging itself.
 
-    Of other libraries only warnings and errors.
+    Of other libraries only warnings and errors, and of Python's warnings those that it would write itself.
     """
     if not logging.getLogger().handlers and not logging.getLogger(PACKAGE).handlers:
         _show(logging.getLogger())
@@ -85,7 +98,26 @@ def configure_worker() -> None:
 
 
 def _show(logger: logging.Logger) -> None:
+    warnings.filterwarnings("always", module=r"PIL\.")  # else only the first image of those with the same fault
+    warnings.showwarning = _log_warning
     handler = logging.StreamHandler()
     handler.setFormatter(LineFormatter())
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
+
+
+def _log_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    """A warning of Python as a log line; instead of `warnings.showwarning`."""
+    warning = message if isinstance(message, Warning) else category(message)
+    if (kept := _kept.get(None)) is not None:
+        kept.append(warning)
+    else:
+        text = " ".join(str(warning).split())
+        logging.getLogger(f"{PACKAGE}.warnings").warning("%s, %s:%d: %s", category.__name__, filename, lineno, text)

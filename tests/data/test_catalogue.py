@@ -189,7 +189,9 @@ def test_ids_sort_by_code_point_whatever_the_script(tmp_path: Path) -> None:
 def test_absent_column_suggests_the_near_miss(tmp_path: Path) -> None:
     message = _one_line(tmp_path, "labels,path,split,is_query,is_gallery\n1,a,validation,1,1\n")
     assert "no column 'label', needed for evaluation; did you mean 'labels'?" in message
-    assert "no column 'path', needed for images; add it" in _one_line(tmp_path, "file\na\n", "images")
+    assert "no column 'path', needed for images; add it, or rename the one of 'file' that it is" in _one_line(
+        tmp_path, "file\na\n", "images"
+    )
 
 
 def test_unknown_split_names_value_and_rows(tmp_path: Path) -> None:

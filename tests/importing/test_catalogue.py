@@ -28,7 +28,8 @@ def photo(path: Path, seed: int = 0) -> Path:
 
 def imported(folder: Path, **settings: object) -> Imported:
     """As auto finds it, written into a folder beside it."""
-    return import_folder(folder, folder.parent / "out" / "df.csv", ImportConfig(**settings))  # pyright: ignore
+    out = folder.parent / "out" / "df.csv"
+    return import_folder(folder, out, ImportConfig(**settings), overwrite=True)  # pyright: ignore
 
 
 def labels_of(found: Imported, split: str) -> set[str]:
@@ -189,6 +190,50 @@ def test_photos_in_no_folder_and_pipes_are_left_out_with_a_word(
     found = imported(folders, layout="imagefolder")
     assert found.unreadable == [f"{folders}/pipe.png: no regular file"]
     assert len(found.catalogue) == 24
+
+
+def test_files_that_no_photo_is_called_like_are_counted_by_their_names(
+    folders: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    home = folders / "train" / "shoes" / "s1"
+    for number in range(3):
+        (home / f"{number}.HEIC").write_bytes((home / "0.jpg").read_bytes())
+    (home / "gone.jpg").symlink_to("nowhere.jpg")
+    (home / "8.JFIF").write_bytes((home / "0.jpg").read_bytes())
+    assert len(imported(folders).catalogue) == 26
+    assert "left out by their names: 3 .heic, 1 .txt, 1 dangling links; photos are called .avif " in caplog.text
+    heic = folders.parent / "heic" / "a"
+    heic.mkdir(parents=True)
+    (heic / "1.heic").touch()
+    with pytest.raises(BadInput, match=r"has no folders with photos in it \(1 \.heic\)"):
+        imported(heic.parent)
+
+
+def test_a_link_to_a_photo_of_its_label_is_left_out_and_of_another_label_refused(
+    folders: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    home = folders / "train" / "shoes"
+    before = imported(folders).catalogue.ids.tolist()
+    (home / "s1" / "z.jpg").symlink_to("0.jpg")
+    assert imported(folders).catalogue.ids.tolist() == before
+    assert "left out: 1 rows of photos, or boxes in them, that are there already" in caplog.text
+    (home / "s2" / "z.jpg").symlink_to(home / "s1" / "0.jpg")
+    with pytest.raises(BadInput, match=r"s1/0\.jpg and .*s2/z\.jpg are one photo with two labels, 'shoes/s1' and"):
+        imported(folders)
+
+
+def test_a_table_that_somebody_has_edited_is_not_replaced(folders: Path) -> None:
+    out = folders.parent / "df.csv"
+    words = ["catalogue", str(folders), "--out", str(out)]
+    command_line.run(words)
+    command_line.run(words)
+    edited = out.read_text().replace("shoes/s1", "boots/s1")
+    out.write_text(edited)
+    with pytest.raises(BadInput, match=r"df\.csv is there with other rows; choose another file, or give --overwrite"):
+        command_line.run(words)
+    assert out.read_text() == edited
+    command_line.run([*words, "--overwrite"])
+    assert "boots" not in out.read_text()
 
 
 def test_what_cannot_be_read_is_told_in_one_line(tmp_path: Path) -> None:

@@ -6,8 +6,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from job_files import EXTRACTOR, SMALL_BLOCKS, bytes_of
+from PIL import Image
 
 EXPECTED = {"embed": "aten::convolution", "search": "aten::index", "score": "aten::convolution"}
 """An operator of each kind of worker."""
@@ -49,6 +51,35 @@ def test_an_evaluation_tells_its_stages_and_blocks_and_traces_one_of_each_kind(
     assert all(name in traces[kind] for kind, name in EXPECTED.items())
     run(*words, *EXTRACTOR, *SMALL_BLOCKS, "--num-workers", 0, into=tmp_path / "unwatched")
     assert bytes_of(tmp_path / "watched") == bytes_of(tmp_path / "unwatched")
+
+
+@pytest.mark.parametrize("n_workers", [0, pytest.param(2, marks=[pytest.mark.ray, pytest.mark.slow])])
+def test_what_pillow_says_of_an_image_is_a_log_line_that_names_it(tmp_path: Path, n_workers: int) -> None:
+    """Once an image, on every worker; nothing of those that are rejects, and no line that is not of the log."""
+    photo = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 48, 3), np.uint8))
+    exif = Image.Exif()
+    exif[0x010E] = "x" * 50
+    odd = [f"odd {n}.jpg" for n in range(8)]
+    for name in odd:
+        photo.save(tmp_path / name, exif=exif.tobytes()[:-30])  # the text is cut off
+    photo.save(tmp_path / "good.jpg", exif=exif.tobytes())
+    photo.convert("1").resize((9450, 9450)).save(tmp_path / "large.png")  # beyond Pillow's limit, below ours
+    photo.save(tmp_path / "damaged.tif", compression="tiff_lzw")
+    content = bytearray((tmp_path / "damaged.tif").read_bytes())
+    content[100:140] = b"\xff" * 40
+    (tmp_path / "damaged.tif").write_bytes(content)
+    rows = [f"{name},{name},1,validation,True,True\n" for name in (*odd, "good.jpg", "large.png", "damaged.tif")]
+    (tmp_path / "df.csv").write_text("id,path,label,split,is_query,is_gallery\n" + "".join(rows))
+    words = ["embed", "--catalogue", tmp_path / "df.csv", "--log-format", "json", "--out", tmp_path / "embeddings"]
+    words += [*EXTRACTOR, "--images-per-block", 3, "--num-workers", n_workers]
+    done = subprocess.run(
+        [sys.executable, "-m", "distributed_rerank", *map(str, words)], capture_output=True, text=True, timeout=240
+    )
+    lines = [json.loads(line) for line in done.stderr.splitlines()]
+    told = [line for line in lines if line["logger"].endswith("image_warnings")]
+    assert sorted(line["message"].partition(": ")[0] for line in told) == [repr(str(tmp_path / name)) for name in odd]
+    assert all(line["level"] == "WARNING" and line["stage"] == "embed" for line in told)
+    assert {line["block"] for line in told} == {1, 2, 3}
 
 
 @pytest.mark.parametrize("n_workers", [0, pytest.param(2, marks=[pytest.mark.ray, pytest.mark.slow])])
