@@ -11,6 +11,7 @@ from distributed_rerank.data.catalogue_checks import Problems
 from distributed_rerank.data.stored_table import StoredColumn
 from distributed_rerank.data.text_columns import are_words_for_no_value, as_numbers, as_texts
 from distributed_rerank.errors import BadInput
+from distributed_rerank.runtime.memory import give_back_memory
 from distributed_rerank.tensors import sharding
 
 _ROWS = 1 << 16
@@ -38,6 +39,7 @@ def side_of(column: StoredColumn, name: str, problems: Problems) -> Side:
         problems.absent.add(name)
         return Side(np.full(len(cells), np.nan), np.ones(len(cells), bool), None)
     corners = as_numbers(cells)
+    give_back_memory()  # the texts have gone
     is_wrong = ~(np.abs(corners) < _MOST_PIXELS) & ~is_empty
     if not is_wrong.any():
         return Side(corners, is_empty, None)

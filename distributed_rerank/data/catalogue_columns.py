@@ -19,6 +19,7 @@ from distributed_rerank.data.text_codes import constant_codes, filled_codes, ord
 from distributed_rerank.data.text_columns import are_words_for_no_value, as_names, float_bits
 from distributed_rerank.data.texts import parts_of
 from distributed_rerank.errors import BadInput
+from distributed_rerank.runtime.memory import give_back_memory
 from distributed_rerank.storage import paths
 
 pc: Any = pyarrow.compute  # type checkers do not see its functions, which are made at import
@@ -26,6 +27,7 @@ pc: Any = pyarrow.compute  # type checkers do not see its functions, which are m
 Columns = dict[str, Any]
 """By name: large_string, codes with their names in order, or NumPy's bool and float64."""
 _NAMES = ("id", "label", "category", "sequence", "item")
+_OPTIONAL = ("category", "sequence", "item")
 _FLAGS = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
 
 
@@ -36,7 +38,8 @@ def normalise(stored: StoredTable, purpose: str, problems: Problems) -> Columns:
     """
     check_columns(stored.n_rows, stored.names, purpose, problems)
     tell_unread_columns(stored.names, KNOWN, problems.source)
-    texts = {name: _texts(stored, name, problems) for name in KNOWN if name not in BOX}
+    asked = [name for name in KNOWN if name not in BOX and (name in stored.names or name not in _OPTIONAL)]
+    texts = {name: _texts(stored, name, problems) for name in asked}
     sides = {name: side_of(stored.columns.pop(name), name, problems) for name in BOX if name in stored.columns}
     if "path" in stored.names and "path" not in problems.absent:
         is_empty = texts["path"].is_null().to_numpy(zero_copy_only=False)
@@ -50,9 +53,10 @@ def normalise(stored: StoredTable, purpose: str, problems: Problems) -> Columns:
     is_training = rows_with(columns["split"], _are_in(columns["split"].dictionary, SPLITS[:-1]))
     for name in ("is_query", "is_gallery"):
         columns[name] = _flags(name, texts.pop(name), problems) & ~is_training
-    for name in ("category", "sequence", "item"):
-        if name in stored.names:
+    for name in _OPTIONAL:
+        if name in texts:
             columns[name] = ordered_codes(texts.pop(name))
+    give_back_memory()
     return columns | boxes
 
 
@@ -77,6 +81,7 @@ def _texts(stored: StoredTable, name: str, problems: Problems) -> Any:
     try:
         if column is not None:
             texts = _without_words(column.texts(name), name, problems)
+            give_back_memory()  # the cells have gone
             return as_names(texts, name, float_bits(column.kind)) if name in _NAMES else texts
     except BadInput as error:
         problems.add(str(error))

@@ -14,12 +14,15 @@ from distributed_rerank.data.table_files import TableFile
 from distributed_rerank.data.text_codes import CodeBuilder
 from distributed_rerank.data.text_columns import as_texts
 from distributed_rerank.errors import BadInput
+from distributed_rerank.runtime.memory import give_back_memory
 
 KNOWN = ("id", "path", "label", "split", "is_query", "is_gallery", "category", "sequence", "item", *BOX)
 CODED = ("label", "split", "is_query", "is_gallery", "category", "sequence", "item")
 """Columns in which a text may be that of many rows."""
 _ROWS = 1 << 16
 """Rows that are read together."""
+_BATCHES_BETWEEN = 4
+"""After so many, freed memory goes back to the system."""
 
 
 class StoredColumn:
@@ -101,7 +104,9 @@ def load_table(uri: str, schemes: frozenset[str]) -> StoredTable:
     tables = file.parquet_batches(choose, _ROWS) if file.is_parquet else file.csv_batches(choose, set(KNOWN), _ROWS)
     columns = {field.name: _column(field.name, field.type) for field in next(tables).schema}
     n_rows = 0
-    for table in regrouped(tables, _ROWS):
+    for number, table in enumerate(regrouped(tables, _ROWS)):
+        if number % _BATCHES_BETWEEN == 0:
+            give_back_memory()  # the blocks of the file leave holes that no column fits in
         n_rows += len(table)
         whole = table.combine_chunks()
         for name, column in columns.items():
