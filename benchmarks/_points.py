@@ -11,7 +11,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing import get_context
@@ -27,6 +27,7 @@ import pyarrow as pa
 import torch
 from _measuring import PeakMemory
 from _planted import planted_logits, write_planted
+from _reading import memory_mb, reading, staged, table_mb
 from PIL import Image
 
 from distributed_rerank import retrieval
@@ -342,35 +343,6 @@ def write_made_up(folder: Path, n_images: int, n_queries: int) -> Path:
     return folder / "df.csv"
 
 
-@contextmanager
-def staged(answer: Answer, name: str) -> Iterator[None]:
-    """Seconds of a stage, and the most memory that this process held in it."""
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
-    started = time.perf_counter()
-    yield
-    answer |= {f"{name}_s": time.perf_counter() - started, f"{name}_mb": memory_mb("VmHWM")}
-
-
-def memory_mb(field: str) -> float:
-    """VmRSS, what this process holds, or VmHWM, the most that it held."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(field)) * 1024 / 1e6
-
-
-def table_mb(table: pd.DataFrame) -> float:
-    """MB of a table's columns; memory that they share counts once, as `id` and `written_path` often do."""
-    sizes: dict[Any, int] = {}
-    for name in table:
-        if table[name].dtype == bool:
-            sizes[name] = table[name].to_numpy().nbytes
-            continue
-        column = pa.array(table[name], from_pandas=True)
-        for chunk in column.chunks if isinstance(column, pa.ChunkedArray) else [column]:
-            buffers = [*chunk.buffers(), *(chunk.dictionary.buffers() if pa.types.is_dictionary(chunk.type) else ())]
-            sizes |= {buffer.address: buffer.size for buffer in buffers if buffer is not None}
-    return sum(sizes.values()) / 1e6
-
-
 def labelled(labels: np.ndarray) -> Catalogue:
     """A catalogue of images that nobody opens."""
     ids = [f"{number:08d}" for number in range(len(labels))]
@@ -429,6 +401,7 @@ class MadeUpLogits:
 POINTS = {
     "bucket": bucket,
     "driver_memory": driver_memory,
+    "reading": reading,
     "score": score,
     "bare_loop": bare_loop,
     "search": search,

@@ -19,15 +19,8 @@ from jaxtyping import Bool, Int32, Int64
 from distributed_rerank.data import catalogue_checks
 from distributed_rerank.data.catalogue_checks import BOX as BOX_COLUMNS
 from distributed_rerank.data.judgements import Judgements
-from distributed_rerank.data.texts import (
-    Texts,
-    as_column,
-    as_series,
-    codes_of,
-    json_of_columns,
-    known_codes,
-    ordered_codes,
-)
+from distributed_rerank.data.text_codes import codes_of, known_codes, ordered_codes
+from distributed_rerank.data.texts import Texts, as_column, as_series, json_of_columns
 from distributed_rerank.errors import BadInput
 from distributed_rerank.storage.files import text_digest
 from distributed_rerank.storage.paths import ImageRoots

@@ -7,16 +7,15 @@ fix.
 import difflib
 import itertools
 import logging
-from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import pyarrow as pa
 import pyarrow.compute
 
-from distributed_rerank.data.texts import as_column
+from distributed_rerank.data.text_codes import codes_of, rows_with
+from distributed_rerank.data.texts import parts_of
 from distributed_rerank.errors import BadInput
 
 pc: Any = pyarrow.compute  # type checkers do not see its functions, which are made at import
@@ -55,9 +54,9 @@ class Problems:
         elif bad.any():
             self._lines.append(f"{text} ({_rows(bad)})")
 
-    def note_no_value(self, column: str, texts: pa.Array, is_word: np.ndarray) -> None:
-        """Note that the texts [row] of a column are words for no value where `is_word`; such cells count as empty."""
-        self._words[column] = (texts.filter(pa.array(is_word)).unique().to_pylist(), _rows(is_word))
+    def note_no_value(self, column: str, words: pa.Array, is_word: np.ndarray) -> None:
+        """Note these words for no value in a column, in the rows where `is_word` [row]; such cells count as empty."""
+        self._words[column] = (words.unique().to_pylist(), _rows(is_word))
 
     def words_for_no_value(self, column: str) -> str:
         """What a message about an empty cell of the column adds: the words found there; "" for none."""
@@ -82,50 +81,69 @@ class Problems:
             raise BadInput(f"{self.source} has {len(self._lines)} problems:{lines}")
 
 
-def check_ids(table: pd.DataFrame, problems: Problems) -> None:
-    """Every id once: the first repeated ones are named with their rows."""
-    ids = as_column(table["id"])
-    if pc.all(pc.greater(ids[1:], ids[:-1])).as_py():
-        return  # they ascend, as most tables do: nothing need be hashed
-    is_repeated = table["id"].duplicated(keep=False).to_numpy(dtype=bool) & (table["id"] != "").to_numpy(dtype=bool)
-    groups: dict[str, list[int]] = {}
-    for row in np.flatnonzero(is_repeated).tolist():
-        groups.setdefault(table["id"].iat[row], []).append(row + 1)
-    named = [f"{name!r} in rows {some(rows)}" for name, rows in list(groups.items())[:3]]
+def check_ids(ids: pa.Array, order: pa.Array | None, problems: Problems) -> None:
+    """Every id once: the first repeated ones are named with their rows.
+
+    `order` are the rows in the order of their ids, equal ones in that of the table; None: that of the table.
+    """
+    is_again = np.zeros(len(ids) + 1, bool)
+    before: pa.Array = ids[:0]
+    start = 0
+    for part in parts_of(ids if order is None else order):
+        names = pa.concat_arrays([before, part if order is None else ids.take(part)])
+        is_same = pc.and_(pc.equal(names[1:], names[:-1]), pc.not_equal(names[1:], ""))
+        is_again[start + len(part) - len(is_same) : start + len(part)] = is_same.to_numpy(zero_copy_only=False)
+        before, start = names[-1:], start + len(part)
+    # [repeated id]: where its rows begin in the order, and where they end.
+    begins = np.flatnonzero(is_again[1:] & ~is_again[:-1])
+    ends = np.flatnonzero(~is_again[1:] & is_again[:-1]) + 1
+    rows = [np.arange(a, b) if order is None else order[a:b].to_numpy() for a, b in zip(begins, ends, strict=True)]
+    rows.sort(key=lambda group: group[0])
+    named = [f"{ids[int(group[0])].as_py()!r} in rows {some((group + 1).tolist())}" for group in rows[:3]]
     if named:
-        rest = f" and {len(groups) - 3} more" if len(groups) > 3 else ""
+        rest = f" and {len(rows) - 3} more" if len(rows) > 3 else ""
         problems.add(f"duplicate ids: {'; '.join(named)}{rest}; remove the repeats or give an id column")
 
 
-def check_labels(table: pd.DataFrame, split: str, problems: Problems) -> None:
+def check_labels(columns: Mapping[str, Any], split: str, problems: Problems) -> None:
     """A label in every row of the split."""
     if "label" not in problems.absent:
-        unlabelled = (table["split"] == split).to_numpy(dtype=bool) & table["label"].isna().to_numpy(dtype=bool)
+        unlabelled = _rows_of(columns, split) & (codes_of(columns["label"]) < 0)
         words = problems.words_for_no_value("label")
         problems.add(f"no label in {split} rows{words}; give one or remove the rows", unlabelled)
 
 
-def check_things(table: pd.DataFrame, problems: Problems) -> None:
+def check_things(columns: Mapping[str, Any], problems: Problems) -> None:
     """All photos of one `item` have one label."""
-    if "item" not in table or "label" in problems.absent:
+    if "item" not in columns or "label" in problems.absent:
         return
-    pairs = set(zip(*(as_column(table[name]).to_pylist() for name in ("item", "label")), strict=True))
-    n_labels = Counter(item for item, label in pairs if item is not None and label is not None)
-    mixed = sorted(item for item, number in n_labels.items() if number > 1)
+    item, label = codes_of(columns["item"]), codes_of(columns["label"])
+    is_known = (item >= 0) & (label >= 0)
+    # [item]: the least and the greatest of its labels' numbers.
+    least = np.full(len(columns["item"].dictionary), np.iinfo(np.int32).max, np.int32)
+    greatest = np.full(len(least), -1, np.int32)
+    np.minimum.at(least, item[is_known], label[is_known])
+    np.maximum.at(greatest, item[is_known], label[is_known])
+    mixed = sorted(columns["item"].dictionary.filter(pa.array(least < greatest)).to_pylist())
     if mixed:
         problems.add(f"items with photos of different labels: {some(mixed)}; an item is one thing: mend label or item")
 
 
-def check_shared_labels(table: pd.DataFrame, is_allowed: bool, problems: Problems) -> None:
+def check_shared_labels(columns: Mapping[str, Any], is_allowed: bool, problems: Problems) -> None:
     """No label in two splits, unless that `is_allowed`: then a warning tells how many."""
-    if problems.absent & {"split", "label"} or not set(table["split"].unique()) <= set(SPLITS):
+    if problems.absent & {"split", "label"} or not set(columns["split"].dictionary.to_pylist()) <= set(SPLITS):
         return  # what is wrong with the splits is told, and they may mean something else
-    column, of_split = as_column(table["label"]), as_column(table["split"])
-    labels = {split: column.filter(pc.equal(of_split, split)).unique().drop_null() for split in SPLITS}
+    names, codes = columns["label"].dictionary, codes_of(columns["label"])
+    # [label] of each split: whether one of its rows has it.
+    has_label = {split: np.zeros(len(names) + 1, bool) for split in SPLITS}
+    for split in SPLITS:
+        has_label[split][codes[_rows_of(columns, split)]] = True
+        has_label[split][-1] = False  # the last is that of rows without a label
     for split, other in itertools.combinations(SPLITS, 2):
-        shared = sorted(labels[split].filter(pc.is_in(labels[split], value_set=labels[other])).to_pylist())
+        shared = sorted(names.filter(pa.array((has_label[split] & has_label[other])[:-1])).to_pylist())
         if shared:
-            found = f"{len(shared)} of {len(labels[other])} {other} labels are {split} labels too: {some(shared)}"
+            n_labels = int(has_label[other].sum())
+            found = f"{len(shared)} of {n_labels} {other} labels are {split} labels too: {some(shared)}"
             tell_shared(found, is_allowed, problems)
 
 
@@ -140,16 +158,16 @@ def tell_shared(found: str, is_allowed: bool, problems: Problems) -> None:
         )
 
 
-def check_evaluation(table: pd.DataFrame, problems: Problems) -> None:
+def check_evaluation(columns: Mapping[str, Any], problems: Problems) -> None:
     """A validation split with labels, at least one query and one gallery item, and no row that is neither."""
     if problems.absent & {"split", "is_query", "is_gallery"}:
         return
-    rows = (table["split"] == "validation").to_numpy(dtype=bool)
+    rows = _rows_of(columns, "validation")
     if not rows.any():
         problems.add("no row has split 'validation'; evaluation needs queries and a gallery there")
         return
-    is_query, is_gallery = table["is_query"].to_numpy(dtype=bool), table["is_gallery"].to_numpy(dtype=bool)
-    check_labels(table, "validation", problems)
+    is_query, is_gallery = columns["is_query"], columns["is_gallery"]
+    check_labels(columns, "validation", problems)
     if not is_query.any():
         problems.add("no query: set is_query to True in at least one validation row")
     if not is_gallery.any():
@@ -159,23 +177,24 @@ def check_evaluation(table: pd.DataFrame, problems: Problems) -> None:
         problems.add("validation rows that are neither query nor gallery; set is_query or is_gallery to True", neither)
 
 
-def check_training(table: pd.DataFrame, problems: Problems) -> None:
+def check_training(columns: Mapping[str, Any], problems: Problems) -> None:
     """A train split with a label in every row; labels of one image are counted in the log."""
     if problems.absent & {"split", "label"}:
         return
-    rows = (table["split"] == "train").to_numpy(dtype=bool)
+    rows = _rows_of(columns, "train")
     if not rows.any():
         problems.add("no row has split 'train'; training needs labelled images there")
         return
-    check_labels(table, "train", problems)
-    counts = table.loc[rows, "label"].dropna().value_counts(sort=False)
+    check_labels(columns, "train", problems)
+    codes = codes_of(columns["label"])
+    counts = np.bincount(codes[rows & (codes >= 0)])
     n_single = int((counts == 1).sum())
     if n_single:
         logger.info("%s: %d of %d train labels have one image; they serve as negatives only", problems.source,
-                    n_single, len(counts))  # fmt: skip
+                    n_single, int((counts > 0).sum()))  # fmt: skip
 
 
-def check_columns(columns: pa.Table, names: Sequence[str], purpose: str, problems: Problems) -> None:
+def check_columns(n_rows: int, names: Sequence[str], purpose: str, problems: Problems) -> None:
     """The columns that `purpose` needs, with a suggestion from `names` for one that is absent, and at least one row."""
     absent = [name for name in _REQUIRED[purpose] if name not in names]
     others = ", ".join(repr(name) for name in names if name not in _REQUIRED[purpose])
@@ -188,7 +207,7 @@ def check_columns(columns: pa.Table, names: Sequence[str], purpose: str, problem
         hint = f"did you mean {lower[close[0]]!r}? Rename it" if close else "add it"
         hint += f", or rename the one of {others} that it is" if others and not close else ""
         problems.add(f"no column {name!r}, needed for {purpose}; {hint}")
-    if "path" in names and len(columns) == 0:
+    if "path" in names and n_rows == 0:
         problems.add("the table has no rows")
 
 
@@ -212,6 +231,11 @@ def some(values: Sequence[Any], limit: int = 5) -> str:
     """The first few values for a message, and how many more there are."""
     shown = ", ".join(repr(value) for value in values[:limit])
     return f"{shown} and {len(values) - limit} more" if len(values) > limit else shown
+
+
+def _rows_of(columns: Mapping[str, Any], split: str) -> np.ndarray:
+    names = columns["split"].dictionary.to_pylist()
+    return rows_with(columns["split"], np.array([name == split for name in names], bool))
 
 
 def _rows(bad: np.ndarray) -> str:

@@ -87,6 +87,17 @@ class TableFile:
         with self.reading():
             yield from csv_batches(self._open, layout, columns, rows, self.location)
 
+    def parquet_batches(self, choose: Callable[[Sequence[str]], Sequence[str]], rows: int) -> Iterator[pa.Table]:
+        """The columns that `choose` takes of a Parquet file's, at most `rows` rows at a time, after a table without."""
+        # With pre_buffer all that was read stays in memory to the end.
+        with self.reading(), self._open() as file, pq.ParquetFile(file, pre_buffer=False) as parquet:
+            columns = list(choose(parquet.schema_arrow.names))
+            schema = parquet.schema_arrow
+            yield pa.schema([schema.field(name) for name in columns]).empty_table()
+            if columns:
+                for batch in parquet.iter_batches(batch_size=rows, columns=columns):
+                    yield pa.Table.from_batches([batch])
+
     def parquet_table(self, choose: Callable[[Sequence[str]], Sequence[str]]) -> pa.Table:
         """The columns that `choose` takes of a Parquet file's."""
         with self.reading(), self._open() as file:

@@ -8,7 +8,7 @@ told from one of texts, so a Parquet column of texts follows the same rule.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.compute
 from jaxtyping import Bool, Float64
 
+from distributed_rerank.data.texts import parts_of
 from distributed_rerank.errors import BadInput
 
 pc: Any = pyarrow.compute  # type checkers do not see its functions, which are made at import
@@ -28,6 +29,8 @@ _NO_VALUE = (
 )  # fmt: skip
 _NO_VALUE_EXACT = "NA"
 """In this spelling alone: R and pandas write it so, and `na` is a syllable."""
+_ROWS = 1 << 16
+"""Texts that are looked at together."""
 _UNSEEN = r"[\pZ\pC]+"
 """Spaces, and characters without any shape, such as the zero-width space."""
 _INDEX_COLUMN = re.compile(r"|Unnamed: \d+(_level_\d+)?|__index_level_\d+__|index|level_\d+")
@@ -47,17 +50,24 @@ def as_texts(column: pa.ChunkedArray | pa.Array, name: str) -> pa.Array:
 
     Raises BadInput, naming the column `name`, for types without one text, such as lists and time stamps.
     """
-    try:
-        texts = _texts_of(_in_one_piece(column))
-    except pa.ArrowInvalid as error:
-        raise BadInput(f"column {name!r} holds bytes that are not UTF-8; write it as text") from error
-    if texts is None:
-        raise BadInput(f"column {name!r} has the type {column.type}; write it as text")
-    return _without_blanks(texts)
+    parts = []
+    for chunk in _chunks_of(column):
+        try:
+            texts = _texts_of(chunk)
+        except pa.ArrowInvalid as error:
+            raise BadInput(f"column {name!r} holds bytes that are not UTF-8; write it as text") from error
+        if texts is None:
+            raise BadInput(f"column {name!r} has the type {column.type}; write it as text")
+        parts.append(_without_blanks(texts))
+    return parts[0] if len(parts) == 1 else pa.concat_arrays(parts)
 
 
 def are_words_for_no_value(texts: pa.Array) -> Bool[np.ndarray, " row"]:
     """Where a text stands for "no value": `NULL`, `None`, `nan`, `NA`, `\\N`, `<NA>` and their like."""
+    return _in_parts(_are_words, texts)
+
+
+def _are_words(texts: pa.Array) -> Bool[np.ndarray, " row"]:
     found = np.zeros(len(texts), bool)
     # Only short texts are looked at closely, since most paths and ids are longer.
     short = np.flatnonzero(_filled(pc.less_equal(pc.binary_length(texts), 16)))
@@ -67,39 +77,41 @@ def are_words_for_no_value(texts: pa.Array) -> Bool[np.ndarray, " row"]:
     return found
 
 
-def as_names(texts: pa.Array, name: str, float_bits: int = 64) -> pa.Array:
+def as_names(column: pa.Array | pa.DictionaryArray, name: str, float_bits: int = 64) -> Any:
     """The texts of a column of names without the `.0` of a float column; see the head of this module.
 
-    Raises BadInput for two names that are one number (`7` and `7.0`) or look the same, naming a row of each, and for a
-    float column with whole numbers of a size that floats cannot tell apart.
+    A column with codes, see `text_codes`, comes back with the same codes. Raises BadInput for two names that are one
+    number (`7` and `7.0`) or look the same, naming a row of each, and for a float column with whole numbers of a size
+    that floats cannot tell apart.
     """
-    _refuse_lookalikes(texts, name)
-    is_whole = _are_whole_floats(texts)
-    n_whole = int(is_whole.sum())
+    texts = _distinct(column)
+    _refuse_lookalikes(column, name)
+    n_whole = int(_are_whole_floats(texts).sum())
     if not n_whole:
-        return texts
-    refuse_equal_numbers({"": texts}, name)
+        return column
+    refuse_equal_numbers({"": column}, name)
     if n_whole < len(texts) - texts.null_count:
-        return texts
+        return column
     limit = _EXACT_INTEGERS[float_bits]
     too_large = pc.greater_equal(pc.abs(texts.cast(pa.float64())), float(limit))
     if pc.any(too_large).as_py():
-        row = pc.index(too_large, True).as_py()
+        text = texts[pc.index(too_large, True).as_py()].as_py()
         raise BadInput(
-            f"{name} {texts[row].as_py()!r} (row {row + 1}) is a whole number of a float column; floats from {limit} "
-            "on lose their last digits, so different names may have become one; write the column as integers or text"
+            f"{name} {text!r} ({_first_place(text, {'': column})}) is a whole number of a float column; floats from "
+            f"{limit} on lose their last digits, so different names may have become one; write the column as integers "
+            "or text"
         )
-    return _without_points(texts)
+    names = _without_points(texts)
+    return pa.DictionaryArray.from_arrays(column.indices, names) if _has_codes(column) else names
 
 
-def _refuse_lookalikes(texts: pa.Array, name: str) -> None:
+def _refuse_lookalikes(column: pa.Array, name: str) -> None:
     """Raise BadInput for two different texts that nobody can tell apart.
 
     They differ by spaces at an end, by kinds of spaces, by characters without a shape, or in how an accent is composed.
     """
-    is_plain = pc.equal(pc.ascii_trim_whitespace(texts), texts)
-    is_plain = pc.and_(is_plain, pc.equal(pc.binary_length(texts), pc.utf8_length(texts)))
-    odd = texts.filter(pc.invert(is_plain)).unique()
+    texts = _distinct(column)
+    odd = pa.concat_arrays([texts[:0], *map(_odd_texts, parts_of(texts, _ROWS))]).unique()
     if not len(odd):
         return
     shown = pc.replace_substring_regex(odd, f"^{_UNSEEN}|{_UNSEEN}$|\\p{{Cf}}+", "")
@@ -113,20 +125,29 @@ def _refuse_lookalikes(texts: pa.Array, name: str) -> None:
     for text, look in zip(pa.concat_arrays([plain, odd.filter(concerned)]).to_pylist(), looks, strict=True):
         other = seen.setdefault(look, text)
         if other != text:
-            places = " and ".join(f"{one!a} ({_first_place(one, {'': texts})})" for one in (other, text))
+            places = " and ".join(f"{one!a} ({_first_place(one, {'': column})})" for one in (other, text))
             raise BadInput(f"{name} {places} look the same; write one of them in all rows")
+
+
+def _odd_texts(texts: pa.Array) -> pa.Array:
+    """Those with spaces at an end or letters outside ASCII."""
+    is_plain = pc.equal(pc.ascii_trim_whitespace(texts), texts)
+    is_plain = pc.and_(is_plain, pc.equal(pc.binary_length(texts), pc.utf8_length(texts)))
+    return texts.filter(pc.invert(is_plain))
 
 
 def refuse_equal_numbers(columns: Mapping[str, pa.Array], name: str) -> None:
     """Raise BadInput for two different texts that are one number in the `name` column of one or more tables.
 
-    `columns` are the texts by the table's source. Only `7.0`, as Python writes floats, is the same as `7`; `07` is not.
+    `columns` are the texts, with codes or without, by the table's source. Only `7.0`, as Python writes floats, is the
+    same as `7`; `07` is not.
     """
-    floats = [texts.filter(pa.array(_are_whole_floats(texts))).unique() for texts in columns.values()]
+    sides = [_distinct(column) for column in columns.values()]
+    floats = [texts.filter(pa.array(_are_whole_floats(texts))).unique() for texts in sides]
     whole = pa.concat_arrays(floats).unique()
     numbers = _without_points(whole)
     numbers = pc.if_else(pc.equal(numbers, "-0"), pa.scalar("0", pa.large_string()), numbers)
-    plain = [texts.filter(pc.is_in(texts, value_set=numbers)).unique() for texts in columns.values()]
+    plain = [texts.filter(pc.is_in(texts, value_set=numbers)).unique() for texts in sides]
     if len(numbers.unique()) == len(numbers) and not any(map(len, plain)):
         return
     spellings: dict[str, set[str]] = {}
@@ -156,14 +177,29 @@ def as_numbers(column: pa.ChunkedArray) -> Float64[np.ndarray, " row"]:
     """The values as float64; NaN where a cell is empty or not a number."""
     kind = column.type
     if pa.types.is_floating(kind) or pa.types.is_integer(kind) or pa.types.is_decimal(kind):
-        return column.cast(pa.float64()).to_numpy()
-    texts = _texts_of(_in_one_piece(column))
-    if texts is None or pa.types.is_boolean(kind):
+        return _joined(chunk.cast(pa.float64()).to_numpy(zero_copy_only=False) for chunk in column.chunks)
+    if pa.types.is_boolean(kind) or _texts_of(pa.array([], kind)) is None:
         return np.full(len(column), np.nan)
     try:
-        return _without_blanks(texts).cast(pa.float64()).to_numpy(zero_copy_only=False)
+        return _joined(map(_numbers_of, column.chunks))
     except pa.ArrowInvalid:  # some are no numbers
-        return np.asarray(pd.to_numeric(pd.Series(texts.to_numpy(zero_copy_only=False)), errors="coerce"), np.float64)
+        return _joined(map(_numbers_among, column.chunks))
+
+
+def _numbers_of(chunk: pa.Array) -> np.ndarray:
+    texts = _texts_of(chunk)
+    assert texts is not None, f"no texts are made of {chunk.type}"
+    return _without_blanks(texts).cast(pa.float64()).to_numpy(zero_copy_only=False)
+
+
+def _numbers_among(chunk: pa.Array) -> np.ndarray:
+    texts = _texts_of(chunk)
+    assert texts is not None, f"no texts are made of {chunk.type}"
+    return np.asarray(pd.to_numeric(pd.Series(texts.to_numpy(zero_copy_only=False)), errors="coerce"), np.float64)
+
+
+def _joined(parts: Iterable[np.ndarray]) -> Float64[np.ndarray, " row"]:
+    return np.concatenate([np.empty(0, np.float64), *parts])
 
 
 def _without_blanks(texts: pa.Array) -> pa.Array:
@@ -202,6 +238,10 @@ def _texts_of_floats(column: pa.Array) -> pa.Array:
 
 def _are_whole_floats(texts: pa.Array) -> Bool[np.ndarray, " row"]:
     """Where a text is a whole number exactly as Python or NumPy writes it as a float."""
+    return _in_parts(_are_whole, texts)
+
+
+def _are_whole(texts: pa.Array) -> Bool[np.ndarray, " row"]:
     may_be = _filled(pc.ends_with(texts, pattern=".0")) | _filled(pc.match_substring(texts, pattern="e+"))
     if not may_be.any():
         return may_be
@@ -232,21 +272,36 @@ def _without_points(whole: pa.Array) -> pa.Array:
 
 
 def _first_place(text: str, columns: Mapping[str, pa.Array]) -> str:
-    for source, texts in columns.items():
-        row = pc.index(texts, text).as_py()
+    for source, column in columns.items():
+        row = pc.index(_distinct(column), text).as_py()
         if row >= 0:
+            row = pc.index(column.indices, row).as_py() if _has_codes(column) else row
             return f"row {row + 1}" + (f" of {source}" if source else "")
     raise AssertionError(f"{text!r} is in no column")
 
 
-def _in_one_piece(column: pa.ChunkedArray | pa.Array) -> pa.Array:
+def _has_codes(column: pa.Array) -> bool:
+    return pa.types.is_dictionary(column.type)
+
+
+def _distinct(column: pa.Array) -> pa.Array:
+    """The names of a column with codes; the texts of any other, as often as they are there."""
+    return column.dictionary if _has_codes(column) else column
+
+
+def _chunks_of(column: pa.ChunkedArray | pa.Array) -> list[pa.Array]:
+    """At least one, so that the type of an empty column is looked at too."""
     if isinstance(column, pa.Array):
-        return column
-    if column.num_chunks == 1:
-        return column.chunk(0)
-    wide = {pa.string(): pa.large_string(), pa.binary(): pa.large_binary()}.get(column.type)
-    column = column if wide is None else column.cast(wide)
-    return pa.concat_arrays(column.unify_dictionaries().chunks) if column.num_chunks else pa.array([], column.type)
+        return [column]
+    return column.chunks or [pa.array([], column.type)]
+
+
+def _in_parts(find: Callable[[pa.Array], np.ndarray], texts: pa.Array) -> Bool[np.ndarray, " row"]:
+    """What `find` says of the texts, a part of them after the other: what it needs meanwhile is that of a part."""
+    found = np.zeros(len(texts), bool)
+    for place, part in enumerate(parts_of(texts, _ROWS)):
+        found[place * _ROWS : place * _ROWS + len(part)] = find(part)
+    return found
 
 
 def _filled(mask: pa.Array) -> Bool[np.ndarray, " row"]:

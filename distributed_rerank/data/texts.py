@@ -9,14 +9,13 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.compute
-from jaxtyping import Int, Int32, Int64
+from jaxtyping import Int, Int64
 
 pc: Any = pyarrow.compute  # type checkers do not see its functions, which are made at import
 
 ROWS = 1 << 16
 """Texts that are looked at together."""
 _ROWS_OF_SHELF = 1 << 12
-_INTEGER = "^-?[0-9]{1,18}$"
 
 
 class Texts(Sequence[str]):
@@ -97,44 +96,6 @@ def as_column(texts: Any) -> pa.Array:
         # One chunk is taken as it is; joining would copy it.
         texts = texts.chunk(0) if texts.num_chunks == 1 else texts.combine_chunks()
     return texts.cast(pa.large_string())
-
-
-def ordered_codes(texts: Any, by_value: bool = False) -> pa.DictionaryArray:
-    """These texts as int32 codes into the distinct ones that occur, which are in code-point order; null stays null.
-
-    With `by_value` they are in the order of their values where all are integers. The type says `ordered`.
-    """
-    column = _one_chunk(pa.array(texts, from_pandas=True))
-    if not pa.types.is_dictionary(column.type):
-        column = column.cast(pa.large_string()).dictionary_encode()
-    used = column.indices.unique().drop_null()
-    names = column.dictionary.take(used)
-    order = pc.array_sort_indices(names)
-    if by_value and pc.all(pc.match_substring_regex(names, _INTEGER)).as_py() is not False:
-        order = order.take(pc.array_sort_indices(names.take(order).cast(pa.int64())))
-    places = used.take(order)
-    return pa.DictionaryArray.from_arrays(
-        pc.index_in(column.indices, value_set=places), names.take(order), ordered=True
-    )
-
-
-def known_codes(texts: Any) -> pa.DictionaryArray | None:
-    """The column of a table as it is, if `ordered_codes` has made it; else None."""
-    if not isinstance(texts.dtype, pd.ArrowDtype) or not getattr(texts.dtype.pyarrow_dtype, "ordered", False):
-        return None
-    return _one_chunk(pa.array(texts, from_pandas=True))
-
-
-def _one_chunk(column: Any) -> Any:
-    if isinstance(column, pa.ChunkedArray):
-        return column.chunk(0) if column.num_chunks == 1 else column.unify_dictionaries().combine_chunks()
-    return column
-
-
-def codes_of(column: pa.DictionaryArray) -> Int32[np.ndarray, " text"]:
-    """The codes of a column, on its memory where none is null; -1 = null."""
-    codes = column.indices if not column.null_count else column.indices.fill_null(-1)
-    return codes.to_numpy(zero_copy_only=False)
 
 
 def parts_of(column: Any, rows: int | None = None) -> Iterator[Any]:
