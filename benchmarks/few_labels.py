@@ -38,8 +38,8 @@ from distributed_rerank.tensors.knn import nearest
 from distributed_rerank.training.encodings import FULL_ENCODER
 from distributed_rerank.training.evidence import evidence_of_runs
 from distributed_rerank.training.images import DecodedImages, block_path
-from distributed_rerank.training.preparation import make_task
 from distributed_rerank.training.run import results, train_all
+from distributed_rerank.training.stage import make_task
 from distributed_rerank.training.state import load_state, write_state
 from distributed_rerank.training.task import TrainingWorker
 

@@ -13,7 +13,7 @@ from distributed_rerank.config.training import TrainingConfig
 from distributed_rerank.data.catalogue import Catalogue
 from distributed_rerank.data.catalogue_files import read_catalogue
 from distributed_rerank.extraction import embed
-from distributed_rerank.training.preparation import make_task
+from distributed_rerank.training.stage import make_task
 from distributed_rerank.training.task import TrainingTask
 
 BACKBONE = ExtractorConfig(name="test_resnet", weights="none", image_size=32, resize="square", precision="fp32")

@@ -11,7 +11,7 @@ from typing import Any
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
 from distributed_rerank.config.jobs import SubmitJob
-from distributed_rerank.errors import BadInput
+from distributed_rerank.errors import BadInput, Outage
 
 logger = logging.getLogger(__name__)
 
@@ -27,7 +27,7 @@ def main(job: SubmitJob) -> int:
     try:
         client = JobSubmissionClient(job.address)
     except ConnectionError:
-        raise BadInput(f"--address {job.address} does not answer; start the cluster or its tunnel") from None
+        raise Outage(f"--address {job.address} does not answer; start the cluster or its tunnel") from None
     submission_id = submit(client, job)
     asyncio.run(show_log(client, submission_id))
     return exit_code(wait(client, submission_id))

@@ -93,11 +93,11 @@ def test_submit_ends_as_the_job_does_and_attaches_to_a_known_id(
     again, other = submit("bad", "python say.py no 3"), submit("bad", "python say.py yes 0")
     absent = submit("x", "true", "http://127.0.0.1:9")
     outputs = [process.communicate(timeout=300) for process in (again, other, absent)]
-    assert [process.returncode for process in (again, other, absent)] == [3, 2, 2], outputs
+    assert [process.returncode for process in (again, other, absent)] == [3, 2, 75], outputs
     assert "said no" in outputs[0][0]
     assert "attached" in outputs[0][1]
     assert "error: --submission-id bad runs 'python say.py no 3'; give another id" in outputs[1][1]
-    assert "error: --address http://127.0.0.1:9 does not answer" in outputs[2][1]
+    assert "outage: --address http://127.0.0.1:9 does not answer" in outputs[2][1]
 
 
 @pytest.mark.ray

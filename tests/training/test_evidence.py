@@ -13,7 +13,7 @@ from distributed_rerank.data.embeddings import Embeddings
 from distributed_rerank.tensors.candidate_lists import CandidateLists
 from distributed_rerank.training import evidence
 from distributed_rerank.training.evidence import drawn_labels, evidence_of, seen_beside
-from distributed_rerank.training.preparation import images_with, make_task
+from distributed_rerank.training.stage import images_with, make_task
 from distributed_rerank.training.task import TrainingTask, join_lists
 
 N_LABELS, N_IMAGES, N_SEEN = 20, 5, 8

@@ -16,7 +16,7 @@ from distributed_rerank.extraction import embed
 from distributed_rerank.tensors.candidate_lists import CandidateLists, empty_lists
 from distributed_rerank.training.evidence import retrieve_among
 from distributed_rerank.training.mining import find_suspect_pairs, mining_in_text, write_mining
-from distributed_rerank.training.preparation import make_task
+from distributed_rerank.training.stage import make_task
 from distributed_rerank.training.task import TrainingTask
 
 
