@@ -86,7 +86,7 @@ def test_answers_are_those_of_the_reranker(service: Service, reranker: Reranker,
         assert_same(*([row[key] for row in results] for results in (mixed["results"], found["results"][:4])))
     status, computed = service.ask({"query": "id 01", "documents": [id for id in IDS if id != "id 31"]})
     own = reranker.rank(photos.parent / "1.png", [id for id in IDS if id != "id 31"], None, None)
-    assert [row["distance"] for row in computed["results"]] == [match.distance for match in own]
+    assert_same([row["distance"] for row in computed["results"]], [match.distance for match in own])
 
 
 def bomb(side: int) -> str:
