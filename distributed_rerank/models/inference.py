@@ -4,7 +4,7 @@
 |---|---|---|
 | plain vision transformer | CPU | linear layers packed for oneDNN; in bf16 the norms stay float32 (`vit.cast`) |
 | plain vision transformer | GPU | cast |
-| any other | CPU | batch normalisation folded into convolutions, channels last, linear layers packed |
+| any other | CPU | batch normalisation folded into convolutions, channels last, linear layers packed, all in oneDNN |
 | any other | GPU | batch normalisation folded, channels last |
 """
 
@@ -34,3 +34,5 @@ def prepare(network: Any, probe: Float32[Tensor, "1 3 height width"], dtype: tor
         network.to(dtype, memory_format=torch.channels_last)
     if device.type == "cpu" and packing.can_pack():
         packing.pack_linears(network, read=vit.read_weights(network) if is_plain_vit else ())
+        if not is_plain_vit:
+            packing.use_onednn(network)

@@ -49,10 +49,9 @@ Query = Photo | Encoding | list[Photo | Encoding]
 class Reranker:
     """A pairwise model with a cache of encodings. Any thread may call it.
 
-    `rank` gives the order of the job `rerank` for the same lists: on AMD's CPUs with AVX-512 with the same bits; on a
-    GPU, on others of AMD, and in a ViT on Intel's, the last bits depend on what is computed together. Chain steps
-    behind the pairwise one look at the lists of all photos together, which one query does not have: they are not
-    applied, and `left_out` names them.
+    `rank` gives the order of the job `rerank` for the same lists: on AMD's CPUs with the same bits; on a GPU, and in a
+    ViT on Intel's, the last bits depend on what is computed together. Chain steps behind the pairwise one look at the
+    lists of all photos together, which one query does not have: they are not applied, and `left_out` names them.
     """
 
     def __init__(

@@ -110,3 +110,42 @@ def test_padded_keys_change_nothing_in_bf16():
     with torch.inference_mode():
         plain, padded = (vit.class_token_embedding(extractor.model, images, pad_keys=pad) for pad in (False, True))
     torch.testing.assert_close(padded.float(), plain.float(), rtol=0, atol=2e-2)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize(
+    ("name", "args"),
+    [
+        ("resnet10t", {}),
+        ("mobilenetv2_100", {"pad_type": "same"}),  # timm's Conv2dSame
+        ("convnext_atto", {"depths": (1, 1, 1, 1)}),
+    ],
+)
+def test_image_has_the_same_bits_alone_as_among_others(name, args, threads):
+    """Where torch chooses by the number of images, they differ on a CPU without AVX-512."""
+    torch.manual_seed(0)
+    network = timm.create_model(name, num_classes=0, **args).eval().requires_grad_(False)
+    network.to(memory_format=torch.channels_last)
+    images = torch.randn(33, 3, 96, 96, generator=torch.Generator().manual_seed(0))
+    expected = network(images)
+    n_convolutions = sum(isinstance(module, torch.nn.Conv2d) for module in network.modules())
+    assert packing.use_onednn(network) == n_convolutions > 5
+    assert packing.use_onednn(network) == 0, "a packed layer was packed again"
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        together = network(images)
+        torch.testing.assert_close(together, expected, rtol=1e-4, atol=1e-5)
+        for n in (1, 2, 3, 8, 16, 32):
+            assert torch.equal(network(images[:n]), together[:n]), n
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_convolutions_that_pad_otherwise_or_are_narrow_stay():
+    layers = torch.nn.Sequential(
+        torch.nn.Conv2d(3, 4, 3, padding="same"),
+        torch.nn.Conv2d(4, 4, 3, padding=1, padding_mode="reflect"),
+        torch.nn.Conv2d(4, 4, 1, dtype=torch.bfloat16),
+    )
+    assert packing.use_onednn(layers.eval().requires_grad_(False)) == 0

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from bits import assert_same, assert_same_matches
+from bits import assert_same
 from online.examples import BROKEN, KINDS, N_IMAGES, TOP_N, save_example, write_lists, write_photos
 from PIL import Image
 
@@ -130,8 +130,7 @@ def test_a_photo_is_the_same_in_every_form(token: Path, photos: Path) -> None:
         whole = ImageRef("", str(path), (0, 0, *picture.size))
         forms = [path, str(path), path.read_bytes(), picture, whole, reranker.encode(path), reranker.cached("id 03")]
         found = [reranker.rank(form, ids) for form in forms]
-    for matches in found:
-        assert_same_matches(matches, found[0])
+    assert all(matches == found[0] for matches in found)
     part = reranker.rank(ImageRef("", str(path), (0, 0, 12, 12)), ids)
     assert part != found[0]
 
@@ -147,7 +146,7 @@ def test_candidates_may_be_encodings(kind: str, photos: Path, tmp_path: Path) ->
     expected = reranker.rank(query, ids, distances, None)
     assert len(expected) == 5
     some = [(id, reranker.encode(photos.parent / f"{int(id[3:])}.png")) if id in ids[1::3] else id for id in ids]
-    assert_same_matches(reranker.rank(query, some, distances, None), expected)
+    assert reranker.rank(query, some, distances, None) == expected
     whole = [(id, reranker.cached(id)) for id in ids if id != "id 31"]
     kept = [distance for id, distance in zip(ids, distances, strict=True) if id != "id 31"]
     assert reranker.rank(query, whole, kept, None) == reranker.rank(query, [id for id, _ in whole], kept, None)
