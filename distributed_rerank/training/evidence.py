@@ -90,8 +90,9 @@ def evidence_of_runs(task: TrainingTask, of_runs: Sequence[State]) -> Evidence:
 def seen_beside(seen: Catalogue | None, n_own: int, seed: int) -> tuple[Texts, Texts]:
     """Ids of images of labels that the extractor has seen, to stand beside the images of either side in its gallery.
 
-    They are candidates, never queries, and nothing is trained on them. A few labels among themselves are ranked so well
-    that no step can show a gain; with others around them they are ranked about as new photos in a real gallery are.
+    They are candidates, never queries: negatives where a model is trained. A few labels among themselves are ranked so
+    well that no step can show a gain; with others around them they are ranked about as new photos in a real gallery
+    are. A model that is judged among such images must have been trained against them.
     The labels are drawn by `seed` and halved; there are at most `BESIDE_EACH` such images for each of `n_own` images.
     """
     if seen is None:

@@ -36,7 +36,7 @@ DUPLICATE_SHARE = 0.1
 def mining_figures(task: TrainingTask) -> dict[str, Any]:
     """The figures of the lists that the last run, whose weights become the model's, is trained on."""
     run = task.runs[-1]
-    labels = labels_among(run.anchors, task.catalogue.labels.astype(np.int64))
+    labels = labels_among(run.anchors, task.labels)
     allowed, dropped = filter_negatives(
         run.anchors, labels, task.config.filters, task.embeddings, tensor_of(task.catalogue.sequences).long()
     )

@@ -139,9 +139,10 @@ def sides(labels: Int64[np.ndarray, " item"], share: float | None, seed: int) ->
 
 
 def labels_among(lists: CandidateLists, labels: Int64[np.ndarray, " item"]) -> Int64[Tensor, " item"]:
-    """Labels of the lists' own anchors; -1 for every other item, which is then neither positive nor negative."""
+    """Labels of the lists' own anchors and candidates; -1 for every other item: neither positive nor negative."""
     own = torch.full((len(labels),), -1)
-    own[lists.query_items] = tensor_of(labels)[lists.query_items]
+    for items in (lists.query_items, lists.items[lists.items >= 0]):
+        own[items] = tensor_of(labels)[items]
     return own
 
 

@@ -107,7 +107,8 @@ def pick_labels(
     text = f"{seen}; {text}" if n_seen else text
     logger.log(logging.INFO if is_valid else logging.WARNING, "%s", text)
     note = {"seen": n_seen, "source": source, "text": text}
-    seen_images = train.take(np.flatnonzero(is_seen)) if is_valid else None
+    is_other = ~np.isin(np.asarray(train.label_names)[train.labels], np.asarray(images.label_names))
+    seen_images = train.take(np.flatnonzero(is_seen & is_other)) if is_valid else None
     return LabelsToUse(images, is_valid, note, seen_before, seen_images)
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from jaxtyping import Bool, Float32, Int64
 
 from distributed_rerank import extraction
@@ -244,8 +245,8 @@ def make_task(
         side[places[places >= 0]] = number
     search = Search(images, side, config.n_items, work / "candidates", executors)
     adapted = adapt(images, embeddings, side, config, search)
-    # Candidates to train on are those of the same side's labels alone; the figures are those of the whole gallery.
-    anchors = adapted.lists if is_own[side >= 0].all() else search(adapted.embeddings, "anchors", is_own)
+    # Images beside are candidates, and so negatives, of the others, and no anchors: their labels are known.
+    anchors = [lists[torch.from_numpy(is_own)[lists.query_items].nonzero()[:, 0]] for lists in adapted.lists]
     first, second = adapted.lists
     if is_halved:
         runs = (
@@ -262,6 +263,7 @@ def make_task(
         embeddings=tensor_of(adapted.embeddings),
         runs=runs,
         half=side if is_halved else None,
+        is_beside=(side >= 0) & ~is_own,
         start=Chain(
             () if adapted.step is None else (adapted.step,),
             {} if adapted.decision is None else {"adapt": adapted.decision},

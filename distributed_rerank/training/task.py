@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from distributed_rerank.chain.chain import Chain
@@ -47,12 +47,20 @@ class TrainingTask:
     """Trained one after the other; the last one's weights become the model's."""
     half: Int64[np.ndarray, " item"] | None = None
     """The half (0, 1, -1 = none) of each item, where a model's projections are cross-fitted (`encodings`)."""
+    is_beside: Bool[np.ndarray, " item"] | None = None
+    """Images without a label in the catalogue that are negatives of every anchor."""
     tracked: tuple[ServiceRun, ...] = ()
     """Where the figures go beside the log."""
     teacher: PairValues | None = None
     """What a slow model says of the mined pairs."""
     start: Chain = field(default_factory=Chain)
     """What the chain begins with: a map of the embeddings, or nothing. Lists and embeddings are those after it."""
+
+    @property
+    def labels(self) -> Int64[np.ndarray, " item"]:
+        """Labels to train with, -1 = none; images beside have one that no anchor has."""
+        labels = self.catalogue.labels.astype(np.int64)
+        return labels if self.is_beside is None else np.where(self.is_beside, labels.max() + 1, labels)
 
     @property
     def n_labelled(self) -> int:
@@ -92,7 +100,7 @@ def plan_epoch(
     task: TrainingTask, run: TrainingRun, epoch: int, order: Int64[Tensor, "anchor kept"] | None = None
 ) -> list[TrainingStep]:
     """The steps of an epoch, the same for every worker; `order` comes from a model that mined again (`validation`)."""
-    labels, sequences = (codes.astype(np.int64) for codes in (task.catalogue.labels, task.catalogue.sequences))
+    labels, sequences = task.labels, task.catalogue.sequences.astype(np.int64)
     if task.config.mining != "lists":
         return plan_batches(run.anchors.query_items.numpy(), labels, task.embeddings, task.config, epoch)
     anchors = run.anchors if order is None else reorder(run.anchors, order)

@@ -11,7 +11,10 @@ import pytest
 from job_files import EXTRACTOR, SMALL_BLOCKS, bytes_of
 from PIL import Image
 
-EXPECTED = {"embed": "aten::convolution", "search": "aten::index", "score": "aten::convolution"}
+from distributed_rerank.models.packing import can_pack
+
+CONVOLUTION = "mkldnn::_convolution_pointwise" if can_pack() else "aten::convolution"
+EXPECTED = {"embed": CONVOLUTION, "search": "aten::index", "score": CONVOLUTION}
 """An operator of each kind of worker."""
 
 

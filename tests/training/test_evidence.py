@@ -1,4 +1,4 @@
-"""Images of labels that the extractor has seen stand in the galleries that a chain is chosen on, and nowhere else."""
+"""Images of labels that the extractor has seen are candidates and negatives, and never queries or positives."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from training_examples import SMALL, TOKENS
 
 from distributed_rerank.data.catalogue import Catalogue
@@ -14,7 +15,7 @@ from distributed_rerank.tensors.candidate_lists import CandidateLists
 from distributed_rerank.training import evidence
 from distributed_rerank.training.evidence import drawn_labels, evidence_of, seen_beside
 from distributed_rerank.training.stage import images_with, make_task
-from distributed_rerank.training.task import TrainingTask, join_lists
+from distributed_rerank.training.task import TrainingTask, join_lists, plan_epoch
 
 N_LABELS, N_IMAGES, N_SEEN = 20, 5, 8
 
@@ -64,7 +65,7 @@ def assert_lists(lists: CandidateLists, points: np.ndarray) -> None:
 
 
 @pytest.mark.parametrize("adapt", [False, True])
-def test_seen_labels_are_candidates_of_the_choice_alone(
+def test_seen_labels_are_candidates_and_negatives(
     catalogue: Catalogue, points: np.ndarray, tmp_path: Path, adapt: bool
 ) -> None:
     lost = int(np.flatnonzero(np.asarray(catalogue.labels) < N_SEEN)[3])
@@ -75,9 +76,18 @@ def test_seen_labels_are_candidates_of_the_choice_alone(
     assert len(task.catalogue) == N_LABELS * N_IMAGES - 1
     assert task.start.adapt is None or adapt
     mapped = task.embeddings.numpy()
+    assert np.array_equal(task.labels[is_own], labels[is_own])
+    assert not np.isin(task.labels[~is_own], labels[is_own]).any()
     for run in task.runs:
         assert is_own[run.anchors.query_items].all()
-        assert is_own[run.anchors.items[run.anchors.items >= 0]].all()
+        steps = plan_epoch(task, run, epoch=0)
+        queries, gallery, is_negative = (
+            torch.cat([getattr(step, name) for step in steps]).numpy()
+            for name in ("query_items", "gallery_items", "is_negative")
+        )
+        assert is_own[queries].all()
+        assert (~is_own[gallery]).any()
+        assert np.array_equal(is_negative, labels[queries] != labels[gallery])
     of_halves = [run.validation for run in task.runs if run.validation is not None]
     for lists, other in zip(of_halves, of_halves[::-1], strict=True):
         assert_lists(lists, mapped)

@@ -106,6 +106,17 @@ def test_a_calibration_split_is_used_although_no_train_label_is_found_to_be_know
     assert (set(used.images.table["split"]), used.seen) == ({"train"}, None)
 
 
+def test_seen_labels_that_are_chosen_on_too_stand_beside_nothing() -> None:
+    catalogue = catalogue_of({"train": [3] * N_LABELS, "calibration": [4] * 10, "validation": [6] * N_LABELS})
+    shared = catalogue.table["label"][catalogue.table["split"] == "calibration"].iloc[0]
+    first = catalogue.table["label"][catalogue.table["split"] == "train"].iloc[0]
+    table = catalogue.table.assign(label=catalogue.table["label"].replace(first, shared))
+    catalogue = Catalogue(table, "shared.csv")
+    used = picked(catalogue, embeddings_of(catalogue, {"train": 1.2, "calibration": 1.2, "validation": 1.2}))
+    assert used.seen is not None
+    assert set(used.seen.table["label"]) == set(table["label"][table["split"] == "train"]) - {shared}
+
+
 def test_a_weights_file_tells_the_labels_that_it_was_trained_on(tmp_path: Path) -> None:
     catalogue = catalogue_of({"train": [3] * 10, "validation": [3] * 10})
     extractor = build_extractor(BACKBONE)
