@@ -191,9 +191,9 @@ class TrainingConfig:
             load_function(self.loss, "--loss", get_args(LossName))
 
     def _check_numbers(self) -> None:
-        check_numbers(self, "seed freeze_epochs warmup_steps patience loader_workers weight_decay", least=0)
+        check_numbers(self, "seed freeze_epochs warmup_steps patience loader_workers weight_decay clip_norm", least=0)
         check_numbers(self, "steps_per_epoch", least=1)
-        check_numbers(self, "minutes negative_temperature clip_norm", above=0)
+        check_numbers(self, "minutes negative_temperature", above=0)
         check_numbers(self, "margin temperature teacher_temperature lr backbone_lr")  # above 0 is checked with a reason
 
     def is_frozen(self, epoch: int) -> bool:

@@ -1,10 +1,12 @@
 """Every option with a number has a range: nobody trains with nan, or gets the default for an image size of 0."""
 
+import ast
 import dataclasses
 import importlib
 import inspect
 import math
 import pkgutil
+import re
 import typing
 from collections.abc import Iterator
 from pathlib import Path
@@ -62,6 +64,34 @@ def test_a_number_below_zero_or_no_number_is_refused_by_name(kind: Any, name: st
 
 def test_the_options_are_found() -> None:
     assert len(list(numbers())) > 60
+
+
+def with_a_meaning_of_zero() -> Iterator[Any]:
+    """(class, field, 0 or 0.0) of every option whose own text says what 0 does."""
+    for kind in classes():
+        hints = typing.get_type_hints(kind)
+        body = ast.parse(inspect.getsource(kind)).body[0]
+        assert isinstance(body, ast.ClassDef)
+        for field, text in zip(body.body, body.body[1:], strict=False):
+            if not (isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name)):
+                continue
+            words = text.value.value if isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant) else ""
+            if re.search(r"\b0\s+(=|freezes|never)", str(words)):
+                name = field.target.id
+                zero = 0.0 if "float" in str(hints[name]) else 0
+                yield pytest.param(kind, name, zero, id=f"{kind.__name__}.{name}")
+
+
+@pytest.mark.parametrize(("kind", "name", "zero"), list(with_a_meaning_of_zero()))
+def test_a_zero_that_the_help_explains_is_accepted(kind: Any, name: str, zero: float) -> None:
+    assert getattr(made(kind, name, zero), name) == zero
+
+
+def test_the_zeros_are_found() -> None:
+    found = {str(parameter.id) for parameter in with_a_meaning_of_zero()}
+    fields = {"clip_norm", "backbone_lr", "remine_every", "patience", "loader_workers"}
+    assert {f"TrainingConfig.{name}" for name in fields} <= found
+    assert {"ClusterConfig.num_workers", "ServeConfig.port"} <= found
 
 
 @pytest.mark.parametrize(
