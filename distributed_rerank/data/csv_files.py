@@ -56,15 +56,20 @@ def as_utf8(open_file: Open, head: bytes) -> Open:
 
 
 def layout_of(head: bytes, known: Set[str]) -> CsvLayout:
-    """The layout of UTF-8 CSV that begins with `head`: the separator with which its header has most `known` columns."""
+    """The layout of UTF-8 CSV that begins with `head`: the separator with which its header has most `known` columns.
+
+    Where it has none of them, most columns of any name, so that an error can list them.
+    """
     text = head.decode("utf-8", errors="replace")
     best = CsvLayout(",", ())
-    n_best = -1
+    best_rank = (-1, 0)
     for separator in _SEPARATORS:
         rows = csv.reader(io.StringIO(text, newline=""), delimiter=separator)
         header = next((row for row in rows if row), [])
-        if len(known & set(header)) > n_best:
-            best, n_best = CsvLayout(separator, header), len(known & set(header))
+        n_known = len(known & set(header))
+        rank = (n_known, 0 if n_known else len(header))
+        if rank > best_rank:
+            best, best_rank = CsvLayout(separator, header), rank
     return best
 
 

@@ -108,6 +108,12 @@ def test_separator_is_the_one_that_fits_the_columns(separator: str) -> None:
     assert layout_of(separator.join(["id", "label"]).encode() + b"\nx,y;z", {"id", "label"}).separator == separator
 
 
+@pytest.mark.parametrize("separator", [",", ";", "\t", "|"])
+def test_a_header_without_known_names_is_split_for_the_error(separator: str) -> None:
+    head = separator.join(["bild", "sorte"]).encode() + b"\nx\n"
+    assert layout_of(head, {"id", "label"}).header == ["bild", "sorte"]
+
+
 @given(st.lists(st.integers(0, 7), max_size=8), st.integers(1, 5))
 def test_regrouped_tables_have_the_same_rows(lengths: list[int], rows: int) -> None:
     starts = [sum(lengths[:place]) for place in range(len(lengths))]
