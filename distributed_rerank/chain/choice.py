@@ -11,7 +11,7 @@ log says so.
 import logging
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from statistics import NormalDist
 from typing import Any, get_args
 
@@ -25,6 +25,7 @@ from distributed_rerank.chain.settings import FUSIONS, NEIGHBOURS, PINNED_NEIGHB
 from distributed_rerank.chain.trials import Trial, calibrate, try_chain
 from distributed_rerank.chain.views import things_of
 from distributed_rerank.tensors import statistics
+from distributed_rerank.tensors.gain_line import GainLine, gain_line
 from distributed_rerank.tensors.metrics import PerQuery
 from distributed_rerank.tensors.things import Combination
 
@@ -189,6 +190,7 @@ def judge(
         "probability": probability,
         "accept": accept,
         "gain": {key: gain_to_json(difference) for key, difference in gain.items()},
+        "lines": {key: line_to_json(gain_line(before[key], after[key], labels)) for key in after if key != "objective"},
         "n_labels": len(labels.unique()),
     }
 
@@ -205,6 +207,11 @@ def gain_to_json(difference: statistics.Difference) -> dict[str, Any]:
         "ci95": [difference.low, difference.high],
         "p_value": difference.p_value,
     }
+
+
+def line_to_json(line: GainLine | None) -> dict[str, Any] | None:
+    """A gain over the value before as chain.json holds it; None for a single label."""
+    return None if line is None else asdict(line)
 
 
 def outcome(decision: dict[str, Any]) -> str:

@@ -12,6 +12,7 @@ from typing import Any
 
 from distributed_rerank.approximate import approximate_searches
 from distributed_rerank.chain.chain import Chain
+from distributed_rerank.chain.promise import compare_with_promise
 from distributed_rerank.config.evaluation import FirstStageConfig, MeasureConfig
 from distributed_rerank.config.own import load_own
 from distributed_rerank.config.work import WorkConfig
@@ -142,6 +143,9 @@ def _measure(sources: Sources, config: MeasureConfig) -> tuple[Result, dict[str,
     )  # fmt: skip
     extra = diagnose(measured, sources, config)
     metrics = measured.metrics | {"chain": ranked.chain.describe()} | extra.figures
+    if ranked.after:
+        promised = compare_with_promise(ranked.chain, measured.metrics["first_stage"], measured.metrics["difference"])
+        metrics |= {"promise": promised} if promised else {}
     by_thing = thing_figures(ranked, ks=config.ks, seed=config.resampling_seed)
     if by_thing:
         metrics["items"] = by_thing

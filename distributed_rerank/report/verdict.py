@@ -59,6 +59,7 @@ def verdict_of_figures(metrics: Mapping[str, Any]) -> Verdict:
     moved = moved if change else f"stays at {fraction(after)}"
     sentence = f"{claim}: mAP@10 {moved} ({signed(change)}; 95 % interval {interval(compared)})."
     plain, detail = in_plain_words(metrics), _detail(metrics, before, after) + _added_to_adapted(metrics)
+    detail += _against_promise(metrics)
     if best is not None and best.beats:
         step = f"Leave this chain out and use what is better: {baseline_name(best.name)}."
         return Verdict("bad", plain, _beaten(best, after), f"{sentence} {detail}", step)
@@ -161,6 +162,24 @@ def _added_to_adapted(metrics: Mapping[str, Any]) -> str:
     return (
         f" The adapted first stage alone has mAP@10 {value}; what follows adds {signed(-against['mean'])} "
         f"({interval({'ci95': [low, high]})})."
+    )
+
+
+PROMISES = {
+    "kept": "as promised",
+    "less": "less than promised: these queries are not like the labels set aside",
+    "more": "more than promised",
+}
+
+
+def _against_promise(metrics: Mapping[str, Any]) -> str:
+    """What the labels set aside in training promised for a first stage like this one; "" without a promise."""
+    found = (metrics.get("promise") or {}).get("map@10")
+    if found is None:
+        return ""
+    return (
+        f" The labels set aside in training promised mAP@10 {signed(found['promised'])} ({interval(found)}); "
+        f"{signed(found['shown'])} is {PROMISES[found['outcome']]}."
     )
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from distributed_rerank.chain.chain import Chain
+from distributed_rerank.chain.promise import promise_in_words
 from distributed_rerank.config.training import defaults_for
 from distributed_rerank.models.saving import model_name
 from distributed_rerank.training.task import TrainingTask
@@ -101,9 +102,12 @@ def worth_section(chain: Chain) -> str:
         cells = [gain_cell(decision["gain"][key]) for key in ("map@10", "cmc@1")]
         title = f"gain of the {decision['step']} step, {'taken' if decision['taken'] else 'not taken'}"
         lines.append(f"| {title} | {' | '.join(cells)} |")
-    return "\n".join(
-        [*lines, "", "Gains have 95 % intervals (bootstrap by label), constants chosen on the other labels."]
+    lines += ["", "Gains have 95 % intervals (bootstrap by label), constants chosen on the other labels."]
+    promise = promise_in_words(on.get("promise", {}))
+    lines += (
+        ["", f"So {promise}. `evaluate` says what that is for your queries, and what they show."] if promise else []
     )
+    return "\n".join(lines)
 
 
 def figures_of(on: Mapping[str, Any]) -> list[tuple[str, Mapping[str, float]]]:

@@ -20,6 +20,7 @@ from jaxtyping import Bool, Float32, Int64
 from distributed_rerank import extraction
 from distributed_rerank.chain.chain import Chain, read_chain, write_chain
 from distributed_rerank.chain.choice import choose, choose_views
+from distributed_rerank.chain.promise import promise_in_words, promise_of
 from distributed_rerank.config.extractor import ExtractorConfig
 from distributed_rerank.config.jobs import TrackingService
 from distributed_rerank.config.pairwise import PairwiseConfig, pairwise_name
@@ -357,6 +358,7 @@ def write_model(
         found = choose_views(evidence, found, task.config.seed, task.config.accept)
         steps, on = (*task.start.steps, *found.steps), found.chosen_on | task.start.chosen_on
         chain = replace(found, steps=steps, chosen_on=on, adapter=task.start.adapter)
+        chain = with_promise(chain)
     chain = replace(chain, chosen_on={**chain.chosen_on, "evidence": used.note})
     write_chain(chain, folder)
     (folder / CARD).write_text(model_card(task, model, chain))
@@ -370,6 +372,14 @@ def write_model(
     tracking.draw_curves(histories, folder / "curves.svg")
     tracking.copy_event_files(run_folder / "tensorboard", folder / "tensorboard")
     return chain
+
+
+def with_promise(chain: Chain) -> Chain:
+    """The chosen chain with what it promises, which the log says too."""
+    promise = promise_of(chain)
+    if promise:
+        logger.info("promise of the labels set aside: %s", promise_in_words(promise))
+    return replace(chain, chosen_on={**chain.chosen_on, "promise": promise})
 
 
 def trained_labels(task: TrainingTask) -> set[str]:

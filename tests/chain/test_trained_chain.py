@@ -3,6 +3,8 @@
 Where re-ranking cannot help the chain must not harm: never more than 0.3 points below the first stage.
 """
 
+import json
+import logging
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,7 @@ import pytest
 from PIL import Image
 from training_examples import BACKBONE, SMALL, TOKENS
 
-from distributed_rerank.chain.chain import Chain
+from distributed_rerank.chain.chain import Chain, read_chain
 from distributed_rerank.config.evaluation import FirstStageConfig
 from distributed_rerank.data.catalogue_files import read_catalogue
 from distributed_rerank.evaluation.run import evaluate
@@ -95,3 +97,21 @@ def test_chain_of_photos_that_re_ranking_tells_apart_has_its_gain(tmp_path: Path
     assert chain.pairwise is not None
     assert after["map@10"] > before["map@10"] + 0.05
     assert 0 <= chain.calibration["ece"] < chain.calibration["ece_raw"]
+
+
+def test_evaluation_says_what_training_promised_for_its_queries(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    table = write_photos(tmp_path / "photos", noise=3)
+    trained(table, tmp_path / "model", 0)
+    assert "promise of the labels set aside: the chain adds to the first stage mAP@10 +0." in caplog.text
+    assert "So the chain adds to the first stage mAP@10 +0." in (tmp_path / "model" / "README.md").read_text()
+    figures(table, tmp_path / "model", read_chain(tmp_path / "model"))
+    folder = tmp_path / "evaluation-df"
+    metrics = json.loads((folder / "metrics.json").read_text())
+    found = metrics["promise"]["map@10"]
+    assert found["shown"] == metrics["difference"]["map@10"]["mean"]
+    assert found["promised"] > 0.05
+    assert found["outcome"] in ("kept", "more")  # the model that is kept has learnt from twice the labels
+    assert "The labels set aside in training promised mAP@10 +0." in (folder / "report.html").read_text()

@@ -108,3 +108,20 @@ def test_verdict_names_the_next_step() -> None:
         compared |= {"mean": 0.02, "ci95": [0.01, 0.03]}
     metrics["reranked"]["cmc@1"] = 0.9
     assert "table of thresholds" in verdict(metrics).next_step
+
+
+@pytest.mark.parametrize(
+    ("outcome", "words"),
+    [
+        ("kept", "+0.020 is as promised."),
+        ("less", "+0.020 is less than promised: these queries are not like the labels set aside."),
+        ("more", "+0.020 is more than promised."),
+    ],
+)
+def test_verdict_compares_with_what_training_promised(outcome: str, words: str) -> None:
+    metrics = metrics_of(made_up_queries(40))
+    assert "promised" not in verdict(metrics).detail
+    gain = {"promised": 0.03, "ci95": [0.01, 0.05], "shown": 0.02, "outcome": outcome}
+    metrics["promise"] = {"map@10": gain}
+    told = f"The labels set aside in training promised mAP@10 +0.030 (+0.010 to +0.050); {words}"
+    assert told in verdict(metrics).detail

@@ -1,0 +1,95 @@
+"""What the labels set aside in training promise of the whole chain, and whether other queries keep it.
+
+A gain in points does not carry over: the labels set aside are ranked among fewer others than a real gallery holds, so
+the first stage misses less there, and less can be gained. So each chain step keeps its gain as a line over the value
+before it, fitted to single queries by models and constants that had not seen their labels. The promise for other
+queries is that of the lines one after the other, from their own first stage on. Models that saw half of the labels were
+measured, the one that is kept has seen all, so it may show more.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from distributed_rerank.chain.chain import Chain
+from distributed_rerank.tensors.gain_line import GainLine
+from distributed_rerank.tensors.statistics import Interval
+
+
+class PromisedGain(NamedTuple):
+    """A promised gain beside the gain of other queries, in units of the metric."""
+
+    promised: float
+    ci95: list[float]
+    shown: float
+    outcome: str
+    """kept; or less or more, beyond chance by both intervals."""
+
+
+def promise_of(chain: Chain) -> dict[str, Any]:
+    """The lines of the steps taken, for chain.json: `chain` names the chain, `lines` has those of each metric.
+
+    {} where no step was taken.
+    """
+    on = chain.chosen_on
+    taken = [decision for decision in (on.get("adapt"), *on.get("decisions", ())) if decision and decision["taken"]]
+    if not taken:
+        return {}
+    lines = {key: [decision["lines"][key] for decision in taken] for key in taken[0]["lines"]}
+    return {"chain": chain.describe(), "lines": {key: of_steps for key, of_steps in lines.items() if all(of_steps)}}
+
+
+def gain_for(lines: Sequence[GainLine], before: float) -> Interval:
+    """The gain of steps one after the other where the first finds `before`; no value rises above 1.
+
+    The errors of the steps are taken to be independent.
+    """
+    value, variance = before, 0.0
+    for line in lines:
+        gain = line.at(value)
+        # An error so far moves the value that the step finds, and with it the step's own gain.
+        variance = variance * (1 + line.slope) ** 2 + ((gain.high - gain.low) / 2) ** 2
+        value = min(1.0, value + gain.mean)
+    mean, half = value - before, math.sqrt(variance)
+    return Interval(mean, mean - half, min(1 - before, mean + half))
+
+
+def lines_of(promise: Mapping[str, Any]) -> dict[str, list[GainLine]]:
+    """The lines of each metric, as a chain.json has them."""
+    return {key: [GainLine(**line) for line in lines] for key, lines in promise.get("lines", {}).items()}
+
+
+def promise_in_words(promise: Mapping[str, Any]) -> str:
+    """The promise for a first stage like that of the labels set aside, for a log and the model card; "" for none."""
+    names, parts = {"map@10": "mAP@10", "cmc@1": "CMC@1"}, []
+    for key, lines in lines_of(promise).items():
+        gain = gain_for(lines, lines[0].before)
+        name, before = names.get(key, key), lines[0].before
+        parts.append(f"{name} {gain.mean:+.4f} [{gain.low:+.4f}, {gain.high:+.4f}] where it has {before:.4f}")
+    return f"the chain adds to the first stage {', '.join(parts)}" if parts else ""
+
+
+def compare_with_promise(
+    chain: Chain, first_stage: Mapping[str, float], difference: Mapping[str, Mapping[str, Any]]
+) -> dict[str, dict[str, Any]]:
+    """Each metric's gain promised for this first stage, beside the difference shown, for metrics.json.
+
+    {} where nothing was promised, or of another chain.
+    """
+    promise = chain.chosen_on.get("promise", {})
+    if promise.get("chain") != chain.describe():
+        return {}
+    return {
+        key: compare_gain(gain_for(lines, first_stage[key]), difference[key])._asdict()
+        for key, lines in lines_of(promise).items()
+        if key in difference
+    }
+
+
+def compare_gain(promised: Interval, shown: Mapping[str, Any]) -> PromisedGain:
+    """One metric's promise, and whether the shown gain keeps it."""
+    low, high = shown["ci95"]
+    allowed = math.hypot((promised.high - promised.low) / 2, (high - low) / 2)
+    change = shown["mean"] - promised.mean
+    outcome = "kept" if abs(change) <= allowed else "less" if change < 0 else "more"
+    return PromisedGain(promised.mean, [promised.low, promised.high], shown["mean"], outcome)

@@ -1,0 +1,90 @@
+"""A promise is the gain of the steps taken, one after the other, for the first stage of other queries."""
+
+from dataclasses import asdict, replace
+
+import numpy as np
+import pytest
+import torch
+from chain_evidence import evidence
+
+from distributed_rerank.chain.chain import Chain, PairwiseStep
+from distributed_rerank.chain.choice import choose
+from distributed_rerank.chain.promise import compare_with_promise, gain_for, lines_of, promise_in_words, promise_of
+from distributed_rerank.chain.trials import try_chain
+from distributed_rerank.tensors.gain_line import GainLine, gain_line
+
+STEPS = (PairwiseStep(top_n=5),)
+
+
+def line(before: float, gain: float, slope: float, spread: float) -> GainLine:
+    return GainLine(before, gain, slope, spread**2, 0.0, 0.0, 1000)
+
+
+def decided(lines: dict[str, GainLine], is_taken: bool) -> dict[str, object]:
+    return {"taken": is_taken, "lines": {key: asdict(found) for key, found in lines.items()}}
+
+
+def test_two_lines_of_one_sample_give_the_gain_of_both_steps() -> None:
+    state = np.random.default_rng(0)
+    first = torch.from_numpy(state.uniform(0, 1, 60))
+    second = first + 0.4 * (1 - first)
+    third = second + 0.1 * torch.from_numpy(state.uniform(0, 1, 60)) * (1 - second)
+    lines = [gain_line(a, b, torch.arange(60) // 5) for a, b in ((first, second), (second, third))]
+    kept = [found for found in lines if found is not None]
+    assert len(kept) == 2
+    assert gain_for(kept, float(first.mean())).mean == pytest.approx(float((third - first).mean()))
+
+
+def test_a_worse_first_stage_is_promised_more_and_no_value_rises_above_one() -> None:
+    lines = [line(0.7, 0.2, -0.5, 0.02), line(0.9, 0.05, -0.5, 0.01)]
+    at_home, worse, best = (gain_for(lines, before) for before in (0.7, 0.5, 1.0))
+    assert at_home.mean == pytest.approx(0.25)
+    assert worse.mean == pytest.approx(0.3 + 0.05 + 0.5 * 0.1)
+    assert best.mean == 0
+    assert best.high <= 0
+    # Both spreads, that of the first step halved by the second's slope; 1.96 of the normal distribution.
+    assert at_home.high - at_home.mean == pytest.approx(1.962 * np.hypot(0.5 * 0.02, 0.01), rel=1e-3)
+
+
+def test_steps_not_taken_promise_nothing() -> None:
+    taken, refused = {"map@10": line(0.5, 0.2, 0.0, 0.01)}, {"map@10": line(0.5, 0.9, 0.0, 0.01)}
+    chain = Chain(
+        STEPS, {"adapt": decided(refused, False), "decisions": [decided(taken, True), decided(refused, False)]}
+    )
+    promise = promise_of(chain)
+    assert lines_of(promise) == {"map@10": [taken["map@10"]]}
+    assert "mAP@10 +0.2000 [" in promise_in_words(promise)
+    assert "where it has 0.5000" in promise_in_words(promise)
+    nothing = promise_of(Chain((), {"decisions": [decided(refused, False)]}))
+    assert nothing == {}
+    assert promise_in_words(nothing) == ""
+
+
+@pytest.mark.parametrize(("shown", "outcome"), [(0.19, "kept"), (0.25, "more"), (0.15, "less")])
+def test_shown_gain_is_compared_within_both_intervals(shown: float, outcome: str) -> None:
+    chain = Chain(STEPS, {"decisions": [decided({"map@10": line(0.5, 0.2, 0.0, 0.01)}, True)]})
+    chain = replace(chain, chosen_on={**chain.chosen_on, "promise": promise_of(chain)})
+    difference = {"map@10": {"mean": shown, "ci95": [shown - 0.02, shown + 0.02]}}
+    found = compare_with_promise(chain, {"map@10": 0.4}, difference)["map@10"]
+    assert found["outcome"] == outcome
+    assert found["promised"] == pytest.approx(0.2)
+    assert found["shown"] == shown
+    # Steps changed by hand are another chain: nobody promised anything of it.
+    assert compare_with_promise(replace(chain, steps=(PairwiseStep(top_n=6),)), {"map@10": 0.4}, difference) == {}
+    assert compare_with_promise(Chain(STEPS), {"map@10": 0.4}, difference) == {}
+
+
+@pytest.mark.parametrize(("spread", "others"), [(0.6, 0.7), (0.7, 0.8), (0.8, 0.7)])
+def test_chosen_chain_keeps_its_promise_on_new_labels_of_another_difficulty(spread: float, others: float) -> None:
+    """Points that lie further apart, or less, than those of the choice; labels and logits are drawn anew."""
+    chain = choose(evidence(spread, 2.0))
+    lines = lines_of(promise_of(chain))["map@10"]
+    changes, moved = [], []
+    for seed in range(100, 106):
+        fresh = evidence(others, 2.0, seed=seed)
+        before, after = (try_chain(fresh, steps).figures()["map@10"] for steps in (Chain(), chain))
+        promised = gain_for(lines, before)
+        changes.append(promised.low - 0.02 <= after - before <= promised.high + 0.02)
+        moved.append(abs(after - before - promised.mean) < abs(after - before - gain_for(lines, lines[0].before).mean))
+    assert sum(changes) >= 5, "the intervals are of 95 %"
+    assert sum(moved) >= 5, "nearer than the gain of the labels set aside as it is"
