@@ -167,7 +167,7 @@ def _added_to_adapted(metrics: Mapping[str, Any]) -> str:
 
 PROMISES = {
     "kept": "as promised",
-    "less": "less than promised: these queries are not like the labels set aside",
+    "less": "less than promised: these queries may differ from the labels set aside",
     "more": "more than promised",
 }
 

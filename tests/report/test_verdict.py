@@ -114,7 +114,7 @@ def test_verdict_names_the_next_step() -> None:
     ("outcome", "words"),
     [
         ("kept", "+0.020 is as promised."),
-        ("less", "+0.020 is less than promised: these queries are not like the labels set aside."),
+        ("less", "+0.020 is less than promised: these queries may differ from the labels set aside."),
         ("more", "+0.020 is more than promised."),
     ],
 )
