@@ -21,9 +21,10 @@ class PromisedGain(NamedTuple):
 
     promised: float
     ci95: list[float]
+    """Where 95 % of such query sets lie: the promise is uncertain, and so is what a sample of labels shows of it."""
     shown: float
     outcome: str
-    """kept; or less or more, beyond chance by both intervals."""
+    """kept; or less or more, outside that interval."""
 
 
 def promise_of(chain: Chain) -> dict[str, Any]:
@@ -87,9 +88,9 @@ def compare_with_promise(
 
 
 def compare_gain(promised: Interval, shown: Mapping[str, Any]) -> PromisedGain:
-    """One metric's promise, and whether the shown gain keeps it."""
+    """One metric's promise, and whether the shown gain, a difference of metrics.json, keeps it."""
     low, high = shown["ci95"]
-    allowed = math.hypot((promised.high - promised.low) / 2, (high - low) / 2)
-    change = shown["mean"] - promised.mean
-    outcome = "kept" if abs(change) <= allowed else "less" if change < 0 else "more"
-    return PromisedGain(promised.mean, [promised.low, promised.high], shown["mean"], outcome)
+    mean, half = promised.mean, math.hypot((promised.high - promised.low) / 2, (high - low) / 2)
+    change = shown["mean"] - mean
+    outcome = "kept" if abs(change) <= half else "less" if change < 0 else "more"
+    return PromisedGain(mean, [mean - half, mean + half], shown["mean"], outcome)

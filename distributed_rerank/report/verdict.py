@@ -178,8 +178,8 @@ def _against_promise(metrics: Mapping[str, Any]) -> str:
     if found is None:
         return ""
     return (
-        f" The labels set aside in training promised mAP@10 {signed(found['promised'])} ({interval(found)}); "
-        f"{signed(found['shown'])} is {PROMISES[found['outcome']]}."
+        f" The labels set aside in training promised mAP@10 {signed(found['promised'])} (such queries show "
+        f"{interval(found)}); {signed(found['shown'])} is {PROMISES[found['outcome']]}."
     )
 
 

@@ -68,6 +68,8 @@ def test_shown_gain_is_compared_within_both_intervals(shown: float, outcome: str
     found = compare_with_promise(chain, {"map@10": 0.4}, difference)["map@10"]
     assert found["outcome"] == outcome
     assert found["promised"] == pytest.approx(0.2)
+    # The error of the promise, 1.962 x 0.01, and that of what is shown.
+    assert found["ci95"] == pytest.approx([0.2 - np.hypot(0.01962, 0.02), 0.2 + np.hypot(0.01962, 0.02)], abs=1e-4)
     assert found["shown"] == shown
     # Steps changed by hand are another chain: nobody promised anything of it.
     assert compare_with_promise(replace(chain, steps=(PairwiseStep(top_n=6),)), {"map@10": 0.4}, difference) == {}

@@ -123,5 +123,5 @@ def test_verdict_compares_with_what_training_promised(outcome: str, words: str) 
     assert "promised" not in verdict(metrics).detail
     gain = {"promised": 0.03, "ci95": [0.01, 0.05], "shown": 0.02, "outcome": outcome}
     metrics["promise"] = {"map@10": gain}
-    told = f"The labels set aside in training promised mAP@10 +0.030 (+0.010 to +0.050); {words}"
+    told = f"The labels set aside in training promised mAP@10 +0.030 (such queries show +0.010 to +0.050); {words}"
     assert told in verdict(metrics).detail
