@@ -3,8 +3,8 @@
 A gain in points does not carry over: the labels set aside are ranked among fewer others than a real gallery holds, so
 the first stage misses less there, and less can be gained. So each chain step keeps its gain as a line over the value
 before it, fitted to single queries by models and constants that had not seen their labels. The promise for other
-queries is that of the lines one after the other, from their own first stage on. Models that saw half of the labels were
-measured, the one that is kept has seen all, so it may show more.
+queries is that of the lines one after the other, from their own first stage on. Where labels are halved, models that
+saw half of them were measured; the one that is kept has seen all, so it may show more.
 """
 
 import math
@@ -41,7 +41,7 @@ def promise_of(chain: Chain) -> dict[str, Any]:
 
 
 def gain_for(lines: Sequence[GainLine], before: float) -> Interval:
-    """The gain of steps one after the other where the first finds `before`; no value rises above 1.
+    """The gain of steps one after the other where the first finds `before`; no value leaves [0, 1].
 
     The errors of the steps are taken to be independent.
     """
@@ -50,7 +50,7 @@ def gain_for(lines: Sequence[GainLine], before: float) -> Interval:
         gain = line.at(value)
         # An error so far moves the value that the step finds, and with it the step's own gain.
         variance = variance * (1 + line.slope) ** 2 + ((gain.high - gain.low) / 2) ** 2
-        value = min(1.0, value + gain.mean)
+        value = min(1.0, max(0.0, value + gain.mean))
     mean, half = value - before, math.sqrt(variance)
     return Interval(mean, mean - half, min(1 - before, mean + half))
 

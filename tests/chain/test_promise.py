@@ -35,13 +35,14 @@ def test_two_lines_of_one_sample_give_the_gain_of_both_steps() -> None:
     assert gain_for(kept, float(first.mean())).mean == pytest.approx(float((third - first).mean()))
 
 
-def test_a_worse_first_stage_is_promised_more_and_no_value_rises_above_one() -> None:
+def test_a_worse_first_stage_is_promised_more_and_no_value_leaves_its_range() -> None:
     lines = [line(0.7, 0.2, -0.5, 0.02), line(0.9, 0.05, -0.5, 0.01)]
     at_home, worse, best = (gain_for(lines, before) for before in (0.7, 0.5, 1.0))
     assert at_home.mean == pytest.approx(0.25)
     assert worse.mean == pytest.approx(0.3 + 0.05 + 0.5 * 0.1)
     assert best.mean == 0
     assert best.high <= 0
+    assert gain_for([line(0.7, -0.2, 1.0, 0.02)], 0.1).mean == pytest.approx(-0.1), "nothing falls below 0"
     # Both spreads, that of the first step halved by the second's slope; 1.96 of the normal distribution.
     assert at_home.high - at_home.mean == pytest.approx(1.962 * np.hypot(0.5 * 0.02, 0.01), rel=1e-3)
 
