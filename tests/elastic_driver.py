@@ -36,7 +36,7 @@ def main(folder: Path) -> None:
     os.environ |= {"RAY_AUTH_TOKEN": secrets.token_hex(32), "RAY_USAGE_STATS_ENABLED": "0"}
     # Ray counts a node that has just gone for a while, and waits this long for workers on it; by default a minute.
     os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = "30"
-    task = build_task(folder / "task", epochs=100_000, minutes=0.2)
+    task = build_task(folder / "task", epochs=100_000, minutes=1.0)
     task = replace(task, runs=task.runs[:1])
     # not pytest's folder, whose name is too long for Ray's socket paths
     with tempfile.TemporaryDirectory(prefix="rerank-", dir="/tmp", ignore_cleanup_errors=True) as ray_folder:
