@@ -9,6 +9,7 @@ are the same bits for any number of threads, and ties in the randomisation test 
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cache
 from statistics import NormalDist
 from typing import Any
 
@@ -160,6 +161,7 @@ def student_t_cdf(t: float, freedom: float) -> float:
     return min(1.0, max(0.0, 0.5 + scale * area))
 
 
+@cache
 def student_t_quantile(probability: float, freedom: float) -> float:
     """The t with P(T <= t) = probability, at least 0.5, to about 1e-7; by bisection of `student_t_cdf`."""
     low, high = 0.0, 1.0
