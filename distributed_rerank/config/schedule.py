@@ -39,8 +39,17 @@ class ScheduleConfig:
             raise BadInput(f"run_id={self.run_id!r} cannot name a folder; use letters, digits and _ . : + -")
         if not 0 <= self.tolerance < 1:
             raise BadInput(f"tolerance={self.tolerance} must be at least 0 and below 1; metrics are fractions")
+        require_ending("history", self.history, ".parquet")
+        if self.metrics_file is not None:
+            require_ending("metrics_file", self.metrics_file, ".prom")  # collectors read no other
 
     @property
     def folder(self) -> Path:
         """Where this run's evaluation lies."""
         return self.runs / self.run_id
+
+
+def require_ending(name: str, path: Path, ending: str) -> None:
+    """Raises BadInput where a file's name would say something else than what is in it."""
+    if path.suffix != ending:
+        raise BadInput(f"{name}={str(path)!r} does not end in {ending}; give {path.with_suffix(ending)}")

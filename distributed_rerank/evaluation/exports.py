@@ -16,7 +16,7 @@ from distributed_rerank.data.exports import write_qrels, write_trec_run
 from distributed_rerank.data.judgements import Judgements
 from distributed_rerank.data.relevance import without_junk
 from distributed_rerank.errors import BadInput
-from distributed_rerank.report.formatting import count_of, fraction, interval, metric_name, signed
+from distributed_rerank.report.formatting import count_of, fraction, in_table_order, interval, metric_name, signed
 from distributed_rerank.report.verdict import verdict
 from distributed_rerank.reranking.external_candidates import external_candidates
 from distributed_rerank.storage import artifacts
@@ -130,13 +130,14 @@ def markdown_summary(metrics: Mapping[str, Any]) -> str:
     chain = metrics.get("chain") or "first stage"
     words = f"{outcome.plain} {outcome.sentence}".strip()
     lines = [f"**{words}** {outcome.detail}", "", f"{counts}; chain: {chain}", ""]
+    keys = in_table_order(metrics["first_stage"])
     if not metrics.get("reranked"):
         lines += ["| metric | first stage |", "|:--|--:|"]
-        lines += [f"| {metric_name(key)} | {fraction(value)} |" for key, value in metrics["first_stage"].items()]
+        lines += [f"| {metric_name(key)} | {fraction(metrics['first_stage'][key])} |" for key in keys]
         return "\n".join(lines) + "\n"
     lines += ["| metric | before | after | change | 95 % interval |", "|:--|--:|--:|--:|:-:|"]
-    for key, before in metrics["first_stage"].items():
-        after, compared = metrics["reranked"][key], metrics["difference"][key]
+    for key in keys:
+        before, after, compared = (metrics[part][key] for part in ("first_stage", "reranked", "difference"))
         cells = [metric_name(key), fraction(before), fraction(after), signed(compared["mean"])]
         lines.append(f"| {' | '.join([*cells, interval(compared)])} |")
     return "\n".join(lines) + "\n"

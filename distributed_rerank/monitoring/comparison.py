@@ -14,7 +14,7 @@ import torch
 
 from distributed_rerank.data import tables
 from distributed_rerank.errors import BadInput
-from distributed_rerank.report.formatting import count_of, fraction, interval, metric_name, signed
+from distributed_rerank.report.formatting import count_of, fraction, in_table_order, interval, metric_name, signed
 from distributed_rerank.storage import artifacts
 from distributed_rerank.tensors import statistics
 from distributed_rerank.tensors.metrics import means
@@ -122,7 +122,7 @@ def comparison_in_text(summary: Mapping[str, Any]) -> str:
     note = f", {count_of(left_out)} measured by one side only" if left_out else ""
     lines = [f"{count_of(summary['n_queries'])} queries of catalogue {summary['catalogue'][:16]}{note}", ""]
     lines.append(f"{'':14}{'baseline':>9}{'run':>9}{'change':>10}   95 % interval")
-    lines += [_line(metric_name(key), summary, key) for key in summary["difference"]]
+    lines += [_line(metric_name(key), summary, key) for key in in_table_order(summary["difference"])]
     categories = summary["categories"]
     if categories:
         lines += ["", "mAP@10 by category, worst first"]

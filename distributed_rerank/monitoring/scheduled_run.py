@@ -94,7 +94,7 @@ def _record(config: ScheduleConfig, history: pd.DataFrame, seed: int) -> None:
     if previous is not None and previous == accepted:
         previous = None  # it is the baseline already
     elif (obstacle := _obstacle(config, history, previous)) is None:
-        name = f"the last run without a regression, {previous},"
+        name = f"the last run without a regression, {previous}"
         summaries["previous"] = _against(config, config.runs / str(previous), name, reasons, seed)
     else:
         reasons.append(obstacle)

@@ -3,7 +3,14 @@
 from collections.abc import Mapping
 from typing import Any
 
-from distributed_rerank.report.formatting import fraction, interval, metric_name, same_bytes_in_words, signed
+from distributed_rerank.report.formatting import (
+    fraction,
+    in_table_order,
+    interval,
+    metric_name,
+    same_bytes_in_words,
+    signed,
+)
 from distributed_rerank.report.verdict import verdict
 
 
@@ -22,7 +29,8 @@ def table_in_text(metrics: Mapping[str, Any]) -> str:
     lines = [*filter(None, words), f"{counts}; chain: {metrics.get('chain', 'first stage')}", ""]
     head = f"{'':14}{'before':>9}"
     lines.append(head + (f"{'after':>9}{'change':>10}   95 % interval" if is_reranked else ""))
-    for key, before in metrics["first_stage"].items():
+    for key in in_table_order(metrics["first_stage"]):
+        before = metrics["first_stage"][key]
         line = f"{metric_name(key):14}{fraction(before):>9}"
         if is_reranked:
             after, compared = metrics["reranked"][key], metrics["difference"][key]

@@ -1,17 +1,30 @@
 """How figures are written: names of metrics, numbers, intervals."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 MINUS = "−"
+METRIC_NAMES = {"cmc": "CMC", "precision": "Precision", "recall": "Recall", "map": "mAP", "mrr": "MRR"}
+"""As the literature writes them, in the order of a table."""
 
 
 def metric_name(key: str) -> str:
     """`map@10` -> `mAP@10`, as the literature writes it."""
     stem, at, cutoff = key.partition("@")
-    names = {"cmc": "CMC", "map": "mAP", "mrr": "MRR", "precision": "Precision", "recall": "Recall"}
-    return names.get(stem, stem) + at + cutoff.upper()
+    return METRIC_NAMES.get(stem, stem) + at + cutoff.upper()
+
+
+def in_table_order(keys: Iterable[str]) -> list[str]:
+    """Metrics as a table lists them, also where they come from a JSON file in the order of letters: CMC@5, CMC@10."""
+    stems = list(METRIC_NAMES)
+
+    def place(key: str) -> tuple[int, bool, int, str]:
+        stem, _, cutoff = key.partition("@")
+        has_number = cutoff.isdecimal()
+        return stems.index(stem) if stem in stems else len(stems), not has_number, int(cutoff) if has_number else 0, key
+
+    return sorted(keys, key=place)
 
 
 def fraction(value: float | None) -> str:

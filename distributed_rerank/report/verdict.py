@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from distributed_rerank.report.baselines import Best, baseline_name, best_without_pairwise
-from distributed_rerank.report.formatting import fraction, interval, metric_name, percent, signed
+from distributed_rerank.report.formatting import fraction, in_table_order, interval, metric_name, percent, signed
 
 LOW_CEILING = 0.8
 """Below this share of queries whose right item is among the candidates, more candidates come before a better order."""
@@ -210,6 +210,7 @@ def _detail(metrics: Mapping[str, Any], before: float, after: float) -> str:
     if "cmc@1" in metrics["first_stage"]:
         first, last = metrics["first_stage"]["cmc@1"], metrics["reranked"]["cmc@1"]
         detail = f"CMC@1 goes from {fraction(first)} to {fraction(last)}. {detail}"
-    falling = [metric_name(key) for key, compared in metrics["difference"].items() if compared["mean"] < 0]
+    changes = metrics["difference"]
+    falling = [metric_name(key) for key in in_table_order(changes) if changes[key]["mean"] < 0]
     lower = f" Lower than before: {', '.join(falling)}." if falling and after > before else ""
     return f"{detail}.{lower}"

@@ -104,3 +104,17 @@ def test_prometheus_loads_the_rules() -> None:
     )
     assert done.returncode == 0, done.stderr
     assert "4 rules found" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"metrics_file": Path("gauges.txt")}, r"metrics_file='gauges.txt' does not end in .prom; give gauges.prom"),
+        ({"history": Path("nightly/history.csv")}, r"does not end in .parquet; give nightly/history.parquet"),
+        ({"history": Path("nightly")}, r"history='nightly' does not end in .parquet; give nightly.parquet"),
+    ],
+)
+def test_file_of_another_ending_than_its_content_is_refused(changed: dict[str, Any], message: str) -> None:
+    """A collector reads *.prom alone, and nobody would notice that it leaves another file out."""
+    with pytest.raises(BadInput, match=message):
+        ScheduleConfig(**{"history": Path("h.parquet"), "runs": Path("runs"), **changed})
