@@ -40,7 +40,7 @@ FIRST_OPTIONS: Mapping[str, str] = {
     "train-extractor": "catalogue out extractor extractor-weights image-size epochs backbone-lr minutes num-workers",
     "evaluate": "catalogue out model extractor extractor-weights image-size embeddings candidates split num-workers",
     "rerank": "catalogue candidates model out query-catalogue embeddings extractor top-n num-workers overwrite",
-    "compare": "out catalogue split seed overwrite",
+    "compare": "out catalogue split missing-lists seed overwrite",
     "serve": "catalogue cache cache-gb host port token-file num-workers metrics-port",
     "export": "model out",
     "verify": "folder",
@@ -138,7 +138,7 @@ def short_help(name: str) -> str:
     shown = [by_flag[flag] for flag in FIRST_OPTIONS[name].split()]
     lines = [line for option in shown for line in _help_lines(option)]
     n_others = len(by_flag) - len(shown)
-    last = [f"{n_others} more options: {PROGRAM} {name} --help-all"] if n_others > 0 else []
+    last = [f"{n_others} more option{'s' if n_others > 1 else ''}: {PROGRAM} {name} --help-all"] if n_others > 0 else []
     return "\n".join([inspect.getdoc(JOBS[name]) or "", "", *lines, "", *last, ""])
 
 

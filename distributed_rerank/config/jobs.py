@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 
 from tyro.conf import OmitArgPrefixes, Positional, arg
 
+from distributed_rerank.config.choices import MissingLists
 from distributed_rerank.config.cluster import ClusterConfig, ObserveConfig, RetryConfig
 from distributed_rerank.config.evaluation import FirstStageConfig, MeasureConfig, RerankerConfig
 from distributed_rerank.config.extractor import ExtractorConfig
@@ -153,15 +154,21 @@ class RankingJob(CatalogueJob):
 
 
 @dataclass(frozen=True, kw_only=True)
-class MeasuringJob(RankingJob, LabelledJob):
-    """A job that measures."""
+class QueriesJob:
+    """A job on the queries of a split, and on what answers them."""
 
-    measure: OmitArgPrefixes[MeasureConfig] = field(default_factory=MeasureConfig)
     split: str = "validation"
     """Queries and gallery are the rows of this split."""
     judgements: str | None = None
     """What answers each query, in place of the labels: TREC qrels, BEIR's table, or CSV or Parquet with query_id,
     gallery_id and relevance (above 0: relevant; below 0: left out of the lists, as the junk of ROxford)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeasuringJob(QueriesJob, RankingJob, LabelledJob):
+    """A job that measures."""
+
+    measure: OmitArgPrefixes[MeasureConfig] = field(default_factory=MeasureConfig)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -370,7 +377,7 @@ class ServeJob(ClusterJob):
 
 
 @dataclass(frozen=True, kw_only=True)
-class CompareJob:
+class CompareJob(QueriesJob):
     """Finished evaluations and other systems' runs side by side: which differences are real?
 
         distributed-rerank compare runs/token runs/concat theirs.trec --catalogue photos/df.csv --out runs/comparison
@@ -387,8 +394,9 @@ class CompareJob:
     """Folder for the table."""
     catalogue: str | None = None
     """CSV or Parquet table that was evaluated; needed for files with lists."""
-    split: str = "validation"
-    """The split that was evaluated."""
+    missing_lists: MissingLists | None = None
+    """Queries that a file has no list for: error: refused; miss: the file finds nothing for them; leave_out: no result
+    counts them. Default: error."""
     seed: int = 0
     """Seed of the resampling behind intervals and p-values."""
     overwrite: bool = False

@@ -11,6 +11,9 @@ logger = logging.getLogger(__name__)
 
 def main(job: CompareJob, catalogue: Catalogue | None) -> None:
     """Write the table to the folder --out."""
-    table = compare_all(job.results, job.out, catalogue=catalogue, seed=job.seed, overwrite=job.overwrite)
+    missing = job.missing_lists or "error"
+    table = compare_all(
+        job.results, job.out, catalogue=catalogue, missing_lists=missing, seed=job.seed, overwrite=job.overwrite
+    )
     logger.info("comparison\n%s", table)
     logger.info("%s has it as Markdown, LaTeX, HTML and JSON", job.out)

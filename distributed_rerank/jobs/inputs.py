@@ -18,6 +18,7 @@ from distributed_rerank.config.jobs import (
     LabelledJob,
     MakeCatalogueJob,
     MeasuringJob,
+    QueriesJob,
     RerankJob,
     ServeJob,
     SubmitJob,
@@ -68,13 +69,16 @@ def _(job: CompareJob) -> Inputs:
             raise BadInput(f"{path} does not exist; give folders of `evaluate` and files with lists, on this machine")
         if path.is_file() and job.catalogue is None:
             raise BadInput(f"{path} is a file with lists: give the --catalogue that says what is relevant")
+    without_effect = {"judgements": job.judgements, "missing_lists": job.missing_lists}
+    given = [f"--{name.replace('_', '-')}" for name, value in without_effect.items() if value is not None]
+    if given and not any(path.is_file() for path in job.results):
+        raise BadInput(f"{given[0]} has no effect: no file with lists is compared; leave it out")
     if job.catalogue is None:
         return (None,)
     check_exists(job.catalogue)
     from distributed_rerank.data.catalogue_files import read_catalogue
 
-    table = read_catalogue(job.catalogue, purpose="evaluation", allow_shared_labels=True)
-    return (table.restrict(job.split),)
+    return (judged(job, read_catalogue(job.catalogue, purpose="evaluation", allow_shared_labels=True)),)
 
 
 @read_inputs.register
@@ -137,11 +141,7 @@ def _(job: MeasuringJob) -> Inputs:
     if baseline is not None and not baseline.is_dir():
         raise BadInput(f"--baseline {baseline} is no folder; give one that `evaluate` wrote")
     table = read_table(job, purpose="evaluation")
-    catalogue = table.restrict(job.split)
-    if job.judgements is not None:
-        from distributed_rerank.data.judgement_files import read_judgements
-
-        catalogue = replace(catalogue, judgements=read_judgements(job.judgements, *catalogue.roles()))
+    catalogue = judged(job, table)
     from distributed_rerank.data.relevance import check_measurable
 
     check_measurable(catalogue)
@@ -168,6 +168,16 @@ def _(job: RerankJob) -> Inputs:
     for table in (job.query_catalogue, job.catalogue):
         check_exists(table)
     return (read_query_gallery(job.query_catalogue, job.catalogue, image_roots=job.image_root),)
+
+
+def judged(job: QueriesJob, table: Any) -> Any:
+    """The split of the catalogue that is measured, with the judgements that take the place of its labels, if any."""
+    catalogue = table.restrict(job.split)
+    if job.judgements is None:
+        return catalogue
+    from distributed_rerank.data.judgement_files import read_judgements
+
+    return replace(catalogue, judgements=read_judgements(job.judgements, *catalogue.roles()))
 
 
 def read_table(job: CatalogueJob, purpose: Any = "images") -> Any:

@@ -2,7 +2,7 @@
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +10,10 @@ import numpy as np
 import pandas as pd
 import torch
 
+from distributed_rerank.config.choices import MissingLists
 from distributed_rerank.data import tables
 from distributed_rerank.data.catalogue import Catalogue
+from distributed_rerank.data.relevance import without_junk
 from distributed_rerank.errors import BadInput
 from distributed_rerank.evaluation.measure import measure
 from distributed_rerank.monitoring.comparison import final_values, fingerprint_of, require_same_catalogue
@@ -36,16 +38,27 @@ class Result:
     """Digest."""
     values: pd.DataFrame
     """label, n_relevant and METRICS among others, by query id ascending."""
+    n_missing: int = 0
+    """Queries that a file has no list for."""
+    left_out: pd.Index = field(default_factory=lambda: pd.Index([]))
+    """Those of them that no result is to count."""
 
 
 def compare_all(
-    paths: Sequence[Path], out: Path, *, catalogue: Catalogue | None = None, seed: int = 0, overwrite: bool = False
+    paths: Sequence[Path],
+    out: Path,
+    *,
+    catalogue: Catalogue | None = None,
+    missing_lists: MissingLists = "error",
+    seed: int = 0,
+    overwrite: bool = False,
 ) -> str:
     """Compare every two of `paths` into the folder `out`; returns the table as Markdown.
 
-    A folder is one of `evaluate`; a file has lists of another system for every query of `catalogue`, and images that an
-    evaluation among the paths rejected do not count. Raises BadInput for folders that are no evaluations, and where
-    catalogues, queries, labels or relevant items differ, naming the difference.
+    A folder is one of `evaluate`; a file has lists of another system for the queries of `catalogue`, and images that an
+    evaluation among the paths rejected do not count. `missing_lists` says what becomes of a query that a file has no
+    list for: it is refused, the file finds nothing for it, or no result counts it. Raises BadInput for folders that are
+    no evaluations, and where catalogues, queries, labels or relevant items differ, naming the difference.
     """
     folders = [path for path in paths if path.is_dir()]
     rejected = frozenset(
@@ -53,18 +66,20 @@ def compare_all(
     )  # fmt: skip
     names = _names(paths)
     results = [
-        _of_folder(path, name) if path.is_dir() else _of_file(path, name, catalogue, rejected)
+        _of_folder(path, name) if path.is_dir() else _of_file(path, name, catalogue, rejected, missing_lists)
         for path, name in zip(paths, names, strict=True)
     ]
+    results = _on_listed_queries(results)
     for result in results[1:]:
         _require_same(results[0], result)
     files = [path / "per_query.parquet" if path.is_dir() else path for path in paths]
     sources = {name: file_digest(file) for name, file in zip(names, files, strict=True)}
     fingerprint = artifacts.make_fingerprint(
-        "compare", catalogue=results[0].catalogue, sources=sources, seed=seed, rejected=sorted(rejected)
-    )
+        "compare", catalogue=results[0].catalogue, sources=sources, seed=seed, rejected=sorted(rejected),
+        **({} if missing_lists == "error" else {"missing_lists": missing_lists}),
+    )  # fmt: skip
     if not (artifacts.recover(out, fingerprint, overwrite) or artifacts.is_complete(out, fingerprint, overwrite)):
-        summary = summarise(results, seed)
+        summary = summarise(results, seed, missing_lists)
         with artifacts.stage(out, fingerprint, overwrite) as staging:
             write_json(staging.path / "comparison.json", summary)
             for kind, text in comparison_table.in_all_formats(summary).items():
@@ -73,7 +88,7 @@ def compare_all(
     return (out / "comparison.md").read_text(encoding="utf-8")
 
 
-def summarise(results: Sequence[Result], seed: int) -> dict[str, Any]:
+def summarise(results: Sequence[Result], seed: int, missing_lists: MissingLists = "error") -> dict[str, Any]:
     """The figures of the results, and of every two of them run - baseline, as plain JSON."""
     first = results[0].values
     labels = torch.from_numpy(np.unique(first["label"].astype(str), return_inverse=True)[1].astype(np.int64))
@@ -90,6 +105,8 @@ def summarise(results: Sequence[Result], seed: int) -> dict[str, Any]:
         "catalogue": results[0].catalogue,
         "n_queries": len(first),
         "n_labels": int(labels.max()) + 1,
+        "missing_lists": missing_lists,
+        "n_missing": {result.name: result.n_missing for result in results if result.n_missing},
         "runs": [{"name": result.name, **means(side)} for result, side in zip(results, sides, strict=True)],
         "pairs": [{**pair, "p_holm": value} for pair, value in zip(pairs, corrected, strict=True)],
     }
@@ -114,19 +131,35 @@ def _of_folder(folder: Path, name: str) -> Result:
     return Result(name, digest, values[["label", *METRICS]].join(n_relevant))
 
 
-def _of_file(path: Path, name: str, catalogue: Catalogue | None, rejected: frozenset[str]) -> Result:
+def _of_file(
+    path: Path, name: str, catalogue: Catalogue | None, rejected: frozenset[str], missing: MissingLists
+) -> Result:
     if catalogue is None:
         raise BadInput(f"{path} is a file with lists: give the --catalogue that says what is relevant")
     digest = catalogue.digest()
     if rejected:
         catalogue = catalogue.take(np.flatnonzero([id not in rejected for id in catalogue.ids]))
-    lists = external_candidates(catalogue, path, rejected)
-    catalogue, _ = settle_missing_lists(catalogue, lists, "error", path)
+    lists = without_junk(external_candidates(catalogue, path, rejected), catalogue)
+    lost = np.setdiff1d(catalogue.query_items, lists.query_items.numpy())
+    left_out = pd.Index(catalogue.ids[lost] if missing == "leave_out" else [])
+    catalogue, n_missing = settle_missing_lists(catalogue, lists, missing, path)
     queries = torch.from_numpy(catalogue.query_items)
-    assert torch.equal(lists.query_items, queries), "lists come by query, ascending"
-    table = measure(catalogue, queries, lists, {}, ks=(1, 10), n_resamples=1).per_query.set_index("query_id")
+    table = measure(catalogue, queries, lists.of_queries(queries), {}, ks=(1, 10), n_resamples=1).per_query.set_index(
+        "query_id"
+    )
     kept = table.rename(columns={f"{key}_before": key for key in METRICS})
-    return Result(name, digest, kept.sort_index())
+    return Result(name, digest, kept.sort_index(), n_missing, left_out)
+
+
+def _on_listed_queries(results: Sequence[Result]) -> list[Result]:
+    """The results without the queries that one of them leaves out. Raises BadInput where none is left."""
+    left_out = pd.Index([]).append([result.left_out for result in results])
+    if not len(left_out):
+        return list(results)
+    kept = [replace(result, values=result.values[~result.values.index.isin(left_out)]) for result in results]
+    if not len(kept[0].values):
+        raise BadInput("no query has a list in every file; compare fewer files, or give --missing-lists miss")
+    return kept
 
 
 def _require_same(first: Result, other: Result) -> None:

@@ -48,7 +48,16 @@ def _note(summary: Mapping[str, Any]) -> str:
     return (
         f"{count_of(summary['n_queries'])} queries of {count_of(summary['n_labels'])} labels, catalogue "
         f"{summary['catalogue'][:16]}. Differences are paired by query; intervals and p-values are by label. "
-        f"p (Holm) is corrected for {n_tests} comparisons; * = below 0.05."
+        f"p (Holm) is corrected for {n_tests} comparisons; * = below 0.05.{_missing(summary)}"
+    )
+
+
+def _missing(summary: Mapping[str, Any]) -> str:
+    """What became of queries that a file has no list for; "" where each has one."""
+    becomes = {"miss": "count as misses", "leave_out": "are left out of all results"}
+    return "".join(
+        f" {name} has no list for {count_of(number)} of the queries, which {becomes[summary['missing_lists']]}."
+        for name, number in summary.get("n_missing", {}).items()
     )
 
 

@@ -4,16 +4,21 @@ import itertools
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from planted_runs import planted_catalogue, planted_ranking, write_run
 
+from distributed_rerank.config.choices import MissingLists
 from distributed_rerank.data.candidates import candidates_table
 from distributed_rerank.data.catalogue import Catalogue
 from distributed_rerank.data.exports import write_trec_run
+from distributed_rerank.data.judgement_files import read_judgements
+from distributed_rerank.data.relevance import without_junk
 from distributed_rerank.errors import BadInput
 from distributed_rerank.monitoring.many_runs import compare_all
 from distributed_rerank.storage import manifests
@@ -160,8 +165,57 @@ def test_what_cannot_be_paired_is_refused_by_name(tmp_path: Path) -> None:
 
 
 def test_wrong_words_are_one_line(tmp_path: Path) -> None:
-    for words, message in {("a",): "1 result is nothing to compare", ("a", "b"): "a does not exist"}.items():
+    wrong = {
+        ("a",): "1 result is nothing to compare",
+        ("a", "b"): "a does not exist",
+        ("tests", "docs", "--missing-lists", "miss"): "--missing-lists has no effect: no file with lists is compared",
+        ("tests", "docs", "--judgements", "x.csv"): "--judgements has no effect: no file with lists is compared",
+    }
+    for words, message in wrong.items():
         command = [sys.executable, "-m", "distributed_rerank", "compare", *words, "--out", "x"]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
         assert (done.returncode, len(done.stderr.splitlines())) == (2, 1), done.stderr
         assert message in done.stderr
+
+
+@pytest.mark.parametrize(("missing", "other"), [("miss", "leave_out"), ("leave_out", "miss")])
+def test_queries_without_a_list_count_as_the_user_says(
+    tmp_path: Path, missing: MissingLists, other: MissingLists
+) -> None:
+    catalogue = planted_catalogue(tmp_path / "catalogue", n_labels=N_LABELS)
+    ranking, theirs = planted_ranking(catalogue, {"cups": 0.3}), planted_ranking(catalogue, {"cups": 0.9}, 1)
+    write_run(tmp_path / "ours", catalogue, ranking)
+    kept = torch.arange(len(theirs)) % 4 != 1
+    write_trec_run(tmp_path / "theirs", [candidates_table(theirs[kept.nonzero()[:, 0]], catalogue.ids)], "theirs")
+    paths = [tmp_path / "ours", tmp_path / "theirs"]
+    text = compare_all(paths, tmp_path / "out", catalogue=catalogue, missing_lists=missing)
+    summary = json.loads((tmp_path / "out" / "comparison.json").read_text())
+    ours, others, is_kept = by_loop(catalogue, ranking), by_loop(catalogue, theirs), kept.numpy()
+    for key in ("map@10", "cmc@1"):
+        wanted = ours[key].mean(), (others[key] * is_kept).mean()
+        if missing == "leave_out":
+            wanted = ours[key][is_kept].mean(), others[key][is_kept].mean()
+        assert [run[key] for run in summary["runs"]] == pytest.approx(wanted, abs=1e-12)
+    assert summary["n_queries"] == (30 if missing == "leave_out" else 40)
+    becomes = {"miss": "count as misses", "leave_out": "are left out of all results"}
+    assert f"theirs has no list for 10 of the queries, which {becomes[missing]}." in text
+    with pytest.raises(BadInput, match="--overwrite"):
+        compare_all(paths, tmp_path / "out", catalogue=catalogue, missing_lists=other)
+
+
+def test_junk_of_judgements_is_no_place_in_the_lists_of_a_file(tmp_path: Path) -> None:
+    """The second candidate of each query is junk; the evaluation left it out before it measured."""
+    catalogue = planted_catalogue(tmp_path / "catalogue", n_labels=N_LABELS)
+    lists = planted_ranking(catalogue, {"cups": 0.4})
+    labels = torch.from_numpy(catalogue.labels)
+    grades = (labels[lists.items] == labels[lists.query_items][:, None]).long()
+    grades[:, 1] = -1
+    judged_pairs = candidates_table(lists, catalogue.ids).to_pandas()[["query_id", "gallery_id"]]
+    judged_pairs.assign(relevance=grades.flatten().numpy()).to_csv(tmp_path / "judged.csv", index=False)
+    judged = replace(catalogue, judgements=read_judgements(str(tmp_path / "judged.csv"), *catalogue.roles()))
+    write_run(tmp_path / "ours", judged, without_junk(lists, judged))
+    write_trec_run(tmp_path / "theirs", [candidates_table(lists, catalogue.ids)], "theirs")
+    compare_all([tmp_path / "ours", tmp_path / "theirs"], tmp_path / "out", catalogue=judged)
+    first, second = json.loads((tmp_path / "out" / "comparison.json").read_text())["runs"]
+    assert {key: first[key] for key in ("map@10", "cmc@1")} == {key: second[key] for key in ("map@10", "cmc@1")}
+    assert 0 < first["map@10"] < 1
