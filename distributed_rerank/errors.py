@@ -11,6 +11,17 @@ class BadInput(ValueError):
     """The user's input is wrong. The message is one line that names the value and the fix. Exit code 2."""
 
 
+class TakenFolder(BadInput):
+    """Another result is where this run would write. A job without --overwrite or --out has another `remedy`."""
+
+    def __init__(self, problem: str, remedy: str) -> None:
+        super().__init__(problem, remedy)
+        self.problem = problem
+
+    def __str__(self) -> str:
+        return "; ".join(self.args)
+
+
 class Outage(Exception):
     """A service that the job needs does not answer. The same command may work later. Exit code 75."""
 

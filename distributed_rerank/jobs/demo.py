@@ -11,6 +11,7 @@ from distributed_rerank.config.pairwise import DistanceSiameseConfig, TokenSiame
 from distributed_rerank.config.training import EXTRACTOR_DEFAULTS, EvidenceConfig, TrainingConfig
 from distributed_rerank.data.catalogue_files import read_catalogue
 from distributed_rerank.demo.catalogue import write_demo_catalogue
+from distributed_rerank.errors import BadInput, TakenFolder
 from distributed_rerank.evaluation.run import evaluate
 from distributed_rerank.jobs.connection import executors_for
 from distributed_rerank.report.console import table_in_text
@@ -29,6 +30,13 @@ EXTRACTOR_TRAINING = dataclasses.replace(
 
 def main(job: DemoJob) -> None:
     """Generate, embed, train and evaluate in the folder --out."""
+    try:
+        _run(job)
+    except TakenFolder as error:
+        raise BadInput(f"{error.problem}; give another --out, or delete {job.out}") from None
+
+
+def _run(job: DemoJob) -> None:
     out = job.out
     logger.info("1/4 generating the catalogue")
     catalogue = read_catalogue(str(write_demo_catalogue(out / "catalogue")), purpose="training")

@@ -5,6 +5,7 @@ from typing import Any
 
 from distributed_rerank.config.jobs import ScheduledEvaluationJob
 from distributed_rerank.data.catalogue import Catalogue
+from distributed_rerank.errors import BadInput, TakenFolder
 from distributed_rerank.evaluation.run import evaluate
 from distributed_rerank.jobs.connection import executors_for
 from distributed_rerank.monitoring.alerts import told
@@ -27,18 +28,22 @@ def _run(job: ScheduledEvaluationJob, catalogue: Catalogue, train: Catalogue | N
     schedule = job.schedule
     check(schedule, catalogue, job.measure)
     model, chain = load_model_and_chain(job.reranker)
-    with executors_for(job.cluster) as (executors, _):
-        metrics = evaluate(
-            catalogue,
-            job.first_stage,
-            schedule.folder,
-            model=model,
-            chain=chain,
-            measure=job.measure,
-            work=job.work,
-            executors=executors,
-            train=train,
-        )
+    try:
+        with executors_for(job.cluster) as (executors, _):
+            metrics = evaluate(
+                catalogue,
+                job.first_stage,
+                schedule.folder,
+                model=model,
+                chain=chain,
+                measure=job.measure,
+                work=job.work,
+                executors=executors,
+                train=train,
+            )
+    except TakenFolder as error:
+        remedy = "give another --run-id, or what that run was made with"
+        raise BadInput(f"{error.problem}; {remedy}") from None
     logger.info("metrics\n%s", table_in_text(metrics))
     logger.info("report: %s", schedule.folder / "report.html")
     outcome = conclude(schedule, seed=job.measure.resampling_seed)

@@ -19,7 +19,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from distributed_rerank.errors import BadInput
+from distributed_rerank.errors import BadInput, TakenFolder
 from distributed_rerank.runtime import logs
 from distributed_rerank.runtime.memory import give_back_memory
 from distributed_rerank.storage import begun, locks
@@ -34,7 +34,8 @@ from distributed_rerank.storage.manifests import MANIFEST, SCHEMA_VERSION, check
 
 logger = logging.getLogger(__name__)
 
-RESULT_VERSIONS = {"embed": 1, "retrieve": 1, "score": 2, "train": 8, "evaluate": 5, "rerank": 2, "compare": 1}
+_REMEDY = "pass --overwrite to recompute it or choose another --out"
+RESULT_VERSIONS = {"embed": 1, "retrieve": 1, "score": 2, "train": 8, "evaluate": 5, "rerank": 2, "compare": 2}
 """Raise a stage's number by hand when its results change; folders made before are then refused, not continued."""
 SCRATCH = "blocks"
 """Folder in a hidden folder for what `Staging.finish` removes."""
@@ -68,10 +69,7 @@ def is_complete(folder: str | Path, fingerprint: dict[str, Any], overwrite: bool
         check_folder(folder)
         return True
     key, old, new = difference
-    raise BadInput(
-        f"{folder} was made with {key}={old}, this run has {key}={new}; "
-        "pass --overwrite to recompute it or choose another --out"
-    )
+    raise TakenFolder(f"{folder} was made with {key}={old}, this run has {key}={new}", _REMEDY)
 
 
 def recover(folder: str | Path, fingerprint: dict[str, Any], overwrite: bool = False) -> bool:
@@ -155,8 +153,9 @@ class Staging:
         where the output folder, whose results would be taken over, was.
         """
         if found not in self._remembered:
-            fix = "pass --overwrite to recompute it or choose another --out"
-            begun.compare(self._earlier(), found, f"{self.folder} was made", fix)
+            difference = begun.difference(self._earlier(), found)
+            if difference:
+                raise TakenFolder(f"{self.folder} was made {difference}", _REMEDY)
             begun.remember(self.path, found)
             self._remembered.add(found)
 
@@ -288,7 +287,7 @@ def _is_absent(folder: Path) -> bool:
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return True
     if not (folder / MANIFEST).is_file():
-        raise BadInput(f"{folder} exists and is not an output of this tool (no {MANIFEST}); choose another --out")
+        raise TakenFolder(f"{folder} exists and is not an output of this tool (no {MANIFEST})", "choose another --out")
     return False
 
 
@@ -304,10 +303,10 @@ def _publish(staged: Path, folder: Path, fingerprint: dict[str, Any], overwrite:
             difference = _first_difference(read_manifest(folder)["fingerprint"], fingerprint)
             if difference is not None:
                 key, old, new = difference
-                raise BadInput(
+                raise TakenFolder(
                     f"{folder} was finished meanwhile with {key}={old}, this run has {key}={new} and its result is in "
-                    f"{staged}; pass --overwrite to replace the other or choose another --out"
-                )
+                    f"{staged}", "pass --overwrite to replace the other or choose another --out"
+                )  # fmt: skip
         (staged / BEGUN).unlink(missing_ok=True)
         replaced = folder.with_name(f".{folder.name}.replaced")
         shutil.rmtree(replaced, ignore_errors=True)

@@ -55,8 +55,9 @@ def remember(folder: Path, found: ComputedWith) -> None:
 def refuse_other(folder: Path, found: ComputedWith) -> None:
     """Raises BadInput where this folder, or an unfinished one around it, was begun with something else."""
     for place in [*_concerned(folder, found), folder]:
-        fix = f"go on where it was begun, or delete {place} to begin again"
-        compare(recall(place), found, f"{place} was begun", fix)
+        other = difference(recall(place), found)
+        if other:
+            raise BadInput(f"{place} was begun {other}; go on where it was begun, or delete {place} to begin again")
 
 
 def _concerned(folder: Path, found: ComputedWith) -> list[Path]:
@@ -64,15 +65,13 @@ def _concerned(folder: Path, found: ComputedWith) -> list[Path]:
     return [] if found.precision is None else unfinished_around(folder)
 
 
-def compare(known: dict[str, Any], found: ComputedWith, what: str, fix: str) -> None:
-    """Raises BadInput, "`what` with ..., a worker of this run computes with ...; `fix`", where the two differ.
-
-    Only what both say is compared.
-    """
+def difference(known: dict[str, Any], found: ComputedWith) -> str:
+    """ "with ..., a worker of this run computes with ..." where the two differ in what both say; else ""."""
     facts = _facts(found)
     if any(known[name] != facts[name] for name in facts.keys() & known.keys()):
         shared = {name: value for name, value in facts.items() if name in known}
-        raise BadInput(f"{what} with {_in_words(known)}, a worker of this run computes with {_in_words(shared)}; {fix}")
+        return f"with {_in_words(known)}, a worker of this run computes with {_in_words(shared)}"
+    return ""
 
 
 def recall(folder: Path) -> dict[str, Any]:

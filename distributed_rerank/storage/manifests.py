@@ -23,7 +23,7 @@ SCHEMA_VERSION = 2
 """Of manifest.json. 1 had no digests of files, and a code version in the fingerprint."""
 MANIFEST = "manifest.json"
 _OWN_KEYS = {"fingerprint", "files", "versions", OWN_DIGEST}
-_FIX = "restore it, or run the job that wrote it again with --overwrite"
+_FIX = "restore it, or run the job that wrote it again, with --overwrite or after you have deleted the folder"
 Entry = dict[str, Any]
 """Of a file: sha256, size, mtime_ns."""
 

@@ -228,7 +228,10 @@ def _download(uri: str, place: Path, digests: dict[str, str | None]) -> None:
 def _check(uri: str, content: bytes, digest: str | None) -> None:
     if digest is not None and bytes_digest(content) != digest:
         found = f"sha256 {bytes_digest(content)[:12]} instead of {digest[:12]}"
-        raise BadInput(f"{uri} has changed since it was written ({found}); run the job that wrote it with --overwrite")
+        raise BadInput(
+            f"{uri} has changed since it was written ({found}); run the job that wrote it again, with --overwrite or "
+            "after you have deleted the folder"
+        )
 
 
 def _is_same(path: Path, digest: str) -> bool:

@@ -1,6 +1,7 @@
 """Wrong input ends in one clear line on standard error and exit code 2, and is found before Ray starts."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -32,6 +33,10 @@ def fail(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) ->
         errors = [line for line in said.splitlines() if line.startswith("error: ")]
         assert len(errors) == 1, said
         assert said.rstrip().endswith(errors[0]), f"more than one line: {said}"
+        named = set(re.findall(r"--[a-z][a-z0-9-]+", errors[0])) - set(map(str, arguments))
+        options = command_line.options_of(command_line.job_type(name))
+        known = {"--help", *(f"--{option.flag}" for option in options)}
+        assert named <= known, f"{name} has no such option: {errors[0]}"
         return errors[0]
 
     return run
@@ -175,6 +180,23 @@ def test_folder_of_another_config_is_refused_and_kept(
     line = fail("evaluate", "--catalogue", catalogue_path, "--out", tmp_path / "mine", *EXTRACTOR, "--overwrite")
     assert "not an output of this tool" in line
     assert (tmp_path / "mine" / "thesis.txt").read_text() == "not yours"
+
+
+def test_night_and_demo_say_what_helps_where_another_result_is(
+    catalogue_path: Path, fail: Callable[..., str], tmp_path: Path
+) -> None:
+    """Neither has --overwrite, and a night has no --out."""
+    extractor = ["--extractor", "test_resnet", "--extractor-weights", "none"]
+    night = ["--catalogue", catalogue_path, *extractor, "--num-workers", 0, "--no-baselines", "--run-id", "1"]
+    night += ["--history", tmp_path / "history.parquet", "--runs", tmp_path / "runs"]
+    assert command_line.run(["scheduled-evaluation", *map(str, night), "--image-size", "32"]) == 0
+    said = fail("scheduled-evaluation", *night, "--image-size", 40)
+    assert re.search(r"runs/1 was made with .*=.*32.*, this run has .*=.*40.*; give another --run-id, or what", said)
+    (tmp_path / "demo" / "extractor").mkdir(parents=True)
+    (tmp_path / "demo" / "extractor" / "notes.txt").write_text("mine")
+    said = fail("demo", "--out", tmp_path / "demo")
+    assert f"not an output of this tool (no manifest.json); give another --out, or delete {tmp_path / 'demo'}" in said
+    assert (tmp_path / "demo" / "extractor" / "notes.txt").read_text() == "mine"
 
 
 def test_damaged_model_folder_is_one_line(
