@@ -250,7 +250,7 @@ def _one_line(box: str) -> str:
     if len(message) > 1 and message[0].startswith("Missing from"):
         options = [line for line in message if line.startswith("--")]
         return _misspelt(options, others) or f"required and not given: {', '.join(options)}; --help explains them"
-    text = re.sub(r"^Error parsing ([\w.]+: )?", "", message[0]).rstrip(".")
+    text = _without_none(re.sub(r"^Error parsing ([\w.]+: )?", "", message[0]).rstrip("."))
     suggested = [
         name.strip(",")
         for section in others
@@ -264,6 +264,16 @@ def _one_line(box: str) -> str:
         return f"{text}; perhaps you meant {' or '.join(suggested[:3])}"
     is_ours = message[0].startswith("Error parsing ") and not message[0].startswith("Error parsing --")
     return text if is_ours else f"{text}; --help lists the options"
+
+
+def _without_none(text: str) -> str:
+    """Of the choices of an optional flag, which tyro lists as a set, those that a user may give, by letter."""
+
+    def listed(found: re.Match[str]) -> str:
+        choices = re.findall(r"'([^']*)'", found[0])
+        return found[0] if "None" not in choices else f"({', '.join(map(repr, sorted(set(choices) - {'None'})))})"
+
+    return re.sub(r"(?<=Expected one of )\(.*\)", listed, text)
 
 
 def _misspelt(required: Sequence[str], sections: Sequence[Sequence[str]]) -> str | None:

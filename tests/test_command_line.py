@@ -24,6 +24,7 @@ MESSAGES = {
     "--modle m": "Unrecognized options: --modle, m; perhaps you meant --model",
     "--zzzzzz": "Unrecognized options: --zzzzzz; --help lists the options",
     "--resize blue": "'blue' for argument '--resize'. Expected one of ('square', 'crop'); --help lists the options",
+    "--missing-lists no": "Expected one of ('error', 'leave_out', 'miss'); --help lists the options",
     "--top-n many": "no type matching {None}|INT could be instantiated from ['many']; --help lists the options",
     "--top-n": "Missing value for argument '--top-n'. Expected 1 values; --help lists the options",
     "--n-items 0": "n_items=0 must be at least 1",
