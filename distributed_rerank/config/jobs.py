@@ -385,7 +385,8 @@ class CompareJob(QueriesJob):
     Each is a folder of `evaluate` (other models, seeds, top_n) or candidate lists of another system (TREC run, CSV,
     Parquet) of the same queries and gallery. Every two are compared query by query by mAP@10 and CMC@1: mean
     difference, its 95 % interval and p-value by label, and the p-value corrected for the number of comparisons (Holm).
-    The table is written as comparison.md, .tex, .html and .json. Other catalogues, queries or labels are refused.
+    The table is written as comparison.md, .tex, .html and .json. Other catalogues, queries or labels are refused;
+    --missing-lists says what becomes of queries that a file has no list for.
     """
 
     results: Positional[tuple[Path, ...]]
