@@ -54,6 +54,8 @@ class Plan:
     """Of the embeddings, where it is known."""
     holds_embeddings: bool = False
     """Whether the job holds all embeddings in memory."""
+    n_for_pairs: int = 0
+    """Images that may have to be read for pairs: queries and candidates."""
     n_searched: int = 0
     """Gallery items that each query is compared with, where an approximate search would be possible."""
 
@@ -81,7 +83,10 @@ class Plan:
             "as many as there is room for" if self.n_workers is None else str(self.n_workers or "none, this process")
         )
         n_cpus = self.n_workers or (1 if self.n_workers == 0 else cpus)
-        minutes = self.n_embedded / DECODED_PER_CPU_S / n_cpus / 60
+        # every query is read for its pairs, also where all embeddings are given
+        minutes = max(self.n_embedded, min(self.n_queries, self.n_for_pairs)) / DECODED_PER_CPU_S / n_cpus / 60
+        pairs = f" (top {self.top_n})" if self.top_n else ", no pairwise model"
+        pairs += f", for which up to {self.n_for_pairs:,} images are read" if self.n_for_pairs else ""
         searching = self.n_queries * self.n_searched * (self.dim or ASSUMED_DIM) / SEARCHED_PER_CPU_S / n_cpus / 60
         is_long = searching >= LONG_SEARCH_MINUTES
         dim = f"{self.dim} numbers an image" if self.dim else f"{ASSUMED_DIM} numbers an image are assumed"
@@ -91,7 +96,7 @@ class Plan:
             f"{self.images_per_block}",
             f"queries     {self.n_queries:,} with {self.n_items} candidates each, in "
             f"{math.ceil(self.n_queries / self.queries_per_block):,} blocks",
-            f"pairs       {self.n_pairs:,}" + (f" (top {self.top_n})" if self.top_n else ", no pairwise model"),
+            f"pairs       {self.n_pairs:,}{pairs}",
             f"embeddings  {_bytes(embeddings)} ({dim})",
             f"workers     {workers}",
             f"minutes     at least {minutes:.1f} to read and decode ({DECODED_PER_CPU_S} images a second and CPU); the "
@@ -130,17 +135,19 @@ def plan_of(job: Any, catalogue: Catalogue) -> Plan:
     n_items = job.training.n_items if isinstance(job, TrainingJob) else first.n_items if first is not None else 0
     reads = isinstance(job, EmbedJob | TrainingJob) or (first is not None and first.extractor.name is not None)
     n_queries = len(catalogue) if isinstance(job, TrainingJob) else len(catalogue.query_items)
+    top_n = _top_n(job.reranker) if isinstance(job, MeasuringJob | RerankJob) else 0
     return Plan(
         n_images=len(catalogue),
         n_embedded=len(catalogue) if reads and (first is None or embeddings is None) else 0,
         n_queries=n_queries if searches else 0,
         n_items=n_items,
-        top_n=_top_n(job.reranker) if isinstance(job, MeasuringJob | RerankJob) else 0,
+        top_n=top_n,
         images_per_block=job.work.images_per_block,
         queries_per_block=job.work.queries_per_search_block,
         n_workers=job.cluster.num_workers,
         dim=None if embeddings is None else _dim(embeddings),
         holds_embeddings=isinstance(job, TrainingJob),
+        n_for_pairs=min(len(catalogue), n_queries * (1 + top_n)) if top_n else 0,
         n_searched=0 if first is None or first.candidates or first.recall else catalogue.n_gallery,
     )
 

@@ -32,6 +32,16 @@ def test_figures_of_ten_million_images() -> None:
     assert training.lines(2)[-1].endswith("lists, 4 copies of the embeddings)")
 
 
+def test_images_of_pairs_are_read_where_embeddings_are_given() -> None:
+    given = replace(TEN_MILLION, n_embedded=0, n_for_pairs=10_000_000)
+    lines = {line.split()[0]: line for line in given.lines(cpus=2)}
+    assert lines["pairs"].endswith("50,000,000 (top 50), for which up to 10,000,000 images are read")
+    assert "at least 2.8 to read" in lines["minutes"], "the queries, 10^6 / 60 / 100 / 60"
+    few = replace(given, n_for_pairs=600)
+    assert "at least 0.0 to read" in few.lines(cpus=2)[5]
+    assert few.lines(cpus=2)[5].startswith("minutes")
+
+
 def test_a_long_exact_search_names_the_option() -> None:
     assert not [line for line in TEN_MILLION.lines(2) if "--search" in line], "nothing is searched for, or not exactly"
     (line,) = [line for line in replace(TEN_MILLION, n_searched=10**7).lines(2) if "--search" in line]
@@ -65,5 +75,5 @@ def test_every_job_tells_its_plan_before_it_works(
     assert caplog.messages[0].startswith("plan"), "before anything else"
     assert "images      48, 0 of them to read" in caplog.messages[0]
     assert "queries     36 with 100 candidates each" in caplog.messages[0]
-    assert "pairs       216 (top 6)" in caplog.messages[0]
+    assert "pairs       216 (top 6), for which up to 48 images are read" in caplog.messages[0]
     assert "512 numbers an image)" in caplog.messages[0] or "numbers an image)" in caplog.messages[0]
