@@ -328,7 +328,7 @@ def check_complete(embeddings: Embeddings, catalogue: Catalogue, max_rejects: fl
     if missing:
         raise BadInput(
             f"{len(missing)} of {len(catalogue)} images have no embedding in {source}, first {missing[0]!r}; "
-            "embed this catalogue (jobs/embed.py) or give another --embeddings"
+            "embed this catalogue (`embed`) or give another --embeddings"
         )
     _check(embeddings, catalogue, max_rejects, source)
     return embeddings

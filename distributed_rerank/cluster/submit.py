@@ -23,7 +23,7 @@ NO_AGENT, AGENT_S = "No available agent", 60.0
 def main(job: SubmitJob) -> int:
     """Submit, show the log, wait; returns the exit code that the outcome means."""
     if not job.command:
-        raise BadInput("there is no command to submit; give it after --, e.g. -- python jobs/evaluate.py ...")
+        raise BadInput("there is no command to submit; give it after --, e.g. -- distributed-rerank evaluate ...")
     try:
         client = JobSubmissionClient(job.address)
     except ConnectionError:

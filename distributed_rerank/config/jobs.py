@@ -226,7 +226,7 @@ class ScheduledEvaluationJob(MeasuringJob):
             --baseline runs/evaluation
 
     Exit code 0: no regression. 3: the metric fell beyond --tolerance and beyond chance; the metric, its interval and
-    the worst category are named. 2: wrong input, e.g. a baseline of another catalogue. The run's folder RUNS/RUN_ID is
+    the worst category are named. 2: wrong input, e.g. a file that does not exist. The run's folder RUNS/RUN_ID is
     what `evaluate` writes, with verdict.json and the trend added; history.html beside the history shows all runs. The
     same run id again continues a killed run, or says that it is done and ends with the same exit code as before.
     jobs/examples/ has a crontab, a systemd timer and a Kubernetes CronJob.

@@ -109,7 +109,7 @@ def load_model(folder: str | Path) -> PairwiseModel:
     check_files(path, ["config.json", "chain.json", "model.safetensors", TRAINED_ON])
     for name in ("config.json", "model.safetensors"):
         if not (path / name).is_file():
-            raise BadInput(f"{folder} is no saved pairwise model: it has no {name}; give a folder of jobs/train.py")
+            raise BadInput(f"{folder} is no saved pairwise model: it has no {name}; give a folder that `train` wrote")
     try:
         content = json.loads((path / "config.json").read_text())
     except ValueError as error:

@@ -142,7 +142,7 @@ def fingerprint_of(folder: Path) -> dict[str, Any]:
     fingerprint = artifacts.read_manifest(folder)["fingerprint"]
     if fingerprint.get("stage") != "evaluate":
         stage = fingerprint.get("stage")
-        raise BadInput(f"{folder} is an output of {stage!r}; give a folder that jobs/evaluate.py wrote")
+        raise BadInput(f"{folder} is an output of {stage!r}; give a folder that `evaluate` wrote")
     return fingerprint
 
 
