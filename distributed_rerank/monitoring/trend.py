@@ -6,6 +6,7 @@ A regression is marked by a cross and a word, not by colour alone.
 import math
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +22,16 @@ from distributed_rerank.storage.manifests import rewriting
 MAX_RUNS = 60
 """The plot shows this many of the newest runs; the page's table has all."""
 WIDTH, HEIGHT = 720, 260
+WORD = 100
+"""Room of a word in the plot: where marks stand closer, the next ones have none."""
 _START, _END = "<!-- trend -->", "<!-- end of trend -->"
 _STYLE = (
     ":root{color-scheme:light dark}"
     "body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem}"
-    "svg{width:100%;height:auto}div{overflow-x:auto}table{border-collapse:collapse}"
-    "th,td{padding:.3rem .7rem;border-bottom:1px solid #8888;text-align:left;vertical-align:top}"
-    "th{white-space:nowrap}td:nth-child(5){min-width:18rem}"
+    "svg{width:100%;height:auto}table{border-collapse:collapse;width:100%}"
+    "th,td{padding:.5rem .7rem .2rem;text-align:left;vertical-align:bottom}th[scope=row]{white-space:nowrap}"
+    ".why td{padding:0 .7rem .5rem;border-bottom:1px solid #8888}small{opacity:.75;overflow-wrap:anywhere}"
+    "@media(max-width:40rem){body{font-size:14px}th,td{padding:.5rem .3rem .2rem}.why td{padding:0 .3rem .5rem}}"
 )
 
 
@@ -51,15 +55,19 @@ def trend_plot(history: pd.DataFrame, metric: str) -> Markup:
         parts.append(frame.level(baseline, stroke_dasharray="5 4"))
         parts.append(svg.text(WIDTH - frame.right, frame.y(baseline) - 5, "baseline", "end"))
     catalogues = runs["catalogue"].tolist()
-    for number in range(1, len(runs)):
-        if catalogues[number] != catalogues[number - 1]:
-            between = frame.x(number - 0.5)
-            parts.append(svg.line(between, frame.top, between, HEIGHT - frame.bottom, stroke_dasharray="2 3"))
-            parts.append(svg.text(between + 4, frame.top + 10, "new catalogue"))
+    changes = [frame.x(n - 0.5) for n in range(1, len(runs)) if catalogues[n] != catalogues[n - 1]]
+    parts += [svg.line(x, frame.top, x, HEIGHT - frame.bottom, stroke_dasharray="2 3") for x in changes]
+    named = _with_room(changes)
+    parts += [svg.text(x + 4, frame.top + 10, "new catalogue") for x in named if x + WORD <= WIDTH]
+    if len(named) == 1 and named[0] + WORD > WIDTH:
+        parts.append(svg.text(named[0] - 4, frame.top + 10, "new catalogue", "end"))
     places = frame.points(range(len(runs)), values)
     parts.append(svg.polyline(places))
-    for (_, run), (x, y) in zip(runs.iterrows(), places, strict=True):
-        parts += _point(run, x, y, metric)
+    parts += [_point(run, x, y, metric) for (_, run), (x, y) in zip(runs.iterrows(), places, strict=True)]
+    words = {x: (y, _word(run)) for (_, run), (x, y) in zip(runs.iterrows(), places, strict=True) if _word(run)}
+    for x in _with_room(list(words)):
+        y, word = words[x]
+        parts.append(svg.text(min(x, WIDTH - WORD / 2), y + 22, word, "middle"))
     ends = {0: "start", len(runs) - 1: "end"} if len(runs) > 1 else {0: "middle"}
     parts += [svg.text(frame.x(row), HEIGHT - 14, str(runs["run_id"][row]), anchor) for row, anchor in ends.items()]
     description = f"{metric_name(metric)} of {len(runs)} runs, last {fraction(values[-1])}"
@@ -88,37 +96,53 @@ def write_page(path: Path, history: pd.DataFrame, metric: str, runs: Path) -> No
     """Write the page of all runs, newest first, with links to the reports in the folder `runs`."""
     link_base = Path(os.path.relpath(runs, path.parent))
     rows = [_row(run, metric, link_base) for _, run in history[::-1].iterrows()]
-    names = ["Run", metric_name(metric), "From baseline", "From previous", "Verdict", "Catalogue", "Model"]
+    names = ["Run", metric_name(metric), "From baseline", "From previous"]
     head = Markup("").join(Markup('<th scope="col">{}</th>').format(name) for name in names)
     page = Markup(
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n<title>Evaluation history</title>\n'
-        "<style>{}</style>\n</head>\n<body>\n<main>\n<h1>Evaluation history</h1>\n{}\n<div>\n<table>\n"
-        "<thead><tr>{}</tr></thead>\n<tbody>\n{}\n</tbody>\n</table>\n</div>\n</main>\n</body>\n</html>\n"
+        "<style>{}</style>\n</head>\n<body>\n<main>\n<h1>Evaluation history</h1>\n{}\n<table>\n"
+        "<thead><tr>{}</tr></thead>\n<tbody>\n{}\n</tbody>\n</table>\n</main>\n</body>\n</html>\n"
     )
     text = page.format(Markup(_STYLE), trend_plot(history, metric), head, Markup("\n").join(rows))
     _write(path, with_policy(str(text)))
 
 
 def _row(run: Any, metric: str, link_base: Path) -> Markup:
+    """Two table rows: a run's figures, and its verdict with the reason over the whole width."""
     numbers = [run[name] for name in (metric, "change_from_baseline", "change_from_previous")]
     value, *changes = (None if math.isnan(number) else number for number in numbers)
-    digests = [str(run[name] or "none")[:12] for name in ("catalogue", "model")]
+    digests = ", ".join(
+        f"{name} {'none' if pd.isna(run[name]) else str(run[name])[:12]}" for name in ("catalogue", "model")
+    )
     report = link_base / run["run_id"] / "report.html"
     link = Markup('<th scope="row"><a href="{}">{}</a></th>').format(report, run["run_id"])
-    verdict = Markup("<strong>{}</strong>: {}").format(run["verdict"], run["reason"])
-    cells = [fraction(value), *map(signed, changes), verdict, *digests]
-    return Markup("<tr>{}{}</tr>").format(link, Markup("").join(Markup("<td>{}</td>").format(cell) for cell in cells))
+    figures = Markup("").join(Markup("<td>{}</td>").format(cell) for cell in (fraction(value), *map(signed, changes)))
+    why = Markup('<tr class="why"><td colspan="4"><strong>{}</strong>: {} <small>({})</small></td></tr>')
+    return Markup("<tr>{}{}</tr>\n{}").format(link, figures, why.format(run["verdict"], run["reason"], digests))
 
 
-def _point(run: Any, x: float, y: float, metric: str) -> list[Markup]:
-    """A dot, or a cross with a word for a regression; its tooltip names the run."""
+def _point(run: Any, x: float, y: float, metric: str) -> Markup:
+    """A dot, or a cross for a regression; its tooltip names the run."""
     title = svg.element("title", f"{run['run_id']}: {fraction(run[metric])}, {run['verdict']}")
     if run["exit_code"] == 0:
-        return [svg.element("circle", title, cx=x, cy=y, r=4, fill="currentColor")]
+        return svg.element("circle", title, cx=x, cy=y, r=4, fill="currentColor")
     cross = f"M{x - 6:.1f} {y - 6:.1f}l12 12m0 -12l-12 12"
-    mark = svg.element("path", title, d=cross, stroke="#c62828", stroke_width=3, fill="none")
-    return [mark, svg.text(x, y + 22, "regression", "middle")]
+    return svg.element("path", title, d=cross, stroke="#c62828", stroke_width=3, fill="none")
+
+
+def _word(run: Any) -> str:
+    """What stands at the point of a run; "" at most."""
+    return "regression" if run["exit_code"] else "accepted" if run["verdict"] == "accepted" else ""
+
+
+def _with_room(places: Sequence[float]) -> list[float]:
+    """Those of the ascending places that a word fits beside, from the first on."""
+    kept: list[float] = []
+    for place in places:
+        if not kept or place - kept[-1] >= WORD:
+            kept.append(place)
+    return kept
 
 
 def _write(path: Path, text: str) -> None:

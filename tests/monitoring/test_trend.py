@@ -1,5 +1,6 @@
 """The trend plot: well-formed, true to the rows, put into a report once."""
 
+import itertools
 import xml.etree.ElementTree as ET
 from pathlib import Path
 
@@ -37,6 +38,26 @@ def test_trend_plot_says_regression_new_catalogue_and_baseline_in_words() -> Non
     assert len(list(root.iter(f"{SVG}circle"))) == 1
 
 
+def test_words_of_a_plot_do_not_lie_on_each_other() -> None:
+    """A catalogue that changes every night, and ten nights that a regression fails."""
+    n = 30
+    columns = {"exit_code": [0] * 20 + [3] * 10, "catalogue": [str(night) for night in range(n)]}
+    root = ET.fromstring(trend_plot(history([0.5] * 20 + [0.4] * 10, **columns), "map@10"))
+    assert len([line for line in root.iter(f"{SVG}line") if line.get("stroke-dasharray") == "2 3"]) == n - 1
+    assert len([path for path in root.iter(f"{SVG}path") if path.get("stroke") == "#c62828"]) == 10
+    for word in ("new catalogue", "regression"):
+        found = [element for element in root.iter(f"{SVG}text") if element.text == word]
+        places = sorted(float(element.attrib["x"]) for element in found)
+        assert places
+        assert all(later - earlier >= 80 for earlier, later in itertools.pairwise(places))
+
+
+def test_a_catalogue_that_is_new_in_the_last_run_is_named_within_the_frame() -> None:
+    root = ET.fromstring(trend_plot(history([0.5] * 40, catalogue=["a"] * 39 + ["b"]), "map@10"))
+    (word,) = [element for element in root.iter(f"{SVG}text") if element.text == "new catalogue"]
+    assert word.attrib["text-anchor"] == "end"
+
+
 @pytest.mark.parametrize("n", [1, 2, MAX_RUNS + 40])
 def test_trend_plot_of_any_number_of_runs_stays_within_its_frame(n: int) -> None:
     root = ET.fromstring(trend_plot(history([0.5] * n), "map@10"))
@@ -64,3 +85,4 @@ def test_write_page_has_a_row_and_a_link_for_every_run_newest_first(tmp_path: Pa
     assert page.count("<tr>") == 4
     assert page.index("2026-11-03") < page.index('href="runs/2026-11-02 &lt;&amp;&gt;/report.html"')
     assert "<ever>" not in page
+    assert page.count("<strong>no regression</strong>: as &lt;ever&gt; <small>(catalogue c, model none)</small>") == 3
