@@ -33,8 +33,8 @@ logger = logging.getLogger(__name__)
 
 ACCEPT = 0.995
 """A chain step joins where its gain is so probable; high, for several are tried, and nobody may be harmed."""
-PRIOR_SPREAD, PRIOR_LABELS = 0.1, 2
-"""What is assumed of the spread of a gain between labels before any is seen: as if two labels had shown 10 points."""
+PRIOR_SPREAD, PRIOR_LABELS = 0.06, 2
+"""What is assumed of the spread of a gain between labels before any is seen: as if two labels had shown 6 points."""
 LEAST_SPREAD = 1e-3
 """Of that assumption, where hardly any room is left for a gain."""
 MIN_GAIN = 0.005

@@ -123,16 +123,18 @@ def probability_of_gain(
 
     The posterior under a normal model of the clusters' weighted means: flat for the mean; for their spread as if
     `prior_clusters` clusters with the spread `prior_spread` had been seen before. It is Student's t with clusters - 1 +
-    prior_clusters degrees of freedom. 0 for a single cluster: one label shows nothing of others.
+    prior_clusters degrees of freedom. The mean is not taken to be surer than that of as many queries without clusters:
+    few clusters are alike by chance. 0 for a single cluster: one label shows nothing of others.
     """
     _, rows, sizes = torch.unique(clusters, return_inverse=True, return_counts=True)
-    n, mean = len(sizes), math.fsum(change.tolist()) / max(1, len(change))
+    n, n_queries, mean = len(sizes), len(change), math.fsum(change.tolist()) / max(1, len(change))
     if n < 2:
         return 0.0
     rest = torch.zeros(n, dtype=torch.float64).index_add_(0, rows, change - mean) / sizes.double().mean()
     freedom = float(n - 1 + prior_clusters)
-    variance = (math.fsum((rest**2).tolist()) + prior_clusters * prior_spread**2) / freedom
-    return student_t_cdf(mean / math.sqrt(variance / n), freedom)
+    of_clusters = (math.fsum((rest**2).tolist()) + prior_clusters * prior_spread**2) / freedom / n
+    of_queries = math.fsum(((change - mean) ** 2).tolist()) / (n_queries - 1) / n_queries
+    return student_t_cdf(mean / math.sqrt(max(of_clusters, of_queries)), freedom)
 
 
 def queries_needed(change: Float64[Tensor, " query"], clusters: Int64[Tensor, " query"]) -> int | None:

@@ -306,6 +306,21 @@ def test_probability_of_gain_is_the_one_sided_test_of_cluster_means_without_a_pr
     assert none == pytest.approx(0.5)
 
 
+def test_labels_that_are_alike_by_chance_are_no_surer_than_their_queries() -> None:
+    """Hits and misses at random: a step must not be taken more often than its probability says, nor without a cause."""
+    state, shown = np.random.default_rng(0), []
+    clusters = torch.arange(4).repeat_interleave(10)
+    for _ in range(800):
+        change = torch.from_numpy(state.choice([-1.0, 0.0, 1.0], 40, p=[0.12, 0.76, 0.12]))
+        shown.append(statistics.probability_of_gain(change, clusters, prior_spread=0.05, prior_clusters=2) >= 0.995)
+    assert np.mean(shown) <= 0.005
+    # Four labels of the same mean: by labels alone the mean would be certain but for the prior.
+    change = torch.tensor([1.0, 0, 0, 0, 0, 0, 0, 0, 0, 0] * 4, dtype=torch.float64)
+    found = statistics.probability_of_gain(change, clusters, prior_spread=0.01, prior_clusters=2)
+    spread = float(change.numpy().std(ddof=1)) / np.sqrt(40)
+    assert found == pytest.approx(float(stats.t.cdf(0.1 / spread, 5)), abs=1e-8)
+
+
 def test_queries_needed_make_every_second_sample_show_the_gain() -> None:
     state = np.random.default_rng(0)
 
