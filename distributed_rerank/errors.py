@@ -12,14 +12,17 @@ class BadInput(ValueError):
 
 
 class TakenFolder(BadInput):
-    """Another result is where this run would write. A job without --overwrite or --out has another `remedy`."""
+    """Another result is where this run would write. A job without --overwrite or --out has another `remedy`.
 
-    def __init__(self, problem: str, remedy: str) -> None:
+    Like each error here it can be made anew from its text alone.
+    """
+
+    def __init__(self, problem: str, remedy: str = "") -> None:
         super().__init__(problem, remedy)
         self.problem = problem
 
     def __str__(self) -> str:
-        return "; ".join(self.args)
+        return "; ".join(filter(None, self.args))
 
 
 class Outage(Exception):

@@ -1,6 +1,7 @@
 """Wrong input ends in one clear line on standard error and exit code 2, and is found before Ray starts."""
 
 import json
+import pickle
 import re
 import shutil
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from job_files import EXTRACTOR
 
 from distributed_rerank import command_line
 from distributed_rerank.cluster import executors
+from distributed_rerank.errors import BadInput, Outage, TakenFolder
 
 
 @pytest.fixture
@@ -220,3 +222,9 @@ def test_process_ends_with_code_2_and_one_line(catalogue_path: Path, start_job: 
     assert said[1].strip().splitlines()[-1].startswith("error: extractor resnet51")
     assert "Traceback" not in said[1]
     assert "Ray" not in said[1]
+
+
+def test_an_error_can_be_made_anew_from_its_text_and_travels_between_processes() -> None:
+    for error in (BadInput("a; b"), Outage("a; b"), TakenFolder("a", "b")):
+        assert str(type(error)(str(error))) == str(error) == "a; b"
+        assert str(pickle.loads(pickle.dumps(error))) == "a; b"
