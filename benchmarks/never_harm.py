@@ -1,6 +1,6 @@
 """Never harm: how often a chain that was chosen on labels without anything to gain loses on new ones.
 
-    python benchmarks/never_harm.py
+    python benchmarks/never_harm.py [--labels 4 200]
 
 Simulated catalogues of 4 to 200 train labels: points around label centres with a nuisance that labels do not explain,
 and a pairwise model whose logits are noise, or know a little. Train labels are shuffled, or train and validation labels
@@ -34,10 +34,10 @@ HARM = 0.003
 class Catalogue:
     """One simulated catalogue: points and labels of the train and of the validation side."""
 
-    def __init__(self, kind: str, seed: int) -> None:
+    def __init__(self, kind: str, seed: int, least: int = 4, most: int = 200) -> None:
         self.state = np.random.default_rng(seed)
         self.kind, self.seed = kind, seed
-        n_labels = round(4 * 50 ** self.state.random())  # 4 to 200, evenly in the logarithm
+        n_labels = round(least * (most / least) ** self.state.random())  # evenly in the logarithm
         n_images = int(self.state.integers(3, 13))
         spread = 0.02 if kind == "perfect first stage" else float(self.state.uniform(0.5, 2.0))
         nuisance = np.exp(self.state.normal(0, 0.7, DIM))
@@ -105,12 +105,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_common_flags(parser)
     parser.add_argument("--catalogues", type=int, default=200, help="of each kind")
+    parser.add_argument("--labels", type=int, nargs=2, default=(4, 200), help="least and most train labels")
     arguments = parser.parse_args()
     print(describe_machine(), flush=True)
     rows = []
     for number, kind in enumerate(KINDS):
         n = 3 if arguments.quick else arguments.catalogues
-        found = [Catalogue(kind, 1_000 * number + seed).harm() for seed in range(n)]
+        found = [Catalogue(kind, 1_000 * number + seed, *arguments.labels).harm() for seed in range(n)]
         changes = [change for change, _ in found]
         rows += [
             Row(f"{kind}: harmed", "%", 100 * sum(change < -HARM for change in changes) / n),

@@ -20,7 +20,11 @@ def main(job: ScheduledEvaluationJob, catalogue: Catalogue, train: Catalogue | N
     """Evaluate into the run's folder; returns 3 for a regression, else 0."""
     figures: dict[str, Any] = {"exit_code": 1}
     with told(job.schedule, figures):
-        return _run(job, catalogue, train, figures)
+        try:
+            return _run(job, catalogue, train, figures)
+        except TakenFolder as error:
+            remedy = "give another --run-id, or what that run was made with"
+            raise BadInput(f"{error.problem}; {remedy}") from None
 
 
 def _run(job: ScheduledEvaluationJob, catalogue: Catalogue, train: Catalogue | None, figures: dict[str, Any]) -> int:
@@ -28,22 +32,18 @@ def _run(job: ScheduledEvaluationJob, catalogue: Catalogue, train: Catalogue | N
     schedule = job.schedule
     check(schedule, catalogue, job.measure)
     model, chain = load_model_and_chain(job.reranker)
-    try:
-        with executors_for(job.cluster) as (executors, _):
-            metrics = evaluate(
-                catalogue,
-                job.first_stage,
-                schedule.folder,
-                model=model,
-                chain=chain,
-                measure=job.measure,
-                work=job.work,
-                executors=executors,
-                train=train,
-            )
-    except TakenFolder as error:
-        remedy = "give another --run-id, or what that run was made with"
-        raise BadInput(f"{error.problem}; {remedy}") from None
+    with executors_for(job.cluster) as (executors, _):
+        metrics = evaluate(
+            catalogue,
+            job.first_stage,
+            schedule.folder,
+            model=model,
+            chain=chain,
+            measure=job.measure,
+            work=job.work,
+            executors=executors,
+            train=train,
+        )
     logger.info("metrics\n%s", table_in_text(metrics))
     logger.info("report: %s", schedule.folder / "report.html")
     outcome = conclude(schedule, seed=job.measure.resampling_seed)

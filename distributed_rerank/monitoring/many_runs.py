@@ -140,15 +140,13 @@ def _of_file(
     if rejected:
         catalogue = catalogue.take(np.flatnonzero([id not in rejected for id in catalogue.ids]))
     lists = without_junk(external_candidates(catalogue, path, rejected), catalogue)
-    lost = np.setdiff1d(catalogue.query_items, lists.query_items.numpy())
-    left_out = pd.Index(catalogue.ids[lost] if missing == "leave_out" else [])
+    asked = pd.Index(catalogue.ids[catalogue.query_items])
     catalogue, n_missing = settle_missing_lists(catalogue, lists, missing, path)
     queries = torch.from_numpy(catalogue.query_items)
-    table = measure(catalogue, queries, lists.of_queries(queries), {}, ks=(1, 10), n_resamples=1).per_query.set_index(
-        "query_id"
-    )
-    kept = table.rename(columns={f"{key}_before": key for key in METRICS})
-    return Result(name, digest, kept.sort_index(), n_missing, left_out)
+    left_out = asked.difference(pd.Index(catalogue.ids[catalogue.query_items]))
+    measured = measure(catalogue, queries, lists.of_queries(queries), {}, ks=(1, 10), n_resamples=1)
+    table = measured.per_query.set_index("query_id").rename(columns={f"{key}_before": key for key in METRICS})
+    return Result(name, digest, table.sort_index(), n_missing, left_out)
 
 
 def _on_listed_queries(results: Sequence[Result]) -> list[Result]:

@@ -66,7 +66,7 @@ def _concerned(folder: Path, found: ComputedWith) -> list[Path]:
 
 
 def difference(known: dict[str, Any], found: ComputedWith) -> str:
-    """ "with ..., a worker of this run computes with ..." where the two differ in what both say; else ""."""
+    """Both in words, as the end of a sentence, where they differ in what both say; else ""."""
     facts = _facts(found)
     if any(known[name] != facts[name] for name in facts.keys() & known.keys()):
         shared = {name: value for name, value in facts.items() if name in known}
