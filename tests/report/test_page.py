@@ -1,6 +1,7 @@
 """The page: its tables hold what was measured, and a real browser can use it."""
 
 import html
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from distributed_rerank.data.catalogue import ImageRef
 from distributed_rerank.report import Candidate, Strip, build_report, choose_queries
 from distributed_rerank.report.cost import cost_rows
 from distributed_rerank.report.formatting import signed
+
+PARTS = ("first_stage", "reranked", "difference", "oracle")
 
 
 def image_refs(folder: Path, count: int) -> list[ImageRef]:
@@ -145,6 +148,21 @@ def test_report_same_arguments_give_the_same_bytes(tmp_path: Path) -> None:
         for number in range(2)
     ]
     assert pages[0] == pages[1]
+
+
+def test_report_of_stored_metrics_lists_them_in_the_order_of_the_run(tmp_path: Path) -> None:
+    """metrics.json has its names in the order of letters: cmc@10 before cmc@5."""
+    per_query = made_up_queries(30)
+    metrics = metrics_of(per_query)
+    more = {part: {"cmc@5": metrics[part]["cmc@1"], "cmc@10": metrics[part]["cmc@1"]} for part in PARTS}
+    metrics |= {part: metrics[part] | more[part] for part in PARTS}
+    stored = json.loads(json.dumps(metrics, sort_keys=True))
+    listed = []
+    for number, given in enumerate((metrics, stored)):
+        page = build_report(given, per_query, [], {}, {}, tmp_path / f"{number}.html").read_text(encoding="utf-8")
+        listed.append([row[0] for row in cells(page, "metrics")][1:])
+    assert listed[0] == listed[1]
+    assert [name for name in listed[0] if name.startswith("CMC")] == ["CMC@1", "CMC@5", "CMC@10"]
 
 
 def test_report_of_the_first_stage_alone_claims_no_comparison(tmp_path: Path) -> None:
