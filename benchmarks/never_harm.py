@@ -21,6 +21,7 @@ from distributed_rerank.chain.evidence import Evidence
 from distributed_rerank.chain.trials import try_chain
 from distributed_rerank.tensors.candidate_lists import CandidateLists
 from distributed_rerank.tensors.knn import nearest
+from distributed_rerank.tensors.label_split import FEW_LABELS
 from distributed_rerank.tensors.metrics import count_relevant
 from distributed_rerank.training.adaptation import choose_adaptation
 from distributed_rerank.training.plan import sides
@@ -66,7 +67,9 @@ class Catalogue:
 
         adapted = choose_adaptation(points, labels, alone, side, search, measure, self.seed)
         known = measure(adapted.lists)
-        chain = choose(self.with_logits(known), self.seed)
+        is_few = adapted.step is None and len(np.unique(labels)) <= FEW_LABELS
+        among_all = evidence_on(lists_among(points, np.arange(len(labels))), labels, points) if is_few else None
+        chain = choose(self.with_logits(known), self.seed, among_all=among_all)
         new_points, new_labels = self.new
         everyone = np.arange(len(new_labels))
         before = evidence_on(lists_among(new_points, everyone), new_labels, new_points)

@@ -6,12 +6,15 @@ chain step joins the chain only if its gain holds on labels that its constants w
 are halved, the best constants of either half are measured on the other, and a gain over the chain so far must be
 probable enough (`judge`). Otherwise the chain stays as it was; with no chain step at all it is the first stage, and the
 log says so.
+
+Few labels among themselves are ranked so well that hardly any step can show a gain. Steps that need no model may use
+all train labels as evidence, so with few labels they are tried once more in one gallery of all of them.
 """
 
 import logging
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from statistics import NormalDist
 from typing import Any, get_args
 
@@ -45,16 +48,53 @@ that of the pairwise step, on any labels."""
 CLEARLY_BETTER = 0.005
 """A larger weight of the first stage must raise mAP@10 + CMC@1 by more than this. The measured models have seen fewer
 labels than the model that is kept, and lean on the first stage more than it has to."""
+AMONG_ALL = ", among all train images"
+"""Ends the name of a step that was tried there."""
 Pick = Callable[[Sequence[PerQuery], Trial, Bool[Tensor, " query"]], int]
 """The number of the best setting by these values on some queries, beside the chain so far."""
 
 
-def choose(evidence: Evidence, seed: int = 0, accept: float = ACCEPT) -> Chain:
+@dataclass(frozen=True)
+class Attempt:
+    """The chain steps tried on some evidence, one after the other."""
+
+    evidence: Evidence
+    is_first_half: Bool[Tensor, " query"]
+    chosen: Trial
+    table: list[dict[str, Any]]
+    """The first stage and every setting, for chain.json."""
+    decisions: list[dict[str, Any]]
+
+
+def choose(evidence: Evidence, seed: int = 0, accept: float = ACCEPT, among_all: Evidence | None = None) -> Chain:
     """The chain for these labels, with the figures of every setting tried in `chosen_on` and a calibration.
 
     A step joins where the probability of its gain (`judge`) is at least `accept`. Without logits only the chain steps
-    that need no training are tried.
+    that need no training are tried. `among_all`, for few labels, holds all of them in one gallery and no logits: where
+    nothing is taken from `evidence`, the steps that need no training are tried there.
     """
+    attempt = try_steps(evidence, seed, accept)
+    decisions = attempt.decisions
+    if among_all is not None and not attempt.chosen.chain.steps:
+        again = try_steps(among_all, seed, accept, where=AMONG_ALL)
+        decisions = decisions + again.decisions
+        attempt = again if again.chosen.chain.steps else attempt
+    current, labels = attempt.chosen, attempt.evidence.query_labels()
+    log_choice(current, decisions)
+    chosen_on = {
+        "n_labels": len(labels.unique()),
+        "n_queries": len(labels),
+        "first_stage": {key: attempt.table[0][key] for key in ("map@10", "cmc@1")},
+        "chosen": current.figures(),
+        "decisions": decisions,
+        "table": attempt.table,
+    }
+    calibration = calibrate(attempt.evidence, current, attempt.is_first_half)
+    return replace(current.chain, chosen_on=chosen_on, calibration=calibration)
+
+
+def try_steps(evidence: Evidence, seed: int, accept: float, where: str = "") -> Attempt:
+    """Tries one chain step after the other, and keeps those that are taken; `where` ends the names in the decisions."""
     labels = evidence.query_labels()
     is_first_half = half_of_labels(labels, seed)
     first_stage = current = try_chain(evidence, Chain())
@@ -77,21 +117,14 @@ def choose(evidence: Evidence, seed: int = 0, accept: float = ACCEPT) -> Chain:
         # Settings that would lose CMC@1 against the chain so far are not chosen where others are there.
         values = cross_fitted_values(settings, current, is_first_half, pick)
         counts_map = evidence.target == "both"
-        decision = judge(name, current.values, values, first_stage, labels, seed, accept, counts_map=counts_map)
+        decision = judge(
+            f"{name}{where}", current.values, values, first_stage, labels, seed, accept, counts_map=counts_map
+        )
         decisions.append(decision)
         if decisions[-1]["taken"]:
             everyone = torch.ones_like(is_first_half)
             current = try_chain(evidence, settings.chains[pick(settings.values, current, everyone)])
-    log_choice(current, decisions)
-    chosen_on = {
-        "n_labels": len(labels.unique()),
-        "n_queries": len(labels),
-        "first_stage": {key: table[0][key] for key in ("map@10", "cmc@1")},
-        "chosen": current.figures(),
-        "decisions": decisions,
-        "table": table,
-    }
-    return replace(current.chain, chosen_on=chosen_on, calibration=calibrate(evidence, current, is_first_half))
+    return Attempt(evidence, is_first_half, current, table, decisions)
 
 
 def without_cmc_loss(values: Sequence[PerQuery], first_stage: Trial, rows: Bool[Tensor, " query"]) -> list[int]:
@@ -248,11 +281,11 @@ def log_choice(chosen: Trial, decisions: Sequence[dict[str, Any]]) -> None:
 def log_decisions(decisions: Sequence[dict[str, Any]]) -> None:
     """One line for each chain step tried."""
     for decision in decisions:
-        gain = decision["gain"]
+        gain, where = decision["gain"], "" if decision["step"].endswith(AMONG_ALL) else " on set-aside labels"
         logger.info(
-            "%s: mAP@10 %+.4f [%+.4f, %+.4f], CMC@1 %+.4f [%+.4f, %+.4f] on set-aside labels: %s",
+            "%s: mAP@10 %+.4f [%+.4f, %+.4f], CMC@1 %+.4f [%+.4f, %+.4f]%s: %s",
             decision["step"], gain["map@10"]["mean"], *gain["map@10"]["ci95"], gain["cmc@1"]["mean"],
-            *gain["cmc@1"]["ci95"], outcome(decision),
+            *gain["cmc@1"]["ci95"], where, outcome(decision),
         )  # fmt: skip
 
 

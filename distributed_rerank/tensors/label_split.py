@@ -1,4 +1,4 @@
-"""Halves by label, so that what is chosen on one half is measured on labels that it has not seen."""
+"""Halves by label, so that what is chosen on one half is measured on labels that it has not seen; or too few for it."""
 
 from collections.abc import Callable
 
@@ -7,6 +7,8 @@ import torch
 from jaxtyping import Bool, Int64
 from torch import Tensor
 
+FEW_LABELS = 24
+"""Train labels of two items or more up to which folds take the place of halves, and one gallery that of two."""
 Permute = Callable[[int], Tensor | np.ndarray]
 
 
@@ -19,3 +21,9 @@ def half_of_labels(labels: Int64[Tensor, " entry"], permute: Permute) -> Bool[Te
     known = labels.unique()
     drawn = known[torch.as_tensor(permute(len(known)))]
     return torch.isin(labels, drawn[: len(known) // 2])
+
+
+def usable_labels(labels: Int64[np.ndarray, " item"]) -> Int64[np.ndarray, " label"]:
+    """Labels of two items or more."""
+    known, counts = np.unique(labels[labels >= 0], return_counts=True)
+    return known[counts > 1]

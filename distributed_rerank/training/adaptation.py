@@ -23,11 +23,10 @@ from distributed_rerank.chain.trials import Trial
 from distributed_rerank.models.adapter import Adapter, Kind, fit_adapters
 from distributed_rerank.tensors.candidate_lists import CandidateLists, concatenate
 from distributed_rerank.tensors.knn import nearest
+from distributed_rerank.tensors.label_split import FEW_LABELS, usable_labels
 
 logger = logging.getLogger(__name__)
 
-FEW_LABELS = 24
-"""Train labels of two items or more up to which folds take the place of halves."""
 FOLDS, FEW_ITEMS = 12, 50
 FEW_TRIED: tuple[Kind, float] = ("whiten", 0.0)
 TRIED: tuple[tuple[Kind, float], ...] = (("centre", 0.0), ("whiten", 0.0), ("discriminate", 4.0), ("discriminate", 1.0))
@@ -94,12 +93,6 @@ def choose_adaptation(
     has_side = torch.from_numpy(side >= 0)
     (adapter,) = fit_adapters(x[has_side], number[has_side], [TRIED[usable[chosen]]])
     return Adaptation(tried[chosen].lists, tried[chosen].embeddings, tried[chosen].step, adapter, decision)
-
-
-def usable_labels(labels: Int64[np.ndarray, " item"]) -> Int64[np.ndarray, " label"]:
-    """Labels of two items or more."""
-    known, counts = np.unique(labels[labels >= 0], return_counts=True)
-    return known[counts > 1]
 
 
 def choose_by_folds(

@@ -19,6 +19,8 @@ from distributed_rerank.executors import Executors
 from distributed_rerank.runtime.devices import tensor_of
 from distributed_rerank.tensors import metrics
 from distributed_rerank.tensors.candidate_lists import CandidateLists
+from distributed_rerank.tensors.knn import nearest
+from distributed_rerank.tensors.label_split import FEW_LABELS, usable_labels
 from distributed_rerank.tensors.things import count_relevant_things
 from distributed_rerank.training.task import State, TrainingTask, join_lists
 
@@ -72,6 +74,22 @@ def evidence_from(
         numbers = tensor_of(catalogue.things)[items]
         things = Things(numbers, count_relevant_things(everyone, everyone, labels, sequences, numbers))
     return Evidence(own_lists, labels, n_relevant, logits, embeddings[items], target, things)
+
+
+def evidence_among_all(task: TrainingTask) -> Evidence | None:
+    """All train images in one gallery, for the chain steps that need no model; None where labels are not few.
+
+    None as well where the chain begins with an adapter, which was fitted to these labels.
+    """
+    labels = task.catalogue.labels.astype(np.int64)
+    if task.start.steps or len(usable_labels(labels)) > FEW_LABELS:
+        return None
+    items, sequences = torch.arange(len(labels)), tensor_of(task.catalogue.sequences).long()
+    lists = nearest(
+        task.embeddings, task.embeddings, query_items=items, gallery_items=items, n_items=task.config.n_items,
+        query_sequences=sequences, gallery_sequences=sequences,
+    )  # fmt: skip
+    return evidence_of(task, lists, None)
 
 
 def evidence_of_runs(task: TrainingTask, of_runs: Sequence[State]) -> Evidence:

@@ -23,6 +23,7 @@ from distributed_rerank.models import weights
 from distributed_rerank.runtime.devices import tensor_of
 from distributed_rerank.tensors import metrics, statistics
 from distributed_rerank.tensors.knn import nearest
+from distributed_rerank.tensors.label_split import usable_labels
 from distributed_rerank.tensors.neighbour_agreement import neighbour_agreement
 from distributed_rerank.training.plan import LABELS_TO_CHOOSE_ON
 
@@ -138,7 +139,7 @@ def unseen(train: Catalogue, source: str, seen_before: frozenset[str]) -> Labels
 
 def n_usable_labels(images: Catalogue) -> int:
     """Labels with two images or more."""
-    return int((np.unique(images.labels[images.labels >= 0], return_counts=True)[1] > 1).sum())
+    return len(usable_labels(images.labels.astype(np.int64)))
 
 
 def seen_among(images: Catalogue, extractor_weights: str | None, config: EvidenceConfig) -> tuple[np.ndarray, str]:

@@ -41,12 +41,19 @@ from distributed_rerank.storage import artifacts
 from distributed_rerank.storage.files import write_json
 from distributed_rerank.storage.paths import scheme_of
 from distributed_rerank.tensors.candidate_lists import CandidateLists
+from distributed_rerank.tensors.label_split import usable_labels
 from distributed_rerank.training import mining, tracking
-from distributed_rerank.training.adaptation import Adaptation, choose_adaptation, usable_labels
+from distributed_rerank.training.adaptation import Adaptation, choose_adaptation
 from distributed_rerank.training.card import CARD, model_card
 from distributed_rerank.training.distillation import TableTeacher, Teacher, check_teachable, score_by_teacher
 from distributed_rerank.training.encodings import FULL_ENCODER, FittedModel, holds_model, keep_model
-from distributed_rerank.training.evidence import evidence_from, evidence_of_runs, retrieve_among, seen_beside
+from distributed_rerank.training.evidence import (
+    evidence_among_all,
+    evidence_from,
+    evidence_of_runs,
+    retrieve_among,
+    seen_beside,
+)
 from distributed_rerank.training.plan import sides
 from distributed_rerank.training.run import fit as fit_in_this_process
 from distributed_rerank.training.run import results
@@ -354,7 +361,7 @@ def write_model(
     chain = Chain()
     if used.is_valid:
         evidence = evidence_of_runs(task, list(of_runs.values()))
-        found = choose(evidence, task.config.seed, task.config.accept)
+        found = choose(evidence, task.config.seed, task.config.accept, evidence_among_all(task))
         found = choose_views(evidence, found, task.config.seed, task.config.accept)
         steps, on = (*task.start.steps, *found.steps), found.chosen_on | task.start.chosen_on
         chain = replace(found, steps=steps, chosen_on=on, adapter=task.start.adapter)

@@ -9,12 +9,15 @@ from chain_evidence import N_LABELS, evidence
 from torch import Tensor
 
 from distributed_rerank.chain.chain import Chain, NeighbourhoodStep, PairwiseStep, QueryExpansionStep
-from distributed_rerank.chain.choice import best, best_that_keeps_first, choose, judge, outcome
+from distributed_rerank.chain.choice import AMONG_ALL, best, best_that_keeps_first, choose, judge, outcome
 from distributed_rerank.chain.evidence import Evidence, half_of_labels
 from distributed_rerank.chain.probability import probabilities
 from distributed_rerank.chain.settings import fusion_figure, fusion_trials, neighbour_settings
 from distributed_rerank.chain.trials import Trial, try_chain
 from distributed_rerank.tensors.calibration import expected_calibration_error
+from distributed_rerank.tensors.candidate_lists import CandidateLists
+from distributed_rerank.tensors.knn import nearest
+from distributed_rerank.tensors.metrics import count_relevant
 
 
 def test_choice_on_shuffled_labels_does_no_harm_to_others() -> None:
@@ -258,3 +261,55 @@ def test_neighbours_that_may_not_move_the_first_candidate_are_tried_behind_it() 
     before, after = (try_chain(fresh, each).figures() for each in (Chain(), chain))
     assert after["cmc@1"] == before["cmc@1"]
     assert after["map@10"] > before["map@10"]
+
+
+def few_labels(seed: int, *, is_shuffled: bool = False) -> tuple[Evidence, Evidence]:
+    """Six labels of six items: halves that are searched apart, with logits of noise, and all in one gallery."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.arange(6).repeat_interleave(6)
+    points = torch.randn(6, 12, generator=generator)[labels] + 0.85 * torch.randn(36, 12, generator=generator)
+    if is_shuffled:
+        labels = labels[torch.randperm(36, generator=generator)]
+    items = torch.arange(36)
+    n_relevant = count_relevant(items, labels, None, items, labels, None)
+    halves = torch.isin(labels, labels.unique()[::2]).long()
+    logits = torch.randn(36, 17, generator=generator)
+
+    def among(sequences: Tensor) -> CandidateLists:  # what has the query's own sequence is left out: the other half
+        found = nearest(
+            points, points, query_items=items, gallery_items=items, n_items=35,
+            query_sequences=1 - sequences, gallery_sequences=sequences,
+        )  # fmt: skip
+        return found.padded(35)
+
+    apart = among(halves)
+    parts = Evidence(apart.first(17), labels, n_relevant, logits, points)
+    return parts, Evidence(among(torch.full((36,), -1)), labels, n_relevant, None, points)
+
+
+def test_few_labels_are_chosen_on_in_one_gallery_where_their_halves_show_too_little() -> None:
+    apart, among_all = few_labels(0)
+    alone, together = choose(apart), choose(apart, among_all=among_all)
+    assert alone.steps == ()
+    assert len(together.steps) == 1
+    *of_halves, last = together.chosen_on["decisions"]
+    assert of_halves[: len(alone.chosen_on["decisions"])] == alone.chosen_on["decisions"]
+    assert (last["taken"], last["step"].endswith(AMONG_ALL)) == (True, True)
+    # The figures are those of the gallery that the step was chosen in.
+    in_one_gallery = {key: float(values.mean()) for key, values in among_all.per_query(among_all.lists).items()}
+    assert together.chosen_on["first_stage"] == {key: in_one_gallery[key] for key in ("map@10", "cmc@1")}
+    assert together.chosen_on["chosen"] == try_chain(among_all, together).figures()
+    _, fresh = few_labels(100)
+    before, after = (try_chain(fresh, chain).figures() for chain in (Chain(), together))
+    assert after["map@10"] > before["map@10"]
+
+
+def test_one_gallery_is_not_asked_where_the_halves_show_enough() -> None:
+    known, (_, among_all) = evidence(1.5, 2.0), few_labels(0)
+    assert choose(known, among_all=among_all).chosen_on == choose(known).chosen_on
+
+
+def test_one_gallery_of_shuffled_labels_adds_no_step() -> None:
+    for seed in range(4):
+        apart, among_all = few_labels(seed, is_shuffled=True)
+        assert choose(apart, seed, among_all=among_all).steps == ()

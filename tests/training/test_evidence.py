@@ -9,11 +9,12 @@ import pytest
 import torch
 from training_examples import SMALL, TOKENS
 
+from distributed_rerank.chain.chain import AdaptStep, Chain
 from distributed_rerank.data.catalogue import Catalogue
 from distributed_rerank.data.embeddings import Embeddings
 from distributed_rerank.tensors.candidate_lists import CandidateLists
 from distributed_rerank.training import evidence
-from distributed_rerank.training.evidence import drawn_labels, evidence_of, seen_beside
+from distributed_rerank.training.evidence import drawn_labels, evidence_among_all, evidence_of, seen_beside
 from distributed_rerank.training.stage import images_with, make_task
 from distributed_rerank.training.task import TrainingTask, join_lists, plan_epoch
 
@@ -128,3 +129,47 @@ def test_labels_beside_are_whole_and_no_more_than_asked(catalogue: Catalogue, mo
     _, counts = np.unique(drawn.labels, return_counts=True)
     assert (len(counts), set(counts)) == (expected, {N_IMAGES} if expected else set())
     assert evidence.MAX_BESIDE >= 10_000
+
+
+def test_few_labels_are_evidence_in_one_gallery(catalogue: Catalogue, points: np.ndarray, tmp_path: Path) -> None:
+    """Labels 8 to 19: each is searched for among the images of both sides, and among those of seen labels."""
+    task = task_beside_seen(catalogue, points, tmp_path, lost=1, adapt=False)
+    known = evidence_among_all(task)
+    assert known is not None
+    assert known.logits is None
+    assert_lists(known.lists, task.embeddings.numpy())
+    assert np.array_equal(known.queries.numpy(), np.flatnonzero(task.catalogue.labels >= 0))
+    assert set(known.n_relevant[known.queries].tolist()) == {N_IMAGES - 1}
+
+
+def test_evidence_in_one_gallery_leaves_out_a_photos_own_sequence(points: np.ndarray, tmp_path: Path) -> None:
+    """Two photos of each label were taken in one pass."""
+    labels, number = np.arange(60) % 12, np.arange(60) // 12
+    ids = [f"{item:03d}" for item in range(60)]
+    passes = [
+        f"pass-{label}" if n < 2 else f"alone-{item}"
+        for item, (label, n) in enumerate(zip(labels, number, strict=True))
+    ]
+    table = pd.DataFrame({"id": ids, "label": labels.astype(str), "path": ids, "split": "train", "is_query": True})
+    images = Catalogue(table.assign(is_gallery=True, sequence=passes), "planted.csv").as_query_and_gallery()
+    task = make_task(
+        images, Embeddings(images.ids, points[:60]), TOKENS, replace(SMALL, n_items=59, adapt=False), tmp_path
+    )
+    known = evidence_among_all(task)
+    assert known is not None
+    for item in range(60):
+        found = set(known.lists.items[item].tolist()) - {-1}
+        assert found == {other for other in range(60) if passes[other] != passes[item]}
+        assert known.n_relevant[item] == sum(labels[other] == labels[item] for other in found)
+
+
+def test_evidence_in_one_gallery_is_for_few_labels_and_no_adapter(
+    catalogue: Catalogue, points: np.ndarray, tmp_path: Path
+) -> None:
+    task = task_beside_seen(catalogue, points, tmp_path, lost=1, adapt=False)
+    adapted = replace(task, start=Chain((AdaptStep("whiten", 0.0),)))
+    assert evidence_among_all(adapted) is None
+    many = pd.DataFrame({"id": [f"{n:03d}" for n in range(50)], "label": [str(n // 2) for n in range(50)]})
+    table = many.assign(path=many["id"], split="train", is_query=True, is_gallery=True)
+    images = Catalogue(table, "planted.csv").as_query_and_gallery()
+    assert evidence_among_all(replace(task, catalogue=images)) is None
