@@ -2,11 +2,16 @@
 
 `write_vectors` makes one uncompressed page of each row group's embeddings. Any Parquet reader reads such a file; here
 the place of a row's values is computed from the file's metadata, and whoever needs some rows maps them for a moment.
+
+Another run may add to the embeddings meanwhile, and replaces the file. Rows then lie elsewhere, so every read asks
+whether the file is still the one whose metadata were read.
 """
 
+import contextlib
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -17,6 +22,7 @@ from jaxtyping import Float32
 from distributed_rerank.data.csv_files import regrouped
 from distributed_rerank.data.text_columns import are_words_for_no_value
 from distributed_rerank.data.texts import as_column
+from distributed_rerank.errors import BadInput
 from distributed_rerank.runtime.memory import give_back_memory
 from distributed_rerank.storage.files import atomic_path
 from distributed_rerank.tensors import sharding
@@ -37,10 +43,18 @@ _HEADER = 256
 """More bytes than a page has before its levels."""
 
 
+class _Stamp(NamedTuple):
+    """What tells a file from one that has replaced it; the same on every machine that sees it."""
+
+    n_bytes: int
+    modified_ns: int
+
+
 class _Part(NamedTuple):
     """A row group: where its values are, and which of all rows it begins with."""
 
     path: Path
+    stamp: _Stamp
     row_group: int
     offset: int
     start: int
@@ -48,7 +62,10 @@ class _Part(NamedTuple):
 
 
 class StoredVectors:
-    """Embeddings [row, dim] on disk, ids ascending. It pickles as names of files and numbers."""
+    """Embeddings [row, dim] on disk, ids ascending. It pickles as names of files and numbers.
+
+    Reading raises BadInput where a file has been replaced since.
+    """
 
     def __init__(self, parts: Sequence[_Part], dim: int) -> None:
         self._parts = parts
@@ -69,7 +86,8 @@ class StoredVectors:
         for number in np.unique(part_of).tolist():
             places, part = np.flatnonzero(part_of == number), self._parts[number]
             # Mapped for this copy alone: pages that stay mapped would count as this process's memory.
-            values = np.memmap(part.path, np.float32, "r", part.offset, (part.n_rows, self.shape[1]))
+            with _opened(part) as file:
+                values = np.memmap(file, np.float32, "r", part.offset, (part.n_rows, self.shape[1]))
             for start, stop in sharding.blocks(len(places), _ROWS_PER_COPY):
                 some = places[start:stop]
                 found[some] = values[rows[some] - part.start]
@@ -81,8 +99,26 @@ class StoredVectors:
     def id_parts(self) -> Iterator[pa.Array]:
         """The ids, one row group at a time."""
         for part in self._parts:
-            with pq.ParquetFile(part.path) as file:
-                yield as_column(file.read_row_group(part.row_group, columns=["id"], use_threads=False)["id"])
+            with _opened(part) as file, pq.ParquetFile(file) as table:
+                yield as_column(table.read_row_group(part.row_group, columns=["id"], use_threads=False)["id"])
+
+
+def _opened(part: _Part) -> BinaryIO:
+    """The file of a part. What is mapped or read through it stays what it is, whatever takes the file's place."""
+    with contextlib.suppress(FileNotFoundError):
+        file = open(part.path, "rb")
+        if _stamp(file) == part.stamp:
+            return file
+        file.close()
+    raise BadInput(
+        f"{part.path}: another run has changed these embeddings while this one read them; start this one again, and it "
+        "goes on where it was"
+    )
+
+
+def _stamp(file: BinaryIO) -> _Stamp:
+    found = os.fstat(file.fileno())
+    return _Stamp(found.st_size, found.st_mtime_ns)
 
 
 def write_vectors(path: str | Path, dim: int, tables: Iterable[pa.Table]) -> None:
@@ -111,8 +147,8 @@ def _in_place(files: Sequence[Path]) -> StoredVectors | None:
     parts: list[_Part] = []
     dims: set[int] = set()
     for path in files:
-        with pq.ParquetFile(path) as file:
-            schema = file.schema_arrow
+        with open(path, "rb") as opened, pq.ParquetFile(opened) as file:
+            stamp, schema = _stamp(opened), file.schema_arrow
             if schema.names != ["id", "embedding"] or not pa.types.is_fixed_size_list(schema.field("embedding").type):
                 return None
             if schema.field("id").type != pa.string() or schema.field("embedding").type.value_type != pa.float32():
@@ -120,24 +156,23 @@ def _in_place(files: Sequence[Path]) -> StoredVectors | None:
             dims.add(schema.field("embedding").type.list_size)
             for number in range(file.num_row_groups):
                 group = file.metadata.row_group(number)
-                offset = _offset(path, group, schema.field("embedding").type.list_size)
+                offset = _offset(opened, group, schema.field("embedding").type.list_size)
                 if offset is None:
                     return None
                 start = parts[-1].start + parts[-1].n_rows if parts else 0
-                parts.append(_Part(path.absolute(), number, offset, start, group.num_rows))
+                parts.append(_Part(path.absolute(), stamp, number, offset, start, group.num_rows))
     return StoredVectors(parts, dims.pop()) if len(dims) == 1 else None
 
 
-def _offset(path: Path, group: Any, dim: int) -> int | None:
+def _offset(file: BinaryIO, group: Any, dim: int) -> int | None:
     """Where the embeddings of a row group begin in their file; None: they are not one plain page without null."""
     column, n_bytes = group.column(1), group.num_rows * dim * 4
     is_plain = column.compression == "UNCOMPRESSED" and not column.has_dictionary_page
     has_null = column.statistics is None or column.statistics.null_count != 0
     if not is_plain or has_null or column.num_values != group.num_rows * dim:
         return None
-    with open(path, "rb") as file:
-        file.seek(column.data_page_offset)
-        in_page = _first_page_bytes(file.read(_HEADER))
+    file.seek(column.data_page_offset)
+    in_page = _first_page_bytes(file.read(_HEADER))
     if in_page is None or in_page < n_bytes or not 0 < column.total_compressed_size - in_page < _HEADER:
         return None
     return column.data_page_offset + column.total_compressed_size - n_bytes

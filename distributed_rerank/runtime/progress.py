@@ -72,7 +72,8 @@ class Progress:
             self._results.close()
         seconds = self._clock() - self._started
         if self._is_logged and kind is None and seconds >= _QUIET_SECONDS:
-            logger.info("%s: %d %s in %.1f s", self._title, self._done, self._unit, seconds)
+            unit = self._unit.removesuffix("s") if self._done == 1 else self._unit
+            logger.info("%s: %d %s in %.1f s", self._title, self._done, unit, seconds)
 
 
 @contextmanager

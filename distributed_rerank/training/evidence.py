@@ -27,6 +27,9 @@ from distributed_rerank.training.task import State, TrainingTask, join_lists
 BESIDE_EACH, MAX_BESIDE = 3, 20_000
 """Most images of labels that the extractor has seen, for each other image and altogether (`seen_beside`)."""
 
+MANY_IMAGES = 20_000
+"""So many that halves of the labels show enough, however few the labels are."""
+
 
 def retrieve_among(
     items: Int64[np.ndarray, " image"],
@@ -77,12 +80,12 @@ def evidence_from(
 
 
 def evidence_among_all(task: TrainingTask) -> Evidence | None:
-    """All train images in one gallery, for the chain steps that need no model; None where labels are not few.
+    """All train images in one gallery, for the chain steps that need no model; None where labels or images are many.
 
     None as well where the chain begins with an adapter, which was fitted to these labels.
     """
     labels = task.catalogue.labels.astype(np.int64)
-    if task.start.steps or len(usable_labels(labels)) > FEW_LABELS:
+    if task.start.steps or len(usable_labels(labels)) > FEW_LABELS or len(labels) > MANY_IMAGES:
         return None
     items, sequences = torch.arange(len(labels)), tensor_of(task.catalogue.sequences).long()
     lists = nearest(

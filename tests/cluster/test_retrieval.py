@@ -55,6 +55,25 @@ def test_retrieve_embedding_that_is_not_finite_is_bad_input_on_the_driver(
         retrieve(catalogue, embeddings, 4, tmp_path / "out", work=WORK, executors=on_ray)
 
 
+def test_retrieve_embeddings_that_another_run_adds_to_are_bad_input_and_a_second_start_is_right(
+    session_of: SessionOf, tmp_path: Path
+) -> None:
+    """Workers find rows by number in the file: in the file that took its place they would be other images."""
+    catalogue = make_catalogue(tmp_path / "images", 13)
+    matrix = np.random.default_rng(0).standard_normal((13, 8)).astype(np.float32)
+    path, on_ray = tmp_path / "embeddings.parquet", RayExecutors(lambda: session_of(2))
+    write_embeddings(path, catalogue.ids, matrix)
+    of_before = read_embeddings(path)
+    # What is added comes first by id, and moves all other rows.
+    write_embeddings(path, ["!", *catalogue.ids.tolist()], np.concatenate([matrix[:1], matrix]))
+    with pytest.raises(BadInput, match=r"embeddings\.parquet: another run has changed these embeddings"):
+        retrieve(catalogue, of_before, 4, tmp_path / "out", work=WORK, executors=on_ray)
+    retrieve(catalogue, read_embeddings(path), 4, tmp_path / "out", work=WORK, executors=on_ray)
+    retrieve(catalogue, Embeddings(catalogue.ids, matrix), 4, tmp_path / "local", work=WORK)
+    found, expected = (tmp_path / name / "candidates.parquet" for name in ("out", "local"))
+    assert found.read_bytes() == expected.read_bytes()
+
+
 @pytest.mark.parametrize("use_gpu", [False, True])
 def test_retrieve_one_small_block_starts_no_worker(tmp_path: Path, use_gpu: bool) -> None:
     catalogue = make_catalogue(tmp_path / "images", 4)

@@ -1,6 +1,7 @@
 """Embeddings that are read in place: the same rows as any Parquet reader gives, and what is not read so."""
 
 import itertools
+import os
 import pickle
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from distributed_rerank.data.embeddings import Embeddings, read_embeddings
 from distributed_rerank.data.tables import embeddings_table, write_embeddings
 from distributed_rerank.data.texts import Texts
 from distributed_rerank.data.vectors import StoredVectors, stored_vectors, write_vectors
+from distributed_rerank.errors import BadInput
 
 IDS = [f"{number:03d}" for number in range(50)]
 MATRIX = np.random.default_rng(0).standard_normal((50, 5)).astype(np.float32)
@@ -49,6 +51,29 @@ def test_a_file_is_the_same_however_its_rows_came(tmp_path: Path) -> None:
     assert (tmp_path / "one").read_bytes() == (tmp_path / "many").read_bytes()
 
 
+@pytest.mark.parametrize("now", ["more rows", "other values", "nothing"])
+def test_rows_of_a_file_that_was_replaced_are_refused(tmp_path: Path, now: str) -> None:
+    """Another run adds to the embeddings that this one reads: its row numbers are those of the file of before."""
+    path = tmp_path / "e.parquet"
+    write_embeddings(path, IDS, MATRIX)
+    stored = read_embeddings(path)
+    assert isinstance(stored.matrix, StoredVectors)
+    away = pickle.dumps(stored.matrix)
+    ids = [*IDS, "0005"] if now == "more rows" else IDS
+    if now == "nothing":
+        path.unlink()
+    else:
+        order = np.argsort(ids)
+        write_embeddings(path, [ids[row] for row in order], np.append(MATRIX, MATRIX[:1] + 1, axis=0)[order])
+        os.utime(path, ns=(0, path.stat().st_mtime_ns + 1))  # a coarse clock may give both files one time
+    for vectors_of in (stored.matrix, pickle.loads(away)):
+        for read in (lambda v: v[3:4], lambda v: v[np.array([49])], lambda v: list(v.id_parts()), np.asarray):
+            with pytest.raises(BadInput, match=r"e\.parquet: another run has changed these embeddings"):
+                read(vectors_of)
+    if now != "nothing":
+        assert len(read_embeddings(path)) == len(ids)
+
+
 @pytest.mark.parametrize("change", ["compressed", "many pages", "unsorted", "float64", "numbers", "not finite", "list"])
 def test_other_tables_give_the_same_embeddings_from_memory(tmp_path: Path, change: str) -> None:
     order = np.arange(50)[::-1] if change == "unsorted" else np.arange(50)
@@ -80,7 +105,10 @@ def test_stored_and_held_embeddings_are_alike(tmp_path: Path) -> None:
     wanted = Texts(["", "003", "017", "018", "049", "05"])
     assert stored.rows_of(wanted).tolist() == held.rows_of(wanted).tolist() == [-1, 3, 17, 18, 49, -1]
     assert np.array_equal(np.concatenate(list(stored.blocks())), MATRIX)
-    mapped = [one.mapped(lambda x: 2 * x[:, :3], tmp_path / "mapped" / "m.parquet") for one in (stored, held)]
+    mapped = [
+        one.mapped(lambda x: 2 * x[:, :3], tmp_path / name / "m.parquet")
+        for name, one in (("of stored", stored), ("of held", held))
+    ]
     for found in mapped:
         assert found.ids.tolist() == IDS
         assert np.array_equal(np.asarray(found.matrix), 2 * MATRIX[:, :3])

@@ -163,10 +163,14 @@ def test_evidence_in_one_gallery_leaves_out_a_photos_own_sequence(points: np.nda
         assert known.n_relevant[item] == sum(labels[other] == labels[item] for other in found)
 
 
-def test_evidence_in_one_gallery_is_for_few_labels_and_no_adapter(
-    catalogue: Catalogue, points: np.ndarray, tmp_path: Path
+def test_evidence_in_one_gallery_is_for_few_labels_few_images_and_no_adapter(
+    catalogue: Catalogue, points: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     task = task_beside_seen(catalogue, points, tmp_path, lost=1, adapt=False)
+    for most, is_enough in ((len(task.catalogue), False), (len(task.catalogue) - 1, True)):
+        with monkeypatch.context() as patch:
+            patch.setattr(evidence, "MANY_IMAGES", most)
+            assert (evidence_among_all(task) is None) is is_enough
     adapted = replace(task, start=Chain((AdaptStep("whiten", 0.0),)))
     assert evidence_among_all(adapted) is None
     many = pd.DataFrame({"id": [f"{n:03d}" for n in range(50)], "label": [str(n // 2) for n in range(50)]})
