@@ -77,9 +77,16 @@ def read_trained_on(folder: Path) -> TrainedOn | None:
 
 
 def different_setting(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> tuple[str, Any, Any] | None:
-    """The first setting, with its values, in which two extractors differ so that their embeddings do; None for none."""
+    """The first setting, with its values, in which two extractors differ so that their embeddings do; None for none.
+
+    Of the weights, a digest, the beginning is given.
+    """
     names = sorted((ours.keys() | theirs.keys()) - set(_NOT_COMPARED))
     different = [name for name in names if ours.get(name) != theirs.get(name)]
     if ours.get("weights") != theirs.get("weights"):
         different.append("weights")
-    return (different[0], ours.get(different[0]), theirs.get(different[0])) if different else None
+    if not different:
+        return None
+    name = different[0]
+    was, now = (settings.get(name) for settings in (ours, theirs))
+    return (name, was, now) if name != "weights" else (name, str(was)[:12], str(now)[:12])

@@ -20,7 +20,7 @@ from distributed_rerank.data.catalogue import Catalogue
 from distributed_rerank.data.distance_kinds import Conversion
 from distributed_rerank.data.embeddings import read_embeddings
 from distributed_rerank.data.relevance import without_junk
-from distributed_rerank.data.trained_on import are_normalised
+from distributed_rerank.data.trained_on import are_normalised, different_setting
 from distributed_rerank.errors import BadInput
 from distributed_rerank.executors import Executors
 from distributed_rerank.reranking.external_candidates import external_candidates, settle_missing_lists
@@ -59,6 +59,7 @@ def first_stage(
     embeddings, n_without_list = None, 0
     with timed(timings, "embed"):
         if config.embeddings is not None:
+            check_same_extractor(config, work)
             embeddings = extraction.check_complete(
                 read_embeddings(config.embeddings), catalogue, work.max_rejects, config.embeddings
             )
@@ -71,8 +72,7 @@ def first_stage(
         if config.embeddings is not None:
             check_embeddings(known, embeddings, extractor_settings(config.embeddings), "--embeddings")
         else:
-            settings = extraction.embedding_settings(config.extractor, work)["extractor"]
-            check_embeddings(known, embeddings, json.loads(json.dumps(settings)), "--extractor")
+            check_embeddings(known, embeddings, settings_of_flags(config, work), "--extractor")
         has_row = embeddings.rows_of(catalogue.ids) >= 0
         readable = catalogue if has_row.all() else catalogue.take(np.flatnonzero(has_row))
         rejects = embeddings.rejects_among(catalogue.ids)
@@ -99,6 +99,31 @@ def first_stage(
             )  # fmt: skip
     lists, are_given = without_junk(lists, readable), config.candidates is not None
     return FirstStage(readable, lists, embeddings, rejects, are_given, n_without_list, config.recall)
+
+
+def settings_of_flags(config: FirstStageConfig, work: WorkConfig) -> dict[str, Any]:
+    """The settings of --extractor as a manifest has them."""
+    return json.loads(json.dumps(extraction.embedding_settings(config.extractor, work)["extractor"]))
+
+
+def check_same_extractor(config: FirstStageConfig, work: WorkConfig) -> None:
+    """Raises BadInput where --embeddings is of another extractor than --extractor, if both are given.
+
+    Where the embeddings do not say whose they are, a warning says that they count.
+    """
+    if config.embeddings is None or config.extractor.name is None:
+        return
+    theirs = extractor_settings(config.embeddings)
+    if theirs is None:
+        logger.warning("--extractor is not used: --embeddings %s holds all embeddings", config.embeddings)
+        return
+    found = different_setting(theirs, settings_of_flags(config, work))
+    if found is not None:
+        setting, was, given = found
+        raise BadInput(
+            f"--embeddings {config.embeddings} is of another extractor than --extractor: {setting} was {was!r}, here "
+            f"it is {given!r}; leave --extractor out, or give the one that these embeddings were made with"
+        )
 
 
 def search_adapted(

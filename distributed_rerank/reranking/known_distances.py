@@ -72,11 +72,9 @@ def check_embeddings(known: KnownDistances, embeddings: Embeddings, settings: di
     fix = f"give {name} of the extractor that the model was trained with, or train a model for this one"
     found = None if settings is None else different_setting(record.extractor, settings)
     if found is not None:
-        setting, ours, theirs = found
-        shown = [value[:12] if setting == "weights" and isinstance(value, str) else value for value in (ours, theirs)]
+        setting, was, now = found
         raise BadInput(
-            f"--model was trained on embeddings of another extractor: {setting} was {shown[0]!r}, here it is "
-            f"{shown[1]!r}; {fix}"
+            f"--model was trained on embeddings of another extractor: {setting} was {was!r}, here it is {now!r}; {fix}"
         )
     dim = embeddings.dim
     if dim != record.dim:

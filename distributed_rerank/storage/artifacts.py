@@ -275,7 +275,7 @@ def _take_over(folder: Path, fingerprint: dict[str, Any]) -> locks.Lock:
     except OSError as error:
         raise _no_lock(path, error) from None
     if lock is None:
-        raise BadInput(f"{folder} is in use by {locks.holder_of(path)}; wait for it or choose another --out")
+        raise BadInput(f"{folder} is in use by {locks.holder_of(path)}; wait for it or choose another folder")
     return lock
 
 

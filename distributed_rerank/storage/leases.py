@@ -76,7 +76,7 @@ class Lease:
             raise self._in_use(self._read()[0]) from None
 
     def _in_use(self, holder: str) -> BadInput:
-        return BadInput(f"{self._what} is in use by {holder}; wait for it or choose another --out")
+        return BadInput(f"{self._what} is in use by {holder}; wait for it or choose another folder")
 
     def _read(self) -> tuple[str, Tag | None]:
         try:

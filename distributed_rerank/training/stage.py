@@ -32,6 +32,7 @@ from distributed_rerank.data.embeddings import Embeddings
 from distributed_rerank.data.rejects import Reject, check_rejects, reject_table
 from distributed_rerank.data.texts import Texts
 from distributed_rerank.data.trained_on import TrainedOn, are_normalised, spread_of, write_trained_on
+from distributed_rerank.errors import BadInput, TakenFolder
 from distributed_rerank.executors import Executors
 from distributed_rerank.models.distance_siamese import DistanceSiamese
 from distributed_rerank.models.saving import build_model, load_model, save_extractor, save_model
@@ -173,7 +174,11 @@ def embeddings_of(
     """Embeddings of the images: those given, or computed as far as `folder` lacks them."""
     if given is not None:
         return extraction.check_complete(given, images, work.max_rejects, folder)
-    return extraction.embed(images, extractor, folder, work=work, executors=executors)
+    try:
+        return extraction.embed(images, extractor, folder, work=work, executors=executors)
+    except TakenFolder as error:
+        remedy = "give the extractor that these embeddings were made with, or another folder for --embeddings"
+        raise BadInput(f"{error.problem}; {remedy}") from None
 
 
 def fingerprint_of(

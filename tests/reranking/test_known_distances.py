@@ -12,9 +12,11 @@ from training_examples import BACKBONE, SMALL, TOKENS, draw_catalogue
 
 from distributed_rerank.chain.chain import Chain, PairwiseStep
 from distributed_rerank.config.evaluation import FirstStageConfig
+from distributed_rerank.config.extractor import ExtractorConfig
 from distributed_rerank.data.catalogue import Catalogue
 from distributed_rerank.data.embeddings import read_embeddings
 from distributed_rerank.data.tables import write_embeddings
+from distributed_rerank.data.texts import Texts
 from distributed_rerank.data.trained_on import read_trained_on
 from distributed_rerank.errors import BadInput
 from distributed_rerank.evaluation.exports import export_trec
@@ -53,6 +55,12 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
     rerank(items, first, folder / "first", model=model, chain=Chain())
     lists = pd.read_parquet(folder / "first" / "candidates" / "candidates.parquet")
     return Trained(folder, items, model, lists)
+
+
+def stored(folder: Path) -> tuple[Texts, np.ndarray]:
+    """Ids and values of a folder of embeddings."""
+    embeddings = read_embeddings(folder)
+    return embeddings.ids, embeddings.matrix[:]
 
 
 Rerank = Callable[..., pd.DataFrame]
@@ -162,11 +170,43 @@ def test_embeddings_of_another_extractor_are_refused(trained: Trained, tmp_path:
         rerank(trained.catalogue, first, tmp_path / "o2", model=trained.model, chain=CHAIN)
 
 
+def test_an_extractor_beside_embeddings_must_be_theirs(
+    trained: Trained, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Whatever the chain needs: a flag that changes nothing is refused, or the log says so."""
+    own = FirstStageConfig(embeddings=trained.embeddings, extractor=BACKBONE)
+    alone = evaluate(trained.catalogue, replace(own, extractor=ExtractorConfig()), tmp_path / "alone")
+    assert evaluate(trained.catalogue, own, tmp_path / "both")["first_stage"] == alone["first_stage"]
+    for changed, said in (
+        (replace(BACKBONE, image_size=40), "image_size was 32, here it is 40; leave --extractor out"),
+        (replace(BACKBONE, extractor_seed=7), r"weights was '\w{12}', here it is '\w{12}'; leave --extractor out"),
+    ):
+        with pytest.raises(BadInput, match=f"of another extractor than --extractor: {said}"):
+            evaluate(trained.catalogue, replace(own, extractor=changed), tmp_path / "other")
+    assert "--extractor is not used" not in caplog.text
+    write_embeddings(tmp_path / "e.parquet", *stored(trained.embeddings))
+    of_others = replace(own, embeddings=tmp_path / "e.parquet")
+    assert evaluate(trained.catalogue, of_others, tmp_path / "table")["first_stage"] == alone["first_stage"]
+    assert "--extractor is not used: --embeddings " in caplog.text
+
+
+def test_training_on_embeddings_of_another_extractor_names_the_options_that_help(
+    trained: Trained, tmp_path: Path
+) -> None:
+    """Neither --overwrite nor another --out would."""
+    model = replace(TOKENS, extractor=replace(BACKBONE, image_size=40))
+    with pytest.raises(BadInput, match=r"image_size=32, this run has .*image_size=40; give the extractor") as refused:
+        train(trained.catalogue, model, SMALL, tmp_path / "model", embeddings_folder=trained.embeddings)
+    assert "another folder for --embeddings" in str(refused.value)
+    assert "--overwrite" not in str(refused.value)
+    assert "--out" not in str(refused.value)
+
+
 @pytest.mark.parametrize("change", ["length", "dim"])
 def test_embeddings_of_another_length_are_refused(change: str, trained: Trained, tmp_path: Path) -> None:
-    embeddings = read_embeddings(trained.embeddings)
-    matrix = embeddings.matrix[:] * 3 if change == "length" else embeddings.matrix[:][:, :5]
-    write_embeddings(tmp_path / "embeddings.parquet", embeddings.ids, matrix)
+    ids, matrix = stored(trained.embeddings)
+    matrix = matrix * 3 if change == "length" else matrix[:, :5]
+    write_embeddings(tmp_path / "embeddings.parquet", ids, matrix)
     first = FirstStageConfig(embeddings=tmp_path / "embeddings.parquet")
     words = "embeddings of length 1, these not" if change == "length" else "these have 5"
     with pytest.raises(BadInput, match=words):
