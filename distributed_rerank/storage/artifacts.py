@@ -280,7 +280,7 @@ def _take_over(folder: Path, fingerprint: dict[str, Any]) -> locks.Lock:
 
 
 def _no_lock(path: Path, error: OSError) -> BadInput:
-    return BadInput(f"{path.parent}: no file can be locked here ({error}); choose another --out")
+    return BadInput(f"{path.parent}: no file can be locked here ({error}); choose another folder")
 
 
 def _is_absent(folder: Path) -> bool:

@@ -57,7 +57,7 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
     if manifest is None:
         raise BadInput(f"{folder} holds no {MANIFEST}: it is not a complete output of this tool")
     if not isinstance(manifest.get("fingerprint"), dict):
-        raise BadInput(f"{path} has no fingerprint: it is not an output of this tool; choose another --out")
+        raise BadInput(f"{path} has no fingerprint: it is not an output of this tool; choose another folder")
     return manifest
 
 
@@ -113,7 +113,7 @@ def _parse(path: Path) -> dict[str, Any] | None:
     except (FileNotFoundError, NotADirectoryError):
         return None
     except ValueError as error:
-        raise BadInput(f"{path} is not valid JSON ({error}); delete the folder or choose another --out") from None
+        raise BadInput(f"{path} is not valid JSON ({error}); delete the folder or choose another folder") from None
     if not isinstance(manifest, dict):
         return {}
     if _has_digests(manifest) and not has_its_digest(manifest, text):
