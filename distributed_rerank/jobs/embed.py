@@ -20,4 +20,9 @@ def main(job: EmbedJob, catalogue: Catalogue) -> None:
         )
     if adapter is not None:
         embeddings.mapped(adapter, job.out / "adapted.parquet")
-    logger.info("%d embeddings, %d rejects: %s", len(embeddings), len(embeddings.rejects), job.out)
+    n_rejected, n_others = len(embeddings.rejects_among(catalogue.ids)), len(embeddings)
+    n_others -= len(catalogue) - n_rejected
+    others = f", beside {n_others:,} of other catalogues" if n_others else ""
+    logger.info(
+        "%s images embedded, %d rejected%s: %s", f"{len(catalogue) - n_rejected:,}", n_rejected, others, job.out
+    )

@@ -1,12 +1,14 @@
 """jobs/embed.py: what it writes, adds to and leaves alone."""
 
 import json
+import logging
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import pytest
 import torch
 from job_files import EXTRACTOR
 from PIL import Image
@@ -73,3 +75,23 @@ def test_second_run_computes_only_what_is_missing(catalogue_path: Path, run_job:
     assert all(np.array_equal(after[id], before[id]) for id in before.index)
     manifest = json.loads((tmp_path / "e" / "manifest.json").read_text())
     assert (manifest["rows"], manifest["blocks"]["computed"]) == (88, 2 * 8)  # embeddings and rejects of 40 images
+
+
+def test_the_log_counts_the_images_of_this_table(
+    catalogue_path: Path, run_job: Callable, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A folder keeps what earlier tables had: it is told apart, and a photo that left the table is no reject of it."""
+    photos = shutil.copytree(catalogue_path.parent, tmp_path / "photos")
+    table = pd.read_csv(photos / "df.csv", dtype=str)
+    table = table[table["split"] == "validation"]
+    (photos / table["path"].iloc[3]).write_bytes(b"no photo")
+    for n_dropped, said in (
+        (0, "47 images embedded, 1 rejected: "),
+        (4, "44 images embedded, 0 rejected, beside 3 of"),
+    ):
+        table.iloc[n_dropped:].to_csv(photos / "df.csv", index=False)
+        with caplog.at_level(logging.INFO):
+            outcome = run_job("embed", "--catalogue", photos / "df.csv", "--out", tmp_path / "e", *EXTRACTOR)
+        assert outcome.code == 0, outcome.errors
+        assert said in caplog.text
+    assert pd.read_parquet(tmp_path / "e" / "rejects.parquet")["id"].tolist() == [table["path"].iloc[3]]
