@@ -1,7 +1,10 @@
-"""What every test may use: where the shared real data lies."""
+"""What every test may use: where the shared real data lies, one Ray, one S3 server."""
 
+import logging
 import os
 import secrets
+import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -27,6 +30,28 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"real data not found at {folder}; set DISTRIBUTED_RERANK_DATA to its folder")
     return folder
+
+
+@pytest.fixture(scope="session")
+def ray_cluster() -> Iterator[str]:
+    """One Ray for all tests of a process: 8 declared CPUs, its own folder and token; gives its address."""
+    import ray  # a second that most tests need not wait for
+
+    # pytest's own temporary folder is too long for Ray's socket paths
+    folder = Path(tempfile.mkdtemp(prefix="rerank-test-", dir="/tmp"))
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    context = ray.init(
+        address="local",
+        num_cpus=8,
+        object_store_memory=400_000_000,
+        include_dashboard=False,
+        logging_level=logging.WARNING,
+        _temp_dir=str(folder),
+    )
+    yield context.address_info["gcs_address"]
+    ray.shutdown()
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 @pytest.fixture(scope="session")

@@ -8,6 +8,7 @@ whether the file is still the one whose metadata were read.
 """
 
 import contextlib
+import hashlib
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -43,18 +44,11 @@ _HEADER = 256
 """More bytes than a page has before its levels."""
 
 
-class _Stamp(NamedTuple):
-    """What tells a file from one that has replaced it; the same on every machine that sees it."""
-
-    n_bytes: int
-    modified_ns: int
-
-
 class _Part(NamedTuple):
-    """A row group: where its values are, and which of all rows it begins with."""
+    """A row group: where its values are, and which of all rows it begins with; `footer` tells its file from others."""
 
     path: Path
-    stamp: _Stamp
+    footer: bytes
     row_group: int
     offset: int
     start: int
@@ -107,7 +101,7 @@ def _opened(part: _Part) -> BinaryIO:
     """The file of a part. What is mapped or read through it stays what it is, whatever takes the file's place."""
     with contextlib.suppress(FileNotFoundError):
         file = open(part.path, "rb")
-        if _stamp(file) == part.stamp:
+        if _footer(file) == part.footer:
             return file
         file.close()
     raise BadInput(
@@ -116,9 +110,16 @@ def _opened(part: _Part) -> BinaryIO:
     )
 
 
-def _stamp(file: BinaryIO) -> _Stamp:
-    found = os.fstat(file.fileno())
-    return _Stamp(found.st_size, found.st_mtime_ns)
+def _footer(file: BinaryIO) -> bytes:
+    """A digest of a Parquet file's metadata: places, sizes, and least and largest value of each column of a row group.
+
+    Unlike a time of change it is the same on every machine, and for a file that was written anew with the same rows.
+    """
+    n_bytes = file.seek(0, os.SEEK_END)
+    file.seek(max(0, n_bytes - 8))
+    length = int.from_bytes(file.read(4), "little")
+    file.seek(max(0, n_bytes - 8 - length))
+    return hashlib.sha256(file.read()).digest()
 
 
 def write_vectors(path: str | Path, dim: int, tables: Iterable[pa.Table]) -> None:
@@ -148,7 +149,7 @@ def _in_place(files: Sequence[Path]) -> StoredVectors | None:
     dims: set[int] = set()
     for path in files:
         with open(path, "rb") as opened, pq.ParquetFile(opened) as file:
-            stamp, schema = _stamp(opened), file.schema_arrow
+            footer, schema = _footer(opened), file.schema_arrow
             if schema.names != ["id", "embedding"] or not pa.types.is_fixed_size_list(schema.field("embedding").type):
                 return None
             if schema.field("id").type != pa.string() or schema.field("embedding").type.value_type != pa.float32():
@@ -160,7 +161,7 @@ def _in_place(files: Sequence[Path]) -> StoredVectors | None:
                 if offset is None:
                     return None
                 start = parts[-1].start + parts[-1].n_rows if parts else 0
-                parts.append(_Part(path.absolute(), stamp, number, offset, start, group.num_rows))
+                parts.append(_Part(path.absolute(), footer, number, offset, start, group.num_rows))
     return StoredVectors(parts, dims.pop()) if len(dims) == 1 else None
 
 

@@ -1,14 +1,10 @@
 """A tiny catalogue, saved models, and the jobs themselves: in this process, or as processes of their own."""
 
 import json
-import logging
 import os
-import secrets
-import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +12,6 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-import ray
 from PIL import Image, ImageDraw
 
 from distributed_rerank import command_line
@@ -87,29 +82,6 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     chain = {"schema_version": 2, "steps": [step], "calibration": {"slope": 2.0, "intercept": 0.5}}
     (folder / "concat" / "chain.json").write_text(json.dumps(chain))
     return {name: folder / name for name in built}
-
-
-@pytest.fixture(scope="session")
-def local_ray() -> Iterator[None]:
-    """One Ray for all jobs that run in this process; the one that another folder's tests have started is shared."""
-    if ray.is_initialized():
-        yield
-        return
-    # pytest's own temporary folder is too long for Ray's socket paths
-    folder = Path(tempfile.mkdtemp(prefix="rerank-test-", dir="/tmp"))
-    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-    os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
-    ray.init(
-        address="local",
-        num_cpus=8,
-        object_store_memory=400_000_000,
-        include_dashboard=False,
-        logging_level=logging.WARNING,
-        _temp_dir=str(folder),
-    )
-    yield
-    ray.shutdown()
-    shutil.rmtree(folder, ignore_errors=True)
 
 
 @pytest.fixture

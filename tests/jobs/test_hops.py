@@ -94,7 +94,7 @@ def test_pair_passes_few_functions_and_few_of_them_as_values(
 ) -> None:
     """On a CPU a call has one score block, on a GPU several."""
     if on_ray:
-        request.getfixturevalue("local_ray")
+        request.getfixturevalue("ray_cluster")
     model = recording(load_model(models["concat"]), tmp_path / "hops")
     chain = Chain((PairwiseStep(top_n=5),))
     monkeypatch.setattr(evaluate, "load_model_and_chain", lambda config: (model, chain))

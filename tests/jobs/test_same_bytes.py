@@ -30,7 +30,7 @@ def exported() -> dict[str, float]:
 
 
 def test_files_are_equal_for_any_number_of_workers_and_counters_tell_the_work(
-    catalogue_path: Path, models: dict[str, Path], run_job: Callable, local_ray: None, tmp_path: Path
+    catalogue_path: Path, models: dict[str, Path], run_job: Callable, ray_cluster: str, tmp_path: Path
 ) -> None:
     def evaluate(name: str, *arguments: object, on_ray: bool) -> dict[str, bytes]:
         outcome = run_job(

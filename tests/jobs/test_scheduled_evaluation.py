@@ -102,7 +102,7 @@ def test_killed_run_continues_and_gives_the_same_bytes(
     models: dict[str, Path],
     run_job: Callable[..., Any],
     start_job: Callable[..., subprocess.Popen[str]],
-    local_ray: None,
+    ray_cluster: str,
     tmp_path: Path,
 ) -> None:
     model = ["--model", models["concat"], *EXTRACTOR, "--images-per-block", "6", "--queries-per-block", "1"]

@@ -19,7 +19,7 @@ SMALL = ["--epochs", "2", "--n-labels", "4", "--n-instances", "3", "--n-items", 
 @pytest.mark.ray
 @pytest.mark.slow
 def test_trained_extractor_is_loaded_as_weights(
-    catalogue_path: Path, run_job: Callable, local_ray: None, tmp_path: Path
+    catalogue_path: Path, run_job: Callable, ray_cluster: str, tmp_path: Path
 ) -> None:
     out = tmp_path / "extractor"
     outcome = run_job("train_extractor", "--catalogue", catalogue_path, "--out", out, *EXTRACTOR, *SMALL, on_ray=True)
