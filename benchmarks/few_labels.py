@@ -36,7 +36,7 @@ from distributed_rerank.models.saving import build_model, load_model
 from distributed_rerank.tensors import metrics
 from distributed_rerank.tensors.knn import nearest
 from distributed_rerank.training.encodings import FULL_ENCODER
-from distributed_rerank.training.evidence import evidence_among_all, evidence_of_runs
+from distributed_rerank.training.evidence import evidence_of_runs, evidence_on_all_labels
 from distributed_rerank.training.images import DecodedImages, block_path
 from distributed_rerank.training.run import results, train_all
 from distributed_rerank.training.stage import make_task
@@ -91,7 +91,7 @@ def measure(data: Data, items: np.ndarray, seed: int, folder: Path) -> tuple[flo
         write_state(block.clone(), path)
     state = train_all(task, folder / "run", TrainingWorker(), None, lambda state, figures: None)
     of_runs = results(state)
-    chain = choose(evidence_of_runs(task, of_runs), seed, config.accept, evidence_among_all(task))
+    chain = choose(evidence_of_runs(task, of_runs), seed, config.accept, evidence_on_all_labels(task))
     model = load_model(folder / "run" / "encodings" / FULL_ENCODER)
     load_state(model, of_runs[-1]["best"]["model"])
     plain = evidence_on(data, model, data.embeddings)

@@ -68,8 +68,8 @@ class Catalogue:
         adapted = choose_adaptation(points, labels, alone, side, search, measure, self.seed)
         known = measure(adapted.lists)
         is_few = adapted.step is None and len(np.unique(labels)) <= FEW_LABELS
-        among_all = evidence_on(lists_among(points, np.arange(len(labels))), labels, points) if is_few else None
-        chain = choose(self.with_logits(known), self.seed, among_all=among_all)
+        all_labels = evidence_on(lists_among(points, np.arange(len(labels))), labels, points) if is_few else None
+        chain = choose(self.with_logits(known), self.seed, all_labels=all_labels)
         new_points, new_labels = self.new
         everyone = np.arange(len(new_labels))
         before = evidence_on(lists_among(new_points, everyone), new_labels, new_points)

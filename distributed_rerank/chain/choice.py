@@ -8,7 +8,8 @@ probable enough (`judge`). Otherwise the chain stays as it was; with no chain st
 log says so.
 
 Few labels among themselves are ranked so well that hardly any step can show a gain. Steps that need no model may use
-all train labels as evidence, so with few labels they are tried once more in one gallery of all of them.
+all train labels as evidence, not only those that the model has not seen. So they are tried once more on these where
+nothing was taken.
 """
 
 import logging
@@ -48,7 +49,7 @@ that of the pairwise step, on any labels."""
 CLEARLY_BETTER = 0.005
 """A larger weight of the first stage must raise mAP@10 + CMC@1 by more than this. The measured models have seen fewer
 labels than the model that is kept, and lean on the first stage more than it has to."""
-AMONG_ALL = ", among all train images"
+ON_ALL_LABELS = ", on all train labels"
 """Ends the name of a step that was tried there."""
 Pick = Callable[[Sequence[PerQuery], Trial, Bool[Tensor, " query"]], int]
 """The number of the best setting by these values on some queries, beside the chain so far."""
@@ -66,17 +67,17 @@ class Attempt:
     decisions: list[dict[str, Any]]
 
 
-def choose(evidence: Evidence, seed: int = 0, accept: float = ACCEPT, among_all: Evidence | None = None) -> Chain:
+def choose(evidence: Evidence, seed: int = 0, accept: float = ACCEPT, all_labels: Evidence | None = None) -> Chain:
     """The chain for these labels, with the figures of every setting tried in `chosen_on` and a calibration.
 
     A step joins where the probability of its gain (`judge`) is at least `accept`. Without logits only the chain steps
-    that need no training are tried. `among_all`, for few labels, holds all of them in one gallery and no logits: where
+    that need no training are tried. `all_labels` has more labels, or one gallery of all, and no logits: where
     nothing is taken from `evidence`, the steps that need no training are tried there.
     """
     attempt = try_steps(evidence, seed, accept)
     decisions = attempt.decisions
-    if among_all is not None and not attempt.chosen.chain.steps:
-        again = try_steps(among_all, seed, accept, where=AMONG_ALL)
+    if all_labels is not None and not attempt.chosen.chain.steps:
+        again = try_steps(all_labels, seed, accept, where=ON_ALL_LABELS)
         decisions = decisions + again.decisions
         attempt = again if again.chosen.chain.steps else attempt
     current, labels = attempt.chosen, attempt.evidence.query_labels()
@@ -281,7 +282,7 @@ def log_choice(chosen: Trial, decisions: Sequence[dict[str, Any]]) -> None:
 def log_decisions(decisions: Sequence[dict[str, Any]]) -> None:
     """One line for each chain step tried."""
     for decision in decisions:
-        gain, where = decision["gain"], "" if decision["step"].endswith(AMONG_ALL) else " on set-aside labels"
+        gain, where = decision["gain"], "" if decision["step"].endswith(ON_ALL_LABELS) else " on set-aside labels"
         logger.info(
             "%s: mAP@10 %+.4f [%+.4f, %+.4f], CMC@1 %+.4f [%+.4f, %+.4f]%s: %s",
             decision["step"], gain["map@10"]["mean"], *gain["map@10"]["ci95"], gain["cmc@1"]["mean"],

@@ -28,7 +28,7 @@ BESIDE_EACH, MAX_BESIDE = 3, 20_000
 """Most images of labels that the extractor has seen, for each other image and altogether (`seen_beside`)."""
 
 MANY_IMAGES = 20_000
-"""So many that halves of the labels show enough, however few the labels are."""
+"""So many that the labels set aside show enough, however few they are."""
 
 
 def retrieve_among(
@@ -79,20 +79,33 @@ def evidence_from(
     return Evidence(own_lists, labels, n_relevant, logits, embeddings[items], target, things)
 
 
-def evidence_among_all(task: TrainingTask) -> Evidence | None:
-    """All train images in one gallery, for the chain steps that need no model; None where labels or images are many.
+def evidence_on_all_labels(task: TrainingTask) -> Evidence | None:
+    """All train labels, for the chain steps that need no model; None where the runs' validation shows as much.
 
-    None as well where the chain begins with an adapter, which was fitted to these labels.
+    Few labels are searched in one gallery, if no adapter was fitted to them: in halves they are ranked too well for any
+    step to show a gain. A model that is trained once is measured on the labels set aside alone, but these steps may be
+    measured on the labels that it is trained on too.
     """
     labels = task.catalogue.labels.astype(np.int64)
-    if task.start.steps or len(usable_labels(labels)) > FEW_LABELS or len(labels) > MANY_IMAGES:
+    if len(labels) > MANY_IMAGES:
         return None
-    items, sequences = torch.arange(len(labels)), tensor_of(task.catalogue.sequences).long()
-    lists = nearest(
+    if len(usable_labels(labels)) <= FEW_LABELS and not task.start.steps:
+        return evidence_of(task, lists_in_one_gallery(task), None)
+    has_beside = task.is_beside is not None and bool(task.is_beside.any())
+    if task.half is not None or has_beside:
+        return None
+    (run,) = task.runs
+    assert run.validation is not None, "a model that is trained once has labels set aside"
+    return evidence_of(task, join_lists([run.anchors, run.validation]), None)
+
+
+def lists_in_one_gallery(task: TrainingTask) -> CandidateLists:
+    """Candidates of each image among all others."""
+    items, sequences = torch.arange(len(task.catalogue)), tensor_of(task.catalogue.sequences).long()
+    return nearest(
         task.embeddings, task.embeddings, query_items=items, gallery_items=items, n_items=task.config.n_items,
         query_sequences=sequences, gallery_sequences=sequences,
     )  # fmt: skip
-    return evidence_of(task, lists, None)
 
 
 def evidence_of_runs(task: TrainingTask, of_runs: Sequence[State]) -> Evidence:

@@ -49,9 +49,9 @@ from distributed_rerank.training.card import CARD, model_card
 from distributed_rerank.training.distillation import TableTeacher, Teacher, check_teachable, score_by_teacher
 from distributed_rerank.training.encodings import FULL_ENCODER, FittedModel, holds_model, keep_model
 from distributed_rerank.training.evidence import (
-    evidence_among_all,
     evidence_from,
     evidence_of_runs,
+    evidence_on_all_labels,
     retrieve_among,
     seen_beside,
 )
@@ -366,7 +366,7 @@ def write_model(
     chain = Chain()
     if used.is_valid:
         evidence = evidence_of_runs(task, list(of_runs.values()))
-        found = choose(evidence, task.config.seed, task.config.accept, evidence_among_all(task))
+        found = choose(evidence, task.config.seed, task.config.accept, evidence_on_all_labels(task))
         found = choose_views(evidence, found, task.config.seed, task.config.accept)
         steps, on = (*task.start.steps, *found.steps), found.chosen_on | task.start.chosen_on
         chain = replace(found, steps=steps, chosen_on=on, adapter=task.start.adapter)

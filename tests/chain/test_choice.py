@@ -9,7 +9,7 @@ from chain_evidence import N_LABELS, evidence
 from torch import Tensor
 
 from distributed_rerank.chain.chain import Chain, NeighbourhoodStep, PairwiseStep, QueryExpansionStep
-from distributed_rerank.chain.choice import AMONG_ALL, best, best_that_keeps_first, choose, judge, outcome
+from distributed_rerank.chain.choice import ON_ALL_LABELS, best, best_that_keeps_first, choose, judge, outcome
 from distributed_rerank.chain.evidence import Evidence, half_of_labels
 from distributed_rerank.chain.probability import probabilities
 from distributed_rerank.chain.settings import fusion_figure, fusion_trials, neighbour_settings
@@ -288,28 +288,28 @@ def few_labels(seed: int, *, is_shuffled: bool = False) -> tuple[Evidence, Evide
 
 
 def test_few_labels_are_chosen_on_in_one_gallery_where_their_halves_show_too_little() -> None:
-    apart, among_all = few_labels(0)
-    alone, together = choose(apart), choose(apart, among_all=among_all)
+    apart, all_labels = few_labels(0)
+    alone, together = choose(apart), choose(apart, all_labels=all_labels)
     assert alone.steps == ()
     assert len(together.steps) == 1
     *of_halves, last = together.chosen_on["decisions"]
     assert of_halves[: len(alone.chosen_on["decisions"])] == alone.chosen_on["decisions"]
-    assert (last["taken"], last["step"].endswith(AMONG_ALL)) == (True, True)
+    assert (last["taken"], last["step"].endswith(ON_ALL_LABELS)) == (True, True)
     # The figures are those of the gallery that the step was chosen in.
-    in_one_gallery = {key: float(values.mean()) for key, values in among_all.per_query(among_all.lists).items()}
+    in_one_gallery = {key: float(values.mean()) for key, values in all_labels.per_query(all_labels.lists).items()}
     assert together.chosen_on["first_stage"] == {key: in_one_gallery[key] for key in ("map@10", "cmc@1")}
-    assert together.chosen_on["chosen"] == try_chain(among_all, together).figures()
+    assert together.chosen_on["chosen"] == try_chain(all_labels, together).figures()
     _, fresh = few_labels(100)
     before, after = (try_chain(fresh, chain).figures() for chain in (Chain(), together))
     assert after["map@10"] > before["map@10"]
 
 
 def test_one_gallery_is_not_asked_where_the_halves_show_enough() -> None:
-    known, (_, among_all) = evidence(1.5, 2.0), few_labels(0)
-    assert choose(known, among_all=among_all).chosen_on == choose(known).chosen_on
+    known, (_, all_labels) = evidence(1.5, 2.0), few_labels(0)
+    assert choose(known, all_labels=all_labels).chosen_on == choose(known).chosen_on
 
 
 def test_one_gallery_of_shuffled_labels_adds_no_step() -> None:
     for seed in range(4):
-        apart, among_all = few_labels(seed, is_shuffled=True)
-        assert choose(apart, seed, among_all=among_all).steps == ()
+        apart, all_labels = few_labels(seed, is_shuffled=True)
+        assert choose(apart, seed, all_labels=all_labels).steps == ()

@@ -14,7 +14,7 @@ from distributed_rerank.data.catalogue import Catalogue
 from distributed_rerank.data.embeddings import Embeddings
 from distributed_rerank.tensors.candidate_lists import CandidateLists
 from distributed_rerank.training import evidence
-from distributed_rerank.training.evidence import drawn_labels, evidence_among_all, evidence_of, seen_beside
+from distributed_rerank.training.evidence import drawn_labels, evidence_of, evidence_on_all_labels, seen_beside
 from distributed_rerank.training.stage import images_with, make_task
 from distributed_rerank.training.task import TrainingTask, join_lists, plan_epoch
 
@@ -134,7 +134,7 @@ def test_labels_beside_are_whole_and_no_more_than_asked(catalogue: Catalogue, mo
 def test_few_labels_are_evidence_in_one_gallery(catalogue: Catalogue, points: np.ndarray, tmp_path: Path) -> None:
     """Labels 8 to 19: each is searched for among the images of both sides, and among those of seen labels."""
     task = task_beside_seen(catalogue, points, tmp_path, lost=1, adapt=False)
-    known = evidence_among_all(task)
+    known = evidence_on_all_labels(task)
     assert known is not None
     assert known.logits is None
     assert_lists(known.lists, task.embeddings.numpy())
@@ -155,7 +155,7 @@ def test_evidence_in_one_gallery_leaves_out_a_photos_own_sequence(points: np.nda
     task = make_task(
         images, Embeddings(images.ids, points[:60]), TOKENS, replace(SMALL, n_items=59, adapt=False), tmp_path
     )
-    known = evidence_among_all(task)
+    known = evidence_on_all_labels(task)
     assert known is not None
     for item in range(60):
         found = set(known.lists.items[item].tolist()) - {-1}
@@ -163,17 +163,51 @@ def test_evidence_in_one_gallery_leaves_out_a_photos_own_sequence(points: np.nda
         assert known.n_relevant[item] == sum(labels[other] == labels[item] for other in found)
 
 
-def test_evidence_in_one_gallery_is_for_few_labels_few_images_and_no_adapter(
-    catalogue: Catalogue, points: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def planted_task(n_labels: int, folder: Path, **changes: float) -> TrainingTask:
+    """Labels of four points each, around centres."""
+    state, labels = np.random.default_rng(1), np.repeat(np.arange(n_labels), 4)
+    ids = [f"{item:03d}" for item in range(len(labels))]
+    table = pd.DataFrame({"id": ids, "label": labels.astype(str), "path": ids, "split": "train", "is_query": True})
+    images = Catalogue(table.assign(is_gallery=True), "planted.csv").as_query_and_gallery()
+    points = state.standard_normal((n_labels, 6))[labels] + state.standard_normal((len(labels), 6))
+    config = replace(SMALL, n_items=20, top_n=20, adapt=False, **changes)  # pyright: ignore[reportArgumentType]
+    return make_task(images, Embeddings(images.ids, points.astype(np.float32)), TOKENS, config, folder)
+
+
+def test_a_model_that_is_trained_once_leaves_all_labels_to_steps_without_one(tmp_path: Path) -> None:
+    task = planted_task(30, tmp_path, backbone_lr=1e-4)
+    (run,) = task.runs
+    assert run.validation is not None
+    known = evidence_on_all_labels(task)
+    assert known is not None
+    assert known.logits is None
+    assert np.array_equal(known.queries.numpy(), np.arange(120))
+    assert set(known.n_relevant.tolist()) == {3}
+    sides = [lists.query_items for lists in (run.anchors, run.validation)]
+    assert sorted(torch.cat(sides).tolist()) == list(range(120))
+    for items in sides:  # either side was searched among itself
+        assert_lists(known.lists[items], task.embeddings.numpy())
+        expected = exact_lists(items.numpy(), task.embeddings.numpy())
+        assert np.array_equal(known.lists.items[items].numpy(), expected)
+
+
+def test_evidence_on_all_labels_is_none_where_validation_shows_as_much(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Halves of many labels are validation in turn; few that an adapter was fitted to are not searched together."""
+    assert evidence_on_all_labels(planted_task(30, tmp_path / "halves")) is None
+    few = planted_task(12, tmp_path / "few")
+    adapted = replace(few, start=Chain((AdaptStep("whiten", 0.0),)))
+    assert (evidence_on_all_labels(few) is None, evidence_on_all_labels(adapted) is None) == (False, True)
+    for most, is_enough in ((len(few.catalogue), False), (len(few.catalogue) - 1, True)):
+        monkeypatch.setattr(evidence, "MANY_IMAGES", most)
+        assert (evidence_on_all_labels(few) is None) is is_enough
+
+
+def test_evidence_on_all_labels_leaves_out_tasks_beside_seen_labels(
+    catalogue: Catalogue, points: np.ndarray, tmp_path: Path
+) -> None:
+    """Lists of what is trained on have none for the images beside them, so neighbourhoods cannot be made."""
     task = task_beside_seen(catalogue, points, tmp_path, lost=1, adapt=False)
-    for most, is_enough in ((len(task.catalogue), False), (len(task.catalogue) - 1, True)):
-        with monkeypatch.context() as patch:
-            patch.setattr(evidence, "MANY_IMAGES", most)
-            assert (evidence_among_all(task) is None) is is_enough
-    adapted = replace(task, start=Chain((AdaptStep("whiten", 0.0),)))
-    assert evidence_among_all(adapted) is None
-    many = pd.DataFrame({"id": [f"{n:03d}" for n in range(50)], "label": [str(n // 2) for n in range(50)]})
-    table = many.assign(path=many["id"], split="train", is_query=True, is_gallery=True)
-    images = Catalogue(table, "planted.csv").as_query_and_gallery()
-    assert evidence_among_all(replace(task, catalogue=images)) is None
+    adapted = replace(task, half=None, runs=task.runs[:1], start=Chain((AdaptStep("whiten", 0.0),)))
+    assert evidence_on_all_labels(adapted) is None
