@@ -22,8 +22,10 @@ from distributed_rerank.chain.trials import try_chain
 from distributed_rerank.tensors.candidate_lists import CandidateLists
 from distributed_rerank.tensors.knn import nearest
 from distributed_rerank.tensors.label_split import FEW_LABELS
+from distributed_rerank.tensors.look_alikes import look_alike_groups
 from distributed_rerank.tensors.metrics import count_relevant
 from distributed_rerank.training.adaptation import choose_adaptation
+from distributed_rerank.training.mining import SUSPECT_NEIGHBOURS
 from distributed_rerank.training.plan import sides
 from distributed_rerank.training.task import join_lists
 
@@ -56,7 +58,9 @@ class Catalogue:
     def harm(self) -> tuple[float, bool]:
         """Change of mAP@10 on the new labels, and whether any step was taken."""
         points, labels = self.train
-        side, alone = sides(labels, 0.5, self.seed), np.full(len(labels), -1)
+        nearest_ten = lists_among(points, np.arange(len(labels)), SUSPECT_NEIGHBOURS)
+        groups = look_alike_groups(nearest_ten, torch.from_numpy(labels)).numpy()
+        side, alone = sides(labels, 0.5, self.seed, groups), np.full(len(labels), -1)
 
         def search(matrix: np.ndarray, name: str) -> tuple[CandidateLists, CandidateLists]:
             first, second = (lists_among(matrix, np.flatnonzero(side == s)) for s in (0, 1))
@@ -88,10 +92,10 @@ class Catalogue:
         return Evidence(evidence.lists, evidence.labels, evidence.n_relevant, logits, evidence.embeddings)
 
 
-def lists_among(matrix: np.ndarray, items: np.ndarray) -> CandidateLists:
+def lists_among(matrix: np.ndarray, items: np.ndarray, n_items: int = N_ITEMS) -> CandidateLists:
     """Exact lists of these items among themselves."""
     x, own = torch.from_numpy(matrix[items]), torch.from_numpy(items)
-    return nearest(x, x, query_items=own, gallery_items=own, n_items=min(N_ITEMS, max(2, len(items) - 1)))
+    return nearest(x, x, query_items=own, gallery_items=own, n_items=min(n_items, max(2, len(items) - 1)))
 
 
 def evidence_on(lists: CandidateLists, labels: np.ndarray, points: np.ndarray) -> Evidence:

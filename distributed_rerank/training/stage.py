@@ -43,6 +43,7 @@ from distributed_rerank.storage.files import write_json
 from distributed_rerank.storage.paths import scheme_of
 from distributed_rerank.tensors.candidate_lists import CandidateLists
 from distributed_rerank.tensors.label_split import usable_labels
+from distributed_rerank.tensors.look_alikes import look_alike_groups
 from distributed_rerank.training import mining, tracking
 from distributed_rerank.training.adaptation import Adaptation, choose_adaptation
 from distributed_rerank.training.card import CARD, model_card
@@ -239,6 +240,7 @@ def make_task(
 ) -> TrainingTask:
     """Splits the labels, retrieves candidates on either side, and writes the untrained model to disk.
 
+    Labels that the first stage takes for one another stay on one side (`tensors.look_alikes`).
     `beside` are ids of images without a label that stand in the gallery of either side (`seen_beside`). A model with
     projections to fit is trained on either half of the labels with the other half as validation, then on all labels.
     Any other model is trained on the labels that are not set aside, with those set aside as validation.
@@ -248,8 +250,10 @@ def make_task(
     if not holds_model(model_folder):
         keep_model(build_model(model_config), model_folder)
     is_halved = isinstance(load_model(model_folder), FittedModel) and config.backbone_lr == 0
-    side = sides(images.labels.astype(np.int64), 0.5 if is_halved else config.set_aside, config.seed)
-    n_trained = len(usable_labels(images.labels[side == 0].astype(np.int64)))
+    labels = images.labels.astype(np.int64)
+    look_alikes = look_alike_groups(nearest_images(images, embeddings, work, executors), torch.from_numpy(labels))
+    side = sides(labels, 0.5 if is_halved else config.set_aside, config.seed, look_alikes.numpy())
+    n_trained = len(usable_labels(labels[side == 0]))
     if config.mining != "lists" and n_trained < config.n_labels:
         logger.info("a batch holds all %d labels that are trained on, for n_labels=%d", n_trained, config.n_labels)
     is_own = side >= 0
@@ -334,13 +338,19 @@ def adapt(
     )
 
 
+def nearest_images(
+    images: Catalogue, embeddings: Embeddings, work: Path, executors: Executors | None
+) -> CandidateLists:
+    """The images nearest to each labelled one, among these alone; computed once in `work`."""
+    everyone = np.flatnonzero(images.labels >= 0)
+    return retrieve_among(everyone, images, embeddings, mining.SUSPECT_NEIGHBOURS, work / "nearest", executors)
+
+
 def log_mining_report(
     task: TrainingTask, embeddings: Embeddings, work: Path, folder: Path, executors: Executors | None
 ) -> None:
     """Logs the figures and suspects of mining and writes them into `folder`."""
-    everyone = np.flatnonzero(task.catalogue.labels >= 0)
-    n_items, nearest_folder = mining.SUSPECT_NEIGHBOURS, work / "nearest"
-    nearest = retrieve_among(everyone, task.catalogue, embeddings, n_items, nearest_folder, executors)
+    nearest = nearest_images(task.catalogue, embeddings, work, executors)
     logger.info("%s", mining.mining_in_text(mining.write_mining(task, nearest, folder)))
 
 

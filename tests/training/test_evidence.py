@@ -191,6 +191,23 @@ def test_a_model_that_is_trained_once_leaves_all_labels_to_steps_without_one(tmp
         assert np.array_equal(known.lists.items[items].numpy(), expected)
 
 
+def test_variants_of_one_product_are_set_aside_together(tmp_path: Path) -> None:
+    """Ten products of four variants each: the lists of either half hold all variants of its products."""
+    state, labels = np.random.default_rng(2), np.repeat(np.arange(40), 4)
+    ids = [f"{item:03d}" for item in range(len(labels))]
+    table = pd.DataFrame({"id": ids, "label": labels.astype(str), "path": ids, "split": "train", "is_query": True})
+    images = Catalogue(table.assign(is_gallery=True), "planted.csv").as_query_and_gallery()
+    label = images.labels.astype(np.int64)
+    product = state.permutation(40) % 10
+    variant = state.standard_normal((10, 6))[product] * 9 + state.standard_normal((40, 6))
+    points = variant[label] + state.standard_normal((len(label), 6))
+    config = replace(SMALL, n_items=20, top_n=20, adapt=False)
+    task = make_task(images, Embeddings(images.ids, points.astype(np.float32)), TOKENS, config, tmp_path)
+    halves = [set(product[label[run.anchors.query_items.numpy()]]) for run in task.runs[:2]]
+    assert [len(half) for half in halves] == [5, 5]
+    assert halves[0] | halves[1] == set(range(10))
+
+
 def test_evidence_on_all_labels_is_none_where_validation_shows_as_much(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
