@@ -26,7 +26,7 @@ from distributed_rerank.tensors.look_alikes import look_alike_groups
 from distributed_rerank.tensors.metrics import count_relevant
 from distributed_rerank.training.adaptation import choose_adaptation
 from distributed_rerank.training.mining import SUSPECT_NEIGHBOURS
-from distributed_rerank.training.plan import sides
+from distributed_rerank.training.sides import sides
 from distributed_rerank.training.task import join_lists
 
 KINDS = ("train labels shuffled", "all labels shuffled", "perfect first stage")

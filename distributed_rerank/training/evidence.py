@@ -14,7 +14,6 @@ from distributed_rerank.chain.evidence import Evidence, Things
 from distributed_rerank.config.training import Target
 from distributed_rerank.data.catalogue import Catalogue
 from distributed_rerank.data.embeddings import Embeddings
-from distributed_rerank.data.texts import Texts
 from distributed_rerank.executors import Executors
 from distributed_rerank.runtime.devices import tensor_of
 from distributed_rerank.tensors import metrics
@@ -121,24 +120,22 @@ def evidence_of_runs(task: TrainingTask, of_runs: Sequence[State]) -> Evidence:
     return evidence_of(task, join_lists([lists for lists, _ in measured]), torch.cat(padded)[order])
 
 
-def seen_beside(seen: Catalogue | None, n_own: int, seed: int) -> tuple[Texts, Texts]:
-    """Ids of images of labels that the extractor has seen, to stand beside the images of either side in its gallery.
+def seen_beside(seen: Catalogue | None, n_own: int, seed: int) -> Catalogue | None:
+    """Images of labels that the extractor has seen, to stand beside the others in the gallery of either side.
 
     They are candidates, never queries: negatives where a model is trained. A few labels among themselves are ranked so
     well that no step can show a gain; with others around them they are ranked about as new photos in a real gallery
-    are. A model that is judged among such images must have been trained against them.
-    The labels are drawn by `seed` and halved; there are at most `BESIDE_EACH` such images for each of `n_own` images.
+    are. A model that is judged among such images must have been trained against others: each is on one side only.
+    The labels are drawn by `seed`; there are at most `BESIDE_EACH` such images for each of `n_own` images, None if
+    there are none.
     """
-    if seen is None:
-        return Texts([]), Texts([])
-    drawn = drawn_labels(seen, min(MAX_BESIDE, BESIDE_EACH * n_own), seed)
-    is_first = np.random.default_rng([seed, 0xBE5]).permutation(len(drawn.label_names)) % 2 == 0
-    return Texts(drawn.ids[is_first[drawn.labels]]), Texts(drawn.ids[~is_first[drawn.labels]])
+    drawn = seen and drawn_labels(seen, min(MAX_BESIDE, BESIDE_EACH * n_own), seed)
+    return drawn if drawn is not None and len(drawn) else None
 
 
 def drawn_labels(images: Catalogue, most: int, seed: int) -> Catalogue:
-    """All images of labels drawn by `seed`, at most `most` images."""
-    labels, counts = np.unique(images.labels, return_counts=True)
+    """All images of labels drawn by `seed`, at most `most` images; none without a label."""
+    labels, counts = np.unique(images.labels[images.labels >= 0], return_counts=True)
     order = np.random.default_rng([seed, 0xC0D]).permutation(len(labels))
     kept = labels[order][counts[order].cumsum() <= most]
     return images.take(np.flatnonzero(np.isin(images.labels, kept)))

@@ -25,7 +25,7 @@ from distributed_rerank.tensors import metrics, statistics
 from distributed_rerank.tensors.knn import nearest
 from distributed_rerank.tensors.label_split import usable_labels
 from distributed_rerank.tensors.neighbour_agreement import neighbour_agreement
-from distributed_rerank.training.plan import LABELS_TO_CHOOSE_ON
+from distributed_rerank.training.sides import LABELS_TO_CHOOSE_ON
 
 logger = logging.getLogger(__name__)
 
