@@ -119,8 +119,9 @@ def try_steps(evidence: Evidence, seed: int, accept: float, where: str = "") -> 
         values = cross_fitted_values(settings, current, is_first_half, pick)
         counts_map = evidence.target == "both"
         decision = judge(
-            f"{name}{where}", current.values, values, first_stage, labels, seed, accept, counts_map=counts_map
-        )
+            f"{name}{where}", current.values, values, first_stage, labels, seed, accept, counts_map=counts_map,
+            families=evidence.query_families(),
+        )  # fmt: skip
         decisions.append(decision)
         if decisions[-1]["taken"]:
             everyone = torch.ones_like(is_first_half)
@@ -205,12 +206,14 @@ def judge(
     accept: float,
     *,
     counts_map: bool = False,
+    families: Int64[Tensor, " query"] | None = None,
 ) -> dict[str, Any]:
     """The decision about a chain step, for chain.json: its gain, how probable one is, and whether it is taken.
 
     Taken where the objective rises with probability `accept` and by enough to matter; neither may mAP@10 have fallen,
     nor CMC@1 be below the first stage's. Where mAP@10 counts, its own gain is enough if CMC@1 has not fallen: CMC@1
-    varies so much between labels that it would hide a gain of mAP@10.
+    varies so much between labels that it would hide a gain of mAP@10. The lines' errors are those between `families`,
+    look-alike labels in one: new queries are of other families. None = between labels.
     """
     gain = statistics.compare({key: before[key] for key in after}, after, labels, seed=seed)
     probability = probability_of_gain(after["objective"] - before["objective"], labels)
@@ -224,7 +227,11 @@ def judge(
         "probability": probability,
         "accept": accept,
         "gain": {key: gain_to_json(difference) for key, difference in gain.items()},
-        "lines": {key: line_to_json(gain_line(before[key], after[key], labels)) for key in after if key != "objective"},
+        "lines": {
+            key: line_to_json(gain_line(before[key], after[key], labels if families is None else families))
+            for key in after
+            if key != "objective"
+        },
         "n_labels": len(labels.unique()),
     }
 
@@ -315,7 +322,8 @@ def choose_views(evidence: Evidence, chain: Chain, seed: int, accept: float) -> 
         picked = measured[best(measured, alone, half)]
         for key in crossed:
             crossed[key][~half] = picked[key][~half]
-    decision = judge("views", values[first], crossed, alone, by_item.query_labels(), seed, accept)
+    labels, families = by_item.query_labels(), by_item.query_families()
+    decision = judge("views", values[first], crossed, alone, labels, seed, accept, families=families)
     log_decisions([decision])
     everyone = torch.ones_like(is_first_half)
     taken = others[best(measured, alone, everyone)] if decision["taken"] else first

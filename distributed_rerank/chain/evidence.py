@@ -14,6 +14,9 @@ from distributed_rerank.tensors.metrics import PerQuery
 CMC_WEIGHT = 2.0
 """Of CMC@1 beside mAP@10 in the objective: neighbourhood steps gain the second and can lose the first."""
 
+LEAST_FAMILIES = 5
+"""Fewer would say nothing: with three of them a line has an interval of thirteen times its error."""
+
 
 @dataclass(frozen=True)
 class Things:
@@ -37,6 +40,8 @@ class Evidence:
     target: Target = "both"
     """What a choice maximises: mAP@10 + `CMC_WEIGHT` CMC@1, or one metric."""
     things: Things | None = None
+    families: Int64[Tensor, " item"] | None = None
+    """One number for items of look-alike labels, whose gains are not independent; None = each label is alone."""
 
     @property
     def queries(self) -> Int64[Tensor, " query"]:
@@ -51,6 +56,12 @@ class Evidence:
     def query_labels(self) -> Int64[Tensor, " query"]:
         """Labels of the queries."""
         return self.labels[self.queries]
+
+    def query_families(self) -> Int64[Tensor, " query"]:
+        """What varies together: families of the queries, or labels where there are fewer than `LEAST_FAMILIES`."""
+        if self.families is None or len(self.families[self.queries].unique()) < LEAST_FAMILIES:
+            return self.query_labels()
+        return self.families[self.queries]
 
     def per_query(self, lists: CandidateLists) -> PerQuery:
         """Metrics of the queries, in item order, from lists of all items."""

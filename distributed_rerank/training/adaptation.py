@@ -81,7 +81,8 @@ def choose_adaptation(
     values = [trial.values for trial in trials]
     settings = Settings([trial.chain for trial in trials], values, lambda number, is_first: values[number])
     fitted = cross_fitted_values(settings, first_stage, is_first, best)
-    decision = judge("adapt", first_stage.values, fitted, first_stage, evidence.query_labels(), seed, accept)
+    of_queries, families = evidence.query_labels(), evidence.query_families()
+    decision = judge("adapt", first_stage.values, fitted, first_stage, of_queries, seed, accept, families=families)
     is_taken, chosen = decision["taken"], best(values, first_stage, torch.ones_like(is_first))
     decision |= {
         "first_stage": first_stage.figures(),
@@ -133,7 +134,8 @@ def choose_by_folds(
     mapped = concatenate([*parts, lists_of(alone, x)])
     before, evidence = trial_of(measure, (lists_of(items, x), mapped[:0]), Chain())
     after, _ = trial_of(measure, (mapped, mapped[:0]), Chain((step,)))
-    decision = judge("adapt", before.values, after.values, before, evidence.query_labels(), seed, accept)
+    of_queries, families = evidence.query_labels(), evidence.query_families()
+    decision = judge("adapt", before.values, after.values, before, of_queries, seed, accept, families=families)
     decision |= {
         "first_stage": before.figures(),
         "table": [row(trial.chain, trial.values) for trial in (before, after)],

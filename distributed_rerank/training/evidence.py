@@ -50,7 +50,7 @@ def retrieve_among(
 
 def evidence_of(task: TrainingTask, lists: CandidateLists, logits: Float[Tensor, "query top_n"] | None) -> Evidence:
     """`evidence_from` the task's images."""
-    return evidence_from(task.catalogue, task.embeddings, lists, logits, task.config.target)
+    return evidence_from(task.catalogue, task.embeddings, lists, logits, task.config.target, task.families)
 
 
 def evidence_from(
@@ -59,6 +59,7 @@ def evidence_from(
     lists: CandidateLists,
     logits: Float[Tensor, "query top_n"] | None,
     target: Target,
+    families: Int64[np.ndarray, " item"] | None = None,
 ) -> Evidence:
     """These lists with the logits of their first candidates, their items numbered 0, 1, ... among themselves.
 
@@ -75,7 +76,8 @@ def evidence_from(
     if catalogue.things is not None:
         numbers = tensor_of(catalogue.things)[items]
         things = Things(numbers, count_relevant_things(everyone, everyone, labels, sequences, numbers))
-    return Evidence(own_lists, labels, n_relevant, logits, embeddings[items], target, things)
+    known_families = None if families is None else torch.from_numpy(families)[items]
+    return Evidence(own_lists, labels, n_relevant, logits, embeddings[items], target, things, known_families)
 
 
 def evidence_on_all_labels(task: TrainingTask) -> Evidence | None:

@@ -250,12 +250,12 @@ def make_task(
         keep_model(build_model(model_config), model_folder)
     is_halved = isinstance(load_model(model_folder), FittedModel) and config.backbone_lr == 0
     share, is_own = 0.5 if is_halved else config.set_aside, images.labels >= 0
-    side = sides_of(images, beside, embeddings, share, config.seed, work, executors)
+    side, families = sides_of(images, beside, embeddings, share, config.seed, work, executors)
     n_trained = len(usable_labels(images.labels[is_own & (side == 0)].astype(np.int64)))
     if config.mining != "lists" and n_trained < config.n_labels:
         logger.info("a batch holds all %d labels that are trained on, for n_labels=%d", n_trained, config.n_labels)
     search = Search(images, side, config.n_items, work / "candidates", executors)
-    adapted = adapt(images, embeddings, side, config, search)
+    adapted = adapt(images, embeddings, side, families, config, search)
     # Images beside are candidates, and so negatives, of the others, and no anchors: their labels are known.
     anchors = [lists[torch.from_numpy(is_own)[lists.query_items].nonzero()[:, 0]] for lists in adapted.lists]
     first, second = adapted.lists
@@ -275,6 +275,7 @@ def make_task(
         runs=runs,
         half=side if is_halved else None,
         is_beside=(side >= 0) & ~is_own,
+        families=families,
         start=Chain(
             () if adapted.step is None else (adapted.step,),
             {} if adapted.decision is None else {"adapt": adapted.decision},
@@ -312,6 +313,7 @@ def adapt(
     images: Catalogue,
     embeddings: Embeddings,
     side: Int64[np.ndarray, " image"],
+    families: Int64[np.ndarray, " image"],
     config: TrainingConfig,
     search: Search,
 ) -> Adaptation:
@@ -326,7 +328,7 @@ def adapt(
         images.sequences.astype(np.int64),
         side,
         search,
-        lambda lists: evidence_from(images, everything, join_lists(list(lists)), None, config.target),
+        lambda lists: evidence_from(images, everything, join_lists(list(lists)), None, config.target, families),
         config.seed,
         config.accept,
     )
@@ -340,13 +342,17 @@ def sides_of(
     seed: int,
     work: Path,
     executors: Executors | None,
-) -> Int64[np.ndarray, " image"]:
-    """The side of each image, look-alikes on one side; images `beside` have the side of their look-alikes."""
+) -> tuple[Int64[np.ndarray, " image"], Int64[np.ndarray, " image"]]:
+    """The side and the group of look-alikes of each image, -1 = none.
+
+    Look-alikes are on one side, images `beside` on that of theirs.
+    """
     numbers = label_numbers(images, beside)
     folder = work / ("nearest" if beside is None else "look_alikes")
     lists = nearest_images(images, np.flatnonzero(numbers >= 0), embeddings, folder, executors)
     groups = look_alike_groups(lists, torch.from_numpy(numbers)).numpy()
-    return sides_with_beside(numbers, int(images.labels.max()) + 1, share, seed, groups)
+    side = sides_with_beside(numbers, int(images.labels.max()) + 1, share, seed, groups)
+    return side, np.where(numbers < 0, -1, groups[numbers])
 
 
 def label_numbers(images: Catalogue, beside: Catalogue | None) -> Int64[np.ndarray, " image"]:

@@ -1,7 +1,7 @@
 """A choice stays away from noise, takes what helps, and rests on labels that its constants have not seen."""
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -16,6 +16,7 @@ from distributed_rerank.chain.settings import fusion_figure, fusion_trials, neig
 from distributed_rerank.chain.trials import Trial, try_chain
 from distributed_rerank.tensors.calibration import expected_calibration_error
 from distributed_rerank.tensors.candidate_lists import CandidateLists
+from distributed_rerank.tensors.gain_line import gain_line
 from distributed_rerank.tensors.knn import nearest
 from distributed_rerank.tensors.metrics import count_relevant
 
@@ -90,6 +91,38 @@ def test_a_small_gain_counts_where_little_room_is_left(before: float, is_taken: 
     after = values | {key: values[key] + gain for key in ("map@10", "objective")}
     trial = Trial(Chain(), values, evidence(1.0, 1.0).lists)
     assert judge("neighbours", values, after, trial, labels, 0, 0.995, counts_map=True)["taken"] is is_taken
+
+
+def test_a_promise_is_as_uncertain_as_families_of_labels_differ() -> None:
+    """Ten families of three labels that gain the same: as sure as ten labels, whatever the thirty labels say."""
+    labels = torch.arange(30).repeat_interleave(5)
+    families = labels // 3
+    before = {key: torch.linspace(0.2, 0.6, 150).double() for key in ("map@10", "cmc@1", "objective")}
+    after = {key: column + 0.1 + 0.02 * (families % 4) for key, column in before.items()}
+    trial = Trial(Chain(), before, evidence(1.0, 1.0).lists)
+    apart, together = (judge("adapt", before, after, trial, labels, 0, 0.99, families=by) for by in (None, families))
+    assert together["lines"]["map@10"] == asdict(gain_line(before["map@10"], after["map@10"], families))
+    assert apart["lines"]["map@10"] == asdict(gain_line(before["map@10"], after["map@10"], labels))
+    ratio = together["lines"]["map@10"]["gain_variance"] / apart["lines"]["map@10"]["gain_variance"]
+    assert 2 < ratio < 4
+    assert {**apart, "lines": 0} == {**together, "lines": 0}
+
+
+def test_every_line_of_a_chosen_chain_is_by_family() -> None:
+    known = evidence(1.5, 2.0)
+    chain = choose(replace(known, families=known.labels // 3))
+    lines = [decision["lines"]["map@10"] for decision in chain.chosen_on["decisions"]]
+    assert len(lines) >= 2
+    assert {line["n_clusters"] for line in lines} == {10}
+    assert {d["lines"]["map@10"]["n_clusters"] for d in choose(known).chosen_on["decisions"]} == {30}
+
+
+def test_fewer_than_five_families_are_too_few_to_tell_how_they_differ() -> None:
+    known = evidence(1.5, 2.0)
+    assert torch.equal(known.query_families(), known.labels)
+    of_four, of_five = (replace(known, families=known.labels % n) for n in (4, 5))
+    assert torch.equal(of_four.query_families(), known.labels)
+    assert torch.equal(of_five.query_families(), known.labels % 5)
 
 
 def test_the_target_decides_what_is_maximised() -> None:

@@ -229,6 +229,11 @@ def test_variants_of_one_product_are_set_aside_together(tmp_path: Path) -> None:
     halves = [set(product[label[run.anchors.query_items.numpy()]]) for run in task.runs[:2]]
     assert [len(half) for half in halves] == [5, 5]
     assert halves[0] | halves[1] == set(range(10))
+    assert task.families is not None
+    groups = {tuple(sorted(set(label[task.families == family]))) for family in np.unique(task.families)}
+    assert all(len(set(product[list(group)])) == 1 for group in groups)
+    known = evidence_of(task, join_lists([run.anchors for run in task.runs[:2]]), None)
+    assert np.array_equal(known.query_families().numpy(), task.families)
 
 
 def test_evidence_on_all_labels_is_none_where_validation_shows_as_much(
