@@ -14,6 +14,7 @@ from distributed_rerank.chain.evidence import Evidence, Things
 from distributed_rerank.config.training import Target
 from distributed_rerank.data.catalogue import Catalogue
 from distributed_rerank.data.embeddings import Embeddings
+from distributed_rerank.data.texts import Texts
 from distributed_rerank.executors import Executors
 from distributed_rerank.runtime.devices import tensor_of
 from distributed_rerank.tensors import metrics
@@ -59,7 +60,7 @@ def evidence_from(
     lists: CandidateLists,
     logits: Float[Tensor, "query top_n"] | None,
     target: Target,
-    families: Int64[np.ndarray, " item"] | None = None,
+    families: Int64[np.ndarray, " label"] | None = None,
 ) -> Evidence:
     """These lists with the logits of their first candidates, their items numbered 0, 1, ... among themselves.
 
@@ -76,8 +77,9 @@ def evidence_from(
     if catalogue.things is not None:
         numbers = tensor_of(catalogue.things)[items]
         things = Things(numbers, count_relevant_things(everyone, everyone, labels, sequences, numbers))
-    known_families = None if families is None else torch.from_numpy(families)[items]
-    return Evidence(own_lists, labels, n_relevant, logits, embeddings[items], target, things, known_families)
+    # [item] the family of each one's label; images without a label have none.
+    of_items = None if families is None else torch.from_numpy(families)[labels.clamp(min=0)].where(labels >= 0, -1)
+    return Evidence(own_lists, labels, n_relevant, logits, embeddings[items], target, things, of_items)
 
 
 def evidence_on_all_labels(task: TrainingTask) -> Evidence | None:
@@ -122,17 +124,19 @@ def evidence_of_runs(task: TrainingTask, of_runs: Sequence[State]) -> Evidence:
     return evidence_of(task, join_lists([lists for lists, _ in measured]), torch.cat(padded)[order])
 
 
-def seen_beside(seen: Catalogue | None, n_own: int, seed: int) -> Catalogue | None:
-    """Images of labels that the extractor has seen, to stand beside the others in the gallery of either side.
+def seen_beside(seen: Catalogue | None, n_own: int, seed: int) -> tuple[Texts, Texts]:
+    """Ids of images of labels that the extractor has seen, to stand beside the images of either side in its gallery.
 
     They are candidates, never queries: negatives where a model is trained. A few labels among themselves are ranked so
     well that no step can show a gain; with others around them they are ranked about as new photos in a real gallery
-    are. A model that is judged among such images must have been trained against others: each is on one side only.
-    The labels are drawn by `seed`; there are at most `BESIDE_EACH` such images for each of `n_own` images, None if
-    there are none.
+    are. A model that is judged among such images must have been trained against them.
+    The labels are drawn by `seed` and halved; there are at most `BESIDE_EACH` such images for each of `n_own` images.
     """
-    drawn = seen and drawn_labels(seen, min(MAX_BESIDE, BESIDE_EACH * n_own), seed)
-    return drawn if drawn is not None and len(drawn) else None
+    if seen is None:
+        return Texts([]), Texts([])
+    drawn = drawn_labels(seen, min(MAX_BESIDE, BESIDE_EACH * n_own), seed)
+    is_first = np.random.default_rng([seed, 0xBE5]).permutation(len(drawn.label_names)) % 2 == 0
+    return Texts(drawn.ids[is_first[drawn.labels]]), Texts(drawn.ids[~is_first[drawn.labels]])
 
 
 def drawn_labels(images: Catalogue, most: int, seed: int) -> Catalogue:

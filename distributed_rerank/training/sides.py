@@ -69,27 +69,3 @@ def sides(
             place[labels == label] = np.arange(int((labels == label).sum()))
         return np.where(labels < 0, -1, place % 2)
     return np.where(labels < 0, -1, set_aside_labels(labels, share, seed, groups).astype(np.int64))
-
-
-def sides_with_beside(
-    numbers: Int64[np.ndarray, " image"],
-    n_own: int,
-    share: float | None,
-    seed: int,
-    groups: Int64[np.ndarray, " label"],
-) -> Int64[np.ndarray, " image"]:
-    """The sides of all images where labels from `n_own` on are those of images that stand beside.
-
-    Labels below `n_own` are in `sides`. Any other label is on the side of its own group's labels below `n_own`; the
-    groups without such a label are halved, drawn by `seed`.
-    """
-    side = sides(np.where(numbers < n_own, numbers, -1), share, seed, groups)
-    is_beside = numbers >= n_own
-    # [group] the side of its labels below n_own, any of them where the group was split; -1 = it has none.
-    side_of_group = np.full(groups.max(initial=-1) + 1, -1)
-    side_of_group[groups[numbers[side >= 0]]] = side[side >= 0]
-    alone = np.unique(groups[numbers[is_beside]])
-    alone = alone[side_of_group[alone] < 0]
-    side_of_group[alone] = np.random.default_rng([seed, 0xBE5]).permutation(len(alone)) % 2
-    side[is_beside] = side_of_group[groups[numbers[is_beside]]]
-    return side

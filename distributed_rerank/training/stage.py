@@ -30,6 +30,7 @@ from distributed_rerank.data import tables
 from distributed_rerank.data.catalogue import Catalogue
 from distributed_rerank.data.embeddings import Embeddings
 from distributed_rerank.data.rejects import Reject, check_rejects, reject_table
+from distributed_rerank.data.texts import Texts
 from distributed_rerank.data.trained_on import TrainedOn, are_normalised, spread_of, write_trained_on
 from distributed_rerank.errors import BadInput, TakenFolder
 from distributed_rerank.executors import Executors
@@ -59,7 +60,7 @@ from distributed_rerank.training.run import fit as fit_in_this_process
 from distributed_rerank.training.run import results
 from distributed_rerank.training.seen_labels import LabelsToUse, check_enough_labels, pick_labels
 from distributed_rerank.training.services import add_result, check_services, opened
-from distributed_rerank.training.sides import sides_with_beside
+from distributed_rerank.training.sides import sides
 from distributed_rerank.training.state import load_state
 from distributed_rerank.training.task import (
     Fit,
@@ -203,12 +204,13 @@ def fingerprint_of(
     )
 
 
-def images_with(images: Catalogue, beside: Catalogue | None, catalogue: Catalogue) -> Catalogue:
+def images_with(images: Catalogue, beside: Sequence[Texts], catalogue: Catalogue) -> Catalogue:
     """The images and those `beside` them, which are in the catalogue too; these have no label here."""
-    if beside is None:
+    others = np.concatenate([catalogue.items_of(ids) for ids in beside])
+    if not len(others):
         return images
-    both = catalogue.take(np.concatenate([catalogue.items_of(images.ids), catalogue.items_of(beside.ids)]))
-    return both.without_labels(both.items_of(beside.ids))
+    both = catalogue.take(np.concatenate([catalogue.items_of(images.ids), others]))
+    return both.without_labels(both.items_of(catalogue.ids[others]))
 
 
 def without_vanished(images: Catalogue, embeddings: Embeddings, max_rejects: float | None, folder: Path) -> Catalogue:
@@ -234,26 +236,30 @@ def make_task(
     config: TrainingConfig,
     work: Path,
     executors: Executors | None = None,
-    beside: Catalogue | None = None,
+    beside: Sequence[Texts] = (),
 ) -> TrainingTask:
     """Splits the labels, retrieves candidates on either side, and writes the untrained model to disk.
 
     Labels that the first stage takes for one another stay on one side (`tensors.look_alikes`).
-    `beside` has the labels of images that have none among `images`: these stand in the gallery of one side
-    (`seen_beside`). A model with projections to fit is trained on either half of the labels with the other half as
-    validation, then on all labels. Any other model is trained on the labels that are not set aside, with those set
-    aside as validation.
+    `beside` are ids of images without a label that stand in the gallery of either side (`seen_beside`). A model with
+    projections to fit is trained on either half of the labels with the other half as validation, then on all labels.
+    Any other model is trained on the labels that are not set aside, with those set aside as validation.
     """
     images = images.take(np.flatnonzero(embeddings.rows_of(images.ids) >= 0))
     model_folder = work / "untrained"
     if not holds_model(model_folder):
         keep_model(build_model(model_config), model_folder)
     is_halved = isinstance(load_model(model_folder), FittedModel) and config.backbone_lr == 0
-    share, is_own = 0.5 if is_halved else config.set_aside, images.labels >= 0
-    side, families = sides_of(images, beside, embeddings, share, config.seed, work, executors)
-    n_trained = len(usable_labels(images.labels[is_own & (side == 0)].astype(np.int64)))
+    families = look_alikes_of(images, embeddings, work, executors)
+    labels, share = images.labels.astype(np.int64), 0.5 if is_halved else config.set_aside
+    side = sides(labels, share, config.seed, families)
+    n_trained = len(usable_labels(labels[side == 0]))
     if config.mining != "lists" and n_trained < config.n_labels:
         logger.info("a batch holds all %d labels that are trained on, for n_labels=%d", n_trained, config.n_labels)
+    is_own = side >= 0
+    for number, ids in enumerate(beside):
+        places = images.ids.places_of(ids)
+        side[places[places >= 0]] = number
     search = Search(images, side, config.n_items, work / "candidates", executors)
     adapted = adapt(images, embeddings, side, families, config, search)
     # Images beside are candidates, and so negatives, of the others, and no anchors: their labels are known.
@@ -313,7 +319,7 @@ def adapt(
     images: Catalogue,
     embeddings: Embeddings,
     side: Int64[np.ndarray, " image"],
-    families: Int64[np.ndarray, " image"],
+    families: Int64[np.ndarray, " label"],
     config: TrainingConfig,
     search: Search,
 ) -> Adaptation:
@@ -334,53 +340,27 @@ def adapt(
     )
 
 
-def sides_of(
-    images: Catalogue,
-    beside: Catalogue | None,
-    embeddings: Embeddings,
-    share: float | None,
-    seed: int,
-    work: Path,
-    executors: Executors | None,
-) -> tuple[Int64[np.ndarray, " image"], Int64[np.ndarray, " image"]]:
-    """The side and the group of look-alikes of each image, -1 = none.
-
-    Look-alikes are on one side, images `beside` on that of theirs.
-    """
-    numbers = label_numbers(images, beside)
-    folder = work / ("nearest" if beside is None else "look_alikes")
-    lists = nearest_images(images, np.flatnonzero(numbers >= 0), embeddings, folder, executors)
-    groups = look_alike_groups(lists, torch.from_numpy(numbers)).numpy()
-    side = sides_with_beside(numbers, int(images.labels.max()) + 1, share, seed, groups)
-    return side, np.where(numbers < 0, -1, groups[numbers])
-
-
-def label_numbers(images: Catalogue, beside: Catalogue | None) -> Int64[np.ndarray, " image"]:
-    """The label of each image, -1 = none; labels of images `beside` are counted on behind the others."""
-    numbers = images.labels.astype(np.int64)
-    if beside is not None:
-        places = images.ids.places_of(beside.ids)
-        numbers[places[places >= 0]] = numbers.max() + 1 + beside.labels[places >= 0].astype(np.int64)
-    return numbers
+def look_alikes_of(
+    images: Catalogue, embeddings: Embeddings, work: Path, executors: Executors | None
+) -> Int64[np.ndarray, " label"]:
+    """The group of look-alikes of each label."""
+    lists = nearest_images(images, embeddings, work, executors)
+    return look_alike_groups(lists, torch.from_numpy(images.labels.astype(np.int64))).numpy()
 
 
 def nearest_images(
-    images: Catalogue,
-    known: Int64[np.ndarray, " image"],
-    embeddings: Embeddings,
-    folder: Path,
-    executors: Executors | None,
+    images: Catalogue, embeddings: Embeddings, work: Path, executors: Executors | None
 ) -> CandidateLists:
-    """The images nearest to each of the `known` ones, among these alone; computed once in the folder."""
-    return retrieve_among(known, images, embeddings, mining.SUSPECT_NEIGHBOURS, folder, executors)
+    """The images nearest to each labelled one, among these alone; computed once in `work`."""
+    everyone = np.flatnonzero(images.labels >= 0)
+    return retrieve_among(everyone, images, embeddings, mining.SUSPECT_NEIGHBOURS, work / "nearest", executors)
 
 
 def log_mining_report(
     task: TrainingTask, embeddings: Embeddings, work: Path, folder: Path, executors: Executors | None
 ) -> None:
     """Logs the figures and suspects of mining and writes them into `folder`."""
-    everyone = np.flatnonzero(task.catalogue.labels >= 0)
-    nearest = nearest_images(task.catalogue, everyone, embeddings, work / "nearest", executors)
+    nearest = nearest_images(task.catalogue, embeddings, work, executors)
     logger.info("%s", mining.mining_in_text(mining.write_mining(task, nearest, folder)))
 
 

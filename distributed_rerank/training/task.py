@@ -49,8 +49,8 @@ class TrainingTask:
     """The half (0, 1, -1 = none) of each item, where a model's projections are cross-fitted (`encodings`)."""
     is_beside: Bool[np.ndarray, " item"] | None = None
     """Images without a label in the catalogue that are negatives of every anchor."""
-    families: Int64[np.ndarray, " item"] | None = None
-    """One number for images of look-alike labels, -1 = no label."""
+    families: Int64[np.ndarray, " label"] | None = None
+    """One number for each label and its look-alikes."""
     tracked: tuple[ServiceRun, ...] = ()
     """Where the figures go beside the log."""
     teacher: PairValues | None = None

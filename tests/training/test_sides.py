@@ -1,10 +1,10 @@
-"""The sides of the train labels: whole labels, look-alikes together, images beside with their look-alikes."""
+"""The sides of the train labels: whole labels, look-alikes together."""
 
 import numpy as np
 import pytest
 
 from distributed_rerank.errors import BadInput
-from distributed_rerank.training.sides import set_aside_labels, sides, sides_with_beside
+from distributed_rerank.training.sides import set_aside_labels, sides
 
 
 def test_set_aside_labels_are_whole_labels_of_the_share_asked_for() -> None:
@@ -55,20 +55,3 @@ def test_without_a_share_few_labels_set_more_aside(n_labels: int, expected: int)
 def test_set_aside_of_too_few_labels_is_refused() -> None:
     with pytest.raises(BadInput, match="3 train labels"):
         set_aside_labels(np.repeat(np.arange(3), 2), 0.25, seed=0)
-
-
-@pytest.mark.parametrize("seed", range(5))
-def test_images_beside_have_the_side_of_their_look_alikes(seed: int) -> None:
-    """20 labels, 30 beside them: groups of two and three, twelve of them without a label of the 20."""
-    state = np.random.default_rng(seed)
-    numbers = np.repeat(np.arange(50), 3)
-    numbers[::23] = -1
-    groups = np.concatenate([np.arange(20) // 2, np.arange(6), np.arange(24) // 2 + 10])
-    names = state.permutation(40)[: groups.max() + 1]  # numbers of groups say nothing
-    side = sides_with_beside(numbers, 20, 0.5, seed, names[groups])
-    own = np.where(numbers < 20, numbers, -1)
-    assert np.array_equal(side[own >= 0], sides(own, 0.5, seed, names[groups])[own >= 0])
-    assert np.array_equal(side < 0, numbers < 0)
-    of_group = [set(side[np.isin(numbers, np.flatnonzero(groups == group))]) for group in range(22)]
-    assert all(len(found) == 1 for found in of_group)
-    assert sum(found == {0} for found in of_group[10:]) == 6
