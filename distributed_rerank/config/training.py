@@ -119,8 +119,9 @@ class TrainingConfig:
     set_aside: float | None = 0.25
     """Share of the train labels that a model without projections to fit is never trained on: early stopping
     and chain are chosen on them. Models with projections are trained on either half of the labels and judged
-    on the other. Labels that the first stage takes for one another, such as the variants of a product, stay on
-    one side. None: a quarter, but 16 labels where that is no more than 40 %, for few labels show little."""
+    on the other. Where lists are mined, labels that the first stage takes for one another, such as the variants
+    of a product, stay on one side. None: a quarter, but 16 labels where that is no more than 40 %, for few
+    labels show little."""
     top_n: int = 50
     """Candidates of a query that the model re-ranks for the validation figure."""
     views: int = 1

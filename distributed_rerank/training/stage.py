@@ -240,7 +240,8 @@ def make_task(
 ) -> TrainingTask:
     """Splits the labels, retrieves candidates on either side, and writes the untrained model to disk.
 
-    Labels that the first stage takes for one another stay on one side (`tensors.look_alikes`).
+    Labels that the first stage takes for one another stay on one side (`tensors.look_alikes`) where lists are mined. An
+    extractor, which is trained on batches, learns more from some labels of each group than from all labels of some.
     `beside` are ids of images without a label that stand in the gallery of either side (`seen_beside`). A model with
     projections to fit is trained on either half of the labels with the other half as validation, then on all labels.
     Any other model is trained on the labels that are not set aside, with those set aside as validation.
@@ -250,7 +251,7 @@ def make_task(
     if not holds_model(model_folder):
         keep_model(build_model(model_config), model_folder)
     is_halved = isinstance(load_model(model_folder), FittedModel) and config.backbone_lr == 0
-    families = look_alikes_of(images, embeddings, work, executors)
+    families = look_alikes_of(images, embeddings, work, executors) if config.mining == "lists" else None
     labels, share = images.labels.astype(np.int64), 0.5 if is_halved else config.set_aside
     side = sides(labels, share, config.seed, families)
     n_trained = len(usable_labels(labels[side == 0]))
@@ -319,7 +320,7 @@ def adapt(
     images: Catalogue,
     embeddings: Embeddings,
     side: Int64[np.ndarray, " image"],
-    families: Int64[np.ndarray, " label"],
+    families: Int64[np.ndarray, " label"] | None,
     config: TrainingConfig,
     search: Search,
 ) -> Adaptation:

@@ -15,6 +15,7 @@ from distributed_rerank.data.embeddings import Embeddings
 from distributed_rerank.tensors.candidate_lists import CandidateLists
 from distributed_rerank.training import evidence
 from distributed_rerank.training.evidence import drawn_labels, evidence_of, evidence_on_all_labels, seen_beside
+from distributed_rerank.training.sides import sides
 from distributed_rerank.training.stage import images_with, make_task
 from distributed_rerank.training.task import TrainingTask, join_lists, plan_epoch
 
@@ -171,7 +172,7 @@ def test_evidence_in_one_gallery_leaves_out_a_photos_own_sequence(points: np.nda
         assert known.n_relevant[item] == sum(labels[other] == labels[item] for other in found)
 
 
-def planted_task(n_labels: int, folder: Path, **changes: float) -> TrainingTask:
+def planted_task(n_labels: int, folder: Path, **changes: float | str) -> TrainingTask:
     """Labels of four points each, around centres."""
     state, labels = np.random.default_rng(1), np.repeat(np.arange(n_labels), 4)
     ids = [f"{item:03d}" for item in range(len(labels))]
@@ -191,9 +192,9 @@ def test_a_model_that_is_trained_once_leaves_all_labels_to_steps_without_one(tmp
     assert known.logits is None
     assert np.array_equal(known.queries.numpy(), np.arange(120))
     assert set(known.n_relevant.tolist()) == {3}
-    sides = [lists.query_items for lists in (run.anchors, run.validation)]
-    assert sorted(torch.cat(sides).tolist()) == list(range(120))
-    for items in sides:  # either side was searched among itself
+    either = [lists.query_items for lists in (run.anchors, run.validation)]
+    assert sorted(torch.cat(either).tolist()) == list(range(120))
+    for items in either:  # either side was searched among itself
         assert_lists(known.lists[items], task.embeddings.numpy())
         expected = exact_lists(items.numpy(), task.embeddings.numpy())
         assert np.array_equal(known.lists.items[items].numpy(), expected)
@@ -219,6 +220,20 @@ def test_variants_of_one_product_are_set_aside_together(tmp_path: Path) -> None:
     assert all(len(set(product[group])) == 1 for group in groups)
     known = evidence_of(task, join_lists([run.anchors for run in task.runs[:2]]), None)
     assert np.array_equal(known.query_families().numpy(), task.families[label])
+
+
+def test_labels_of_an_extractor_are_drawn_one_by_one(tmp_path: Path) -> None:
+    """It learns more from some variants of every product than from all variants of some."""
+    task = planted_task(30, tmp_path, backbone_lr=1e-4)
+    batches = planted_task(30, tmp_path / "batches", backbone_lr=1e-4, mining="whole_batch", loss="bce")
+    labels = task.catalogue.labels.astype(np.int64)
+    assert task.families is not None
+    assert batches.families is None
+    for each, families in ((task, task.families), (batches, None)):
+        (run,) = each.runs
+        assert run.validation is not None
+        expected = sides(labels, SMALL.set_aside, SMALL.seed, families)
+        assert np.array_equal(run.validation.query_items.numpy(), np.flatnonzero(expected == 1))
 
 
 def test_evidence_on_all_labels_is_none_where_validation_shows_as_much(
