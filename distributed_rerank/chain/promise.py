@@ -3,8 +3,9 @@
 A gain in points does not carry over: the labels set aside are ranked among fewer others than a real gallery holds, so
 the first stage misses less there, and less can be gained. So each chain step keeps its gain as a line over the value
 before it, fitted to single queries by models and constants that had not seen their labels. The promise for other
-queries is that of the lines one after the other, from their own first stage on. Where labels are halved, models that
-saw half of them were measured; the one that is kept has seen all, so it may show more.
+queries is that of the lines one after the other, from their own first stage on. It is made for labels of which the
+model has seen no look-alikes: queries that have some among the train labels may show more. So may others where labels
+are halved, for models that saw half of them were measured, and the one that is kept has seen all.
 """
 
 import math
