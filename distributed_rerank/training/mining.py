@@ -12,25 +12,46 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import torch
+from jaxtyping import Int64
 from torch import Tensor
 
 from distributed_rerank.data import tables
 from distributed_rerank.data.catalogue import Catalogue
+from distributed_rerank.data.embeddings import Embeddings
+from distributed_rerank.executors import Executors
 from distributed_rerank.runtime.devices import tensor_of
 from distributed_rerank.storage.files import write_json
 from distributed_rerank.tensors.candidate_lists import CandidateLists
 from distributed_rerank.tensors.candidate_mining import are_positive, filter_negatives, suspected_mislabels
+from distributed_rerank.tensors.look_alikes import look_alike_groups
 from distributed_rerank.tensors.mining_statistics import mining_statistics
 from distributed_rerank.tensors.suspects import PROBABLE, evidence_of_labels, precision_of_suspects
+from distributed_rerank.training.evidence import retrieve_among
 from distributed_rerank.training.plan import labels_among
 from distributed_rerank.training.task import TrainingTask
 
 SUSPECT_NEIGHBOURS = 10
-"""Suspect pairs are looked for among this many nearest images of each image, of any label."""
+"""Suspect pairs and look-alikes are looked for among this many nearest images of each image, of any label."""
 MAX_SUSPECTS = 1000
 """Most rows of the table, the most probable wrong labels first."""
 DUPLICATE_SHARE = 0.1
 """Of the usual distance to the own label: images nearer than this are called the same picture."""
+
+
+def nearest_images(
+    images: Catalogue, embeddings: Embeddings, work: Path, executors: Executors | None
+) -> CandidateLists:
+    """The images nearest to each labelled one, among these alone; computed once in `work`."""
+    everyone = np.flatnonzero(images.labels >= 0)
+    return retrieve_among(everyone, images, embeddings, SUSPECT_NEIGHBOURS, work / "nearest", executors)
+
+
+def look_alikes_of(
+    images: Catalogue, embeddings: Embeddings, work: Path, executors: Executors | None
+) -> Int64[np.ndarray, " label"]:
+    """The group of look-alikes of each label."""
+    lists = nearest_images(images, embeddings, work, executors)
+    return look_alike_groups(lists, torch.from_numpy(images.labels.astype(np.int64))).numpy()
 
 
 def mining_figures(task: TrainingTask) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """The two sides of the train labels: one is trained on while the other is set aside, or either half in turn.
 
-Labels that the first stage takes for one another are on one side (`tensors.look_alikes`).
+Labels of one group, such as look-alikes (`tensors.look_alikes`), are on one side.
 """
 
 import numpy as np

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Bool, Float32, Int64
+from torch import Tensor
 
 from distributed_rerank import extraction
 from distributed_rerank.chain.chain import Chain, read_chain, write_chain
@@ -43,7 +44,6 @@ from distributed_rerank.storage.files import write_json
 from distributed_rerank.storage.paths import scheme_of
 from distributed_rerank.tensors.candidate_lists import CandidateLists
 from distributed_rerank.tensors.label_split import usable_labels
-from distributed_rerank.tensors.look_alikes import look_alike_groups
 from distributed_rerank.training import mining, tracking
 from distributed_rerank.training.adaptation import Adaptation, choose_adaptation
 from distributed_rerank.training.card import CARD, model_card
@@ -251,7 +251,7 @@ def make_task(
     if not holds_model(model_folder):
         keep_model(build_model(model_config), model_folder)
     is_halved = isinstance(load_model(model_folder), FittedModel) and config.backbone_lr == 0
-    families = look_alikes_of(images, embeddings, work, executors) if config.mining == "lists" else None
+    families = mining.look_alikes_of(images, embeddings, work, executors) if config.mining == "lists" else None
     labels, share = images.labels.astype(np.int64), 0.5 if is_halved else config.set_aside
     side = sides(labels, share, config.seed, families)
     n_trained = len(usable_labels(labels[side == 0]))
@@ -263,23 +263,12 @@ def make_task(
         side[places[places >= 0]] = number
     search = Search(images, side, config.n_items, work / "candidates", executors)
     adapted = adapt(images, embeddings, side, families, config, search)
-    # Images beside are candidates, and so negatives, of the others, and no anchors: their labels are known.
-    anchors = [lists[torch.from_numpy(is_own)[lists.query_items].nonzero()[:, 0]] for lists in adapted.lists]
-    first, second = adapted.lists
-    if is_halved:
-        runs = (
-            TrainingRun("half-0", anchors[0], second),
-            TrainingRun("half-1", anchors[1], first),
-            TrainingRun("all", join_lists(list(anchors)), None),
-        )
-    else:
-        runs = (TrainingRun("train", anchors[0], second),)
     return TrainingTask(
         catalogue=images,
         config=config,
         model_folder=model_folder,
         embeddings=tensor_of(adapted.embeddings),
-        runs=runs,
+        runs=runs_on(adapted.lists, torch.from_numpy(is_own), is_halved),
         half=side if is_halved else None,
         is_beside=(side >= 0) & ~is_own,
         families=families,
@@ -288,6 +277,24 @@ def make_task(
             {} if adapted.decision is None else {"adapt": adapted.decision},
             adapter=adapted.adapter,
         ),
+    )
+
+
+def runs_on(
+    lists: tuple[CandidateLists, CandidateLists], is_own: Bool[Tensor, " image"], is_halved: bool
+) -> tuple[TrainingRun, ...]:
+    """The runs on the lists of both sides: on either half in turn and then on all, or on the first side alone.
+
+    Images beside are candidates, and so negatives, of the others, and no anchors: their labels are known.
+    """
+    first, second = lists
+    anchors = [side[is_own[side.query_items].nonzero()[:, 0]] for side in lists]
+    if not is_halved:
+        return (TrainingRun("train", anchors[0], second),)
+    return (
+        TrainingRun("half-0", anchors[0], second),
+        TrainingRun("half-1", anchors[1], first),
+        TrainingRun("all", join_lists(anchors), None),
     )
 
 
@@ -341,27 +348,11 @@ def adapt(
     )
 
 
-def look_alikes_of(
-    images: Catalogue, embeddings: Embeddings, work: Path, executors: Executors | None
-) -> Int64[np.ndarray, " label"]:
-    """The group of look-alikes of each label."""
-    lists = nearest_images(images, embeddings, work, executors)
-    return look_alike_groups(lists, torch.from_numpy(images.labels.astype(np.int64))).numpy()
-
-
-def nearest_images(
-    images: Catalogue, embeddings: Embeddings, work: Path, executors: Executors | None
-) -> CandidateLists:
-    """The images nearest to each labelled one, among these alone; computed once in `work`."""
-    everyone = np.flatnonzero(images.labels >= 0)
-    return retrieve_among(everyone, images, embeddings, mining.SUSPECT_NEIGHBOURS, work / "nearest", executors)
-
-
 def log_mining_report(
     task: TrainingTask, embeddings: Embeddings, work: Path, folder: Path, executors: Executors | None
 ) -> None:
     """Logs the figures and suspects of mining and writes them into `folder`."""
-    nearest = nearest_images(task.catalogue, embeddings, work, executors)
+    nearest = mining.nearest_images(task.catalogue, embeddings, work, executors)
     logger.info("%s", mining.mining_in_text(mining.write_mining(task, nearest, folder)))
 
 
