@@ -125,8 +125,19 @@ def try_steps(evidence: Evidence, seed: int, accept: float, where: str = "") -> 
         decisions.append(decision)
         if decisions[-1]["taken"]:
             everyone = torch.ones_like(is_first_half)
+            if counts_map and name == NEIGHBOURS and not moves_first_rightly(decision):
+                settings = settings.pinned()
             current = try_chain(evidence, settings.chains[pick(settings.values, current, everyone)])
     return Attempt(evidence, is_first_half, current, table, decisions)
+
+
+def moves_first_rightly(decision: dict[str, Any]) -> bool:
+    """Whether CMC@1 gains where every half of the labels is measured with what the other has chosen.
+
+    All labels together may find a setting that moves first candidates to their gain, the best of many. Where the halves
+    do not, it is luck, and what the decision promises of CMC@1 would not be that of the chain.
+    """
+    return decision["gain"]["cmc@1"]["mean"] > 0
 
 
 def without_cmc_loss(values: Sequence[PerQuery], first_stage: Trial, rows: Bool[Tensor, " query"]) -> list[int]:
@@ -265,8 +276,9 @@ def outcome(decision: dict[str, Any]) -> str:
     if probability >= accept:
         return "not taken, for mAP@10 or CMC@1 would fall"
     return (
-        f"not taken, for it gains with a probability of {probability:.1%} only, where --accept asks for {accept:g}; "
-        f"with the same gain about {labels_needed(decision)} labels would do instead of {decision['n_labels']}"
+        f"not taken, for it gains with a probability of {probability:.1%} only, where --accept asks for "
+        f"{100 * accept:g}%; with the same gain about {labels_needed(decision)} labels would do instead of "
+        f"{decision['n_labels']}"
     )
 
 

@@ -3,9 +3,11 @@
 A gain in points does not carry over: the labels set aside are ranked among fewer others than a real gallery holds, so
 the first stage misses less there, and less can be gained. So each chain step keeps its gain as a line over the value
 before it, fitted to single queries by models and constants that had not seen their labels. The promise for other
-queries is that of the lines one after the other, from their own first stage on. It is made for labels of which the
-model has seen no look-alikes: queries that have some among the train labels may show more. So may others where labels
-are halved, for models that saw half of them were measured, and the one that is kept has seen all.
+queries is that of the lines one after the other, from their own first stage on. How far the lines move a gain is an
+error of the promise too: a first stage that is worse on other queries leaves more to gain if their lists are harder,
+but not if it is an extractor that has seen the labels set aside. The promise is made for labels of which the model has
+seen no look-alikes: queries that have some among the train labels may show more. So may others where labels are
+halved, for models that saw half of them were measured, and the one that is kept has seen all.
 """
 
 import math
@@ -44,15 +46,17 @@ def promise_of(chain: Chain) -> dict[str, Any]:
 def gain_for(lines: Sequence[GainLine], before: float) -> Interval:
     """The gain of steps one after the other where the first finds `before`; no value leaves [0, 1].
 
-    The errors of the steps are taken to be independent.
+    The errors of the steps are taken to be independent. What the lines add to the gain of their own queries, or take
+    from it, is an error of that size.
     """
-    value, variance = before, 0.0
+    value, variance, moved = before, 0.0, 0.0
     for line in lines:
         gain = line.at(value)
+        moved += gain.mean - line.gain
         # An error so far moves the value that the step finds, and with it the step's own gain.
         variance = variance * (1 + line.slope) ** 2 + ((gain.high - gain.low) / 2) ** 2
         value = min(1.0, max(0.0, value + gain.mean))
-    mean, half = value - before, math.sqrt(variance)
+    mean, half = value - before, math.hypot(math.sqrt(variance), moved)
     return Interval(mean, mean - half, min(1 - before, mean + half))
 
 

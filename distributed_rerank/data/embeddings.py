@@ -4,6 +4,7 @@ Those that `embed` wrote stay on disk, and their ids with them: only the rows th
 """
 
 import hashlib
+import logging
 from collections.abc import Callable, Iterator
 from functools import cached_property
 from pathlib import Path
@@ -21,6 +22,8 @@ from distributed_rerank.data.vectors import ROWS_PER_GROUP, StoredVectors, store
 from distributed_rerank.storage import manifests, paths
 from distributed_rerank.storage.files import text_digest
 from distributed_rerank.tensors import sharding
+
+logger = logging.getLogger(__name__)
 
 
 class Embeddings:
@@ -101,10 +104,14 @@ class Embeddings:
 def read_embeddings(folder: str | Path) -> Embeddings:
     """What the embedding stage wrote to `folder`, or any embeddings table (then nothing is known to be rejected).
 
-    A table of another program is read into memory and sorted by id. Raises BadInput for a file of a finished folder
-    that is gone or has changed, and as `tables.read_embeddings` does.
+    A table of another program is read into memory and sorted by id, and so is one that it has put in the place of ours.
+    Raises BadInput for a file of a finished folder that is gone or has changed, and as `tables.read_embeddings` does.
     """
     is_local = paths.scheme_of(str(folder)) is None
+    if is_local and is_rewritten(folder):
+        logger.warning(
+            "%s: another program has written the embeddings anew after embed; they are used as they are", folder
+        )
     stored = stored_vectors(tables.files_of(Path(folder), "embeddings")) if is_local else None
     manifests.check_files(folder, ["rejects.parquet"])
     rejects = Path(folder) / "rejects.parquet"
@@ -114,6 +121,12 @@ def read_embeddings(folder: str | Path) -> Embeddings:
     ids, matrix = tables.read_embeddings(folder)
     order = np.argsort(ids, kind="stable")
     return Embeddings(ids[order], matrix[order], known)
+
+
+def is_rewritten(folder: str | Path) -> bool:
+    """Whether another program has written the table in this folder, or this file of one, anew after `embed`."""
+    path = Path(folder)
+    return tables.is_rewritten(path / "embeddings.parquet" if path.is_dir() else path)
 
 
 def _stored(path: Path) -> StoredVectors:

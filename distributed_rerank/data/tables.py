@@ -19,7 +19,7 @@ from jaxtyping import Float32
 from distributed_rerank.data.schemas import MAY_BE_NULL, SCHEMAS
 from distributed_rerank.data.text_columns import are_words_for_no_value, as_names, as_texts, float_bits, is_index_column
 from distributed_rerank.data.texts import as_column
-from distributed_rerank.data.vectors import write_vectors
+from distributed_rerank.data.vectors import is_own_layout, write_vectors
 from distributed_rerank.errors import BadInput
 from distributed_rerank.storage import locations, manifests, paths
 from distributed_rerank.storage.files import atomic_path
@@ -162,17 +162,32 @@ def load_batches(
 
 
 def files_of(path: Path, name: str) -> list[Path]:
-    """The Parquet files of the table, compared with the manifest of their folder where it has one."""
+    """The Parquet files of the table, compared with the manifest of their folder where it has one.
+
+    Embeddings that another program has rewritten are not compared: see `is_rewritten`.
+    """
     files = [path]
     if path.is_dir():
-        manifests.check_files(path, [f"{name}.parquet"])
         whole = path / f"{name}.parquet"
+        if is_rewritten(whole):
+            return [whole]
+        manifests.check_files(path, [f"{name}.parquet"])
         parts = sorted((path / name).glob("[!.]*.parquet")) or sorted(path.glob("[!.]*.parquet"))
         files = [whole] if whole.is_file() else parts
     if not files:
         raise BadInput(f"{path} holds no Parquet files of {name}; give the folder that the earlier job wrote")
-    manifests.check_paths(files)
+    if not is_rewritten(files[0]):
+        manifests.check_paths(files)
     return files
+
+
+def is_rewritten(path: Path) -> bool:
+    """Whether another program has written the embeddings of a finished folder anew, such as to tune them.
+
+    It is then a whole Parquet file of another size and in another layout than ours. Damage leaves the size or no such
+    file, and a file of another run of ours has our layout.
+    """
+    return path.name == "embeddings.parquet" and manifests.has_other_size(path) and not is_own_layout(path)
 
 
 def _matrix(column: pa.Array, path: str | Path) -> Float32[np.ndarray, "item dim"]:

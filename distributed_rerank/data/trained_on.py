@@ -39,6 +39,8 @@ class TrainedOn:
     """The settings of the extractor, with the digest of its weights."""
     spread: Mapping[str, list[float]]
     """By rank, the `SPREAD_QUANTILES` of the distances of the candidates there."""
+    from_table: bool = False
+    """Whether another program wrote the embeddings, so that nobody knows whether the extractor made them."""
 
 
 def are_normalised(blocks: Iterable[Float32[np.ndarray, "image dim"]]) -> bool:

@@ -144,6 +144,18 @@ def stored_vectors(files: Sequence[Path]) -> StoredVectors | None:
         return None  # whoever reads the table says what is wrong with it
 
 
+def is_own_layout(path: Path) -> bool:
+    """Whether `write_vectors` may have written the file; True also for one that is no Parquet file, or no more."""
+    try:
+        with pq.ParquetFile(path) as file:
+            metadata = file.metadata
+            groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
+    except (OSError, pa.ArrowException):
+        return True
+    columns = [group.column(number) for group in groups for number in range(group.num_columns)]
+    return all(column.compression == "UNCOMPRESSED" for column in columns)
+
+
 def _in_place(files: Sequence[Path]) -> StoredVectors | None:
     parts: list[_Part] = []
     dims: set[int] = set()

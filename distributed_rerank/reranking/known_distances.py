@@ -12,7 +12,7 @@ from distributed_rerank.chain.chain import Chain, NeighbourhoodStep, QueryExpans
 from distributed_rerank.config.evaluation import FirstStageConfig
 from distributed_rerank.data.catalogue import Catalogue
 from distributed_rerank.data.distance_kinds import Conversion, to_l2
-from distributed_rerank.data.embeddings import Embeddings
+from distributed_rerank.data.embeddings import Embeddings, is_rewritten
 from distributed_rerank.data.trained_on import TrainedOn, are_normalised, different_setting, spread_of
 from distributed_rerank.errors import BadInput
 from distributed_rerank.models.pairwise import PairwiseModel
@@ -76,6 +76,11 @@ def check_embeddings(known: KnownDistances, embeddings: Embeddings, settings: di
         raise BadInput(
             f"--model was trained on embeddings of another extractor: {setting} was {was!r}, here it is {now!r}; {fix}"
         )
+    if record.from_table and settings is not None:
+        logger.warning(
+            "--model was trained on a table of embeddings that another program wrote, and these are of an extractor: "
+            "the chain fits only if they are of the same kind; give --embeddings as in the training if they are not"
+        )
     dim = embeddings.dim
     if dim != record.dim:
         raise BadInput(f"--model was trained on embeddings of {record.dim} numbers, these have {dim}; {fix}")
@@ -85,8 +90,11 @@ def check_embeddings(known: KnownDistances, embeddings: Embeddings, settings: di
 
 
 def extractor_settings(folder: Path) -> dict[str, Any] | None:
-    """The settings of the extractor that made the embeddings in a folder of `embed`; None where nobody knows."""
-    if not (folder / manifests.MANIFEST).is_file():
+    """The settings of the extractor that made the embeddings in a folder of `embed`; None where nobody knows.
+
+    That is so for another program's embeddings, and for those that one has rewritten.
+    """
+    if not (folder / manifests.MANIFEST).is_file() or is_rewritten(folder):
         return None
     config = manifests.read_manifest(folder)["fingerprint"].get("config")
     return config.get("extractor") if isinstance(config, dict) else None

@@ -86,6 +86,12 @@ def check_paths(paths: Sequence[Path]) -> None:
         check_files(folder, [path.relative_to(folder).as_posix() for path in paths])
 
 
+def has_other_size(path: Path) -> bool:
+    """Whether the file is there and has another size than the manifest beside it says."""
+    entry = _files_of(path.parent).get(path.name)
+    return entry is not None and path.is_file() and path.stat().st_size != entry["size"]
+
+
 @contextmanager
 def rewriting(path: Path) -> Iterator[None]:
     """The file of a finished folder may be replaced inside the block; then the manifest gets its new digest.

@@ -129,7 +129,7 @@ def train(
         task = taught(task, teacher, own / "teacher", work, executors)
         state = fit(replace(task, tracked=tuple(tracked)), own / "run")
         chain = write_model(task, state, own / "run", staging.path, used)
-        write_first_stage(task, embeddings, fingerprint["extraction"]["extractor"], staging.path)
+        write_first_stage(task, embeddings, fingerprint["extraction"]["extractor"], staging.path, given is not None)
         staging.remember_from(own / "run")
         shutil.rmtree(scratch)
         add_result(tracked, chain.chosen_on, staging.path)
@@ -137,12 +137,14 @@ def train(
     return chain
 
 
-def write_first_stage(task: TrainingTask, embeddings: Embeddings, extractor: dict[str, Any], folder: Path) -> None:
+def write_first_stage(
+    task: TrainingTask, embeddings: Embeddings, extractor: dict[str, Any], folder: Path, from_table: bool
+) -> None:
     """Writes down what the model was trained behind: extractor, kind and spread of the distances."""
     lists = join_lists([run.validation for run in task.runs if run.validation is not None])
     lists = lists[(tensor_of(task.catalogue.labels)[lists.query_items] >= 0).nonzero()[:, 0]]
     is_unit = are_normalised(embeddings.blocks())
-    write_trained_on(TrainedOn("l2", is_unit, embeddings.dim, extractor, spread_of(lists)), folder)
+    write_trained_on(TrainedOn("l2", is_unit, embeddings.dim, extractor, spread_of(lists), from_table), folder)
 
 
 def folder_of(images: Catalogue) -> str:

@@ -47,6 +47,18 @@ def test_a_worse_first_stage_is_promised_more_and_no_value_leaves_its_range() ->
     assert at_home.high - at_home.mean == pytest.approx(1.962 * np.hypot(0.5 * 0.02, 0.01), rel=1e-3)
 
 
+def test_what_the_lines_move_is_an_error_of_the_promise() -> None:
+    """An extractor that knows the labels set aside has a worse first stage on others, and no more is gained there."""
+    lines = [line(0.7, 0.2, -0.5, 0.02), line(0.9, 0.05, -0.5, 0.01)]
+    moved = 0.5 * 0.2 + 0.5 * 0.1  # the first step starts 0.2 below its own queries, the second 0.1
+    for before, of_moved in ((0.5, moved), (0.7, 0.0)):
+        promised = gain_for(lines, before)
+        assert promised.mean - promised.low == pytest.approx(
+            np.hypot(1.962 * np.hypot(0.5 * 0.02, 0.01), of_moved), rel=1e-3
+        )
+    assert gain_for(lines, 0.5).low < 0.25, "the gain of the labels set aside as it is"
+
+
 def test_steps_not_taken_promise_nothing() -> None:
     taken, refused = {"map@10": line(0.5, 0.2, 0.0, 0.01)}, {"map@10": line(0.5, 0.9, 0.0, 0.01)}
     chain = Chain(

@@ -16,6 +16,9 @@ from distributed_rerank.data.tables import embeddings_table, write_embeddings
 from distributed_rerank.data.texts import Texts
 from distributed_rerank.data.vectors import StoredVectors, stored_vectors, write_vectors
 from distributed_rerank.errors import BadInput
+from distributed_rerank.extraction import embeddings_of_others
+from distributed_rerank.reranking.known_distances import extractor_settings
+from distributed_rerank.storage.manifests import check_folder, write_manifest
 
 IDS = [f"{number:03d}" for number in range(50)]
 MATRIX = np.random.default_rng(0).standard_normal((50, 5)).astype(np.float32)
@@ -96,6 +99,52 @@ def test_other_tables_give_the_same_embeddings_from_memory(tmp_path: Path, chang
         ids = sorted(map(str, range(50))) if change == "numbers" else IDS
         assert found.ids.tolist() == ids
         assert np.array_equal(found.matrix, MATRIX[[int(id) for id in ids]])
+
+
+def embedded(folder: Path) -> Path:
+    """A finished folder as `embed` leaves it; returns the file of its embeddings."""
+    write_embeddings(folder / "embeddings.parquet", IDS, MATRIX)
+    write_manifest(folder, {"fingerprint": {"stage": "embed", "config": {"extractor": {"name": "a"}}}})
+    return folder / "embeddings.parquet"
+
+
+@pytest.mark.parametrize("given", ["folder", "file"])
+def test_embeddings_that_another_program_has_written_anew_are_read_and_told(
+    given: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A program that tunes them reads the table and writes it back; ids may come in any order."""
+    file = embedded(tmp_path)
+    assert extractor_settings(tmp_path) == {"name": "a"}
+    assert embeddings_of_others(tmp_path) is None
+    old = pq.read_table(file)
+    tuned = pa.FixedSizeListArray.from_arrays(pa.array(2 * MATRIX.ravel()), 5)
+    pq.write_table(old.set_column(1, old.schema.field(1), tuned).take(list(range(49, -1, -1))), file)
+    found = read_embeddings(tmp_path if given == "folder" else file)
+    assert (found.ids.tolist(), np.array_equal(found.matrix, 2 * MATRIX)) == (IDS, True)
+    assert "another program has written the embeddings anew after embed" in caplog.text
+    assert extractor_settings(tmp_path) is None, "nobody knows what made these"
+    others = embeddings_of_others(tmp_path)
+    assert others is not None
+    assert others.digest == found.digest
+    with pytest.raises(BadInput, match=r"embeddings\.parquet has \d+ bytes, \d+ were written"):
+        check_folder(tmp_path)  # as embed does, which would add to it
+
+
+@pytest.mark.parametrize("damage", ["cut off", "longer", "empty", "a bit", "of another run", "one row less"])
+def test_damaged_embeddings_are_not_taken_for_another_programs(damage: str, tmp_path: Path) -> None:
+    file = embedded(tmp_path)
+    whole = file.read_bytes()
+    if damage == "of another run":
+        write_embeddings(file, [f"{id}x" for id in IDS], MATRIX)
+    elif damage == "one row less":
+        write_embeddings(file, IDS[1:], MATRIX[1:])
+    else:
+        changed = {"cut off": whole[:-1], "longer": whole + b"0", "empty": b""}
+        file.write_bytes(changed.get(damage, whole[:60] + bytes([whole[60] ^ 1]) + whole[61:]))
+    for given in (tmp_path, file):
+        with pytest.raises(BadInput, match=r"bytes, \d+ were written|has changed since it was written"):
+            read_embeddings(given)
+    assert embeddings_of_others(tmp_path) is None
 
 
 def test_stored_and_held_embeddings_are_alike(tmp_path: Path) -> None:

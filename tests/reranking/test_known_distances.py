@@ -202,6 +202,29 @@ def test_training_on_embeddings_of_another_extractor_names_the_options_that_help
     assert "--out" not in str(refused.value)
 
 
+def test_model_of_a_table_of_embeddings_behind_an_extractor_is_told(
+    trained: Trained, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Nobody knows whether --extractor made the table that another program wrote, so whoever gives both is told."""
+    write_embeddings(tmp_path / "e.parquet", *stored(trained.embeddings))
+    train(trained.catalogue, TOKENS, replace(SMALL, epochs=1), tmp_path / "m", embeddings_folder=tmp_path / "e.parquet")
+    model = load_model(tmp_path / "m")
+    for folder, is_from_table in ((tmp_path / "m", True), (trained.folder / "model", False)):
+        record = read_trained_on(folder)
+        assert record is not None
+        assert record.from_table == is_from_table
+    said = "--model was trained on a table of embeddings that another program wrote"
+    for number, (first, known, is_told) in enumerate([
+        (FirstStageConfig(embeddings=tmp_path / "e.parquet"), model, False),
+        (FirstStageConfig(embeddings=trained.embeddings), trained.model, False),
+        (FirstStageConfig(embeddings=trained.embeddings), model, True),
+        (FirstStageConfig(extractor=BACKBONE), model, True),
+    ]):  # fmt: skip
+        caplog.clear()
+        rerank(trained.catalogue, first, tmp_path / str(number), model=known, chain=CHAIN)
+        assert (said in caplog.text) == is_told
+
+
 @pytest.mark.parametrize("change", ["length", "dim"])
 def test_embeddings_of_another_length_are_refused(change: str, trained: Trained, tmp_path: Path) -> None:
     ids, matrix = stored(trained.embeddings)
