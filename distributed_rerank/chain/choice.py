@@ -125,19 +125,20 @@ def try_steps(evidence: Evidence, seed: int, accept: float, where: str = "") -> 
         decisions.append(decision)
         if decisions[-1]["taken"]:
             everyone = torch.ones_like(is_first_half)
-            if counts_map and name == NEIGHBOURS and not moves_first_rightly(decision):
+            if counts_map and name == NEIGHBOURS and not moves_first_rightly(current.values, values, labels):
                 settings = settings.pinned()
             current = try_chain(evidence, settings.chains[pick(settings.values, current, everyone)])
     return Attempt(evidence, is_first_half, current, table, decisions)
 
 
-def moves_first_rightly(decision: dict[str, Any]) -> bool:
-    """Whether CMC@1 gains where every half of the labels is measured with what the other has chosen.
+def moves_first_rightly(before: PerQuery, after: PerQuery, labels: Int64[Tensor, " query"]) -> bool:
+    """Whether CMC@1 surely gains where every half of the labels is measured with what the other has chosen.
 
     All labels together may find a setting that moves first candidates to their gain, the best of many. Where the halves
     do not, it is luck, and what the decision promises of CMC@1 would not be that of the chain.
     """
-    return decision["gain"]["cmc@1"]["mean"] > 0
+    gain = after["cmc@1"] - before["cmc@1"]
+    return bool(gain.any()) and probability_of_gain(gain, labels) >= MOVES_FIRST
 
 
 def without_cmc_loss(values: Sequence[PerQuery], first_stage: Trial, rows: Bool[Tensor, " query"]) -> list[int]:

@@ -303,18 +303,21 @@ def test_neighbours_that_may_not_move_the_first_candidate_are_tried_behind_it() 
     assert after["map@10"] > before["map@10"]
 
 
-def test_first_candidates_stay_where_only_all_labels_together_would_move_them() -> None:
-    """Both halves pin the first candidate, so nothing promises CMC@1; all labels find a setting of luck among many."""
-    known = replace(evidence(0.8, None, seed=12), logits=None)
-    chain = choose(known, 12)
+@pytest.mark.parametrize(("seed", "of_halves", "pinned"), [(12, 0.0, 1), (5, 0.0067, 1), (9, 0.0933, 0)])
+def test_first_candidates_move_only_where_the_halves_surely_gain(seed: int, of_halves: float, pinned: int) -> None:
+    """All labels together find a setting of luck among many; what a half chooses shows little on the other."""
+    known = replace(evidence(0.8, None, seed=seed), logits=None)
+    chain = choose(known, seed)
     (decision,) = chain.chosen_on["decisions"]
-    assert (decision["step"], decision["taken"], decision["gain"]["cmc@1"]["mean"]) == ("neighbours", True, 0.0)
+    assert (decision["step"], decision["taken"]) == ("neighbours", True)
+    assert decision["gain"]["cmc@1"]["mean"] == pytest.approx(of_halves, abs=1e-4)
     step = chain.neighbourhood[0]
-    assert step.pinned == 1  # pyright: ignore[reportAttributeAccessIssue]
+    assert step.pinned == pinned  # pyright: ignore[reportAttributeAccessIssue]
     before, after, free = (
         try_chain(known, each).figures() for each in (Chain(), chain, Chain((replace(step, pinned=0),)))
     )
-    assert after["cmc@1"] == before["cmc@1"] < free["cmc@1"]
+    assert before["cmc@1"] < free["cmc@1"], "that is what all labels together would have chosen"
+    assert (after["cmc@1"] == before["cmc@1"]) == bool(pinned)
     assert after["map@10"] > before["map@10"] + 0.02
 
 
