@@ -25,7 +25,7 @@ from distributed_rerank.data import tables
 from distributed_rerank.data.catalogue import Catalogue, ImageRef
 from distributed_rerank.data.decoding import decode, readable_ids
 from distributed_rerank.data.doubtful_boxes import tell_of_doubtful_boxes
-from distributed_rerank.data.embeddings import Embeddings, is_rewritten, read_embeddings
+from distributed_rerank.data.embeddings import Embeddings, read_embeddings
 from distributed_rerank.data.rejects import Reject, check_rejects, reject_table, rejects_of
 from distributed_rerank.data.vectors import LAYOUT, write_vectors
 from distributed_rerank.errors import BadInput
@@ -336,6 +336,6 @@ def check_complete(embeddings: Embeddings, catalogue: Catalogue, max_rejects: fl
 
 def embeddings_of_others(folder: Path) -> Embeddings | None:
     """The table of embeddings at `folder` where it is none that `embed` wrote or may write to; None: it is."""
-    has_own = (folder / MANIFEST).is_file() and not is_rewritten(folder)
+    has_own = (folder / MANIFEST).is_file() and not tables.is_rewritten(folder)
     is_own = folder.is_dir() and (has_own or not any(folder.glob("*.parquet")))
     return None if is_own or not folder.exists() else read_embeddings(folder)

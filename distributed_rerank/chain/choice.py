@@ -125,20 +125,11 @@ def try_steps(evidence: Evidence, seed: int, accept: float, where: str = "") -> 
         decisions.append(decision)
         if decisions[-1]["taken"]:
             everyone = torch.ones_like(is_first_half)
-            if counts_map and name == NEIGHBOURS and not moves_first_rightly(current.values, values, labels):
-                settings = settings.pinned()
+            of_first = values["cmc@1"] - current.values["cmc@1"]
+            if counts_map and name == NEIGHBOURS and not gains_surely(of_first, labels):
+                settings = settings.pinned()  # else the best of many, for all labels, moves first candidates by luck
             current = try_chain(evidence, settings.chains[pick(settings.values, current, everyone)])
     return Attempt(evidence, is_first_half, current, table, decisions)
-
-
-def moves_first_rightly(before: PerQuery, after: PerQuery, labels: Int64[Tensor, " query"]) -> bool:
-    """Whether CMC@1 surely gains where every half of the labels is measured with what the other has chosen.
-
-    All labels together may find a setting that moves first candidates to their gain, the best of many. Where the halves
-    do not, it is luck, and what the decision promises of CMC@1 would not be that of the chain.
-    """
-    gain = after["cmc@1"] - before["cmc@1"]
-    return bool(gain.any()) and probability_of_gain(gain, labels) >= MOVES_FIRST
 
 
 def without_cmc_loss(values: Sequence[PerQuery], first_stage: Trial, rows: Bool[Tensor, " query"]) -> list[int]:
@@ -161,13 +152,16 @@ def best_that_keeps_first(labels: Int64[Tensor, " query"]) -> Pick:
     def pick(values: Sequence[PerQuery], before: Trial, rows: Bool[Tensor, " query"]) -> int:
         gains = [(value["cmc@1"] - before.values["cmc@1"])[rows] for value in values]
         allowed = [
-            number
-            for number, gain in enumerate(gains)
-            if not bool(gain.any()) or probability_of_gain(gain, labels[rows]) >= MOVES_FIRST
+            number for number, gain in enumerate(gains) if not bool(gain.any()) or gains_surely(gain, labels[rows])
         ] or list(range(len(values)))
         return allowed[best([values[number] for number in allowed], before, rows)]
 
     return pick
+
+
+def gains_surely(gain: Float64[Tensor, " query"], labels: Int64[Tensor, " query"]) -> bool:
+    """Whether CMC@1 gains so surely that neighbours may move first candidates."""
+    return probability_of_gain(gain, labels) >= MOVES_FIRST
 
 
 def probability_of_gain(

@@ -108,7 +108,7 @@ def read_embeddings(folder: str | Path) -> Embeddings:
     Raises BadInput for a file of a finished folder that is gone or has changed, and as `tables.read_embeddings` does.
     """
     is_local = paths.scheme_of(str(folder)) is None
-    if is_local and is_rewritten(folder):
+    if is_local and tables.is_rewritten(Path(folder)):
         logger.warning(
             "%s: another program has written the embeddings anew after embed; they are used as they are", folder
         )
@@ -121,12 +121,6 @@ def read_embeddings(folder: str | Path) -> Embeddings:
     ids, matrix = tables.read_embeddings(folder)
     order = np.argsort(ids, kind="stable")
     return Embeddings(ids[order], matrix[order], known)
-
-
-def is_rewritten(folder: str | Path) -> bool:
-    """Whether another program has written the table in this folder, or this file of one, anew after `embed`."""
-    path = Path(folder)
-    return tables.is_rewritten(path / "embeddings.parquet" if path.is_dir() else path)
 
 
 def _stored(path: Path) -> StoredVectors:

@@ -166,28 +166,28 @@ def files_of(path: Path, name: str) -> list[Path]:
 
     Embeddings that another program has rewritten are not compared: see `is_rewritten`.
     """
+    whole = path / f"{name}.parquet"
+    if name == "embeddings" and is_rewritten(path):
+        return [whole if path.is_dir() else path]
     files = [path]
     if path.is_dir():
-        whole = path / f"{name}.parquet"
-        if is_rewritten(whole):
-            return [whole]
         manifests.check_files(path, [f"{name}.parquet"])
         parts = sorted((path / name).glob("[!.]*.parquet")) or sorted(path.glob("[!.]*.parquet"))
         files = [whole] if whole.is_file() else parts
     if not files:
         raise BadInput(f"{path} holds no Parquet files of {name}; give the folder that the earlier job wrote")
-    if not is_rewritten(files[0]):
-        manifests.check_paths(files)
+    manifests.check_paths(files)
     return files
 
 
 def is_rewritten(path: Path) -> bool:
-    """Whether another program has written the embeddings of a finished folder anew, such as to tune them.
+    """Whether another program has written the embeddings anew, such as to tune them, in this folder of `embed` or file.
 
     It is then a whole Parquet file of another size and in another layout than ours. Damage leaves the size or no such
     file, and a file of another run of ours has our layout.
     """
-    return path.name == "embeddings.parquet" and manifests.has_other_size(path) and not is_own_layout(path)
+    file = path / "embeddings.parquet" if path.is_dir() else path
+    return manifests.has_other_size(file) and not is_own_layout(file)
 
 
 def _matrix(column: pa.Array, path: str | Path) -> Float32[np.ndarray, "item dim"]:

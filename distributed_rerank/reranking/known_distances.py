@@ -12,7 +12,8 @@ from distributed_rerank.chain.chain import Chain, NeighbourhoodStep, QueryExpans
 from distributed_rerank.config.evaluation import FirstStageConfig
 from distributed_rerank.data.catalogue import Catalogue
 from distributed_rerank.data.distance_kinds import Conversion, to_l2
-from distributed_rerank.data.embeddings import Embeddings, is_rewritten
+from distributed_rerank.data.embeddings import Embeddings
+from distributed_rerank.data.tables import is_rewritten
 from distributed_rerank.data.trained_on import TrainedOn, are_normalised, different_setting, spread_of
 from distributed_rerank.errors import BadInput
 from distributed_rerank.models.pairwise import PairwiseModel
