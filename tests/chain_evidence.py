@@ -24,3 +24,29 @@ def evidence(spread: float, logit_noise: float | None, is_shuffled: bool = False
     logits = noise if logit_noise is None else 4 * truth + logit_noise * noise
     n_relevant = count_relevant(items, labels, None, items, labels, None)
     return Evidence(lists, labels, n_relevant, logits, embeddings)
+
+
+def evidence_beside_seen(truth_weight: float, noise: float, seed: int = 0) -> Evidence:
+    """As many points again that the extractor has seen, in tight groups between the others; only these are told apart.
+
+    The logits are the distances of the first stage, but seen candidates are sent behind all others; `truth_weight` is
+    what they know of the matches, `noise` how far they stray.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.arange(N_LABELS).repeat_interleave(N_IMAGES)
+    centres = torch.randn(N_LABELS, 16, generator=generator)
+    near = centres + 0.5 * torch.randn(N_LABELS, 16, generator=generator)
+    x = torch.cat([centres[labels], near[labels]])
+    x += torch.cat([torch.full((len(labels), 1), 0.8), torch.full((len(labels), 1), 0.05)]) * torch.randn(
+        x.shape, generator=generator
+    )
+    is_seen = torch.arange(len(x)) >= len(labels)
+    labels = torch.cat([labels, torch.full_like(labels, -1)])
+    items = torch.arange(len(x))
+    lists = nearest(x, x, query_items=items, gallery_items=items, n_items=60)
+    is_match = labels[lists.items] == labels[:, None]
+    strays = torch.randn(is_match.shape, generator=generator)
+    # A logit is larger for pairs that do not match, as a distance is.
+    logits = lists.distances + 100 * is_seen[lists.items].float() - truth_weight * is_match.float() + noise * strays
+    n_relevant = count_relevant(items, labels, None, items, labels, None)
+    return Evidence(lists, labels, n_relevant, logits.float(), x, is_seen=is_seen)

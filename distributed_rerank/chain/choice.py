@@ -24,7 +24,7 @@ from jaxtyping import Bool, Float64, Int64
 from torch import Tensor
 
 from distributed_rerank.chain.chain import Chain
-from distributed_rerank.chain.evidence import CMC_WEIGHT, Evidence, half_of_labels
+from distributed_rerank.chain.evidence import AMONG_UNSEEN, CMC_WEIGHT, Evidence, half_of_labels
 from distributed_rerank.chain.settings import FUSIONS, NEIGHBOURS, PINNED_NEIGHBOURS, Settings, settings_for
 from distributed_rerank.chain.trials import Trial, calibrate, try_chain
 from distributed_rerank.chain.views import things_of
@@ -218,15 +218,17 @@ def judge(
 
     Taken where the objective rises with probability `accept` and by enough to matter; neither may mAP@10 have fallen,
     nor CMC@1 be below the first stage's. Where mAP@10 counts, its own gain is enough if CMC@1 has not fallen: CMC@1
-    varies so much between labels that it would hide a gain of mAP@10. The lines' errors are those between `families`,
-    look-alike labels in one: new queries are of other families. None = between labels.
+    varies so much between labels that it would hide a gain of mAP@10. Where some candidates are seen, a model can gain
+    by sending those back alone, so mAP@10 may not fall among the unseen ones either. The lines' errors are those
+    between `families`, look-alike labels in one: new queries are of other families. None = between labels.
     """
     gain = statistics.compare({key: before[key] for key in after}, after, labels, seed=seed)
     probability = probability_of_gain(after["objective"] - before["objective"], labels)
     if counts_map and gain["cmc@1"].mean >= 0:
         room = 1 - float(before["map@10"].mean())
         probability = max(probability, probability_of_gain(after["map@10"] - before["map@10"], labels, room))
-    is_harmless = gain["map@10"].mean >= 0 and float((after["cmc@1"] - first_stage.values["cmc@1"]).mean()) >= 0
+    of_map = [gain[key].mean for key in ("map@10", f"map@10{AMONG_UNSEEN}") if key in gain]
+    is_harmless = min(of_map) >= 0 and float((after["cmc@1"] - first_stage.values["cmc@1"]).mean()) >= 0
     return {
         "step": name,
         "taken": probability >= accept and gain["objective"].mean >= MIN_GAIN and is_harmless,
@@ -269,7 +271,8 @@ def outcome(decision: dict[str, Any]) -> str:
     if mean < MIN_GAIN:
         return f"not taken, for mAP@10 + {CMC_WEIGHT:g} CMC@1 does not rise by {MIN_GAIN:g}"
     if probability >= accept:
-        return "not taken, for mAP@10 or CMC@1 would fall"
+        unseen = decision["gain"].get(f"map@10{AMONG_UNSEEN}", {"mean": 0.0})["mean"]
+        return f"not taken, for mAP@10{' among unseen photos' if unseen < 0 else ' or CMC@1'} would fall"
     return (
         f"not taken, for it gains with a probability of {probability:.1%} only, where --accept asks for "
         f"{100 * accept:g}%; with the same gain about {labels_needed(decision)} labels would do instead of "

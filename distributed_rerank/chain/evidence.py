@@ -14,6 +14,9 @@ from distributed_rerank.tensors.metrics import PerQuery
 CMC_WEIGHT = 2.0
 """Of CMC@1 beside mAP@10 in the objective: neighbourhood steps gain the second and can lose the first."""
 
+AMONG_UNSEEN = " among unseen"
+"""Ends the name of a metric of the same lists without the candidates that the extractor has seen."""
+
 LEAST_FAMILIES = 5
 """Fewer would say nothing: with three of them a line has an interval of thirteen times its error."""
 
@@ -42,6 +45,8 @@ class Evidence:
     things: Things | None = None
     families: Int64[Tensor, " item"] | None = None
     """One number for items of look-alike labels, whose gains are not independent; None = each label is alone."""
+    is_seen: Bool[Tensor, " item"] | None = None
+    """Items of labels that the extractor has seen, which are candidates only; None = there are none."""
 
     @property
     def queries(self) -> Int64[Tensor, " query"]:
@@ -64,16 +69,32 @@ class Evidence:
         return self.families[self.queries]
 
     def per_query(self, lists: CandidateLists) -> PerQuery:
-        """Metrics of the queries, in item order, from lists of all items."""
+        """`measure` for the queries, in item order, from lists of all items."""
         return self.measure(self.queries, lists.items[self.queries])
 
     def measure(self, queries: Int64[Tensor, " query"], candidates: Int64[Tensor, "query k"]) -> PerQuery:
-        """mAP@10, CMC@1, the target and the objective for some queries, from their own ranked candidates."""
+        """mAP@10, CMC@1, the target and the objective for some queries, from their own ranked candidates.
+
+        Where the extractor has seen some candidates, also the metrics of the lists without them (`AMONG_UNSEEN`).
+        """
         is_relevant = metrics.relevance(candidates, self.labels[queries], self.labels)
         values = metrics.per_query(is_relevant, self.n_relevant[queries], (1, 10))
         both = values["map@10"] + CMC_WEIGHT * values["cmc@1"]
-        kept = {key: values[key] for key in ("map@10", "cmc@1", self.target) if key in values}
+        names = [key for key in dict.fromkeys(("map@10", "cmc@1", self.target)) if key in values]
+        kept = {key: values[key] for key in names}
+        if self.is_seen is not None:
+            unseen = metrics.per_query(self.without_seen(candidates, is_relevant), self.n_relevant[queries], (1, 10))
+            kept |= {f"{key}{AMONG_UNSEEN}": unseen[key] for key in names}
         return {**kept, "objective": both if self.target == "both" else values[self.target]}
+
+    def without_seen(
+        self, candidates: Int64[Tensor, "query k"], is_relevant: Bool[Tensor, "query k"]
+    ) -> Bool[Tensor, "query k"]:
+        """The relevance of the candidates that the extractor has not seen, those behind a seen one moved up."""
+        assert self.is_seen is not None, "some candidates are seen"
+        # [query, k]: no seen item is relevant, so that the places they leave at the end count as not relevant.
+        is_seen = self.is_seen[candidates.clamp(min=0)] & (candidates >= 0)
+        return is_relevant.gather(1, is_seen.long().argsort(dim=1, stable=True))
 
     def labelled_pairs(
         self, lists: CandidateLists, top_n: int, is_counted: Bool[Tensor, " query"] | None = None

@@ -3,7 +3,9 @@
 A gain in points does not carry over: the labels set aside are ranked among fewer others than a real gallery holds, so
 the first stage misses less there, and less can be gained. So each chain step keeps its gain as a line over the value
 before it, fitted to single queries by models and constants that had not seen their labels. The promise for other
-queries is that of the lines one after the other, from their own first stage on. How far the lines move a gain is an
+queries is that of the lines one after the other, from their own first stage on. Where images that the extractor has
+seen stand among the candidates, none of which matches, a model can gain by telling seen from unseen. Other galleries
+have none, so the lines are those of the same lists without them. How far the lines move a gain is an
 error of the promise too: a first stage that is worse on other queries leaves more to gain if their lists are harder,
 but not if it is an extractor that has seen the labels set aside. The promise is made for labels of which the model has
 seen no look-alikes: queries that have some among the train labels may show more. So may others where labels are
@@ -15,6 +17,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from distributed_rerank.chain.chain import Chain
+from distributed_rerank.chain.evidence import AMONG_UNSEEN
 from distributed_rerank.tensors.gain_line import GainLine
 from distributed_rerank.tensors.statistics import Interval
 
@@ -33,14 +36,21 @@ class PromisedGain(NamedTuple):
 def promise_of(chain: Chain) -> dict[str, Any]:
     """The lines of the steps taken, for chain.json: `chain` names the chain, `lines` has those of each metric.
 
-    {} where no step was taken.
+    `among_unseen`: whether candidates that the extractor has seen were taken out of the lists. {} where no step was
+    taken.
     """
     on = chain.chosen_on
     taken = [decision for decision in (on.get("adapt"), *on.get("decisions", ())) if decision and decision["taken"]]
     if not taken:
         return {}
-    lines = {key: [decision["lines"][key] for decision in taken] for key in taken[0]["lines"]}
-    return {"chain": chain.describe(), "lines": {key: of_steps for key, of_steps in lines.items() if all(of_steps)}}
+    has_seen = any(key.endswith(AMONG_UNSEEN) for key in taken[0]["lines"])
+    lines = {
+        key: [decision["lines"].get(f"{key}{AMONG_UNSEEN}", decision["lines"][key]) for decision in taken]
+        for key in taken[0]["lines"]
+        if not key.endswith(AMONG_UNSEEN)
+    }
+    kept = {key: of_steps for key, of_steps in lines.items() if all(of_steps)}
+    return {"chain": chain.describe(), "among_unseen": has_seen, "lines": kept}
 
 
 def gain_for(lines: Sequence[GainLine], before: float) -> Interval:
@@ -72,7 +82,8 @@ def promise_in_words(promise: Mapping[str, Any]) -> str:
         gain = gain_for(lines, lines[0].before)
         name, before = names.get(key, key), lines[0].before
         parts.append(f"{name} {gain.mean:+.4f} [{gain.low:+.4f}, {gain.high:+.4f}] where it has {before:.4f}")
-    return f"the chain adds to the first stage {', '.join(parts)}" if parts else ""
+    among = ", among photos that the extractor has not seen" if promise.get("among_unseen") else ""
+    return f"the chain adds to the first stage {', '.join(parts)}{among}" if parts else ""
 
 
 def compare_with_promise(

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 from torch.nn.functional import pad
 
@@ -51,7 +51,9 @@ def retrieve_among(
 
 def evidence_of(task: TrainingTask, lists: CandidateLists, logits: Float[Tensor, "query top_n"] | None) -> Evidence:
     """`evidence_from` the task's images."""
-    return evidence_from(task.catalogue, task.embeddings, lists, logits, task.config.target, task.families)
+    return evidence_from(
+        task.catalogue, task.embeddings, lists, logits, task.config.target, task.families, task.is_beside
+    )
 
 
 def evidence_from(
@@ -61,10 +63,12 @@ def evidence_from(
     logits: Float[Tensor, "query top_n"] | None,
     target: Target,
     families: Int64[np.ndarray, " label"] | None = None,
+    is_beside: Bool[np.ndarray, " image"] | None = None,
 ) -> Evidence:
     """These lists with the logits of their first candidates, their items numbered 0, 1, ... among themselves.
 
-    The lists must hold all images of a label, so that the relevant items of each can be counted among them.
+    The lists must hold all images of a label, so that the relevant items of each can be counted among them. Images
+    that stand beside them are of labels that the extractor has seen.
     """
     # [query] ascending item numbers, [query, candidate] item numbers -> places among the queries, -1 = none.
     items = lists.query_items
@@ -79,7 +83,9 @@ def evidence_from(
         things = Things(numbers, count_relevant_things(everyone, everyone, labels, sequences, numbers))
     # [item] the family of each one's label; images without a label have none.
     of_items = None if families is None else torch.from_numpy(families)[labels.clamp(min=0)].where(labels >= 0, -1)
-    return Evidence(own_lists, labels, n_relevant, logits, embeddings[items], target, things, of_items)
+    is_seen = None if is_beside is None else torch.from_numpy(is_beside)[items]
+    is_seen = None if is_seen is None or not bool(is_seen.any()) else is_seen
+    return Evidence(own_lists, labels, n_relevant, logits, embeddings[items], target, things, of_items, is_seen)
 
 
 def evidence_on_all_labels(task: TrainingTask) -> Evidence | None:

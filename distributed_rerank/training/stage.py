@@ -263,8 +263,9 @@ def make_task(
     for number, ids in enumerate(beside):
         places = images.ids.places_of(ids)
         side[places[places >= 0]] = number
+    is_beside = (side >= 0) & ~is_own
     search = Search(images, side, config.n_items, work / "candidates", executors)
-    adapted = adapt(images, embeddings, side, families, config, search)
+    adapted = adapt(images, embeddings, side, families, is_beside, config, search)
     return TrainingTask(
         catalogue=images,
         config=config,
@@ -272,7 +273,7 @@ def make_task(
         embeddings=tensor_of(adapted.embeddings),
         runs=runs_on(adapted.lists, torch.from_numpy(is_own), is_halved),
         half=side if is_halved else None,
-        is_beside=(side >= 0) & ~is_own,
+        is_beside=is_beside,
         families=families,
         start=Chain(
             () if adapted.step is None else (adapted.step,),
@@ -330,6 +331,7 @@ def adapt(
     embeddings: Embeddings,
     side: Int64[np.ndarray, " image"],
     families: Int64[np.ndarray, " label"] | None,
+    is_beside: Bool[np.ndarray, " image"],
     config: TrainingConfig,
     search: Search,
 ) -> Adaptation:
@@ -344,7 +346,9 @@ def adapt(
         images.sequences.astype(np.int64),
         side,
         search,
-        lambda lists: evidence_from(images, everything, join_lists(list(lists)), None, config.target, families),
+        lambda lists: evidence_from(
+            images, everything, join_lists(list(lists)), None, config.target, families, is_beside
+        ),
         config.seed,
         config.accept,
     )

@@ -5,13 +5,15 @@ from dataclasses import asdict, replace
 import numpy as np
 import pytest
 import torch
-from chain_evidence import evidence
+from chain_evidence import evidence, evidence_beside_seen
 
 from distributed_rerank.chain.chain import Chain, PairwiseStep
-from distributed_rerank.chain.choice import choose
+from distributed_rerank.chain.choice import choose, outcome
+from distributed_rerank.chain.evidence import AMONG_UNSEEN, Evidence
 from distributed_rerank.chain.promise import compare_with_promise, gain_for, lines_of, promise_in_words, promise_of
 from distributed_rerank.chain.trials import try_chain
 from distributed_rerank.tensors.gain_line import GainLine, gain_line
+from distributed_rerank.tensors.knn import nearest
 
 STEPS = (PairwiseStep(top_n=5),)
 
@@ -103,3 +105,32 @@ def test_chosen_chain_keeps_its_promise_on_new_labels_of_another_difficulty(spre
         moved.append(abs(after - before - promised.mean) < abs(after - before - gain_for(lines, lines[0].before).mean))
     assert sum(changes) >= 5, "the intervals are of 95 %"
     assert sum(moved) >= 5, "nearer than the gain of the labels set aside as it is"
+
+
+def test_candidates_that_the_extractor_has_seen_are_no_part_of_the_promise() -> None:
+    """The logits send seen candidates back and know a little of the matches: only the second helps other queries."""
+    known = evidence_beside_seen(truth_weight=0.5, noise=0.0)
+    chain = choose(known)
+    assert chain.pairwise is not None
+    promise = promise_of(chain)
+    assert "among photos that the extractor has not seen" in promise_in_words(promise)
+    first = lines_of(promise)["map@10"][0]
+    # The same queries in a gallery without the seen images, searched anew.
+    own = torch.arange(int((known.labels >= 0).sum()))
+    own_lists = nearest(known.embeddings[own], known.embeddings[own], query_items=own, gallery_items=own, n_items=60)
+    alone = Evidence(own_lists, known.labels[own], known.n_relevant[own])
+    before = float(alone.per_query(own_lists)["map@10"].mean())
+    assert first.before == pytest.approx(before)
+    decision = next(decision for decision in chain.chosen_on["decisions"] if decision["step"] == "pairwise")
+    assert first.gain == pytest.approx(decision["gain"][f"map@10{AMONG_UNSEEN}"]["mean"])
+    assert 0 < first.gain < decision["gain"]["map@10"]["mean"] / 2
+
+
+def test_a_model_that_only_tells_seen_from_unseen_candidates_is_not_taken() -> None:
+    chain = choose(evidence_beside_seen(truth_weight=0.0, noise=0.4))
+    decision = next(decision for decision in chain.chosen_on["decisions"] if decision["step"] == "pairwise")
+    assert decision["gain"]["map@10"]["mean"] > 0.1
+    assert decision["probability"] > decision["accept"]
+    assert decision["gain"][f"map@10{AMONG_UNSEEN}"]["mean"] < 0
+    assert not decision["taken"]
+    assert outcome(decision) == "not taken, for mAP@10 among unseen photos would fall"

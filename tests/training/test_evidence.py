@@ -10,6 +10,7 @@ import torch
 from training_examples import SMALL, TOKENS
 
 from distributed_rerank.chain.chain import AdaptStep, Chain
+from distributed_rerank.chain.evidence import AMONG_UNSEEN
 from distributed_rerank.data.catalogue import Catalogue
 from distributed_rerank.data.embeddings import Embeddings
 from distributed_rerank.tensors.candidate_lists import CandidateLists
@@ -100,6 +101,15 @@ def test_seen_labels_are_candidates_and_negatives(
     assert np.array_equal(known.queries.numpy(), np.flatnonzero(is_own))
     assert set(known.n_relevant[known.queries].tolist()) == {N_IMAGES - 1}
     assert not is_own[known.lists.items[known.queries].numpy()].all()
+    assert known.is_seen is not None
+    assert np.array_equal(known.is_seen.numpy(), ~is_own)
+    values = known.per_query(known.lists)
+    for place, query in enumerate(known.queries.tolist()):
+        unseen = [item for item in known.lists.items[query].tolist() if item >= 0 and is_own[item]]
+        hits = [labels[item] == labels[query] for item in unseen[:10]]
+        precisions = [sum(hits[: rank + 1]) / (rank + 1) for rank in range(len(hits)) if hits[rank]]
+        assert values[f"map@10{AMONG_UNSEEN}"][place] == pytest.approx(sum(precisions) / (N_IMAGES - 1))
+        assert values[f"cmc@1{AMONG_UNSEEN}"][place] == float(hits[0])
 
 
 def test_either_half_of_the_seen_labels_stands_beside_one_side(catalogue: Catalogue) -> None:
