@@ -23,7 +23,7 @@ import torch
 from jaxtyping import Bool, Float64, Int64
 from torch import Tensor
 
-from distributed_rerank.chain.chain import Chain
+from distributed_rerank.chain.chain import Chain, ProbabilityStep
 from distributed_rerank.chain.evidence import AMONG_UNSEEN, CMC_WEIGHT, Evidence, half_of_labels
 from distributed_rerank.chain.settings import FUSIONS, NEIGHBOURS, PINNED_NEIGHBOURS, Settings, settings_for
 from distributed_rerank.chain.trials import Trial, calibrate, try_chain
@@ -123,12 +123,17 @@ def try_steps(evidence: Evidence, seed: int, accept: float, where: str = "") -> 
             families=evidence.query_families(),
         )  # fmt: skip
         decisions.append(decision)
-        if decisions[-1]["taken"]:
+        if decision["taken"]:
             everyone = torch.ones_like(is_first_half)
             of_first = values["cmc@1"] - current.values["cmc@1"]
             if counts_map and name == NEIGHBOURS and not gains_surely(of_first, labels):
                 settings = settings.pinned()  # else the best of many, for all labels, moves first candidates by luck
-            current = try_chain(evidence, settings.chains[pick(settings.values, current, everyone)])
+            before, current = current, try_chain(evidence, settings.chains[pick(settings.values, current, everyone)])
+            step = current.chain.steps[-1]
+            if isinstance(step, ProbabilityStep) and step.pinned and bool(of_first.any()):
+                # The halves moved first candidates that the step kept leaves alone: so do the lines, then.
+                values = cross_fitted_values(settings.pinned(), before, is_first_half, pick)
+                decision["lines"] = gain_lines(before.values, values, evidence.query_families())
     return Attempt(evidence, is_first_half, current, table, decisions)
 
 
@@ -235,13 +240,14 @@ def judge(
         "probability": probability,
         "accept": accept,
         "gain": {key: gain_to_json(difference) for key, difference in gain.items()},
-        "lines": {
-            key: line_to_json(gain_line(before[key], after[key], labels if families is None else families))
-            for key in after
-            if key != "objective"
-        },
+        "lines": gain_lines(before, after, labels if families is None else families),
         "n_labels": len(labels.unique()),
     }
+
+
+def gain_lines(before: PerQuery, after: PerQuery, clusters: Int64[Tensor, " query"]) -> dict[str, Any]:
+    """The line of each metric's gain over its value before, as chain.json holds it."""
+    return {key: line_to_json(gain_line(before[key], after[key], clusters)) for key in after if key != "objective"}
 
 
 def row(chain: Chain, values: PerQuery) -> dict[str, Any]:

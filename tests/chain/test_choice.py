@@ -12,6 +12,7 @@ from distributed_rerank.chain.chain import Chain, NeighbourhoodStep, PairwiseSte
 from distributed_rerank.chain.choice import ON_ALL_LABELS, best, best_that_keeps_first, choose, judge, outcome
 from distributed_rerank.chain.evidence import Evidence, half_of_labels
 from distributed_rerank.chain.probability import probabilities
+from distributed_rerank.chain.promise import lines_of, promise_of
 from distributed_rerank.chain.settings import fusion_figure, fusion_trials, neighbour_settings
 from distributed_rerank.chain.trials import Trial, try_chain
 from distributed_rerank.tensors.calibration import expected_calibration_error
@@ -319,6 +320,10 @@ def test_first_candidates_move_only_where_the_halves_surely_gain(seed: int, of_h
     assert before["cmc@1"] < free["cmc@1"], "that is what all labels together would have chosen"
     assert (after["cmc@1"] == before["cmc@1"]) == bool(pinned)
     assert after["map@10"] > before["map@10"] + 0.02
+    # A first candidate that stays is promised no gain, although the halves moved it.
+    lines = lines_of(promise_of(chain))
+    assert lines["cmc@1"][0].gain == pytest.approx(0.0 if pinned else of_halves, abs=1e-4)
+    assert lines["map@10"][0].gain > 0.02
 
 
 def few_labels(seed: int, *, is_shuffled: bool = False) -> tuple[Evidence, Evidence]:
