@@ -1,6 +1,6 @@
 """The evidence for a choice of the chain: lists of labels that nothing was trained on, and a chain's figures there."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Bool, Float, Int64
@@ -52,11 +52,6 @@ class Evidence:
     def queries(self) -> Int64[Tensor, " query"]:
         """The items that have relevant ones; only they are measured."""
         return (self.n_relevant > 0).nonzero().squeeze(1)
-
-    def with_queries(self, is_query: Bool[Tensor, " item"]) -> "Evidence":
-        """The same with these queries alone; the other items are candidates only."""
-        things = self.things and replace(self.things, n_relevant=self.things.n_relevant * is_query)
-        return replace(self, n_relevant=self.n_relevant * is_query, things=things)
 
     def query_labels(self) -> Int64[Tensor, " query"]:
         """Labels of the queries."""
