@@ -45,12 +45,25 @@ def promise_of(chain: Chain) -> dict[str, Any]:
         return {}
     has_seen = any(key.endswith(AMONG_UNSEEN) for key in taken[0]["lines"])
     lines = {
-        key: [decision["lines"].get(f"{key}{AMONG_UNSEEN}", decision["lines"][key]) for decision in taken]
+        key: [promised_line(key, decision["lines"]) for decision in taken]
         for key in taken[0]["lines"]
         if not key.endswith(AMONG_UNSEEN)
     }
     kept = {key: of_steps for key, of_steps in lines.items() if all(of_steps)}
     return {"chain": chain.describe(), "among_unseen": has_seen, "lines": kept}
+
+
+def promised_line(key: str, lines: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The line of a step's gain to promise: that among unseen candidates, where there are seen ones too.
+
+    A step that pins the first candidates changes no CMC@1 in any gallery, but behind a seen first candidate the first
+    unseen one may change. So what has changed in no list is promised no change.
+    """
+    whole, unseen = lines[key], lines.get(f"{key}{AMONG_UNSEEN}")
+    if whole is None or unseen is None:
+        return whole
+    has_changed_nothing = whole["gain"] == 0 and whole["gain_variance"] == 0
+    return whole | {"before": unseen["before"]} if has_changed_nothing else unseen
 
 
 def gain_for(lines: Sequence[GainLine], before: float) -> Interval:

@@ -126,6 +126,21 @@ def test_candidates_that_the_extractor_has_seen_are_no_part_of_the_promise() -> 
     assert 0 < first.gain < decision["gain"]["map@10"]["mean"] / 2
 
 
+def test_a_step_that_pins_first_candidates_promises_no_change_of_cmc() -> None:
+    """Behind a seen first candidate the first unseen one has changed, which no other gallery can show."""
+    lines = {
+        "cmc@1": line(0.9, 0.0, 0.0, 0.0),
+        f"cmc@1{AMONG_UNSEEN}": line(0.95, -0.002, 0.1, 0.001),
+        "map@10": line(0.7, 0.1, 0.0, 0.01),
+        f"map@10{AMONG_UNSEEN}": line(0.8, 0.06, -0.2, 0.01),
+    }
+    promise = promise_of(Chain(STEPS, {"decisions": [decided(lines, True)]}))
+    assert lines_of(promise) == {
+        "cmc@1": [line(0.95, 0.0, 0.0, 0.0)], "map@10": [lines[f"map@10{AMONG_UNSEEN}"]]
+    }  # fmt: skip
+    assert "CMC@1 +0.0000 [+0.0000, +0.0000] where it has 0.9500" in promise_in_words(promise)
+
+
 def test_a_model_that_only_tells_seen_from_unseen_candidates_is_not_taken() -> None:
     chain = choose(evidence_beside_seen(truth_weight=0.0, noise=0.4))
     decision = next(decision for decision in chain.chosen_on["decisions"] if decision["step"] == "pairwise")
