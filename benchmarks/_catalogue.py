@@ -13,7 +13,7 @@ def add_catalogue_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--extractor", default="mobilenetv2_100")
     parser.add_argument("--extractor-weights", help="file; none = untrained; default: timm's from the hub")
     parser.add_argument("--extractor-args", nargs="*", default=())
-    parser.add_argument("--image-size", type=int, default=160)
+    parser.add_argument("--image-size", type=int, help="default: timm's")
     parser.add_argument("--interpolation", choices=("bilinear", "bicubic"), help="default: timm's")
     parser.add_argument("--mean", type=float, nargs=3, help="default: timm's")
     parser.add_argument("--std", type=float, nargs=3, help="default: timm's")
