@@ -94,8 +94,19 @@ def save_extractor(extractor: Extractor, path: str | Path, seen_labels: Iterable
     """
     state = {name: value.detach().cpu().contiguous() for name, value in extractor.model.state_dict().items()}
     seen = {weights.SEEN_LABELS: " ".join(sorted(seen_labels))}
-    write_bytes(path, safetensors.torch.save(state, metadata={"format": "pt", **seen}))
+    write_bytes(path, same_bytes(safetensors.torch.save(state, metadata={"format": "pt", **seen})))
     return Path(path)
+
+
+def same_bytes(file: bytes) -> bytes:
+    """A safetensors file with its metadata in alphabetical order; the library writes them in an order of chance."""
+    # Eight bytes have the length of the header, which is JSON; then come the tensors, at places counted from there.
+    end = 8 + int.from_bytes(file[:8], "little")
+    header = json.loads(file[8:end])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text + file[end:]
 
 
 def load_model(folder: str | Path) -> PairwiseModel:

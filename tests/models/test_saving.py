@@ -2,6 +2,7 @@ import json
 
 import huggingface_hub
 import pytest
+import safetensors
 import torch
 
 from distributed_rerank.chain.chain import Chain, PairwiseStep, write_chain
@@ -16,7 +17,7 @@ from distributed_rerank.config.pairwise import (
 from distributed_rerank.errors import BadInput
 from distributed_rerank.models.concat_siamese import ConcatSiamese
 from distributed_rerank.models.distance_siamese import DistanceSiamese
-from distributed_rerank.models.saving import load_model, save_model
+from distributed_rerank.models.saving import load_model, save_extractor, save_model
 from distributed_rerank.models.split_siamese import SplitSiamese
 from distributed_rerank.models.token_siamese import TokenSiamese
 from distributed_rerank.reranking.loading import load_model_and_chain
@@ -71,6 +72,18 @@ def test_load_model_needs_no_weights_file_of_the_extractor(tmp_path, vit_config,
 def test_save_model_twice_replaces_the_files(saved, vit_config):
     save_model(DistanceSiamese(DistanceSiameseConfig(extractor=vit_config, output_bias=2.0)), saved)
     assert load_model(saved).config.output_bias == 2.0
+
+
+def test_saved_extractor_has_the_same_bytes_each_time(tmp_path, vit_config):
+    """The library writes two entries of metadata in an order of chance."""
+    extractor = DistanceSiamese(DistanceSiameseConfig(extractor=vit_config)).extractor
+    files = [save_extractor(extractor, tmp_path / f"{number}.safetensors", {"b", "a"}) for number in range(16)]
+    assert len({file.read_bytes() for file in files}) == 1
+    with safetensors.safe_open(files[0], "pt") as content:
+        assert content.metadata() == {"format": "pt", "seen_labels": "a b"}
+        assert set(content.keys()) == set(extractor.model.state_dict())
+        for name, value in extractor.model.state_dict().items():
+            assert torch.equal(content.get_tensor(name), value)
 
 
 @pytest.mark.parametrize("missing", ["config.json", "model.safetensors"])
