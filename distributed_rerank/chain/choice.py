@@ -279,8 +279,9 @@ def outcome(decision: dict[str, Any]) -> str:
     if probability >= accept:
         unseen = decision["gain"].get(f"map@10{AMONG_UNSEEN}", {"mean": 0.0})["mean"]
         return f"not taken, for mAP@10{' among unseen photos' if unseen < 0 else ' or CMC@1'} would fall"
+    at_least = math.floor(1000 * probability) / 10  # rounded up, it could read as if it were enough
     return (
-        f"not taken, for it gains with a probability of {probability:.1%} only, where --accept asks for "
+        f"not taken, for it gains with a probability of {at_least:.1f}% only, where --accept asks for "
         f"{100 * accept:g}%; with the same gain about {labels_needed(decision)} labels would do instead of "
         f"{decision['n_labels']}"
     )

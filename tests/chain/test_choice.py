@@ -58,6 +58,13 @@ def test_choice_takes_a_pairwise_model_that_helps() -> None:
             "not taken, for it gains with a probability of 97.0% only, where --accept asks for 99%; with "
             "the same gain about 13 labels would do instead of 8",
         ),
+        (
+            False,
+            0.98996,
+            0.1,
+            "not taken, for it gains with a probability of 98.9% only, where --accept asks for 99%; with "
+            "the same gain about 9 labels would do instead of 8",
+        ),
     ],
 )
 def test_a_decision_says_why(is_taken: bool, probability: float, mean: float, said: str) -> None:
