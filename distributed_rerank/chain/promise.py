@@ -3,13 +3,17 @@
 A gain in points does not carry over: the labels set aside are ranked among fewer others than a real gallery holds, so
 the first stage misses less there, and less can be gained. So each chain step keeps its gain as a line over the value
 before it, fitted to single queries by models and constants that had not seen their labels. The promise for other
-queries is that of the lines one after the other, from their own first stage on. Where images that the extractor has
-seen stand among the candidates, none of which matches, a model can gain by telling seen from unseen. Other galleries
-have none, so the lines are those of the same lists without them. How far the lines move a gain is an
+queries is that of the lines one after the other, from their own first stage on. How far the lines move a gain is an
 error of the promise too: a first stage that is worse on other queries leaves more to gain if their lists are harder,
-but not if it is an extractor that has seen the labels set aside. The promise is made for labels of which the model has
-seen no look-alikes: queries that have some among the train labels may show more. So may others where labels are
-halved, for models that saw half of them were measured, and the one that is kept has seen all.
+but not if it is an extractor that has seen the labels set aside.
+
+Images that the extractor has seen may stand among the candidates, and none of them matches. A model can gain by telling
+seen images from unseen ones, but other galleries have no seen images. So the lines are those of the same lists without
+them.
+
+The promise is made for labels of which the model has seen no look-alikes: queries that have some among the train labels
+may show more. So may others where labels are halved, for models that saw half of them were measured, and the one that
+is kept has seen all.
 """
 
 import math

@@ -94,11 +94,11 @@ def save_extractor(extractor: Extractor, path: str | Path, seen_labels: Iterable
     """
     state = {name: value.detach().cpu().contiguous() for name, value in extractor.model.state_dict().items()}
     seen = {weights.SEEN_LABELS: " ".join(sorted(seen_labels))}
-    write_bytes(path, same_bytes(safetensors.torch.save(state, metadata={"format": "pt", **seen})))
+    write_bytes(path, with_sorted_metadata(safetensors.torch.save(state, metadata={"format": "pt", **seen})))
     return Path(path)
 
 
-def same_bytes(file: bytes) -> bytes:
+def with_sorted_metadata(file: bytes) -> bytes:
     """A safetensors file with its metadata in alphabetical order; the library writes them in an order of chance."""
     # Eight bytes have the length of the header, which is JSON; then come the tensors, at places counted from there.
     end = 8 + int.from_bytes(file[:8], "little")

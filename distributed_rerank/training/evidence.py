@@ -83,8 +83,7 @@ def evidence_from(
         things = Things(numbers, count_relevant_things(everyone, everyone, labels, sequences, numbers))
     # [item] the family of each one's label; images without a label have none.
     of_items = None if families is None else torch.from_numpy(families)[labels.clamp(min=0)].where(labels >= 0, -1)
-    is_seen = None if is_beside is None else torch.from_numpy(is_beside)[items]
-    is_seen = None if is_seen is None or not bool(is_seen.any()) else is_seen
+    is_seen = None if is_beside is None or not is_beside[items].any() else torch.from_numpy(is_beside)[items]
     return Evidence(own_lists, labels, n_relevant, logits, embeddings[items], target, things, of_items, is_seen)
 
 
