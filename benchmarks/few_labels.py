@@ -21,8 +21,7 @@ import torch
 from _catalogue import add_catalogue_flags, extractor_of, generate_quick_catalogue, parse_with_catalogue
 from _measuring import Row, add_common_flags, describe_machine, finish
 
-from distributed_rerank.chain.chain import Chain
-from distributed_rerank.chain.choice import choose
+from distributed_rerank.chain.chain import AdaptStep, Chain
 from distributed_rerank.chain.evidence import Evidence
 from distributed_rerank.chain.trials import try_chain
 from distributed_rerank.config.extractor import ExtractorConfig
@@ -36,10 +35,9 @@ from distributed_rerank.models.saving import build_model, load_model
 from distributed_rerank.tensors import metrics
 from distributed_rerank.tensors.knn import nearest
 from distributed_rerank.training.encodings import FULL_ENCODER
-from distributed_rerank.training.evidence import evidence_of_runs, evidence_on_all_labels
 from distributed_rerank.training.images import DecodedImages, block_path
 from distributed_rerank.training.run import results, train_all
-from distributed_rerank.training.stage import make_task
+from distributed_rerank.training.stage import choose_chain, make_task
 from distributed_rerank.training.state import load_state, write_state
 from distributed_rerank.training.task import TrainingWorker
 
@@ -91,17 +89,17 @@ def measure(data: Data, items: np.ndarray, seed: int, folder: Path) -> tuple[flo
         write_state(block.clone(), path)
     state = train_all(task, folder / "run", TrainingWorker(), None, lambda state, figures: None)
     of_runs = results(state)
-    chain = choose(evidence_of_runs(task, of_runs), seed, config.accept, evidence_on_all_labels(task))
+    chain = choose_chain(task, of_runs)
     model = load_model(folder / "run" / "encodings" / FULL_ENCODER)
     load_state(model, of_runs[-1]["best"]["model"])
     plain = evidence_on(data, model, data.embeddings)
-    adapter = task.start.adapter
+    adapter, steps = chain.adapter, [step for step in chain.steps if not isinstance(step, AdaptStep)]
     mapped = data.embeddings if adapter is None else Embeddings(data.embeddings.ids, adapter(data.embeddings.matrix[:]))
     before = try_chain(plain, Chain()).figures()["map@10"]
-    after = try_chain(evidence_on(data, model, mapped), Chain(chain.steps)).figures()["map@10"]
+    after = try_chain(evidence_on(data, model, mapped), Chain(tuple(steps))).figures()["map@10"]
     rise = chain.chosen_on["decisions"][0]["gain"]["objective"] if chain.chosen_on["decisions"] else None
     would = rise is not None and rise["p_value"] < 0.01 and rise["ci95"][0] > 0
-    return 100 * (after - before), bool(task.start.steps or chain.steps), would
+    return 100 * (after - before), bool(chain.steps), would
 
 
 def evidence_on(data: Data, model: object, embeddings: Embeddings) -> Evidence:

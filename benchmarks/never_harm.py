@@ -70,10 +70,13 @@ class Catalogue:
             return evidence_on(join_lists(list(lists)), labels, points)
 
         adapted = choose_adaptation(points, labels, alone, side, search, measure, self.seed)
-        known = measure(adapted.lists)
-        is_few = adapted.step is None and len(np.unique(labels)) <= FEW_LABELS
+        known, plain = measure(adapted.lists), adapted.plain
+        is_few = (adapted.step is None or plain is not None) and len(np.unique(labels)) <= FEW_LABELS
         all_labels = evidence_on(lists_among(points, np.arange(len(labels))), labels, points) if is_few else None
-        chain = choose(self.with_logits(known), self.seed, all_labels=all_labels)
+        unadapted = None if plain is None else measure(plain.lists)
+        chain = choose(self.with_logits(known), self.seed, all_labels=all_labels, unadapted=unadapted)
+        if plain is not None and not chain.is_judged_as_one:
+            adapted = plain
         new_points, new_labels = self.new
         everyone = np.arange(len(new_labels))
         before = evidence_on(lists_among(new_points, everyone), new_labels, new_points)

@@ -231,6 +231,11 @@ class Chain:
         """What is to be said of the labels that the chain was chosen on; "" where all is as usual."""
         return self.chosen_on.get("evidence", {}).get("text", "")
 
+    @property
+    def is_judged_as_one(self) -> bool:
+        """Whether its steps were taken as one, for no step was sure by itself."""
+        return bool(self.chosen_on.get("together", {}).get("taken"))
+
     def describe(self) -> str:
         """The chain steps in one line, for a log and a report."""
         return " -> ".join(["first stage", *(describe_step(step) for step in self.steps)])

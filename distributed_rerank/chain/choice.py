@@ -7,6 +7,10 @@ are halved, the best constants of either half are measured on the other, and a g
 probable enough (`judge`). Otherwise the chain stays as it was; with no chain step at all it is the first stage, and the
 log says so.
 
+With few labels no step may be sure to help, though the chain of all steps is. Where no step is taken by itself, the
+likely ones are tried one on top of the other and judged as one. That is a second look at the same labels, so the bar is
+higher.
+
 Few labels among themselves are ranked so well that hardly any step can show a gain. Steps that need no model may use
 all train labels as evidence, not only those that the model has not seen. So they are tried once more on these where
 nothing was taken.
@@ -23,7 +27,7 @@ import torch
 from jaxtyping import Bool, Float64, Int64
 from torch import Tensor
 
-from distributed_rerank.chain.chain import Chain, ProbabilityStep
+from distributed_rerank.chain.chain import Chain, PairwiseStep, ProbabilityStep
 from distributed_rerank.chain.evidence import AMONG_UNSEEN, CMC_WEIGHT, Evidence, half_of_labels
 from distributed_rerank.chain.settings import FUSIONS, NEIGHBOURS, PINNED_NEIGHBOURS, Settings, settings_for
 from distributed_rerank.chain.trials import Trial, calibrate, try_chain
@@ -37,6 +41,8 @@ logger = logging.getLogger(__name__)
 
 ACCEPT = 0.995
 """A chain step joins where its gain is so probable; high, for several are tried, and nobody may be harmed."""
+LIKELY = 0.9
+"""A step with a gain so probable may join with others, if the chain of them all is sure."""
 PRIOR_SPREAD, PRIOR_LABELS = 0.06, 2
 """What is assumed of the spread of a gain between labels before any is seen: as if two labels had shown 6 points."""
 LEAST_SPREAD = 1e-3
@@ -49,7 +55,7 @@ that of the pairwise step, on any labels."""
 CLEARLY_BETTER = 0.005
 """A larger weight of the first stage must raise mAP@10 + CMC@1 by more than this. The measured models have seen fewer
 labels than the model that is kept, and lean on the first stage more than it has to."""
-ON_ALL_LABELS = ", on all train labels"
+ON_ALL_LABELS, WITHOUT_ADAPTER = ", on all train labels", ", without the adapter"
 """Ends the name of a step that was tried there."""
 Pick = Callable[[Sequence[PerQuery], Trial, Bool[Tensor, " query"]], int]
 """The number of the best setting by these values on some queries, beside the chain so far."""
@@ -65,33 +71,84 @@ class Attempt:
     table: list[dict[str, Any]]
     """The first stage and every setting, for chain.json."""
     decisions: list[dict[str, Any]]
+    gained: PerQuery
+    """The values of every query with the steps taken, each step's constants from the half without its label."""
+
+    def taken(self) -> list[str]:
+        """Names of the steps taken."""
+        return [decision["step"] for decision in self.decisions if decision["taken"]]
 
 
-def choose(evidence: Evidence, seed: int = 0, accept: float = ACCEPT, all_labels: Evidence | None = None) -> Chain:
+def choose(
+    evidence: Evidence,
+    seed: int = 0,
+    accept: float = ACCEPT,
+    all_labels: Evidence | None = None,
+    unadapted: Evidence | None = None,
+) -> Chain:
     """The chain for these labels, with the figures of every setting tried in `chosen_on` and a calibration.
 
     A step joins where the probability of its gain (`judge`) is at least `accept`. Without logits only the chain steps
-    that need no training are tried. `all_labels` has more labels, or one gallery of all, and no logits: where
-    nothing is taken from `evidence`, the steps that need no training are tried there.
+    that need no training are tried. Where no step is taken, the likely ones are judged as one (`choose_together`).
+    `all_labels` has more labels, or one gallery of all, and no logits: where nothing is taken from `evidence`, the
+    steps that need no training are tried there. `unadapted` has the same queries and no logits, before an adapter that
+    is only likely to gain: the steps are taken with it or not at all, and then those that need no training are tried
+    without it.
     """
     attempt = try_steps(evidence, seed, accept)
-    decisions = attempt.decisions
+    together = None
+    if unadapted is not None or not attempt.chosen.chain.steps:
+        attempt, together = choose_together(attempt, unadapted, seed, accept)
+        if unadapted is not None and not attempt.chosen.chain.steps:
+            plain = try_steps(unadapted, seed, accept, where=WITHOUT_ADAPTER)
+            attempt = replace(plain, decisions=attempt.decisions + plain.decisions)
     if all_labels is not None and not attempt.chosen.chain.steps:
         again = try_steps(all_labels, seed, accept, where=ON_ALL_LABELS)
-        decisions = decisions + again.decisions
-        attempt = again if again.chosen.chain.steps else attempt
+        kept = again if again.chosen.chain.steps else attempt
+        attempt = replace(kept, decisions=attempt.decisions + again.decisions)
     current, labels = attempt.chosen, attempt.evidence.query_labels()
-    log_choice(current, decisions)
+    decisions = attempt.decisions
+    log_choice(current, [*decisions, *([] if together is None else [together])])
     chosen_on = {
         "n_labels": len(labels.unique()),
         "n_queries": len(labels),
         "first_stage": {key: attempt.table[0][key] for key in ("map@10", "cmc@1")},
         "chosen": current.figures(),
         "decisions": decisions,
+        **({} if together is None else {"together": together}),
         "table": attempt.table,
     }
     calibration = calibrate(attempt.evidence, current, attempt.is_first_half)
     return replace(current.chain, chosen_on=chosen_on, calibration=calibration)
+
+
+def choose_together(
+    sure: Attempt, unadapted: Evidence | None, seed: int, accept: float
+) -> tuple[Attempt, dict[str, Any] | None]:
+    """The attempt to keep and the decision about its steps as one; no decision where there is one step or none.
+
+    The steps are those taken, or else the likely ones. With an adapter that is only likely, it is the first of them,
+    and they gain over the lists before it: without a decision for them no step is kept. As this is a second look at
+    the same labels, only half the doubt of `accept` is left to it.
+    """
+    evidence = sure.evidence
+    first_stage = try_chain(evidence if unadapted is None else unadapted, Chain())
+    attempt = sure if sure.chosen.chain.steps else try_steps(evidence, seed, min(accept, LIKELY))
+    names = [*([] if unadapted is None else ["adapt"]), *attempt.taken()]
+    refused = [d | {"taken": False, "as_one": True} if d["taken"] else d for d in sure.decisions]
+    nothing = replace(sure, chosen=try_chain(evidence, Chain()), decisions=refused)
+    if len(names) < 2:
+        return nothing, None
+    decision = judge(
+        f"chain of {', '.join(names[:-1])} and {names[-1]}", first_stage.values, attempt.gained, first_stage,
+        evidence.query_labels(), seed, (1 + accept) / 2, counts_map=evidence.target == "both",
+        families=evidence.query_families(),
+    )  # fmt: skip
+    decision["option"] = accept
+    if not decision["taken"]:
+        return nothing, decision
+    joined = [d | {"as_one": True} if d["taken"] else d for d in attempt.decisions]
+    return replace(attempt, decisions=joined), decision
 
 
 def try_steps(evidence: Evidence, seed: int, accept: float, where: str = "") -> Attempt:
@@ -99,6 +156,7 @@ def try_steps(evidence: Evidence, seed: int, accept: float, where: str = "") -> 
     labels = evidence.query_labels()
     is_first_half = half_of_labels(labels, seed)
     first_stage = current = try_chain(evidence, Chain())
+    gained = first_stage.values
     table = [row(current.chain, current.values)]
     decisions = []
     settings: Settings | None = None
@@ -111,30 +169,42 @@ def try_steps(evidence: Evidence, seed: int, accept: float, where: str = "") -> 
             settings = settings_for(name, evidence, current, is_first_half)
         if settings is None:
             continue
-        neighbours_pick = best_that_keeps_first(labels) if evidence.target == "both" else best
-        pick = smallest_best_weight if name in FUSIONS else neighbours_pick
         if name != PINNED_NEIGHBOURS:  # whose rows are there
             table += [row(chain, values) for chain, values in zip(settings.chains, settings.values, strict=True)]
-        # Settings that would lose CMC@1 against the chain so far are not chosen where others are there.
-        values = cross_fitted_values(settings, current, is_first_half, pick)
-        counts_map = evidence.target == "both"
-        decision = judge(
-            f"{name}{where}", current.values, values, first_stage, labels, seed, accept, counts_map=counts_map,
-            families=evidence.query_families(),
-        )  # fmt: skip
+        decision, values, number = try_step(f"{name}{where}", settings, evidence, first_stage, current, seed, accept)
         decisions.append(decision)
-        if decision["taken"]:
-            everyone = torch.ones_like(is_first_half)
-            of_first = values["cmc@1"] - current.values["cmc@1"]
-            if counts_map and name == NEIGHBOURS and not gains_surely(of_first, labels):
-                settings = settings.pinned()  # else the best of many, for all labels, moves first candidates by luck
-            before, current = current, try_chain(evidence, settings.chains[pick(settings.values, current, everyone)])
-            step = current.chain.steps[-1]
-            if isinstance(step, ProbabilityStep) and step.pinned and bool(of_first.any()):
-                # The halves moved first candidates that the step kept leaves alone: so do the lines, then.
-                values = cross_fitted_values(settings.pinned(), before, is_first_half, pick)
-                decision["lines"] = gain_lines(before.values, values, evidence.query_families())
-    return Attempt(evidence, is_first_half, current, table, decisions)
+        if number is not None:
+            gained = {key: gained[key] + values[key] - current.values[key] for key in gained}
+            current = try_chain(evidence, settings.chains[number])
+    return Attempt(evidence, is_first_half, current, table, decisions, gained)
+
+
+def try_step(
+    name: str, settings: Settings, evidence: Evidence, first_stage: Trial, current: Trial, seed: int, accept: float
+) -> tuple[dict[str, Any], PerQuery, int | None]:
+    """The decision about a chain step, its cross-fitted values, and the number of the setting taken, None for none."""
+    labels, families = evidence.query_labels(), evidence.query_families()
+    is_first_half, everyone = half_of_labels(labels, seed), torch.ones_like(labels, dtype=torch.bool)
+    counts_map, is_fusion = evidence.target == "both", isinstance(settings.chains[0].steps[-1], PairwiseStep)
+    neighbours_pick = best_that_keeps_first(labels) if counts_map else best
+    pick = smallest_best_weight if is_fusion else neighbours_pick
+    # Settings that would lose CMC@1 against the chain so far are not chosen where others are there.
+    values = cross_fitted_values(settings, current, is_first_half, pick)
+    decision = judge(
+        name, current.values, values, first_stage, labels, seed, accept, counts_map=counts_map, families=families
+    )
+    if not decision["taken"]:
+        return decision, values, None
+    of_first, numbers = values["cmc@1"] - current.values["cmc@1"], range(len(settings.chains))
+    if counts_map and not is_fusion and not gains_surely(of_first, labels):
+        numbers = settings.pinned_numbers()  # else the best of many, for all labels, moves first candidates by luck
+    number = numbers[pick([settings.values[i] for i in numbers], current, everyone)]
+    step = settings.chains[number].steps[-1]
+    if isinstance(step, ProbabilityStep) and step.pinned and bool(of_first.any()):
+        # The halves moved first candidates that the step kept leaves alone: so do the lines, then.
+        values = cross_fitted_values(settings.pinned(), current, is_first_half, pick)
+        decision["lines"] = gain_lines(current.values, values, families)
+    return decision, values, number
 
 
 def without_cmc_loss(values: Sequence[PerQuery], first_stage: Trial, rows: Bool[Tensor, " query"]) -> list[int]:
@@ -237,12 +307,19 @@ def judge(
     return {
         "step": name,
         "taken": probability >= accept and gain["objective"].mean >= MIN_GAIN and is_harmless,
+        "is_harmless": is_harmless,
         "probability": probability,
         "accept": accept,
         "gain": {key: gain_to_json(difference) for key, difference in gain.items()},
         "lines": gain_lines(before, after, labels if families is None else families),
         "n_labels": len(labels.unique()),
     }
+
+
+def is_likely(decision: dict[str, Any]) -> bool:
+    """Whether a step gains with the probability `LIKELY`, and harms nothing."""
+    is_enough = decision["gain"]["objective"]["mean"] >= MIN_GAIN and decision["is_harmless"]
+    return decision["probability"] >= min(decision["accept"], LIKELY) and is_enough
 
 
 def gain_lines(before: PerQuery, after: PerQuery, clusters: Int64[Tensor, " query"]) -> dict[str, Any]:
@@ -272,17 +349,23 @@ def line_to_json(line: GainLine | None) -> dict[str, Any] | None:
 def outcome(decision: dict[str, Any]) -> str:
     """Whether the chain step was taken, how sure its gain is, and what would change a decision against it."""
     probability, accept, mean = decision["probability"], decision["accept"], decision["gain"]["objective"]["mean"]
+    if decision.get("as_one"):
+        return f"judged as one with other steps, for it gains with a probability of {probability:.1%}"
     if decision["taken"]:
-        return f"taken, for it gains with a probability of {probability:.1%} (--accept {accept:g})"
+        asked = f"--accept {accept:g}"
+        if "option" in decision:
+            asked = f"--accept {decision['option']:g} asks for {100 * accept:g}% of steps as one"
+        return f"taken, for it gains with a probability of {probability:.1%} ({asked})"
     if mean < MIN_GAIN:
         return f"not taken, for mAP@10 + {CMC_WEIGHT:g} CMC@1 does not rise by {MIN_GAIN:g}"
     if probability >= accept:
         unseen = decision["gain"].get(f"map@10{AMONG_UNSEEN}", {"mean": 0.0})["mean"]
         return f"not taken, for mAP@10{' among unseen photos' if unseen < 0 else ' or CMC@1'} would fall"
     at_least = math.floor(1000 * probability) / 10  # rounded up, it could read as if it were enough
+    of_steps = " of steps as one" if "option" in decision else ""
     return (
-        f"not taken, for it gains with a probability of {at_least:.1f}% only, where --accept asks for "
-        f"{100 * accept:g}%; with the same gain about {labels_needed(decision)} labels would do instead of "
+        f"not taken, for it gains with a probability of {at_least:.1f}% only, where --accept asks for {100 * accept:g}%"
+        f"{of_steps}; with the same gain about {labels_needed(decision)} labels would do instead of "
         f"{decision['n_labels']}"
     )
 

@@ -45,6 +45,8 @@ def promise_of(chain: Chain) -> dict[str, Any]:
     """
     on = chain.chosen_on
     taken = [decision for decision in (on.get("adapt"), *on.get("decisions", ())) if decision and decision["taken"]]
+    if chain.is_judged_as_one:
+        taken = [on["together"]]  # steps that were judged as one are promised as one
     if not taken:
         return {}
     has_seen = any(key.endswith(AMONG_UNSEEN) for key in taken[0]["lines"])

@@ -57,10 +57,14 @@ class Settings:
     measure: Callable[[int, bool], PerQuery]
     """Values of every query with setting number i and the curve of the first (True) or second half of the labels."""
 
+    def pinned_numbers(self) -> list[int]:
+        """The numbers of those that leave the first candidate where it is."""
+        last = [chain.steps[-1] for chain in self.chains]
+        return [i for i, step in enumerate(last) if isinstance(step, ProbabilityStep) and step.pinned]
+
     def pinned(self) -> "Settings":
         """Those that leave the first candidate where it is."""
-        last = [chain.steps[-1] for chain in self.chains]
-        kept = [i for i, step in enumerate(last) if isinstance(step, ProbabilityStep) and step.pinned]
+        kept = self.pinned_numbers()
         return Settings(
             [self.chains[i] for i in kept],
             [self.values[i] for i in kept],

@@ -106,7 +106,8 @@ class TrainingConfig:
     """What the choice of the chain maximises; both: mAP@10 + 2 CMC@1. mAP@10 may not fall for it, nor CMC@1 below the
     first stage's."""
     accept: float = 0.995
-    """How probable the gain of a chain step must be, on labels that it has not seen, for the step to be taken."""
+    """How probable the gain of a chain step must be, on labels that it has not seen, for the step to be taken. Steps
+    that are only likely may be taken as one: their gain together must be surer still, by half the doubt."""
     adapt: bool = True
     """Try a map of the embeddings, fitted to the labels in closed form, as first chain step (mining=lists)."""
     teacher_share: float = 0.5

@@ -35,7 +35,7 @@ from distributed_rerank.storage.manifests import MANIFEST, SCHEMA_VERSION, check
 logger = logging.getLogger(__name__)
 
 _REMEDY = "pass --overwrite to recompute it or choose another --out"
-RESULT_VERSIONS = {"embed": 1, "retrieve": 1, "score": 2, "train": 13, "evaluate": 6, "rerank": 2, "compare": 2}
+RESULT_VERSIONS = {"embed": 1, "retrieve": 1, "score": 2, "train": 14, "evaluate": 6, "rerank": 2, "compare": 2}
 """Raise a stage's number by hand when its results change; folders made before are then refused, not continued."""
 SCRATCH = "blocks"
 """Folder in a hidden folder for what `Staging.finish` removes."""

@@ -7,7 +7,7 @@ kept is fitted to both.
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,7 @@ from jaxtyping import Float, Float32, Int64
 from torch import Tensor
 
 from distributed_rerank.chain.chain import AdaptStep, Chain
-from distributed_rerank.chain.choice import ACCEPT, best, cross_fitted_values, judge, log_decisions, row
+from distributed_rerank.chain.choice import ACCEPT, best, cross_fitted_values, is_likely, judge, log_decisions, row
 from distributed_rerank.chain.evidence import Evidence
 from distributed_rerank.chain.settings import Settings
 from distributed_rerank.chain.trials import Trial
@@ -47,6 +47,8 @@ class Adaptation:
     adapter: Adapter | None = None
     decision: dict[str, Any] | None = None
     """For chain.json; None where nothing was tried."""
+    plain: "Adaptation | None" = None
+    """Without the adapter, where it is likely to gain but not sure: it is judged as one with the steps behind it."""
 
 
 def choose_adaptation(
@@ -83,17 +85,20 @@ def choose_adaptation(
     fitted = cross_fitted_values(settings, first_stage, is_first, best)
     of_queries, families = evidence.query_labels(), evidence.query_families()
     decision = judge("adapt", first_stage.values, fitted, first_stage, of_queries, seed, accept, families=families)
-    is_taken, chosen = decision["taken"], best(values, first_stage, torch.ones_like(is_first))
+    chosen = best(values, first_stage, torch.ones_like(is_first))
     decision |= {
         "first_stage": first_stage.figures(),
         "table": [row(trial.chain, trial.values) for trial in (first_stage, *trials)],
     }
+    unadapted = replace(plain, decision=decision)
+    decision["as_one"] = may_join(decision, evidence)
     log_decisions([decision])
-    if not is_taken:
-        return Adaptation(plain.lists, embeddings, decision=decision)
+    if not decision["taken"] and not decision["as_one"]:
+        return unadapted
     has_side = torch.from_numpy(side >= 0)
     (adapter,) = fit_adapters(x[has_side], number[has_side], [TRIED[usable[chosen]]])
-    return Adaptation(tried[chosen].lists, tried[chosen].embeddings, tried[chosen].step, adapter, decision)
+    with_adapter = replace(tried[chosen], adapter=adapter, decision=decision)
+    return replace(with_adapter, plain=unadapted) if decision["as_one"] else with_adapter
 
 
 def choose_by_folds(
@@ -123,6 +128,12 @@ def choose_by_folds(
             query_sequences=passes[queries], gallery_sequences=passes[items],
         )  # fmt: skip
 
+    halves = [
+        fit_adapters(x[torch.from_numpy(side == s)], number[torch.from_numpy(side == s)], [FEW_TRIED])[0]
+        for s in (0, 1)
+    ]
+    if any(half is None for half in halves):
+        return plain
     parts = []
     for part in range(int(own.max()) + 1):
         (adapter,) = fit_adapters(x[(own != part) & (number >= 0)], number[(own != part) & (number >= 0)], [FEW_TRIED])
@@ -140,16 +151,24 @@ def choose_by_folds(
         "first_stage": before.figures(),
         "table": [row(trial.chain, trial.values) for trial in (before, after)],
     }
+    unadapted = replace(plain, decision=decision)
+    decision["as_one"] = may_join(decision, evidence)
     log_decisions([decision])
-    halves = [
-        fit_adapters(x[torch.from_numpy(side == s)], number[torch.from_numpy(side == s)], [FEW_TRIED])[0]
-        for s in (0, 1)
-    ]
-    if not decision["taken"] or any(half is None for half in halves):
-        return Adaptation(plain.lists, plain.embeddings, decision=decision)
+    if not decision["taken"] and not decision["as_one"]:
+        return unadapted
     crossed = cross_fitted(plain.embeddings, side, halves)
     (adapter,) = fit_adapters(x[items], number[items], [FEW_TRIED])
-    return Adaptation(search(crossed, "few"), crossed, step, adapter, decision)
+    with_adapter = Adaptation(search(crossed, "few"), crossed, step, adapter, decision)
+    return replace(with_adapter, plain=unadapted) if decision["as_one"] else with_adapter
+
+
+def may_join(decision: dict[str, Any], evidence: Evidence) -> bool:
+    """Whether an adapter that is not taken by itself is judged as one with the steps behind it.
+
+    Not where images that the extractor has seen stand among the candidates: what an adapter gains there, it gains in
+    part by telling them from the others.
+    """
+    return not decision["taken"] and evidence.is_seen is None and is_likely(decision)
 
 
 def sorted_items(lists: Sequence[CandidateLists]) -> Int64[Tensor, " item"]:

@@ -99,7 +99,8 @@ def worth_section(chain: Chain) -> str:
         "|---|---|---|",
         *(f"| {title} | {figures['map@10']:.4f} | {figures['cmc@1']:.4f} |" for title, figures in figures_of(on)),
     ]
-    for decision in [*([on["adapt"]] if "adapt" in on else []), *on["decisions"]]:
+    ends = [[on[key]] if key in on else [] for key in ("adapt", "together")]
+    for decision in [*ends[0], *on["decisions"], *ends[1]]:
         cells = [gain_cell(decision["gain"][key]) for key in ("map@10", "cmc@1")]
         title = f"gain of the {decision['step']} step, {'taken' if decision['taken'] else 'not taken'}"
         lines.append(f"| {title} | {' | '.join(cells)} |")

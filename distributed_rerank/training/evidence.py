@@ -116,6 +116,11 @@ def lists_in_one_gallery(task: TrainingTask) -> CandidateLists:
     )  # fmt: skip
 
 
+def evidence_without_model(task: TrainingTask) -> Evidence:
+    """The validation lists of all runs together, for the chain steps that need no model."""
+    return evidence_of(task, join_lists([run.validation for run in task.runs if run.validation is not None]), None)
+
+
 def evidence_of_runs(task: TrainingTask, of_runs: Sequence[State]) -> Evidence:
     """The validation lists of all runs together, each with logits of a model that was not trained on its labels."""
     measured = [

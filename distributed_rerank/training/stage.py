@@ -53,6 +53,7 @@ from distributed_rerank.training.evidence import (
     evidence_from,
     evidence_of_runs,
     evidence_on_all_labels,
+    evidence_without_model,
     retrieve_among,
     seen_beside,
 )
@@ -127,9 +128,9 @@ def train(
         task = make_task(images, embeddings, model_config, config, own, executors, beside)
         log_mining_report(task, embeddings, own, staging.path, executors)
         task = taught(task, teacher, own / "teacher", work, executors)
-        state = fit(replace(task, tracked=tuple(tracked)), own / "run")
+        state = fit(replace(task, tracked=tuple(tracked), unadapted=None), own / "run")
         chain = write_model(task, state, own / "run", staging.path, used)
-        write_first_stage(task, embeddings, fingerprint["extraction"]["extractor"], staging.path, given is not None)
+        write_first_stage(task, chain, embeddings, fingerprint, staging.path, given is not None)
         staging.remember_from(own / "run")
         shutil.rmtree(scratch)
         add_result(tracked, chain.chosen_on, staging.path)
@@ -138,12 +139,19 @@ def train(
 
 
 def write_first_stage(
-    task: TrainingTask, embeddings: Embeddings, extractor: dict[str, Any], folder: Path, from_table: bool
+    task: TrainingTask,
+    chain: Chain,
+    embeddings: Embeddings,
+    fingerprint: dict[str, Any],
+    folder: Path,
+    from_table: bool,
 ) -> None:
-    """Writes down what the model was trained behind: extractor, kind and spread of the distances."""
+    """Writes down what the chain stands behind: extractor, kind and spread of the distances."""
+    task = task if task.unadapted is None or chain.adapter is not None else task.unadapted
     lists = join_lists([run.validation for run in task.runs if run.validation is not None])
     lists = lists[(tensor_of(task.catalogue.labels)[lists.query_items] >= 0).nonzero()[:, 0]]
     is_unit = are_normalised(embeddings.blocks())
+    extractor = fingerprint["extraction"]["extractor"]
     write_trained_on(TrainedOn("l2", is_unit, embeddings.dim, extractor, spread_of(lists), from_table), folder)
 
 
@@ -266,21 +274,22 @@ def make_task(
     is_beside = (side >= 0) & ~is_own
     search = Search(images, side, config.n_items, work / "candidates", executors)
     adapted = adapt(images, embeddings, side, families, is_beside, config, search)
-    return TrainingTask(
-        catalogue=images,
-        config=config,
-        model_folder=model_folder,
-        embeddings=tensor_of(adapted.embeddings),
-        runs=runs_on(adapted.lists, torch.from_numpy(is_own), is_halved),
-        half=side if is_halved else None,
-        is_beside=is_beside,
-        families=families,
-        start=Chain(
-            () if adapted.step is None else (adapted.step,),
-            {} if adapted.decision is None else {"adapt": adapted.decision},
-            adapter=adapted.adapter,
-        ),
-    )
+
+    def behind(adapted: Adaptation) -> TrainingTask:
+        steps, on = () if adapted.step is None else (adapted.step,), {"adapt": adapted.decision}
+        return TrainingTask(
+            catalogue=images,
+            config=config,
+            model_folder=model_folder,
+            embeddings=tensor_of(adapted.embeddings),
+            runs=runs_on(adapted.lists, torch.from_numpy(is_own), is_halved),
+            half=side if is_halved else None,
+            is_beside=is_beside,
+            families=families,
+            start=Chain(steps, {} if adapted.decision is None else on, adapter=adapted.adapter),
+        )
+
+    return replace(behind(adapted), unadapted=None if adapted.plain is None else behind(adapted.plain))
 
 
 def runs_on(
@@ -383,12 +392,7 @@ def write_model(
         save_extractor(model.extractor, folder / EXTRACTOR_WEIGHTS, used.seen_before | learnt)
     chain = Chain()
     if used.is_valid:
-        evidence = evidence_of_runs(task, list(of_runs.values()))
-        found = choose(evidence, task.config.seed, task.config.accept, evidence_on_all_labels(task))
-        found = choose_views(evidence, found, task.config.seed, task.config.accept)
-        steps, on = (*task.start.steps, *found.steps), found.chosen_on | task.start.chosen_on
-        chain = replace(found, steps=steps, chosen_on=on, adapter=task.start.adapter)
-        chain = with_promise(chain)
+        chain = with_promise(choose_chain(task, list(of_runs.values())))
     chain = replace(chain, chosen_on={**chain.chosen_on, "evidence": used.note})
     write_chain(chain, folder)
     (folder / CARD).write_text(model_card(task, model, chain))
@@ -402,6 +406,25 @@ def write_model(
     tracking.draw_curves(histories, folder / "curves.svg")
     tracking.copy_event_files(run_folder / "tensorboard", folder / "tensorboard")
     return chain
+
+
+def choose_chain(task: TrainingTask, of_runs: Sequence[State]) -> Chain:
+    """The chain that the set-aside labels choose behind the task's adapter, and with it where that is taken."""
+    seed, accept, plain = task.config.seed, task.config.accept, task.unadapted
+    evidence, start = evidence_of_runs(task, of_runs), task.start
+    if plain is None:
+        found = choose(evidence, seed, accept, evidence_on_all_labels(task))
+    else:
+        raw = evidence_without_model(plain)
+        found = choose(evidence, seed, accept, evidence_on_all_labels(plain), raw)
+        if found.is_judged_as_one:
+            start = replace(start, chosen_on={"adapt": start.chosen_on["adapt"] | {"taken": True}})
+        else:
+            evidence, start = raw, plain.start
+    found = choose_views(evidence, found, seed, accept)
+    return replace(
+        found, steps=(*start.steps, *found.steps), chosen_on=found.chosen_on | start.chosen_on, adapter=start.adapter
+    )
 
 
 def with_promise(chain: Chain) -> Chain:

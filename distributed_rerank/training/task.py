@@ -57,6 +57,8 @@ class TrainingTask:
     """What a slow model says of the mined pairs."""
     start: Chain = field(default_factory=Chain)
     """What the chain begins with: a map of the embeddings, or nothing. Lists and embeddings are those after it."""
+    unadapted: "TrainingTask | None" = None
+    """Without that map, where it is judged as one with the steps behind it. No worker needs it."""
 
     @property
     def labels(self) -> Int64[np.ndarray, " item"]:

@@ -9,7 +9,15 @@ from chain_evidence import N_LABELS, evidence
 from torch import Tensor
 
 from distributed_rerank.chain.chain import Chain, NeighbourhoodStep, PairwiseStep, QueryExpansionStep
-from distributed_rerank.chain.choice import ON_ALL_LABELS, best, best_that_keeps_first, choose, judge, outcome
+from distributed_rerank.chain.choice import (
+    ON_ALL_LABELS,
+    WITHOUT_ADAPTER,
+    best,
+    best_that_keeps_first,
+    choose,
+    judge,
+    outcome,
+)
 from distributed_rerank.chain.evidence import Evidence, half_of_labels
 from distributed_rerank.chain.probability import probabilities
 from distributed_rerank.chain.promise import lines_of, promise_of
@@ -383,3 +391,69 @@ def test_one_gallery_of_shuffled_labels_adds_no_step() -> None:
     for seed in range(4):
         apart, all_labels = few_labels(seed, is_shuffled=True)
         assert choose(apart, seed, all_labels=all_labels).steps == ()
+
+
+def test_steps_that_are_likely_alone_and_sure_as_one_are_taken_as_one() -> None:
+    known = evidence(2.0, 7.0, seed=4)
+    chain = choose(known, 4)
+    on = chain.chosen_on
+    assert [on["together"][key] for key in ("step", "taken")] == [
+        "chain of pairwise and neighbours behind the first candidate", True,
+    ]  # fmt: skip
+    taken = [decision for decision in on["decisions"] if decision["taken"]]
+    assert [type(step) for step in chain.steps] == [PairwiseStep, QueryExpansionStep]
+    assert len(taken) == 2
+    assert all(0.9 <= decision["probability"] < 0.995 < 0.9975 <= on["together"]["probability"] for decision in taken)
+    assert all(outcome(decision).startswith("judged as one with other steps") for decision in taken)
+    assert outcome(on["together"]) == (
+        "taken, for it gains with a probability of 100.0% (--accept 0.995 asks for 99.75% of steps as one)"
+    )
+    # The gain as one is that of the steps one after the other, and so is what is promised.
+    for key in ("map@10", "cmc@1"):
+        together = on["together"]["gain"][key]["mean"]
+        assert together == pytest.approx(sum(decision["gain"][key]["mean"] for decision in taken), abs=1e-9)
+    assert [line.gain for line in lines_of(promise_of(chain))["map@10"]] == [on["together"]["lines"]["map@10"]["gain"]]
+    fresh = evidence(2.0, 7.0, seed=104)
+    before, after = (try_chain(fresh, each).figures() for each in (Chain(), chain))
+    assert after["map@10"] > before["map@10"]
+    assert after["cmc@1"] > before["cmc@1"]
+
+
+def test_steps_that_are_not_sure_as_one_are_left_out() -> None:
+    chain = choose(evidence(2.0, 7.0, seed=4), 4, accept=0.9999)
+    assert chain.steps == ()
+    assert chain.chosen_on["together"]["taken"] is False
+    assert not any(decision["taken"] for decision in chain.chosen_on["decisions"])
+    said = outcome(chain.chosen_on["together"])
+    assert "99.9% only, where --accept asks for 99.995% of steps as one; with the same gain about" in said
+    assert promise_of(chain) == {}
+
+
+def test_no_chain_is_judged_where_a_step_is_sure_or_only_one_is_likely() -> None:
+    assert "together" not in choose(evidence(1.5, 2.0)).chosen_on
+    known = evidence(2.0, 7.0, seed=6)
+    decisions = choose(known, 6).chosen_on["decisions"]
+    assert [0.9 < decision["probability"] < 0.995 for decision in decisions] == [False, True]
+    assert "together" not in choose(known, 6).chosen_on
+
+
+def test_steps_behind_an_adapter_that_is_only_likely_are_taken_with_it_or_not_at_all() -> None:
+    known, worse = evidence(1.0, 2.0), replace(evidence(1.5, None), logits=None)
+    chain = choose(known, unadapted=worse)
+    on = chain.chosen_on
+    assert chain.is_judged_as_one
+    assert on["together"]["step"].startswith("chain of adapt, pairwise")
+    gain_of_steps = sum(d["gain"]["map@10"]["mean"] for d in on["decisions"] if d["taken"])
+    of_adapter = try_chain(known, Chain()).figures()["map@10"] - try_chain(worse, Chain()).figures()["map@10"]
+    assert on["together"]["gain"]["map@10"]["mean"] == pytest.approx(of_adapter + gain_of_steps, abs=1e-9)
+    # Where the adapter does not help, its chain is refused, however sure the steps behind it are.
+    better = replace(evidence(0.1, None), logits=None)
+    refused = choose(known, unadapted=better)
+    assert refused.pairwise is None
+    assert not refused.is_judged_as_one
+    steps = [decision["step"] for decision in refused.chosen_on["decisions"]]
+    assert steps[0] == "pairwise"
+    assert any(step.endswith(WITHOUT_ADAPTER) for step in steps)
+    assert not any(d["taken"] for d in refused.chosen_on["decisions"] if not d["step"].endswith(WITHOUT_ADAPTER))
+    own = {key: float(values.mean()) for key, values in better.per_query(better.lists).items()}
+    assert refused.chosen_on["first_stage"] == {key: own[key] for key in ("map@10", "cmc@1")}

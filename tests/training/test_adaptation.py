@@ -1,15 +1,28 @@
 """The first chain step: taken where it helps labels that it was not fitted to, left out where it does not."""
 
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
 import numpy as np
+import pandas as pd
 import pytest
 import torch
+from training_examples import SMALL, TOKENS
 
+from distributed_rerank.chain.chain import AdaptStep, Chain
 from distributed_rerank.chain.evidence import Evidence
+from distributed_rerank.chain.trials import try_chain
+from distributed_rerank.data.catalogue import Catalogue
+from distributed_rerank.data.embeddings import Embeddings
 from distributed_rerank.models.adapter import fit_adapters
 from distributed_rerank.tensors.candidate_lists import CandidateLists, concatenate
 from distributed_rerank.tensors.knn import nearest
 from distributed_rerank.tensors.metrics import count_relevant
 from distributed_rerank.training.adaptation import TRIED, Adaptation, choose_adaptation
+from distributed_rerank.training.evidence import evidence_of
+from distributed_rerank.training.stage import choose_chain, make_task
+from distributed_rerank.training.task import TrainingTask, join_lists
 
 N_LABELS, N_IMAGES, DIM = 40, 5, 16
 FEW = 10
@@ -118,3 +131,47 @@ def test_few_labels_are_chosen_on_by_folds_and_map_new_labels_better() -> None:
         lists = nearest(x, x, query_items=items, gallery_items=items, n_items=1)
         right.append(float((known[lists.items[:, 0]] == known).double().mean()))
     assert right[1] > right[0] + 0.1
+
+
+def task_with(nuisance: float, accept: float, folder: Path) -> TrainingTask:
+    """A task over planted embeddings, whose images need not exist."""
+    ids = [f"{number:03d}" for number in range(len(LABELS))]
+    table = pd.DataFrame({"id": ids, "label": LABELS.astype(str), "path": ids, "split": "train", "is_query": True})
+    images = Catalogue(table.assign(is_gallery=True), "planted.csv").as_query_and_gallery()
+    embeddings = Embeddings(images.ids, planted(nuisance, 0))
+    return make_task(images, embeddings, TOKENS, replace(SMALL, n_items=20, top_n=20, accept=accept), folder)
+
+
+def states_of(task: TrainingTask, noise: float) -> list[dict[str, Any]]:
+    """What a training leaves of its runs, with logits that tell the truth but for this noise."""
+    generator, labels = torch.Generator().manual_seed(0), torch.from_numpy(task.catalogue.labels.astype(np.int64))
+    states = []
+    for run in task.runs:
+        logits = None
+        if run.validation is not None:
+            is_wrong = labels[run.validation.items] != labels[run.validation.query_items][:, None]
+            logits = is_wrong.float() + noise * torch.randn(is_wrong.shape, generator=generator)
+        states.append({"best": {"logits": logits}})
+    return states
+
+
+@pytest.mark.parametrize(("accept", "is_taken"), [(0.9999, True), (0.9999999, False)])
+def test_an_adapter_that_is_only_likely_is_taken_with_the_steps_behind_it(
+    tmp_path: Path, accept: float, is_taken: bool
+) -> None:
+    task = task_with(0.65, accept, tmp_path)
+    plain, decision = task.unadapted, task.start.chosen_on["adapt"]
+    assert plain is not None
+    assert (decision["taken"], decision["as_one"], 0.9 < decision["probability"] < accept) == (False, True, True)
+    assert len(task.start.steps) == 1
+    assert plain.start.steps == ()
+    assert np.array_equal(plain.embeddings.numpy(), planted(0.65, 0))
+    chain = choose_chain(task, states_of(task, 0.5))
+    assert chain.is_judged_as_one == is_taken
+    assert (chain.adapter is not None) == is_taken
+    assert chain.chosen_on["adapt"] == decision | {"taken": is_taken}
+    assert any(isinstance(step, AdaptStep) for step in chain.steps) == is_taken
+    # The figures of the first stage are those of the lists that the chain stands behind.
+    lists = join_lists([run.validation for run in (task if is_taken else plain).runs if run.validation is not None])
+    figures = try_chain(evidence_of(task if is_taken else plain, lists, None), Chain()).figures()
+    assert chain.chosen_on["first_stage"] == figures
