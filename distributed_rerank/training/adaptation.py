@@ -16,7 +16,8 @@ from jaxtyping import Float, Float32, Int64
 from torch import Tensor
 
 from distributed_rerank.chain.chain import AdaptStep, Chain
-from distributed_rerank.chain.choice import ACCEPT, best, cross_fitted_values, is_likely, judge, log_decisions, row
+from distributed_rerank.chain.choice import best, cross_fitted_values, row
+from distributed_rerank.chain.decision import ACCEPT, is_likely, judge, log_decisions
 from distributed_rerank.chain.evidence import Evidence
 from distributed_rerank.chain.settings import Settings
 from distributed_rerank.chain.trials import Trial

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from distributed_rerank.chain.chain import Chain
-from distributed_rerank.chain.choice import ON_ALL_LABELS
+from distributed_rerank.chain.decision import ON_ALL_LABELS
 from distributed_rerank.chain.promise import promise_in_words
 from distributed_rerank.config.training import defaults_for
 from distributed_rerank.models.saving import model_name

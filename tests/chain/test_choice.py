@@ -9,15 +9,8 @@ from chain_evidence import N_LABELS, evidence
 from torch import Tensor
 
 from distributed_rerank.chain.chain import Chain, NeighbourhoodStep, PairwiseStep, QueryExpansionStep
-from distributed_rerank.chain.choice import (
-    ON_ALL_LABELS,
-    WITHOUT_ADAPTER,
-    best,
-    best_that_keeps_first,
-    choose,
-    judge,
-    outcome,
-)
+from distributed_rerank.chain.choice import best, best_that_keeps_first, choose
+from distributed_rerank.chain.decision import ON_ALL_LABELS, WITHOUT_ADAPTER, judge, outcome
 from distributed_rerank.chain.evidence import Evidence, half_of_labels
 from distributed_rerank.chain.probability import probabilities
 from distributed_rerank.chain.promise import lines_of, promise_of

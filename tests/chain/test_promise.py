@@ -8,7 +8,8 @@ import torch
 from chain_evidence import evidence, evidence_beside_seen
 
 from distributed_rerank.chain.chain import Chain, PairwiseStep
-from distributed_rerank.chain.choice import choose, outcome
+from distributed_rerank.chain.choice import choose
+from distributed_rerank.chain.decision import outcome
 from distributed_rerank.chain.evidence import AMONG_UNSEEN, Evidence
 from distributed_rerank.chain.promise import compare_with_promise, gain_for, lines_of, promise_in_words, promise_of
 from distributed_rerank.chain.trials import try_chain

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from distributed_rerank.chain.chain import Chain
-from distributed_rerank.chain.choice import ON_ALL_LABELS
+from distributed_rerank.chain.decision import ON_ALL_LABELS
 from distributed_rerank.training.card import worth_section
 
 
