@@ -102,7 +102,8 @@ def worth_section(chain: Chain) -> str:
     ends = [[on[key]] if key in on else [] for key in ("adapt", "together")]
     for decision in [*ends[0], *on["decisions"], *ends[1]]:
         cells = [gain_cell(decision["gain"][key]) for key in ("map@10", "cmc@1")]
-        title = f"gain of the {decision['step']} step, {'taken' if decision['taken'] else 'not taken'}"
+        what = decision["step"] if decision is on.get("together") else f"{decision['step']} step"
+        title = f"gain of the {what}, {'taken' if decision['taken'] else 'not taken'}"
         lines.append(f"| {title} | {' | '.join(cells)} |")
     lines += ["", "Gains have 95 % intervals (bootstrap by label), constants chosen on the other labels."]
     promise = promise_in_words(on.get("promise", {}))

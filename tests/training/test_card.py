@@ -27,3 +27,16 @@ def test_card_claims_unseen_labels_only_for_steps_that_were_taken_on_them(is_on_
     assert (
         "| gain of the neighbours, on all train labels step, taken | +0.1000 [+0.0500, +0.1500] |" in card
     ) is is_on_all
+
+
+def test_card_names_steps_that_were_judged_as_one() -> None:
+    figures = {"map@10": 0.5, "cmc@1": 0.6}
+    on = {"n_queries": 160, "n_labels": 40, "first_stage": figures, "chosen": figures}
+    steps = [decision("pairwise", taken=True), decision("neighbours", taken=True)]
+    card = worth_section(
+        Chain(
+            chosen_on={**on, "decisions": steps, "together": decision("chain of pairwise and neighbours", taken=True)}
+        )
+    )
+    assert "| gain of the pairwise step, taken |" in card
+    assert "| gain of the chain of pairwise and neighbours, taken |" in card
