@@ -19,10 +19,11 @@ nothing was taken.
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, get_args
 
 import torch
-from jaxtyping import Bool, Float64, Int64
+from jaxtyping import Bool, Int64
 from torch import Tensor
 
 from distributed_rerank.chain.chain import Chain, PairwiseStep, ProbabilityStep
@@ -31,12 +32,11 @@ from distributed_rerank.chain.decision import (
     LIKELY,
     ON_ALL_LABELS,
     WITHOUT_ADAPTER,
-    gain_lines,
     judge,
     log_decisions,
     probability_of_gain,
 )
-from distributed_rerank.chain.evidence import Evidence, half_of_labels
+from distributed_rerank.chain.evidence import AMONG_UNSEEN, Evidence, half_of_labels
 from distributed_rerank.chain.settings import FUSIONS, NEIGHBOURS, PINNED_NEIGHBOURS, Settings, settings_for
 from distributed_rerank.chain.trials import Trial, calibrate, try_chain
 from distributed_rerank.chain.views import things_of
@@ -184,21 +184,24 @@ def try_step(
     pick = smallest_best_weight if is_fusion else neighbours_pick
     # Settings that would lose CMC@1 against the chain so far are not chosen where others are there.
     values = cross_fitted_values(settings, current, is_first_half, pick)
-    decision = judge(
-        name, current.values, values, first_stage, labels, seed, accept, counts_map=counts_map, families=families
-    )
+    judged = partial(
+        judge, name, current.values, first_stage=first_stage, labels=labels, seed=seed, accept=accept,
+        counts_map=counts_map, families=families,
+    )  # fmt: skip
+    decision = judged(values)
     if not decision["taken"]:
         return decision, values, None
-    of_first, numbers = values["cmc@1"] - current.values["cmc@1"], range(len(settings.chains))
-    if counts_map and not is_fusion and not gains_surely(of_first, labels):
+    numbers: Sequence[int] = range(len(settings.chains))
+    if counts_map and not is_fusion and not may_move_first(current.values, values, labels):
         numbers = settings.pinned_numbers()  # else the best of many, for all labels, moves first candidates by luck
     number = numbers[pick([settings.values[i] for i in numbers], current, everyone)]
     step = settings.chains[number].steps[-1]
-    if isinstance(step, ProbabilityStep) and step.pinned and bool(of_first.any()):
-        # The halves moved first candidates that the step kept leaves alone: so do the lines, then.
+    if isinstance(step, ProbabilityStep) and step.pinned and not torch.equal(values["cmc@1"], current.values["cmc@1"]):
+        # The halves moved first candidates that the step kept leaves alone: so that step must be sure by itself.
         values = cross_fitted_values(settings.pinned(), current, is_first_half, pick)
-        decision["lines"] = gain_lines(current.values, values, families)
-    return decision, values, number
+        alone = judged(values)
+        decision |= {"taken": alone["taken"], "lines": alone["lines"], "pinned_gain": alone["gain"]}
+    return decision, values, number if decision["taken"] else None
 
 
 def without_cmc_loss(values: Sequence[PerQuery], first_stage: Trial, rows: Bool[Tensor, " query"]) -> list[int]:
@@ -216,21 +219,29 @@ def best(values: Sequence[PerQuery], first_stage: Trial, rows: Bool[Tensor, " qu
 
 
 def best_that_keeps_first(labels: Int64[Tensor, " query"]) -> Pick:
-    """As `best`, among the settings that leave every first candidate or surely gain CMC@1 (`MOVES_FIRST`)."""
+    """As `best`, among the settings that leave every first candidate or surely gain CMC@1 (`may_move_first`)."""
 
     def pick(values: Sequence[PerQuery], before: Trial, rows: Bool[Tensor, " query"]) -> int:
-        gains = [(value["cmc@1"] - before.values["cmc@1"])[rows] for value in values]
+        own = {key: column[rows] for key, column in before.values.items()}
         allowed = [
-            number for number, gain in enumerate(gains) if not bool(gain.any()) or gains_surely(gain, labels[rows])
+            number
+            for number, value in enumerate(values)
+            if torch.equal(value["cmc@1"][rows], own["cmc@1"])
+            or may_move_first(own, {key: column[rows] for key, column in value.items()}, labels[rows])
         ] or list(range(len(values)))
         return allowed[best([values[number] for number in allowed], before, rows)]
 
     return pick
 
 
-def gains_surely(gain: Float64[Tensor, " query"], labels: Int64[Tensor, " query"]) -> bool:
-    """Whether CMC@1 gains so surely that neighbours may move first candidates."""
-    return probability_of_gain(gain, labels) >= MOVES_FIRST
+def may_move_first(before: PerQuery, after: PerQuery, labels: Int64[Tensor, " query"]) -> bool:
+    """Whether CMC@1 gains so surely that neighbours may move first candidates.
+
+    Where some candidates are seen, also in the lists without them: the neighbours tell seen images from others, and
+    what that gains in first places no other gallery shows.
+    """
+    keys = [key for key in ("cmc@1", f"cmc@1{AMONG_UNSEEN}") if key in after]
+    return all(probability_of_gain(after[key] - before[key], labels) >= MOVES_FIRST for key in keys)
 
 
 def smallest_best_weight(values: Sequence[PerQuery], first_stage: Trial, rows: Bool[Tensor, " query"]) -> int:

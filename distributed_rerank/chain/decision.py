@@ -123,6 +123,8 @@ def outcome(decision: dict[str, Any]) -> str:
         return f"taken, for it gains with a probability of {probability:.1%} ({asked})"
     if mean < MIN_GAIN:
         return f"not taken, for mAP@10 + {CMC_WEIGHT:g} CMC@1 does not rise by {MIN_GAIN:g}"
+    if "pinned_gain" in decision:
+        return "not taken, for CMC@1 does not surely rise, and behind the first candidate too little is gained"
     if probability >= accept:
         unseen = decision["gain"].get(f"map@10{AMONG_UNSEEN}", {"mean": 0.0})["mean"]
         return f"not taken, for mAP@10{' among unseen photos' if unseen < 0 else ' or CMC@1'} would fall"

@@ -5,11 +5,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from chain_evidence import N_LABELS, evidence
+from chain_evidence import N_LABELS, evidence, evidence_beside_seen
 from torch import Tensor
 
 from distributed_rerank.chain.chain import Chain, NeighbourhoodStep, PairwiseStep, QueryExpansionStep
-from distributed_rerank.chain.choice import best, best_that_keeps_first, choose
+from distributed_rerank.chain.choice import best, best_that_keeps_first, choose, may_move_first
 from distributed_rerank.chain.decision import ON_ALL_LABELS, WITHOUT_ADAPTER, outcome
 from distributed_rerank.chain.evidence import Evidence, half_of_labels
 from distributed_rerank.chain.probability import probabilities
@@ -371,3 +371,33 @@ def test_steps_behind_an_adapter_that_is_only_likely_are_taken_with_it_or_not_at
     assert not any(d["taken"] for d in refused.chosen_on["decisions"] if not d["step"].endswith(WITHOUT_ADAPTER))
     own = {key: float(values.mean()) for key, values in better.per_query(better.lists).items()}
     assert refused.chosen_on["first_stage"] == {key: own[key] for key in ("map@10", "cmc@1")}
+
+
+@pytest.mark.parametrize(("of_unseen", "is_sure"), [(0.2, True), (0.0, False), (-0.2, False)])
+def test_first_candidates_move_only_where_cmc_gains_among_unseen_ones_too(of_unseen: float, is_sure: bool) -> None:
+    labels = torch.arange(40).repeat_interleave(20)
+    noise = torch.rand((2, len(labels)), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    before = {"cmc@1": noise[0], "cmc@1 among unseen": noise[0]}
+    moves = 0.1 * (noise[1] - 0.5)
+    after = {"cmc@1": noise[0] + 0.2 + moves, "cmc@1 among unseen": noise[0] + of_unseen - moves * (of_unseen == 0)}
+    assert may_move_first(before, after, labels) is is_sure
+    assert may_move_first({"cmc@1": noise[0]}, {"cmc@1": after["cmc@1"]}, labels)
+
+
+def test_neighbours_that_tell_seen_images_from_others_keep_the_first_candidate() -> None:
+    known = replace(evidence_beside_seen(0.0, 0.0, seed=4), logits=None)
+    (step,), (free,) = (choose(each, 4).steps for each in (known, replace(known, is_seen=None)))
+    assert isinstance(step, NeighbourhoodStep | QueryExpansionStep)
+    assert isinstance(free, NeighbourhoodStep | QueryExpansionStep)
+    assert (step.pinned, free.pinned) == (1, 0)
+
+
+def test_a_step_behind_the_first_candidate_must_be_sure_by_itself() -> None:
+    """Neighbours whose gain is that of first candidates are not taken for it where these must stay."""
+    known = replace(evidence(0.8, None, seed=5), logits=None)
+    taken, refused = choose(known, 5), choose(known, 5, accept=1 - 1e-9)
+    (decision,) = taken.chosen_on["decisions"]
+    alone = decision["pinned_gain"]
+    assert alone["cmc@1"]["mean"] == 0
+    assert alone["map@10"]["mean"] == pytest.approx(lines_of(promise_of(taken))["map@10"][0].gain, abs=1e-9)
+    assert refused.steps == ()
