@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from chain_evidence import N_LABELS, evidence, evidence_beside_seen
+from chain_evidence import N_LABELS, evidence
 from torch import Tensor
 
 from distributed_rerank.chain.chain import Chain, NeighbourhoodStep, PairwiseStep, QueryExpansionStep
@@ -373,23 +373,32 @@ def test_steps_behind_an_adapter_that_is_only_likely_are_taken_with_it_or_not_at
     assert refused.chosen_on["first_stage"] == {key: own[key] for key in ("map@10", "cmc@1")}
 
 
-@pytest.mark.parametrize(("of_unseen", "is_sure"), [(0.2, True), (0.0, False), (-0.2, False)])
-def test_first_candidates_move_only_where_cmc_gains_among_unseen_ones_too(of_unseen: float, is_sure: bool) -> None:
+@pytest.mark.parametrize(("of_unseen", "is_sure"), [(0.2, True), (0.001, True), (-0.001, False), (-0.2, False)])
+def test_first_candidates_move_only_where_cmc_does_not_fall_among_unseen_ones(of_unseen: float, is_sure: bool) -> None:
     labels = torch.arange(40).repeat_interleave(20)
     noise = torch.rand((2, len(labels)), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     before = {"cmc@1": noise[0], "cmc@1 among unseen": noise[0]}
     moves = 0.1 * (noise[1] - 0.5)
-    after = {"cmc@1": noise[0] + 0.2 + moves, "cmc@1 among unseen": noise[0] + of_unseen - moves * (of_unseen == 0)}
+    after = {"cmc@1": noise[0] + 0.2 + moves, "cmc@1 among unseen": noise[0] + of_unseen}
     assert may_move_first(before, after, labels) is is_sure
     assert may_move_first({"cmc@1": noise[0]}, {"cmc@1": after["cmc@1"]}, labels)
 
 
-def test_neighbours_that_tell_seen_images_from_others_keep_the_first_candidate() -> None:
-    known = replace(evidence_beside_seen(0.0, 0.0, seed=4), logits=None)
-    (step,), (free,) = (choose(each, 4).steps for each in (known, replace(known, is_seen=None)))
-    assert isinstance(step, NeighbourhoodStep | QueryExpansionStep)
-    assert isinstance(free, NeighbourhoodStep | QueryExpansionStep)
-    assert (step.pinned, free.pinned) == (1, 0)
+@pytest.mark.parametrize(("of_unseen", "picked"), [(0.01, 0), (-0.01, 1)])
+def test_neighbours_that_lose_first_places_among_unseen_ones_keep_the_first_candidate(
+    of_unseen: float, picked: int
+) -> None:
+    labels = torch.arange(40).repeat_interleave(20)
+    before = torch.rand(len(labels), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+    def values(of_map: float, of_cmc: float, of_unseen: float) -> dict[str, torch.Tensor]:
+        gains = {"map@10": of_map, "cmc@1": of_cmc, "cmc@1 among unseen": of_unseen, "objective": of_map + 2 * of_cmc}
+        return {key: before + gain for key, gain in gains.items()}
+
+    so_far = Trial(Chain(), values(0.0, 0.0, 0.0), evidence(1.0, None).lists)
+    settings = [values(0.1, 0.1, of_unseen), values(0.1, 0.0, 0.0)]
+    everyone = torch.ones(len(labels), dtype=torch.bool)
+    assert best_that_keeps_first(labels)(settings, so_far, everyone) == picked
 
 
 def test_a_step_behind_the_first_candidate_must_be_sure_by_itself() -> None:
