@@ -233,7 +233,7 @@ class Chain:
 
     @property
     def is_judged_as_one(self) -> bool:
-        """Whether its steps were taken as one, for no step was sure by itself."""
+        """Whether its steps were judged as one, and taken."""
         return bool(self.chosen_on.get("together", {}).get("taken"))
 
     def describe(self) -> str:

@@ -115,7 +115,7 @@ def outcome(decision: dict[str, Any]) -> str:
     """Whether the chain step was taken, how sure its gain is, and what would change a decision against it."""
     probability, accept, mean = decision["probability"], decision["accept"], decision["gain"]["objective"]["mean"]
     if decision.get("as_one"):
-        return f"judged as one with other steps, for it gains with a probability of {probability:.1%}"
+        return f"judged as one with other steps; by itself it gains with a probability of {probability:.1%}"
     if decision["taken"]:
         asked = f"--accept {accept:g}"
         if "option" in decision:

@@ -22,7 +22,7 @@ from distributed_rerank.tensors.candidate_lists import CandidateLists
 from distributed_rerank.tensors.knn import nearest
 from distributed_rerank.tensors.label_split import FEW_LABELS, usable_labels
 from distributed_rerank.tensors.things import count_relevant_things
-from distributed_rerank.training.task import State, TrainingTask, join_lists
+from distributed_rerank.training.task import State, TrainingTask, join_lists, validation_lists
 
 BESIDE_EACH, MAX_BESIDE = 3, 20_000
 """Most images of labels that the extractor has seen, for each other image and altogether (`seen_beside`)."""
@@ -118,7 +118,7 @@ def lists_in_one_gallery(task: TrainingTask) -> CandidateLists:
 
 def evidence_without_model(task: TrainingTask) -> Evidence:
     """The validation lists of all runs together, for the chain steps that need no model."""
-    return evidence_of(task, join_lists([run.validation for run in task.runs if run.validation is not None]), None)
+    return evidence_of(task, validation_lists(task), None)
 
 
 def evidence_of_runs(task: TrainingTask, of_runs: Sequence[State]) -> Evidence:
@@ -131,7 +131,7 @@ def evidence_of_runs(task: TrainingTask, of_runs: Sequence[State]) -> Evidence:
     width = max(logits.shape[1] for _, logits in measured)
     padded = [pad(logits, (0, width - logits.shape[1]), value=torch.nan) for _, logits in measured]
     order = torch.cat([lists.query_items for lists, _ in measured]).argsort()
-    return evidence_of(task, join_lists([lists for lists, _ in measured]), torch.cat(padded)[order])
+    return evidence_of(task, validation_lists(task), torch.cat(padded)[order])
 
 
 def seen_beside(seen: Catalogue | None, n_own: int, seed: int) -> tuple[Texts, Texts]:

@@ -69,6 +69,7 @@ from distributed_rerank.training.task import (
     TrainingRun,
     TrainingTask,
     join_lists,
+    validation_lists,
 )
 
 logger = logging.getLogger(__name__)
@@ -148,7 +149,7 @@ def write_first_stage(
 ) -> None:
     """Writes down what the chain stands behind: extractor, kind and spread of the distances."""
     task = task if task.unadapted is None or chain.adapter is not None else task.unadapted
-    lists = join_lists([run.validation for run in task.runs if run.validation is not None])
+    lists = validation_lists(task)
     lists = lists[(tensor_of(task.catalogue.labels)[lists.query_items] >= 0).nonzero()[:, 0]]
     is_unit = are_normalised(embeddings.blocks())
     extractor = fingerprint["extraction"]["extractor"]
@@ -275,18 +276,18 @@ def make_task(
     search = Search(images, side, config.n_items, work / "candidates", executors)
     adapted = adapt(images, embeddings, side, families, is_beside, config, search)
 
-    def behind(adapted: Adaptation) -> TrainingTask:
-        steps, on = () if adapted.step is None else (adapted.step,), {"adapt": adapted.decision}
+    def behind(choice: Adaptation) -> TrainingTask:
+        steps, on = () if choice.step is None else (choice.step,), {"adapt": choice.decision}
         return TrainingTask(
             catalogue=images,
             config=config,
             model_folder=model_folder,
-            embeddings=tensor_of(adapted.embeddings),
-            runs=runs_on(adapted.lists, torch.from_numpy(is_own), is_halved),
+            embeddings=tensor_of(choice.embeddings),
+            runs=runs_on(choice.lists, torch.from_numpy(is_own), is_halved),
             half=side if is_halved else None,
             is_beside=is_beside,
             families=families,
-            start=Chain(steps, {} if adapted.decision is None else on, adapter=adapted.adapter),
+            start=Chain(steps, {} if choice.decision is None else on, adapter=choice.adapter),
         )
 
     return replace(behind(adapted), unadapted=None if adapted.plain is None else behind(adapted.plain))

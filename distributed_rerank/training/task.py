@@ -115,6 +115,11 @@ def plan_epoch(
     return [replace(step, teacher_logits=known.look_up(step.query_items, step.gallery_items)) for step in steps]
 
 
+def validation_lists(task: TrainingTask) -> CandidateLists:
+    """The validation lists of all runs together, in item order."""
+    return join_lists([run.validation for run in task.runs if run.validation is not None])
+
+
 def join_lists(parts: list[CandidateLists]) -> CandidateLists:
     """The lists of disjoint sets of images, in item order."""
     width = max(part.items.shape[1] for part in parts)

@@ -9,12 +9,12 @@ from chain_evidence import N_LABELS, evidence
 from torch import Tensor
 
 from distributed_rerank.chain.chain import Chain, NeighbourhoodStep, PairwiseStep, QueryExpansionStep
-from distributed_rerank.chain.choice import best, best_that_keeps_first, choose, may_move_first
+from distributed_rerank.chain.choice import best, best_that_keeps_first, choose, may_move_first, try_step
 from distributed_rerank.chain.decision import ON_ALL_LABELS, WITHOUT_ADAPTER, outcome
 from distributed_rerank.chain.evidence import Evidence, half_of_labels
 from distributed_rerank.chain.probability import probabilities
 from distributed_rerank.chain.promise import lines_of, promise_of
-from distributed_rerank.chain.settings import fusion_figure, fusion_trials, neighbour_settings
+from distributed_rerank.chain.settings import Settings, fusion_figure, fusion_trials, neighbour_settings
 from distributed_rerank.chain.trials import Trial, try_chain
 from distributed_rerank.tensors.calibration import expected_calibration_error
 from distributed_rerank.tensors.candidate_lists import CandidateLists
@@ -401,12 +401,25 @@ def test_neighbours_that_lose_first_places_among_unseen_ones_keep_the_first_cand
     assert best_that_keeps_first(labels)(settings, so_far, everyone) == picked
 
 
-def test_a_step_behind_the_first_candidate_must_be_sure_by_itself() -> None:
-    """Neighbours whose gain is that of first candidates are not taken for it where these must stay."""
-    known = replace(evidence(0.8, None, seed=5), logits=None)
-    taken, refused = choose(known, 5), choose(known, 5, accept=1 - 1e-9)
-    (decision,) = taken.chosen_on["decisions"]
-    alone = decision["pinned_gain"]
-    assert alone["cmc@1"]["mean"] == 0
-    assert alone["map@10"]["mean"] == pytest.approx(lines_of(promise_of(taken))["map@10"][0].gain, abs=1e-9)
-    assert refused.steps == ()
+@pytest.mark.parametrize(("of_pinned", "is_taken"), [(0.0, False), (0.1, True)])
+def test_a_step_behind_the_first_candidate_must_be_sure_by_itself(of_pinned: float, is_taken: bool) -> None:
+    """Neighbours that surely gain mAP@10, and CMC@1 on the half chosen on only, are kept behind the first candidate."""
+    known = evidence(1.0, None)
+    before = try_chain(known, Chain())
+    swing = 0.5 * torch.tensor([1.0, -1.0, 0.0, 0.0, 0.0], dtype=torch.float64).repeat(N_LABELS)
+
+    def gaining(of_map: float, of_cmc: Tensor | float) -> dict[str, Tensor]:
+        after = {"map@10": before.values["map@10"] + of_map, "cmc@1": before.values["cmc@1"] + of_cmc}
+        return {**after, "objective": after["map@10"] + 2 * after["cmc@1"]}
+
+    shown = [gaining(0.2, swing), gaining(of_pinned, 0.0)]
+    steps = [NeighbourhoodStep(1.0, 0.0, pinned=pinned) for pinned in (0, 1)]
+    settings = Settings(
+        [Chain((step,)) for step in steps], [gaining(0.2, 0.2), shown[1]], lambda number, is_first: shown[number]
+    )
+    decision, values, number = try_step("neighbours", settings, known, before, before, 0, 0.995)
+    assert decision["gain"]["map@10"]["mean"] == pytest.approx(0.2)
+    assert decision["taken"] is is_taken
+    assert number == (1 if is_taken else None)
+    assert torch.equal(values["cmc@1"], before.values["cmc@1"])
+    assert outcome(decision).startswith("taken" if is_taken else "not taken, for CMC@1 does not surely rise")

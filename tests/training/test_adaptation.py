@@ -22,7 +22,7 @@ from distributed_rerank.tensors.metrics import count_relevant
 from distributed_rerank.training.adaptation import TRIED, Adaptation, choose_adaptation
 from distributed_rerank.training.evidence import evidence_of
 from distributed_rerank.training.stage import choose_chain, make_task
-from distributed_rerank.training.task import TrainingTask, join_lists
+from distributed_rerank.training.task import TrainingTask, validation_lists
 
 N_LABELS, N_IMAGES, DIM = 40, 5, 16
 FEW = 10
@@ -172,6 +172,6 @@ def test_an_adapter_that_is_only_likely_is_taken_with_the_steps_behind_it(
     assert chain.chosen_on["adapt"] == decision | {"taken": is_taken}
     assert any(isinstance(step, AdaptStep) for step in chain.steps) == is_taken
     # The figures of the first stage are those of the lists that the chain stands behind.
-    lists = join_lists([run.validation for run in (task if is_taken else plain).runs if run.validation is not None])
-    figures = try_chain(evidence_of(task if is_taken else plain, lists, None), Chain()).figures()
+    behind = task if is_taken else plain
+    figures = try_chain(evidence_of(behind, validation_lists(behind), None), Chain()).figures()
     assert chain.chosen_on["first_stage"] == figures
